@@ -1,0 +1,30 @@
+"""gridprune: answers questions about images from the visual tokens that the question needs.
+
+The pipeline in Python; see `docs/python.md`. Names are loaded when they are first used, so that `import gridprune_cli`
+costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gridprune_cli.pipeline import Answer, Pipeline, Pruning
+    from gridprune_cli.store import Store, open_store
+    from gridprune_cli.tokens import EncodedImage, PrunedSet
+
+_HOMES = {
+    "Answer": "pipeline",
+    "Pipeline": "pipeline",
+    "Pruning": "pipeline",
+    "Store": "store",
+    "open_store": "store",
+    "EncodedImage": "tokens",
+    "PrunedSet": "tokens",
+}
+__all__ = ["Answer", "EncodedImage", "Pipeline", "PrunedSet", "Pruning", "Store", "open_store"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"gridprune_cli.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'gridprune_cli' has no attribute {name!r}")

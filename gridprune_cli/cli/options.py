@@ -1,0 +1,147 @@
+"""Options that several commands share, in groups.
+
+A group is a function: its parameters are the options, and what it returns is what a command works with. `@takes`
+puts the options of a group in the place of one parameter of a command.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gridprune_cli.errors import BadInput
+
+if TYPE_CHECKING:
+    from gridprune_cli.pipeline import Pipeline, Pruning
+
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(envvar="GRIDPRUNE_CACHE_DIR", help="Folder of the cache.", rich_help_panel="Model and cache"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices.")]
+MaxNewTokens = Annotated[
+    int, typer.Option(min=1, envvar="GRIDPRUNE_MAX_NEW_TOKENS", help="Longest answer, in tokens.")
+]
+
+
+def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replaces each named parameter of a command by the options of its group."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+        shared = {name: inspect.signature(group, eval_str=True).parameters for name, group in groups.items()}
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            made = {
+                name: groups[name](**{option: values.pop(option) for option in options})
+                for name, options in shared.items()
+            }
+            command(**values, **made)
+
+        parameters = [p for name, p in own.items() if name not in groups]
+        for options in shared.values():
+            parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options.values()]
+        parameters.sort(key=lambda p: p.kind)
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _option(text: str, panel: str, **settings: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel=panel, **settings)
+
+
+_MODEL = "Model and cache"
+_PRUNING = "Pruning"
+_PAPERS = "What the papers leave open"
+
+
+def pipeline(
+    model: Annotated[
+        str, _option("Model: `scenes`, or a folder with a checkpoint.", _MODEL, envvar="GRIDPRUNE_MODEL")
+    ] = "scenes",
+    device: Annotated[str, _option("auto, cpu, cuda, ...", _MODEL, envvar="GRIDPRUNE_DEVICE")] = "auto",
+    dtype: Annotated[
+        str, _option("auto, float32, bfloat16 or float16.", _MODEL, envvar="GRIDPRUNE_DTYPE")
+    ] = "auto",
+    cache_dir: CacheDir = None,
+    cache_limit: Annotated[
+        str | None,
+        _option("Size that the cache may grow to, as in 20G; 0 for no limit.", _MODEL, envvar="GRIDPRUNE_CACHE_LIMIT"),
+    ] = None,
+    no_cache: Annotated[bool, _option("Neither read nor write the cache.", _MODEL)] = False,
+) -> "Pipeline":
+    """The model with its cache."""
+    from transformers.utils import logging
+
+    from gridprune_cli.pipeline import Pipeline
+    from gridprune_cli.store import open_store
+
+    logging.disable_progress_bar()  # of loading weights; what takes long has a bar of ours
+    store = None if no_cache else open_store(cache_dir, cache_limit)
+    return Pipeline(model, store=store, device=device, dtype=dtype)
+
+
+def pruning(
+    keep: Annotated[
+        float, _option("Share of the visual tokens to keep, above 0, at most 1.", _PRUNING, envvar="GRIDPRUNE_KEEP")
+    ] = 0.11,
+    tokens: Annotated[int | None, _option("How many visual tokens to keep, instead of --keep.", _PRUNING)] = None,
+    method: Annotated[
+        str,
+        _option("gridprune, random, uniform, topk or topk-relevance.", _PRUNING, envvar="GRIDPRUNE_METHOD"),
+    ] = "gridprune",
+    region: Annotated[
+        str,
+        _option("Contextual region: auto, none, or X0,Y0,X1,Y1 on the 8x8 grid, 0 to 7, inclusive.", _PRUNING),
+    ] = "auto",
+    positions: Annotated[
+        str,
+        _option("original: kept tokens keep their place; compact: they are numbered on.", _PRUNING),
+    ] = "original",
+    literal: Annotated[
+        bool, _option("GridPrune as published: T = 1, saliency unscaled, no region.", _PRUNING)
+    ] = False,
+    zone: Annotated[int | None, _option("Side of a zone, in tokens.", _PAPERS)] = None,
+    alpha: Annotated[float | None, _option("Weight of saliency against relevance, 0 to 1.", _PAPERS)] = None,
+    temperature: Annotated[
+        float | None, _option("T of the softmax over zones: small is sharp, large is even.", _PAPERS)
+    ] = None,
+    saliency_scale: Annotated[
+        str | None, _option("How saliency is scaled before it is weighed: none, minmax, max or rank.", _PAPERS)
+    ] = None,
+    region_share: Annotated[
+        float | None, _option("Share of the kept tokens that come from the contextual region.", _PAPERS)
+    ] = None,
+    relevance_sign: Annotated[int | None, _option("1, or -1 to turn the relevance round.", _PAPERS)] = None,
+    seed: Annotated[int | None, _option("Seed of the method random.", _PAPERS)] = None,
+) -> "Pruning":
+    """What to keep."""
+    from gridprune_cli.pipeline import Pruning
+    from gridprune_cli.pruning.methods import make
+    from gridprune_cli.pruning.methods.gridprune import LITERAL
+    from gridprune_cli.pruning.region import parse_box
+
+    given = {
+        "zone": zone,
+        "alpha": alpha,
+        "temperature": temperature,
+        "saliency_scale": saliency_scale,
+        "region_share": region_share,
+        "relevance_sign": relevance_sign,
+        "seed": seed,
+    }
+    options = (LITERAL if literal else {}) | {name: value for name, value in given.items() if value is not None}
+    try:
+        made = make(method, **options)
+        box = "none" if literal else region if region in ("auto", "none") else parse_box(region)
+    except ValueError as fault:
+        raise BadInput(str(fault)) from fault
+    return Pruning(keep=keep, tokens=tokens, method=made, region=box, positions=positions)

@@ -1,0 +1,89 @@
+"""`gridprune show`: draws what pruning did."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gridprune_cli.cli import options
+from gridprune_cli.cli.ask import Image, Question
+from gridprune_cli.cli.output import say
+
+if TYPE_CHECKING:
+    from gridprune_cli.images import Source
+    from gridprune_cli.pipeline import Pipeline, Pruning
+    from gridprune_cli.tokens import PrunedSet
+
+
+@options.takes(pipeline=options.pipeline, pruning=options.pruning)
+def show(
+    image: Image,
+    question: Question,
+    pipeline: "Pipeline",
+    pruning: "Pruning",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="PNG file. Without it, a coarse picture is printed.")
+    ] = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Draw which tokens a question keeps and why: kept tokens, zones with their budgets, region, relevance."""
+    from gridprune_cli.figure import coarse
+    from gridprune_cli.images import read_source
+
+    source = read_source(image)
+    encoded, _ = pipeline.encode_one(source)
+    pruned = pipeline.prune(encoded, question, pruning)
+    if output is None:
+        print(coarse(figure_of(source, pruned, None), colour=sys.stdout.isatty()))
+    else:
+        draw_figure(source, pruned, None, output)
+    if not quiet:
+        scene_notice(pipeline.model, source)
+        say(f"{len(pruned.kept)} of {pruned.count} visual tokens, region {pruned.region or 'none'}")
+
+
+show.examples = (  # type: ignore[attr-defined]
+    'Example: `gridprune show street.png "Where is the star?" --keep 0.11 -o star.png`'
+)
+
+
+def draw_figure(source: "Source", pruned: "PrunedSet", answer: str | None, path: Path) -> None:
+    """Writes the figure of a pruned set as PNG."""
+    import io
+
+    from gridprune_cli.figure import draw
+    from gridprune_cli.files import write_atomic
+
+    data = io.BytesIO()
+    draw(figure_of(source, pruned, answer)).save(data, "PNG")
+    write_atomic(path, data.getvalue(), sync=True)
+
+
+def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None):  # noqa: ANN201
+    """What there is to draw of a pruned set."""
+    from gridprune_cli.figure import Figure
+    from gridprune_cli.images import load_image
+
+    return Figure(
+        image=load_image(source).image,
+        views=pruned.views,
+        kept=pruned.kept.tolist(),
+        relevance=None if pruned.relevance is None else pruned.relevance.tolist(),
+        zones=pruned.zone_rectangles(),
+        region=pruned.region,
+        question=pruned.question,
+        answer=answer,
+        details=f"{len(pruned.kept)} of {pruned.count} tokens · {pruned.method['name']}",
+    )
+
+
+def scene_notice(model: str, source: "Source") -> None:
+    """Says so where the embedded model is asked about something that isn't a scene."""
+    if model != "scenes":
+        return
+    from gridprune_cli.images import load_image
+    from gridprune_cli.scenes.scene import looks_like_scene
+
+    if not looks_like_scene(load_image(source).image):
+        say("the embedded model knows only its own synthetic scenes: name a real one, as in --model FOLDER")

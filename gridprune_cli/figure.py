@@ -1,0 +1,554 @@
+"""What pruning did, as a picture: kept tokens, zones with their budgets, the contextual region, relevance."""
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+Zone = tuple[int, int, int, int, int, int]  # view, row0, col0, row1, col1 (exclusive ends, in tokens), budget
+Rect = tuple[int, int, int, int]  # left, top, right, bottom in pixels, exclusive ends
+Colour = tuple[int, int, int]
+
+REGION_GRID = 8  # the contextual region counts cells of an 8 x 8 grid over the picture
+
+_PAPER, _PADDING, _INK, _SOFT = (255, 255, 255), (232, 232, 235), (28, 28, 32), (112, 112, 120)
+_KEPT, _REGION = (255, 184, 28), (0, 190, 214)
+_HEAT: tuple[Colour, ...] = (  # evenly spaced anchors; lightness rises steadily from first to last
+    (14, 8, 38),
+    (66, 16, 110),
+    (132, 32, 122),
+    (196, 52, 100),
+    (238, 104, 58),
+    (250, 172, 40),
+    (252, 244, 150),
+)
+
+_SHARP = 2  # everything is drawn this much larger, then scaled down, for smooth edges
+_UNITS = 1200  # sizes below are in units: the figure is this many units wide, whatever its width in pixels
+_MARGIN, _GAP, _HEADER, _LINE = 20, 24, 42, 30
+_TEXT, _SMALL, _TINY = 22, 19, 11
+
+
+class View(Protocol):
+    """The grid of one view and the part of the picture that it covers, as in `pruning.signals.View`."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def box(self) -> tuple[float, float, float, float]: ...
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What there is to draw. N visual tokens: the views in turn, each row-major.
+
+    kept       indices in 0..N-1
+    relevance  N finite values, or None where the method used none
+    zones      rectangles of tokens, with the budget of each; empty for methods without zones
+    region     the contextual region, inclusive x0, y0, x1, y1 on the 8 x 8 grid over the picture
+    details    a line such as "28 of 256 tokens · gridprune"
+    """
+
+    image: Image.Image
+    views: Sequence[View]
+    kept: Sequence[int]
+    question: str
+    answer: str | None = None
+    details: str = ""
+    relevance: Sequence[float] | None = None
+    zones: Sequence[Zone] = ()
+    region: tuple[int, int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a token, zone or region lies outside its grid, or the relevance doesn't fit."""
+        count = sum(view.rows * view.cols for view in self.views)
+        if not count:
+            raise ValueError("there are no views to draw")
+        if any(not 0 <= token < count for token in self.kept):
+            raise ValueError(f"kept has indices outside 0..{count - 1}")
+        if self.relevance is not None and len(self.relevance) != count:
+            raise ValueError(f"relevance has {len(self.relevance)} values, the views have {count} tokens")
+        if self.relevance is not None and not all(map(math.isfinite, self.relevance)):
+            raise ValueError("relevance has values that are not finite")
+        for n, row0, col0, row1, col1, _ in self.zones:
+            if not (0 <= n < len(self.views)):
+                raise ValueError(f"a zone is in view {n}, there are {len(self.views)} views")
+            if not (0 <= row0 < row1 <= self.views[n].rows and 0 <= col0 < col1 <= self.views[n].cols):
+                raise ValueError(f"a zone of view {n} leaves its grid")
+        if self.region is not None:
+            x0, y0, x1, y1 = self.region
+            if not (0 <= x0 <= x1 < REGION_GRID and 0 <= y0 <= y1 < REGION_GRID):
+                raise ValueError(f"region {self.region} is no box on the {REGION_GRID} x {REGION_GRID} grid")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Where the picture lies on a canvas. `extent` is what the canvas shows, in fractions of the picture.
+
+    left, top, width, height are pixels of the canvas.
+    """
+
+    left: int
+    top: int
+    width: int
+    height: int
+    extent: tuple[float, float, float, float]
+
+    def place(self, box: tuple[float, float, float, float]) -> Rect:
+        """A box in fractions of the picture, in pixels, at least one pixel each way."""
+        x0, y0, x1, y1 = self.extent
+        left = self.left + round((box[0] - x0) / (x1 - x0) * self.width)
+        top = self.top + round((box[1] - y0) / (y1 - y0) * self.height)
+        right = self.left + round((box[2] - x0) / (x1 - x0) * self.width)
+        bottom = self.top + round((box[3] - y0) / (y1 - y0) * self.height)
+        return left, top, max(right, left + 1), max(bottom, top + 1)
+
+    def cells(self, view: View, row0: int, col0: int, row1: int, col1: int) -> Rect:
+        """A rectangle of a view's tokens (exclusive ends), in pixels."""
+        left, top, right, bottom = view.box
+        dx, dy = (right - left) / view.cols, (bottom - top) / view.rows
+        return self.place((left + col0 * dx, top + row0 * dy, left + col1 * dx, top + row1 * dy))
+
+    def region(self, region: tuple[int, int, int, int]) -> Rect:
+        """The contextual region, in pixels."""
+        x0, y0, x1, y1 = region
+        return self.place((x0 / REGION_GRID, y0 / REGION_GRID, (x1 + 1) / REGION_GRID, (y1 + 1) / REGION_GRID))
+
+
+def draw(figure: Figure, width: int = 1200) -> Image.Image:
+    """The figure, `width` pixels wide: kept tokens beside relevance, over question, answer and details.
+
+    Pictures more than twice as wide as high get their panels one above the other. Views that overlap (a base view and
+    its tiles) get a row of panels each. A picture that a view pads shows its padding. Raises ValueError where width is
+    under 200.
+    """
+    if width < 200:
+        raise ValueError(f"a figure needs a width of 200 pixels or more, not {width}")
+    unit = width * _SHARP / _UNITS
+    page_width = width * _SHARP
+    layers = _layers(figure.views)
+    size, extent, stacked = _panel_size(figure, page_width, unit)
+    margin, gap, header = round(_MARGIN * unit), round(_GAP * unit), round(_HEADER * unit)
+    right = margin if stacked else (page_width + gap) // 2
+    panels, y = [], margin
+    for _ in layers:
+        first = Panel(margin, y + header, *size, extent)
+        if stacked:
+            y = first.top + first.height + gap // 2
+        panels.append((first, Panel(right, y + header, *size, extent)))
+        y += header + size[1] + gap
+    caption = _caption(figure, page_width - 2 * margin, unit)
+    page = Image.new("RGB", (page_width, -(-(y + caption.height + margin) // _SHARP) * _SHARP), _PAPER)
+    for layer, (first, second) in zip(layers, panels, strict=True):
+        suffix = f" · view{'s' if len(layer) > 1 else ''} {_span(layer)}" if len(layers) > 1 else ""
+        _draw_kept(page, figure, layer, first, unit, "Kept tokens" + suffix)
+        _draw_relevance(page, figure, layer, second, unit, suffix)
+    page.paste(caption, (margin, y))
+    return page.reduce(_SHARP)
+
+
+def coarse(figure: Figure, *, colour: bool, columns: int = 48) -> str:
+    """The picture for a terminal, `columns` characters wide (fewer where it would be taller than that many lines).
+
+    With colour: half blocks in 24-bit colour. Without: `#` kept, `.` dropped, `+ - |` the region's border. A place
+    counts as kept where a token of any view keeps it. Raises ValueError where columns is under 1.
+    """
+    if columns < 1:
+        raise ValueError(f"a terminal picture needs 1 column or more, not {columns}")
+    aspect = figure.image.height / figure.image.width
+    columns = max(1, round(min(columns, 2 * columns / aspect)))
+    lines = max(1, round(columns * aspect / 2))  # a character is about twice as high as wide
+    height = 2 * lines if colour else lines
+    panel = Panel(0, 0, columns, height, (0.0, 0.0, 1.0, 1.0))
+    mask = _kept_mask(figure, range(len(figure.views)), panel)
+    border = panel.region(figure.region) if figure.region is not None else None
+    if not colour:
+        rows = [["#" if mask.getpixel((x, y)) else "." for x in range(columns)] for y in range(height)]
+        if border is not None:
+            for x, y, mark in _border(border):
+                rows[y][x] = mark
+        return "\n".join("".join(row) for row in rows)
+    picture = figure.image.convert("RGB").resize((columns, height), Image.Resampling.BOX)
+    picture = Image.composite(picture, _dimmed(picture), mask)
+    if border is not None:
+        for x, y, _ in _border(border):
+            picture.putpixel((x, y), _REGION)
+    out = []
+    for y in range(0, height, 2):
+        cells = []
+        for x in range(columns):
+            over, under = picture.getpixel((x, y)), picture.getpixel((x, y + 1))
+            assert isinstance(over, tuple) and isinstance(under, tuple)
+            cells.append("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*over, *under))
+        out.append("".join(cells) + "\x1b[0m")
+    return "\n".join(out)
+
+
+def _border(rect: Rect) -> list[tuple[int, int, str]]:
+    """The border cells of a rectangle, each with the character that draws it."""
+    left, top, right, bottom = rect[0], rect[1], rect[2] - 1, rect[3] - 1
+    sides = [(x, y, "-") for x in range(left, right + 1) for y in (top, bottom)]
+    sides += [(x, y, "|") for x in (left, right) for y in range(top, bottom + 1)]
+    return sides + [(x, y, "+") for x in (left, right) for y in (top, bottom)]
+
+
+# ---- layout ----------------------------------------------------------------------------------------------------------
+
+
+def _layers(views: Sequence[View]) -> list[list[int]]:
+    """Views in layers: each goes to the first layer where its box overlaps no other."""
+    layers: list[list[int]] = []
+    for n, view in enumerate(views):
+        free = (layer for layer in layers if not any(_overlap(view.box, views[other].box) for other in layer))
+        layer = next(free, None)
+        if layer is None:
+            layers.append([n])
+        else:
+            layer.append(n)
+    return layers
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...], slack: float = 1e-6) -> bool:
+    return all(a[i] < b[i + 2] - slack and b[i] < a[i + 2] - slack for i in (0, 1))
+
+
+def _span(layer: list[int]) -> str:
+    """The views of a layer, counted from 1: "1", "2-5", "2, 4"."""
+    numbers = [n + 1 for n in layer]
+    if len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+def _panel_size(
+    figure: Figure, page_width: int, unit: float
+) -> tuple[tuple[int, int], tuple[float, float, float, float], bool]:
+    """Size of a panel in pixels, the part of the picture that it shows, and whether panels lie one above the other."""
+    boxes = [(0.0, 0.0, 1.0, 1.0), *(view.box for view in figure.views)]
+    left, top, right, bottom = (pick(box[i] for box in boxes) for i, pick in enumerate((min, min, max, max)))
+    wide, high = figure.image.width * (right - left), figure.image.height * (bottom - top)
+    stacked = wide > 2 * high
+    slot = page_width - 2 * round(_MARGIN * unit)
+    if not stacked:
+        slot = (slot - round(_GAP * unit)) // 2
+    tokens = [figure.image.width * (view.box[2] - view.box[0]) / view.cols for view in figure.views]
+    legible = min(12 * unit / min(tokens), 3 * slot / high)  # a tall picture grows until tokens are 12 units wide
+    scale = min(slot / wide, max(1.25 * slot / high, legible))
+    return (max(1, round(wide * scale)), max(1, round(high * scale))), (left, top, right, bottom), stacked
+
+
+# ---- panels ----------------------------------------------------------------------------------------------------------
+
+
+def _draw_kept(page: Image.Image, figure: Figure, layer: list[int], panel: Panel, unit: float, title: str) -> None:
+    picture, mask = _picture(figure.image, panel), _kept_mask(figure, layer, panel)
+    corner = (panel.left, panel.top)
+    page.paste(_PADDING, (*corner, panel.left + panel.width, panel.top + panel.height))
+    left, top, right, bottom = panel.place((0.0, 0.0, 1.0, 1.0))
+    inside = mask.crop((left - panel.left, top - panel.top, right - panel.left, bottom - panel.top))
+    page.paste(Image.composite(picture, _dimmed(picture), inside), (left, top))
+
+    zones = [(panel.cells(figure.views[zone[0]], *zone[1:5]), zone[5]) for zone in figure.zones if zone[0] in layer]
+    dashes = Image.new("RGBA", page.size)  # apart, since zones share sides, and twice the ink would show
+    for rect, _ in zones:
+        _dash(dashes, rect, unit)
+    page.paste(dashes, (0, 0), dashes)
+    sides = [_sides(panel.cells(figure.views[n], 0, 0, 1, 1)) for n in layer]
+    stroke = round(max(1.0, min(3 * unit, 0.15 * min(min(side) for side in sides))))
+    page.paste(_KEPT, corner, _contour(mask, stroke))
+    taken: list[Rect] = []
+    if figure.region is not None:
+        rect = panel.region(figure.region)
+        _outline(page, rect, unit)
+        taken += _tag(page, rect, panel, mask, unit)
+        taken += [(rect[0], rect[1], rect[2], rect[1]), (rect[0], rect[3], rect[2], rect[3])]  # the plates keep off
+        taken += [(rect[0], rect[1], rect[0], rect[3]), (rect[2], rect[1], rect[2], rect[3])]  # its four sides
+    for rect, budget in zones:
+        _budget(page, rect, budget, taken, panel, mask, round(stroke + 2 * unit), unit)
+    _header(page, panel, title, unit, zoned=bool(zones))
+
+
+def _draw_relevance(
+    page: Image.Image, figure: Figure, layer: list[int], panel: Panel, unit: float, suffix: str
+) -> None:
+    picture = _picture(figure.image, panel)
+    page.paste(_PADDING, (panel.left, panel.top, panel.left + panel.width, panel.top + panel.height))
+    corner = panel.place((0.0, 0.0, 1.0, 1.0))[:2]
+    if figure.relevance is None:
+        page.paste(picture, corner)
+        _header(page, panel, "Picture", unit)
+    else:
+        flat = ImageOps.grayscale(picture).point(
+            lambda value: round(60 + 0.55 * value)
+        )  # or it would read as relevance
+        page.paste(flat.convert("RGB"), corner)
+        low, high = min(figure.relevance), max(figure.relevance)
+        starts = _starts(figure.views)
+        for n in layer:
+            view = figure.views[n]
+            values = figure.relevance[starts[n] : starts[n + 1]]
+            heat = Image.new("L", (view.cols, view.rows))
+            heat.putdata([round(255 * (value - low) / (high - low)) if high > low else 0 for value in values])
+            rect = panel.cells(view, 0, 0, view.rows, view.cols)
+            heat = heat.resize(_sides(rect), Image.Resampling.NEAREST)
+            page.paste(Image.blend(page.crop(rect), _heat(heat), 0.76), rect[:2])
+        _header(page, panel, "Relevance" + suffix, unit, scale=(low, high))
+    if figure.region is not None:
+        _outline(page, panel.region(figure.region), unit)
+
+
+def _picture(image: Image.Image, panel: Panel) -> Image.Image:
+    return image.convert("RGB").resize(_sides(panel.place((0.0, 0.0, 1.0, 1.0))), Image.Resampling.LANCZOS)
+
+
+def _dimmed(picture: Image.Image) -> Image.Image:
+    """Darker, and nearly gray: what dropped tokens look like."""
+    muted = Image.blend(picture, ImageOps.grayscale(picture).convert("RGB"), 0.75)
+    return muted.point(lambda value: round(value * 0.42))
+
+
+def _heat(values: Image.Image) -> Image.Image:
+    """Colours of `_HEAT` for an "L" image of values, 0 lowest and 255 highest."""
+    bands = []
+    for channel in range(3):
+        table = []
+        for value in range(256):
+            place = value / 255 * (len(_HEAT) - 1)
+            n = min(int(place), len(_HEAT) - 2)
+            low, high = _HEAT[n][channel], _HEAT[n + 1][channel]
+            table.append(round(low + (high - low) * (place - n)))
+        bands.append(values.point(table))
+    return Image.merge("RGB", bands)
+
+
+def _starts(views: Sequence[View]) -> list[int]:
+    """Index of each view's first token, then N."""
+    starts = [0]
+    for view in views:
+        starts.append(starts[-1] + view.rows * view.cols)
+    return starts
+
+
+def _kept_mask(figure: Figure, layer: Sequence[int], panel: Panel) -> Image.Image:
+    """ "L" image of the panel's size, 255 where a view of the layer keeps a token."""
+    mask = Image.new("L", (panel.width, panel.height))
+    starts = _starts(figure.views)
+    for n in layer:
+        view = figure.views[n]
+        for token in figure.kept:
+            if starts[n] <= token < starts[n + 1]:
+                row, col = divmod(token - starts[n], view.cols)
+                x0, y0, x1, y1 = panel.cells(view, row, col, row + 1, col + 1)
+                mask.paste(255, (x0 - panel.left, y0 - panel.top, x1 - panel.left, y1 - panel.top))
+    return mask
+
+
+def _contour(mask: Image.Image, stroke: int) -> Image.Image:
+    """The inner rim of a mask's areas, `stroke` pixels wide."""
+    padded = ImageOps.expand(mask, stroke, 0)
+    inner = ImageOps.crop(padded.filter(ImageFilter.MinFilter(2 * stroke + 1)), stroke)
+    return ImageChops.subtract(mask, inner)
+
+
+# ---- marks and text --------------------------------------------------------------------------------------------------
+
+
+def _dash(canvas: Image.Image, rect: Rect, unit: float) -> None:
+    """A thin border of light and dark dashes, to show on any picture. Dashes of zones that share a side coincide."""
+    pen = ImageDraw.Draw(canvas, "RGBA")
+    half, period = max(1, round(0.5 * unit)), max(1, round(6 * unit))
+    for axis in (0, 1):
+        for at in (rect[1 - axis], rect[3 - axis]):
+            start, end = rect[axis], rect[axis + 2]
+            for n in range(start // period, -(-end // period)):
+                first, last = max(start, n * period), min(end, (n + 1) * period) - 1
+                box = (first, at - half, last, at + half - 1)
+                fill = (255, 255, 255, 215) if n % 2 else (0, 0, 0, 110)
+                pen.rectangle(box if axis == 0 else (box[1], box[0], box[3], box[2]), fill=fill)
+
+
+def _outline(page: Image.Image, rect: Rect, unit: float) -> None:
+    """The region's border, around `rect`, so that it hides nothing inside."""
+    pen = ImageDraw.Draw(page)
+    left, top, right, bottom = rect
+    for reach, colour in ((5.5, _INK), (4.5, _REGION)):
+        n = round(reach * unit)
+        for side in (
+            (left - n, top - n, right + n - 1, top - 1),
+            (left - n, bottom, right + n - 1, bottom + n - 1),
+            (left - n, top, left - 1, bottom - 1),
+            (right, top, right + n - 1, bottom - 1),
+        ):
+            pen.rectangle(side, fill=colour)
+
+
+def _tag(page: Image.Image, rect: Rect, panel: Panel, mask: Image.Image, unit: float) -> list[Rect]:
+    """Labels the region, at its border or inside. Returns where; nothing where the panel is too small."""
+    font = _font(round(_SMALL * unit))
+    text = "contextual region"
+    wide, high = round(font.getlength(text) + 14 * unit), round(26 * unit)
+    reach = round(4.5 * unit)
+    left, right, top, bottom = rect[0] - reach, rect[2] + reach - wide, rect[1], rect[3] - high
+    places = [(x, y) for y in (top - high, bottom + high) for x in (left, right)]
+    places += [(x, y) for x in (left - wide + reach, right + wide - reach) for y in (top, bottom)]
+    places += [(x, y) for y in (top, bottom) for x in (left, right)]
+    places += [(max(panel.left, min(x, panel.left + panel.width - wide)), y) for x, y in places]
+    plate = _freest([(x, y, x + wide, y + high) for x, y in places], panel, mask)
+    if plate is None:
+        return []
+    pen = ImageDraw.Draw(page)
+    pen.rectangle((plate[0], plate[1], plate[2] - 1, plate[3] - 1), fill=_REGION)
+    pen.text((plate[0] + wide / 2, plate[1] + high / 2), text, _INK, font=font, anchor="mm")
+    return [plate]
+
+
+def _budget(
+    page: Image.Image,
+    rect: Rect,
+    budget: int,
+    taken: list[Rect],
+    panel: Panel,
+    mask: Image.Image,
+    inset: int,
+    unit: float,
+) -> None:
+    """Writes a zone's budget on a plate in a free corner; leaves it out where the zone is too small."""
+    size = round(min(_SMALL * unit, 0.3 * min(_sides(rect))))
+    if size < _TINY * unit:
+        return
+    font = _font(size)
+    wide, high = round(font.getlength(str(budget)) + 0.6 * size), round(1.15 * size)
+    corners = [
+        (x, y, x + wide, y + high)
+        for x in (rect[2] - inset - wide, rect[0] + inset)
+        for y in (rect[3] - inset - high, rect[1] + inset)
+        if wide + 2 * inset <= rect[2] - rect[0]
+    ]
+    plate = _freest([c for c in corners if not any(_touch(c, other, inset) for other in taken)], panel, mask)
+    if plate is not None:
+        pen = ImageDraw.Draw(page, "RGBA")
+        ink, shade = (255, 200) if budget else (150, 120)  # zones that keep nothing stand back
+        box = (plate[0], plate[1], plate[2] - 1, plate[3] - 1)
+        pen.rounded_rectangle(box, 0.2 * size, fill=(*_INK, shade))
+        middle = (plate[0] + wide / 2, plate[1] + high / 2)
+        pen.text(middle, str(budget), (255, 255, 255, ink), font=font, anchor="mm")
+
+
+def _freest(plates: list[Rect], panel: Panel, mask: Image.Image) -> Rect | None:
+    """The first of the plates that hide least of the kept tokens, among those that lie inside the panel."""
+    x, y = panel.left, panel.top
+    local = [(plate, (plate[0] - x, plate[1] - y, plate[2] - x, plate[3] - y)) for plate in plates]
+    inside = [(mask.crop(at).histogram()[255], plate) for plate, at in local if _within(at, mask.size)]
+    return min(inside, key=lambda pair: pair[0])[1] if inside else None
+
+
+def _within(rect: Rect, size: tuple[int, int]) -> bool:
+    return rect[0] >= 0 and rect[1] >= 0 and rect[2] <= size[0] and rect[3] <= size[1]
+
+
+def _touch(a: Rect, b: Rect, gap: int) -> bool:
+    return all(a[i] < b[i + 2] + gap and b[i] < a[i + 2] + gap for i in (0, 1))
+
+
+def _header(
+    page: Image.Image,
+    panel: Panel,
+    title: str,
+    unit: float,
+    *,
+    zoned: bool = False,
+    scale: tuple[float, float] | None = None,
+) -> None:
+    """The title over a panel, then the zones' key, or the colour bar with its lowest and highest value."""
+    pen = ImageDraw.Draw(page, "RGBA")
+    font, small = _font(round(_TEXT * unit)), _font(round(_SMALL * unit))
+    y = panel.top - round(19 * unit)
+    x = round(panel.left + font.getlength(title) + 18 * unit)
+    pen.text((panel.left, y), title, _INK, font=font, anchor="lm", stroke_width=0.3 * unit)
+    side = round(16 * unit)
+    if zoned:
+        pen.rectangle((x, y - side // 2, x + 2 * side, y + side // 2), fill=(120, 120, 126))
+        _dash(page, (x, y - side // 2, x + 2 * side, y + side // 2), unit)
+        pen.text((x + 2.6 * side, y), "zone and its budget", _SOFT, font=small, anchor="lm")
+    if scale is not None:
+        low, high = (f"{value:.3g}" for value in scale)
+        pen.text((x, y), low, _SOFT, font=small, anchor="lm")
+        x += round(small.getlength(low) + 8 * unit)
+        bar = Image.linear_gradient("L").rotate(90).resize((round(120 * unit), side))
+        page.paste(_heat(bar), (x, y - side // 2))
+        pen.text((x + bar.width + 8 * unit, y), high, _SOFT, font=small, anchor="lm")
+
+
+def _caption(figure: Figure, width: int, unit: float) -> Image.Image:
+    """Question, answer and details, wrapped to `width` pixels."""
+    font, line, indent = _font(round(_TEXT * unit)), round(_LINE * unit), round(110 * unit)
+    rows = [("Question", figure.question), ("Answer", figure.answer), ("Kept", figure.details)]
+    texts = [(label, _wrap(text, font, width - indent)) for label, text in rows if text]
+    image = Image.new("RGB", (width, line * max(1, sum(len(lines) for _, lines in texts))), _PAPER)
+    pen, y = ImageDraw.Draw(image), line // 2
+    for label, lines in texts:
+        pen.text((0, y), label, _SOFT, font=font, anchor="lm")
+        for text in lines:
+            pen.text((indent, y), text, _INK, font=font, anchor="lm")
+            y += line
+    return image
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """Lines no longer than `width` pixels, broken at spaces, and inside words that are longer than a line."""
+    lines, line = [], ""
+    for word in _printable(text).split():
+        joined = f"{line} {word}" if line else word
+        if font.getlength(joined) <= width:
+            line = joined
+            continue
+        if line:
+            lines.append(line)
+        line = ""
+        for character in word:
+            if line and font.getlength(line + character) > width:
+                lines.append(line)
+                line = ""
+            line += character
+    return [*lines, line]
+
+
+def _printable(text: str) -> str:
+    """Text with what Pillow's own font can't draw put in simpler characters, where there are such (é: e).
+
+    Other scripts stay as they are, and come out as empty boxes.
+    """
+    simple = text.translate({0x2012: "-", 0x2013: "-", 0x2014: "-", 0x2212: "-", 0xD7: "x"})
+    out = []
+    for character in simple:
+        if character.isspace():
+            out.append(" ")
+        elif character.isprintable():
+            plain = "".join(c for c in unicodedata.normalize("NFKD", character) if _known(c))
+            out.append(character if _known(character) or not plain else plain)
+    return "".join(out)
+
+
+@lru_cache(maxsize=4096)
+def _known(character: str) -> bool:
+    """Whether the font has this character: one that it lacks comes out as the box of an unassigned one."""
+    font = _font(20)
+    mask, box = font.getmask(character), font.getmask("\uffff")
+    return mask.size != box.size or bytes(mask) != bytes(box)
+
+
+@lru_cache(maxsize=32)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(max(1, size))
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    return font
+
+
+def _sides(rect: Rect) -> tuple[int, int]:
+    return rect[2] - rect[0], rect[3] - rect[1]

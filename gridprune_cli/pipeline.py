@@ -1,0 +1,266 @@
+"""encode -> prune -> generate, with the cache between: what the commands call, and users of the package."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gridprune_cli.device import place
+from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.generation import generate
+from gridprune_cli.images import Picture, Source, identify, load_image
+from gridprune_cli.pruning.methods import Method, make
+from gridprune_cli.pruning.region import contextual_region
+from gridprune_cli.pruning.signals import Box, Signals
+from gridprune_cli.store import Store, entry_key
+from gridprune_cli.tokens import EncodedImage, PrunedSet
+from gridprune_cli.vlm import open_model
+from gridprune_cli.vlm.family import Encoding
+
+SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
+POSITIONS = ("original", "compact")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What to keep of an image for a question.
+
+    keep       share of the visual tokens, in (0, 1]; K = keep * N, rounded to the nearest, at least 1
+    tokens     K itself, instead of `keep`
+    method     how to choose them
+    region     "auto" (found from the relevance), "none", or a box; only methods with zones heed it
+    positions  "original": kept tokens keep their place in the prompt; "compact": they are numbered on
+    """
+
+    keep: float = 0.11
+    tokens: int | None = None
+    method: Method = field(default_factory=lambda: make("gridprune"))
+    region: str | Box = "auto"
+    positions: str = "original"
+
+    def __post_init__(self) -> None:
+        """Raises BadInput for values out of range."""
+        if not 0 < self.keep <= 1:
+            raise BadInput(f"--keep {self.keep}: must be above 0 and at most 1")
+        if self.tokens is not None and self.tokens < 1:
+            raise BadInput(f"--tokens {self.tokens}: must be at least 1")
+        if self.positions not in POSITIONS:
+            raise BadInput(f"--positions {self.positions}: not one of {', '.join(POSITIONS)}")
+
+    def count(self, full: int) -> int:
+        """K for an image of `full` tokens. Raises BadInput where more are asked for than there are."""
+        if self.tokens is None:
+            return max(1, int(self.keep * full + 0.5))
+        if self.tokens > full:
+            raise BadInput(f"--tokens {self.tokens}: the image has {full} visual tokens")
+        return self.tokens
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and everything about how it came to be."""
+
+    text: str
+    pruned: PrunedSet
+    hit: bool  # the encoded image came from the cache
+    ms: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        pruned = self.pruned
+        return {
+            "image": pruned.name,
+            "question": pruned.question,
+            "answer": self.text,
+            "model": pruned.model,
+            "method": pruned.method["name"],
+            "options": {name: value for name, value in pruned.method.items() if name != "name"},
+            "keep": round(len(pruned.kept) / pruned.count, 4),
+            "tokens": {"full": pruned.count, "kept": len(pruned.kept)},
+            "grid": [[view.rows, view.cols] for view in pruned.views],
+            "region": pruned.region,
+            "zones": pruned.zones,
+            "cache": "hit" if self.hit else "miss",
+            "key": pruned.key,
+            "positions": pruned.positions,
+            "ms": {name: round(value, 2) for name, value in self.ms.items()},
+        }
+
+
+class Pipeline:
+    """A model with its cache. Parts of the model are loaded when they are first needed, and only those.
+
+    `store` None means no cache. Raises BadInput for a model, device or dtype that can't be used.
+    """
+
+    def __init__(
+        self, model: str = "scenes", *, store: Store | None = None, device: str = "auto", dtype: str = "auto"
+    ):
+        placed = place(device, dtype)
+        self.model = model
+        self.store = store
+        self.family = open_model(model, placed.dtype, placed.device)
+
+    # ---- encode ------------------------------------------------------------------------------------------------------
+
+    def key(self, image: str) -> str:
+        """Cache key of a picture by the sha256 of its file's bytes."""
+        return entry_key(image, self.family.encoder, SIGNALS)
+
+    def look_up(self, image: str, name: str) -> EncodedImage | None:
+        """The encoded image from the cache, under the name that it is asked for by now."""
+        if self.store is None:
+            return None
+        found = self.store.get(self.family.encoder, self.key(image))
+        try:
+            return replace(EncodedImage.from_parts(*found), name=name) if found else None
+        except (KeyError, TypeError, ValueError):
+            return None  # whole, but not what this version writes
+
+    def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
+        """Runs the tower on pictures, whatever the cache holds, and stores what it gives."""
+        encodings = self.family.encode([picture.image for picture in pictures])
+        return [self._keep(picture, encoding) for picture, encoding in zip(pictures, encodings, strict=True)]
+
+    def _keep(self, picture: Picture, encoding: Encoding) -> EncodedImage:
+        encoded = EncodedImage(
+            key=self.key(picture.sha256),
+            image=picture.sha256,
+            name=picture.name,
+            encoder=self.family.encoder,
+            size=picture.image.size,
+            views=encoding.views,
+            states=encoding.states,
+            saliency=encoding.saliency,
+            prompt=encoding.prompt,
+        )
+        if not (torch.isfinite(encoded.states).all() and torch.isfinite(encoded.saliency).all()):
+            raise GridpruneError(f"{picture.name}: the vision tower gave values that are not finite; try --dtype float32")
+        if self.store is not None:
+            self.store.put(self.family.encoder, encoded.key, encoded.to_bytes())
+        return encoded
+
+    def encode_one(self, source: Source, *, refresh: bool = False) -> tuple[EncodedImage, bool]:
+        """An encoded image, and whether it came from the cache. Raises BadInput for a picture that can't be read."""
+        image, name, data = identify(source)
+        found = None if refresh else self.look_up(image, name)
+        return (found, True) if found else (self.encode([load_image(data, name)])[0], False)
+
+    # ---- prune -------------------------------------------------------------------------------------------------------
+
+    def prune(self, encoded: EncodedImage, question: str, pruning: Pruning | None = None) -> PrunedSet:
+        """Chooses the tokens that the question needs. Raises BadInput where the pruning does not fit the image."""
+        pruning = pruning or Pruning()
+        if not question.strip():
+            raise BadInput("the question is empty")
+        k = pruning.count(encoded.count)
+        relevance = self._relevance(encoded, question) if self.needs_relevance(pruning) else None
+        signals = Signals(encoded.views, relevance, encoded.saliency.float(), self._region(pruning, encoded, relevance))
+        kept = pruning.method.select(signals, k)
+        rows = self.family.project(encoded.states[kept])
+        full = self.family.write_prompt(question, encoded)
+        stays = torch.ones(len(full), dtype=torch.bool)
+        image = (full == self.family.image_token).nonzero()[:, 0]
+        if len(image) != encoded.count:
+            raise BadInput(f"the question holds the model's image token; leave it out (prompt has {len(image)} of them)")
+        stays[image] = False
+        stays[image[kept]] = True
+        ids = full[stays]
+        original = pruning.positions == "original"
+        return PrunedSet(
+            rows=rows,
+            kept=kept,
+            input_ids=ids,
+            position_ids=self.family.positions(full)[..., stays] if original else torch.arange(len(ids)),
+            saliency=encoded.saliency,
+            relevance=relevance,
+            views=encoded.views,
+            model=self.model,
+            family=self.family.checkpoint.family,
+            key=encoded.key,
+            image=encoded.image,
+            name=encoded.name,
+            question=question,
+            method={"name": pruning.method.name, **asdict(pruning.method)},
+            region=signals.region,
+            zones=pruning.method.zones(signals, kept),
+            positions=pruning.positions,
+        )
+
+    def needs_relevance(self, pruning: Pruning) -> bool:
+        return "relevance" in pruning.method.requires
+
+    def _relevance(self, encoded: EncodedImage, question: str) -> Tensor:
+        if self.family.relevance is None:
+            raise BadInput(f"--model {self.model}: it has no text tower beside it; use a method without relevance")
+        return self.family.relevance(encoded.states, question)
+
+    def _region(self, pruning: Pruning, encoded: EncodedImage, relevance: Tensor | None) -> Box | None:
+        if "region" not in pruning.method.requires or pruning.region == "none" or relevance is None:
+            return None
+        if pruning.region == "auto":
+            return contextual_region(relevance * pruning.method.relevance_sign, encoded.views)
+        return pruning.region
+
+    # ---- generate ----------------------------------------------------------------------------------------------------
+
+    def generate(self, pruned: PrunedSet, *, max_new_tokens: int = 128, **options: Any) -> str:
+        """The answer from a pruned set. `options` go to transformers' `generate`."""
+        return generate(self.family, pruned, max_new_tokens, **options).text
+
+    def ask(
+        self, source: Source, question: str, pruning: Pruning | None = None, *, max_new_tokens: int = 128, **options: Any
+    ) -> Answer:
+        """encode, prune and generate, timed. A picture in the cache is not decoded, and the tower is not loaded."""
+        ms = dict.fromkeys(("load", "encode", "select", "prefill", "decode", "total"), 0.0)
+        with _timed(ms, "total"):
+            image, name, data = identify(source)
+            with _timed(ms, "load"):
+                encoded = self.look_up(image, name)
+                hit = encoded is not None
+                self.family.load(*(("projector", "language") if hit else ("tower", "projector", "language")))
+            if encoded is None:
+                with _timed(ms, "encode"):
+                    encoded = self.encode([load_image(data, name)])[0]
+            with _timed(ms, "select"):
+                pruned = self.prune(encoded, question, pruning)
+            made = generate(self.family, pruned, max_new_tokens, **options)
+        ms |= {"prefill": made.prefill, "decode": made.decode}
+        return Answer(made.text, pruned, hit, ms)
+
+    def encode_all(
+        self, sources: Iterable[Source], *, batch: int = 16, refresh: bool = False
+    ) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
+        """Encodes many pictures in batches: (name, what came of it, whether it was a hit), hits before their batch.
+
+        A picture that can't be read gives its error in place of an encoded image, and the rest goes on.
+        """
+        waiting: list[Picture] = []
+        for source in sources:
+            try:
+                image, name, data = identify(source)
+                if not refresh and (found := self.look_up(image, name)):
+                    yield name, found, True
+                    continue
+                waiting.append(load_image(data, name))
+            except BadInput as fault:
+                yield str(source), fault, False
+            if len(waiting) == batch:
+                yield from self._encode_batch(waiting)
+                waiting = []
+        yield from self._encode_batch(waiting)
+
+    def _encode_batch(self, pictures: list[Picture]) -> Iterator[tuple[str, EncodedImage, bool]]:
+        if pictures:
+            for picture, encoded in zip(pictures, self.encode(pictures), strict=True):
+                yield picture.name, encoded, False
+
+
+@contextmanager
+def _timed(ms: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    ms[name] = 1e3 * (time.perf_counter() - start)

@@ -1,0 +1,44 @@
+"""What every pruning method is: options, the signals it needs, and a rule that picks tokens."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gridprune_cli.pruning.signals import Signals
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A method's options. `requires` names the signals that it looks at."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset()
+
+    def select(self, signals: Signals, k: int) -> Tensor:
+        """Kept: sorted unique indices, (k,) int64 on the CPU. All tokens where k is N, whatever the signals.
+
+        Raises ValueError where k is not in 1..N, or a signal that the method requires was not computed.
+        """
+        if not 1 <= k <= signals.count:
+            raise ValueError(f"can't keep {k} of {signals.count} visual tokens: keep 1 to {signals.count}")
+        if k == signals.count:
+            return torch.arange(k)
+        return self._pick(signals, k)
+
+    @abstractmethod
+    def _pick(self, signals: Signals, k: int) -> Tensor:
+        """`select` for 1 <= k < N."""
+
+
+def values(signals: Signals, name: str) -> Tensor:
+    """A signal, (N,) float64 on the CPU: what is kept must not depend on the dtype's rounding or the device."""
+    return signals.need(name).cpu().double()
+
+
+def check_sign(sign: int) -> None:
+    """CLIP's patches can be *less* similar to what a question is about, so methods may turn relevance around."""
+    if sign not in (1, -1):
+        raise ValueError(f"relevance_sign must be 1 or -1, not {sign}")

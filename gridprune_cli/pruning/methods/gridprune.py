@@ -1,0 +1,106 @@
+"""GridPrune (arXiv 2511.10081): first where to look, then what to select there."""
+
+from dataclasses import dataclass
+from math import floor, isfinite
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gridprune_cli.pruning.budget import allocate, softmax_shares
+from gridprune_cli.pruning.methods.base import Method, check_sign, values
+from gridprune_cli.pruning.region import inside
+from gridprune_cli.pruning.select import top_by_zone
+from gridprune_cli.pruning.signals import Signals
+from gridprune_cli.pruning.zones import Zones, zone_index
+
+SALIENCY_SCALES = ("minmax", "max", "rank", "none")
+
+LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none"}
+"""The options under which the published formulas are taken as they stand; signals then have no region."""
+
+
+@dataclass(frozen=True)
+class GridPrune(Method):
+    """Budgets per zone from the zones' mean relevance, and within a zone the top tokens by relevance and saliency.
+
+    zone            side of a zone in tokens
+    alpha           weight of saliency in a token's score, 0..1; relevance, mapped to 0..1, has the rest
+    temperature     of the softmax over zones, above 0: lower gives relevant zones more
+    saliency_scale  how saliency is brought to 0..1: "minmax", "max", "rank" or "none"
+    region_share    share of K for the contextual region, 0..1, where the signals have one
+    relevance_sign  1, or -1 where low relevance marks what the question is about
+    """
+
+    name: ClassVar[str] = "gridprune"
+    requires: ClassVar[frozenset[str]] = frozenset({"relevance", "saliency"})
+    zone: int = 4
+    alpha: float = 0.2
+    temperature: float = 0.1
+    saliency_scale: str = "minmax"
+    region_share: float = 0.8
+    relevance_sign: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where an option is out of its range."""
+        if self.zone < 1:
+            raise ValueError(f"zone must be at least 1, not {self.zone}")
+        for option in ("alpha", "region_share"):
+            if not 0 <= getattr(self, option) <= 1:
+                raise ValueError(f"{option} must be from 0 to 1, not {getattr(self, option)}")
+        if not (self.temperature > 0 and isfinite(self.temperature)):
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if self.saliency_scale not in SALIENCY_SCALES:
+            raise ValueError(f"saliency_scale must be one of {', '.join(SALIENCY_SCALES)}, not {self.saliency_scale}")
+        check_sign(self.relevance_sign)
+
+    def zones(self, signals: Signals) -> tuple[Tensor, Zones]:
+        """Each token's zone, (N,) int64, and the zones."""
+        return zone_index(signals.views, self.zone)
+
+    def _pick(self, signals: Signals, k: int) -> Tensor:
+        relevance = values(signals, "relevance") * self.relevance_sign
+        saliency = scaled(values(signals, "saliency"), self.saliency_scale)
+        score = (1 - self.alpha) * (relevance + 1) / 2 + self.alpha * saliency
+        part, zones = self.zones(signals)
+        quotas = [k]
+        if signals.region is not None:
+            # The region cuts every zone into a part inside, which keeps the zone's number, and a part outside.
+            within = inside(signals.views, signals.region)
+            part = part + zones.count * ~within
+            quotas = region_quotas(k, int(within.sum()), signals.count, self.region_share)
+        caps = torch.bincount(part, minlength=len(quotas) * zones.count)
+        means = torch.bincount(part, weights=relevance, minlength=len(caps)) / caps.clamp(min=1)
+        budgets = [
+            allocate(softmax_shares(mean, cap, self.temperature), cap, quota)
+            for mean, cap, quota in zip(means.split(zones.count), caps.split(zones.count), quotas, strict=True)
+        ]
+        return top_by_zone(score, part, torch.cat(budgets))
+
+
+def region_quotas(k: int, within: int, count: int, share: float) -> list[int]:
+    """How many of k tokens come from inside the region and from outside, where it has `within` of `count` tokens.
+
+    `share * k`, rounded to the nearest, comes from inside as far as the region has it, and the rest from outside as far
+    as that has it. One at least stays outside, where there is any and k is above 1: never blind outside.
+    """
+    inner = min(floor(share * k + 0.5), within)
+    if k > 1 and within < count:
+        inner = min(inner, k - 1)
+    inner = max(inner, k - (count - within))
+    return [inner, k - inner]
+
+
+def scaled(saliency: Tensor, scale: str) -> Tensor:
+    """Saliency (N,) in 0..1; "none" leaves it. Constant saliency becomes 0 by "minmax" and "rank"."""
+    tiny = torch.finfo(torch.float64).tiny
+    match scale:
+        case "minmax":
+            low, high = saliency.aminmax()
+            return (saliency - low) / (high - low).clamp(min=tiny)
+        case "max":
+            return saliency / saliency.max().clamp(min=tiny)
+        case "rank":  # how many tokens are below, so that equal saliency stays equal
+            return torch.searchsorted(saliency.sort().values, saliency).double() / max(len(saliency) - 1, 1)
+        case _:
+            return saliency

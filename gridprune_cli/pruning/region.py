@@ -1,0 +1,115 @@
+"""The contextual region: where in the picture to look, as a box on CROP's 8 x 8 grid (arXiv 2505.21233).
+
+CROP fine-tunes a model to answer the box. Without training, ours is the best rectangle of the relevance map.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from gridprune_cli.pruning.signals import Box, View
+
+GRID = 8
+
+# All 1296 boxes, x0, y0, x1, y1, in the order in which ties are resolved: smaller area, then top-left, then wider.
+_BOXES: list[Box] = sorted(
+    ((x0, y0, x1, y1) for y0 in range(GRID) for y1 in range(y0, GRID) for x0 in range(GRID) for x1 in range(x0, GRID)),
+    key=lambda box: ((box[2] - box[0] + 1) * (box[3] - box[1] + 1), box[1], box[0], box[3]),
+)
+_X0, _Y0, _X1, _Y1 = torch.tensor(_BOXES).T[:, :, None]
+_CELLS = torch.arange(GRID)
+_WITHIN = (
+    ((_CELLS >= _Y0) & (_CELLS <= _Y1))[:, :, None] & ((_CELLS >= _X0) & (_CELLS <= _X1))[:, None, :]
+).flatten(1).double()  # (1296, 64): 1 where the box has the cell
+_AREA = _WITHIN.sum(1)
+
+
+def contextual_region(
+    relevance: Tensor, views: tuple[View, ...], *, temperature: float = 0.5, area_price: float = 1 / 128
+) -> Box:
+    """The box with the highest `mass inside - area_price * cells`. Ties: smaller area, then top, then left.
+
+    The mass of a cell is the softmax, over the cells, of the relevance map in standard deviations over `temperature`:
+    lower looks sharper. So neither shifting nor scaling `relevance` (N,) moves the region. `area_price` is mass per
+    cell: a box grows over cells that hold more; at 1/128, over those with more than half of the average mass, so
+    that a flat map gives the whole picture. Cells that no view covers have no mass. Raises ValueError where
+    relevance is not finite or not one per token, no view covers the picture, or temperature is not above 0.
+    """
+    if relevance.shape != (sum(view.count for view in views),):
+        raise ValueError(f"relevance has shape {tuple(relevance.shape)}, which is not one value per token")
+    if not bool(torch.isfinite(relevance).all()):
+        raise ValueError("relevance has values that are not finite")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    mass = _mass(*_pool(relevance.cpu().double(), views), temperature)
+    score = _WITHIN @ mass - area_price * _AREA
+    # The sums carry rounding noise, which must not decide between boxes that are equal.
+    return _BOXES[int((score >= score.max() - 1e-9).nonzero()[0])]
+
+
+def inside(views: tuple[View, ...], box: Box) -> Tensor:
+    """(N,) bool: the tokens whose centre lies in the box. May be none. Raises ValueError where it is no box."""
+    x0, y0, x1, y1 = _checked(box, str(box))
+    parts = []
+    for view in views:
+        left, top, right, bottom = view.box
+        row, col = _cell_along(top, bottom, view.rows), _cell_along(left, right, view.cols)
+        parts.append((((row >= y0) & (row <= y1))[:, None] & (col >= x0) & (col <= x1)).flatten())
+    return torch.cat(parts)
+
+
+def parse_box(text: str) -> Box:
+    """Reads "x0,y0,x1,y1". Raises ValueError, with one line to show, where it is no box on the 8 x 8 grid."""
+    match = re.fullmatch(",".join(["([0-9])"] * 4), text)
+    if match is None:
+        raise ValueError(_not_a_box(text))
+    x0, y0, x1, y1 = map(int, match.groups())
+    return _checked((x0, y0, x1, y1), text)
+
+
+def _checked(box: Box, text: str) -> Box:
+    x0, y0, x1, y1 = box
+    if not (0 <= x0 <= x1 < GRID and 0 <= y0 <= y1 < GRID):
+        raise ValueError(_not_a_box(text))
+    return box
+
+
+def _not_a_box(text: str) -> str:
+    return f"{text!r} is no region: give x0,y0,x1,y1 with x0 <= x1 and y0 <= y1, whole numbers from 0 to {GRID - 1}"
+
+
+def _pool(relevance: Tensor, views: tuple[View, ...]) -> tuple[Tensor, Tensor]:
+    """(8, 8) mean relevance per cell, tokens weighted by the area they share with it; and which cells are covered."""
+    total = torch.zeros(GRID, GRID, dtype=torch.float64)
+    area = torch.zeros(GRID, GRID, dtype=torch.float64)
+    for view, part in zip(views, relevance.split([view.count for view in views]), strict=True):
+        left, top, right, bottom = view.box
+        down, across = _overlap(top, bottom, view.rows), _overlap(left, right, view.cols)
+        total += down @ part.view(view.rows, view.cols) @ across.T
+        area += torch.outer(down.sum(1), across.sum(1))
+    covered = area > 1e-6  # of a cell; what rounding leaves at a view's border is less
+    if not bool(covered.any()):
+        raise ValueError("no view covers the picture")
+    return total / area.clamp(min=1e-6), covered
+
+
+def _mass(pooled: Tensor, covered: Tensor, temperature: float) -> Tensor:
+    """(64,) mass per cell, row-major, which sums to 1; 0 where a cell is not covered."""
+    deviation, mean = torch.std_mean(pooled[covered], correction=0)
+    # Rounding gives a flat map some deviation, which is no sign of where to look.
+    flat = bool(deviation <= 1e-9 * pooled.abs().max())
+    scaled = torch.zeros_like(pooled) if flat else (pooled - mean) / deviation / temperature
+    return scaled.masked_fill(~covered, -torch.inf).flatten().softmax(0)
+
+
+def _overlap(low: float, high: float, count: int) -> Tensor:
+    """(8, count) length, in cells, that each of `count` tokens from `low` to `high` shares with each cell."""
+    edges = torch.linspace(low * GRID, high * GRID, count + 1, dtype=torch.float64)
+    return (edges - torch.arange(GRID)[:, None]).clamp(0, 1).diff(dim=1)
+
+
+def _cell_along(low: float, high: float, count: int) -> Tensor:
+    """(count,) the cell of each token's centre; below 0 or above 7 where it lies outside the picture."""
+    centres = low + (torch.arange(count, dtype=torch.float64) + 0.5) * ((high - low) / count)
+    return (centres * GRID + 1e-9).floor()  # a centre on a border belongs to the cell after it, despite rounding

@@ -1,0 +1,62 @@
+"""What a pruning method may look at: where each visual token lies, and what is known about it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Box = tuple[int, int, int, int]  # inclusive x0, y0, x1, y1 on CROP's 8 x 8 grid over the picture
+
+
+@dataclass(frozen=True)
+class View:
+    """One tile of an encoding: its grid, and the part of the picture that the grid covers.
+
+    `box` is `(left, top, right, bottom)` in fractions of the picture; it leaves 0..1 where the tile was padded.
+    """
+
+    rows: int
+    cols: int
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+
+    @property
+    def count(self) -> int:
+        return self.rows * self.cols
+
+
+@dataclass(frozen=True)
+class Signals:
+    """One image and one question, as a method sees them. N visual tokens: the views in turn, each row-major.
+
+    relevance  (N,)  how much a token has to do with the question, in -1..1
+    saliency   (N,)  how much the vision tower attends to it, >= 0
+    region           the contextual region, or None for none
+    """
+
+    views: tuple[View, ...]
+    relevance: Tensor | None = None
+    saliency: Tensor | None = None
+    region: Box | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a signal has another length than the views, or values that are not finite."""
+        for name in ("relevance", "saliency"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if value.shape != (self.count,):
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, the views have {self.count} tokens")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} has values that are not finite")
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return sum(view.count for view in self.views)
+
+    def need(self, name: str) -> Tensor:
+        """A signal by name, in float32 or wider. Raises ValueError where it was not computed."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"this method needs {name}, which was not computed")
+        return value if value.dtype == torch.float64 else value.float()

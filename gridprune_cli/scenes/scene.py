@@ -1,0 +1,363 @@
+"""Scenes: small synthetic pictures with known contents, and questions about them with known answers.
+
+A scene is a 224 x 224 picture with 2 to 8 coloured shapes, each carrying a digit or a letter, over a textured, noisy
+background with distracting marks. Everything follows from one integer seed, so a scene never needs to be stored.
+
+Seeds are split by range, and the ranges never meet: `TRAIN` is what the embedded model learns from, `TUNE` is where
+defaults are chosen, `HELDOUT` is what is reported, `SAMPLES` are the pictures in `sample_images/`.
+"""
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFont
+
+TRAIN, TUNE, HELDOUT, SAMPLES = 0, 1_000_000_000, 2_000_000_000, 3_000_000_000  # first seed of each split
+
+SIZE = 224  # pixels, both sides
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 39, 40),
+    "orange": (255, 140, 20),
+    "yellow": (245, 220, 50),
+    "green": (40, 150, 60),
+    "cyan": (60, 210, 225),
+    "blue": (40, 70, 215),
+    "purple": (140, 60, 175),
+    "white": (245, 245, 245),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+CHARACTERS = "0123456789ACEFHJKLMPRTUX"  # letters that look like a digit (B, I, O, S, ...) are left out
+PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+_OVERSAMPLE = 2  # objects are drawn larger and scaled down, for smooth edges
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape: its outer box `(x0, y0, x1, y1)` in pixels (x1, y1 exclusive), colour, shape and character."""
+
+    box: tuple[int, int, int, int]
+    colour: str
+    shape: str
+    character: str
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def place(self) -> str:
+        """Which of the nine places of a 3 x 3 division of the picture holds the centre."""
+        x, y = self.centre
+        return PLACES[int(3 * y / SIZE) * 3 + int(3 * x / SIZE)]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The contents of one picture. `draw` makes the picture."""
+
+    seed: int
+    objects: tuple[SceneObject, ...]
+
+
+def make_scene(seed: int) -> Scene:
+    """The scene of a seed. Centres keep 5 pixels off the lines between the nine places; boxes never overlap."""
+    rng = random.Random(seed)
+    n = rng.randint(2, 8)
+    palette = rng.sample(list(COLOURS), rng.randint(2, 6))  # few colours and shapes: repeats make counting and
+    shapes = rng.sample(SHAPES, rng.randint(2, 5))  # "which of the red ones" worth asking
+    objects: list[SceneObject] = []
+    for cell in rng.sample(range(9), n):
+        for _ in range(50):
+            size = rng.randint(38, 58)
+            row, col = divmod(cell, 3)
+            half = size / 2
+            x = _between(rng, col * SIZE / 3 + 5, (col + 1) * SIZE / 3 - 5, half)
+            y = _between(rng, row * SIZE / 3 + 5, (row + 1) * SIZE / 3 - 5, half)
+            box = (round(x - half), round(y - half), round(x - half) + size, round(y - half) + size)
+            if not any(_near(box, other.box) for other in objects):
+                objects.append(SceneObject(box, rng.choice(palette), rng.choice(shapes), rng.choice(CHARACTERS)))
+                break
+    return Scene(seed, tuple(objects))
+
+
+def _between(rng: random.Random, low: float, high: float, half: float) -> float:
+    """A centre in [low, high] whose object of half-size `half` stays inside the picture."""
+    return rng.uniform(max(low, half + 1), min(high, SIZE - half - 1))
+
+
+def _near(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    gap = 2
+    return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def draw(scene: Scene) -> tuple[Image.Image, np.ndarray]:
+    """The picture, and which object each pixel shows: `(224, 224)` uint8, 0 for background, i + 1 for object i."""
+    rng = np.random.default_rng(scene.seed)
+    picture = _background(rng)
+    _distract(rng, picture)
+    owner = np.zeros((SIZE, SIZE), np.uint8)
+    for i, obj in enumerate(scene.objects):
+        mask = _shape_mask(obj.shape, obj.box[2] - obj.box[0])
+        tint = tuple(int(v) for v in np.clip(np.array(COLOURS[obj.colour]) + rng.integers(-12, 13, 3), 0, 255))
+        picture.paste(tint, obj.box[:2], mask)
+        _write(picture, obj, tint)
+        owner[obj.box[1] : obj.box[3], obj.box[0] : obj.box[2]][np.asarray(mask) > 127] = i + 1
+    pixels = np.asarray(picture, np.float32) + rng.normal(0, rng.uniform(2, 8), (SIZE, SIZE, 1)).astype(np.float32)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), owner
+
+
+def _background(rng: np.random.Generator) -> Image.Image:
+    """Dull colours in blotches, with stripes, checks or neither on top."""
+    base = rng.integers(70, 170) + rng.integers(-15, 16, 3)
+    blotch = rng.normal(0, 22, (int(rng.integers(3, 12)),) * 2 + (1,)) + rng.normal(0, 6, 3)
+    small = np.clip(base + blotch, 0, 255).astype(np.uint8)
+    picture = np.asarray(Image.fromarray(small).resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32)
+    texture, period = rng.integers(3), rng.integers(8, 40)
+    y, x = np.mgrid[:SIZE, :SIZE]
+    if texture == 0:
+        wave = np.sign(np.sin((x * np.cos(base[0]) + y * np.sin(base[0])) * 2 * np.pi / period))
+    elif texture == 1:
+        wave = ((x // period + y // period) % 2) * 2.0 - 1
+    else:
+        wave = np.zeros((SIZE, SIZE))
+    return Image.fromarray((picture + wave[..., None] * rng.uniform(4, 14)).clip(0, 255).astype(np.uint8))
+
+
+def _distract(rng: np.random.Generator, picture: Image.Image) -> None:
+    """Marks that no question is about: thin lines, and dots too small to be an object, some in the objects' colours."""
+    pen = ImageDraw.Draw(picture)
+    tints = list(COLOURS.values())
+    for _ in range(rng.integers(0, 6)):
+        x0, y0, x1, y1 = (int(v) for v in rng.integers(0, SIZE, 4))
+        pen.line((x0, y0, x1, y1), fill=tints[rng.integers(len(tints))], width=int(rng.integers(1, 3)))
+    for _ in range(rng.integers(0, 12)):
+        x, y, r = (int(v) for v in (*rng.integers(0, SIZE, 2), rng.integers(2, 6)))
+        mark = pen.ellipse if rng.integers(2) else pen.rectangle
+        mark((x - r, y - r, x + r, y + r), fill=tints[rng.integers(len(tints))])
+
+
+@lru_cache(maxsize=None)
+def _shape_mask(shape: str, size: int) -> Image.Image:
+    s = size * _OVERSAMPLE
+    mask = Image.new("L", (s, s))
+    pen = ImageDraw.Draw(mask)
+    if shape == "circle":
+        pen.ellipse((0, 0, s - 1, s - 1), fill=255)
+    elif shape == "square":
+        m = s * 0.06
+        pen.rectangle((m, m, s - m, s - m), fill=255)
+    elif shape == "triangle":
+        pen.polygon([(s / 2, 0), (s, s * 0.95), (0, s * 0.95)], fill=255)
+    elif shape == "diamond":
+        pen.polygon([(s / 2, 0), (s, s / 2), (s / 2, s), (0, s / 2)], fill=255)
+    elif shape == "cross":
+        pen.rectangle((s * 0.28, 0, s * 0.72, s), fill=255)
+        pen.rectangle((0, s * 0.28, s, s * 0.72), fill=255)
+    elif shape == "star":
+        angles = np.arange(10) * np.pi / 5 - np.pi / 2
+        radii = np.where(np.arange(10) % 2 == 0, s / 2, s * 0.24)
+        pen.polygon([(s / 2 + r * np.cos(a), s / 2 + r * np.sin(a)) for a, r in zip(angles, radii)], fill=255)
+    else:
+        raise ValueError(f"unknown shape: {shape}")
+    return mask.resize((size, size), Image.Resampling.LANCZOS)
+
+
+@lru_cache(maxsize=None)
+def _glyph(character: str, height: int) -> tuple[Image.Image, Image.Image]:
+    """Ink and outline masks of a character whose ink is about `height` pixels tall."""
+    font = ImageFont.load_default(round(height / 0.72))  # capitals of Pillow's built-in font are 0.72 em tall
+    masks = []
+    for stroke in (0, 2):
+        mask = Image.new("L", (2 * height, 2 * height))
+        ImageDraw.Draw(mask).text((height, height), character, 255, font=font, anchor="mm", stroke_width=stroke)
+        masks.append(mask)
+    bold = ImageChops.lighter(masks[0], ImageChops.offset(masks[0], 1, 0))  # the font has one weight only
+    return bold, ImageChops.lighter(masks[1], ImageChops.offset(masks[1], 1, 0))
+
+
+def _write(picture: Image.Image, obj: SceneObject, tint: tuple[int, ...]) -> None:
+    """The character, in black or white, outlined in the shape's colour where it leaves the shape."""
+    height = max(24, round((obj.box[2] - obj.box[0]) * 0.56))
+    ink, outline = _glyph(obj.character, height)
+    x, y = obj.centre
+    y += 0.1 * (obj.box[3] - obj.box[1]) if obj.shape == "triangle" else 0
+    corner = (round(x) - height, round(y) - height)
+    bright = 0.3 * tint[0] + 0.59 * tint[1] + 0.11 * tint[2] > 125
+    picture.paste(tint, corner, outline)
+    picture.paste((0, 0, 0) if bright else (255, 255, 255), corner, ink)
+
+
+# ---- questions -------------------------------------------------------------------------------------------------------
+
+KINDS = ("character", "colour", "shape", "place", "count", "exists", "object", "relation")
+
+_PHRASES: dict[str, tuple[str, ...]] = {
+    "character": (
+        "What character is on the {}?",
+        "Which character does the {} carry?",
+        "What is written on the {}?",
+        "Read the {}.",
+    ),
+    "colour": (
+        "What colour is the {}?",
+        "What color is the {}?",
+        "Which colour does the {} have?",
+        "Tell me the colour of the {}.",
+    ),
+    "shape": ("What shape is the {}?", "Which shape does the {} have?", "Tell me the shape of the {}."),
+    "place": ("Where is the {}?", "In which part of the image is the {}?", "Where can I find the {}?"),
+    "count": ("How many {} are there?", "Count the {}.", "What is the number of {}?"),
+    "exists": ("Is there {}?", "Does the image show {}?", "Can you see {}?"),
+    "object": (
+        "Which object has the {}?",
+        "What carries the {}?",
+        "Which object is marked {}?",
+        "What is the {} written on?",
+    ),
+    "relation": ("What is {} the {}?", "Which object is {} the {}?", "What can you see {} the {}?"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene. `asked` are the objects (by index) that the answer depends on."""
+
+    kind: str
+    text: str
+    answer: str
+    asked: tuple[int, ...]
+
+
+def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
+    """A question of a kind with one right answer, or None where the scene allows none."""
+    make = {"count": _count, "exists": _exists, "object": _object, "relation": _relation}.get(kind)
+    if make is not None:
+        return make(scene, rng)
+    told = {
+        "character": ("pair", "colour", "shape"),
+        "colour": ("shape", "character"),
+        "shape": ("colour", "character"),
+        "place": ("pair", "colour", "shape", "character"),
+    }[kind]
+    found = _referents(scene, told)
+    if not found:
+        return None
+    i, reference = rng.choice(found)
+    return Question(kind, rng.choice(_PHRASES[kind]).format(reference), getattr(scene.objects[i], kind), (i,))
+
+
+def questions(scene: Scene, n: int, rng: random.Random) -> list[Question]:
+    """n questions, kinds in turn from a random start; a kind that the scene does not allow is passed over."""
+    start, out, turn = rng.randrange(len(KINDS)), [], 0
+    while len(out) < n:
+        question = ask(scene, KINDS[(start + turn) % len(KINDS)], rng)
+        turn += 1
+        if question is not None:
+            out.append(question)
+    return out
+
+
+def _referents(scene: Scene, told: tuple[str, ...]) -> list[tuple[int, str]]:
+    """(object, phrase) for every way to single out an object by what may be told: its pair of colour and shape, ..."""
+    found = []
+    for how in told:
+        keys = [o.name if how == "pair" else getattr(o, how) for o in scene.objects]
+        for i, key in enumerate(keys):
+            if keys.count(key) == 1:
+                phrase = {"colour": f"{key} object", "character": f"object with {key}"}.get(how, key)
+                found.append((i, phrase))
+    return found
+
+
+def _count(scene: Scene, rng: random.Random) -> Question:
+    how = rng.choice(("colour", "shape", "name"))
+    present = [getattr(o, how) for o in scene.objects]
+    if rng.random() < 0.75:
+        key = rng.choice(sorted(set(present)))
+    else:
+        key = _random_key(how, rng)
+    asked = tuple(i for i, value in enumerate(present) if value == key)
+    noun = f"{key} objects" if how == "colour" else f"{key}es" if key.endswith("cross") else f"{key}s"
+    return Question("count", rng.choice(_PHRASES["count"]).format(noun), str(len(asked)), asked)
+
+
+def _exists(scene: Scene, rng: random.Random) -> Question:
+    how = rng.choice(("colour", "shape", "name", "name"))
+    present = [getattr(o, how) for o in scene.objects]
+    if rng.random() < 0.35:  # with what is there by chance, about half of the answers are yes
+        key = rng.choice(present)
+    elif how == "name" and rng.random() < 0.6:  # the hard no: its colour is there, its shape is there, not together
+        key = f"{rng.choice(scene.objects).colour} {rng.choice(scene.objects).shape}"
+    else:
+        key = _random_key(how, rng)
+    asked = tuple(i for i, value in enumerate(present) if value == key)
+    noun = f"{key} object" if how == "colour" else key
+    noun = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    return Question("exists", rng.choice(_PHRASES["exists"]).format(noun), "yes" if asked else "no", asked)
+
+
+def _random_key(how: str, rng: random.Random) -> str:
+    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    return {"colour": colour, "shape": shape, "name": f"{colour} {shape}"}[how]
+
+
+def _object(scene: Scene, rng: random.Random) -> Question | None:
+    found = _referents(scene, ("character",))
+    if not found:
+        return None
+    i, _ = rng.choice(found)
+    obj = scene.objects[i]
+    return Question("object", rng.choice(_PHRASES["object"]).format(obj.character), obj.name, (i,))
+
+
+def _relation(scene: Scene, rng: random.Random) -> Question | None:
+    found = _referents(scene, ("pair", "colour", "shape", "character"))
+    rng.shuffle(found)
+    for i, reference in found:
+        options = [(d, j) for d in DIRECTIONS if (j := neighbour(scene, i, d)) is not None]
+        if options:
+            nothing = [o for o in options if o[1] < 0]
+            something = [o for o in options if o[1] >= 0]
+            direction, j = rng.choice(something if something and (not nothing or rng.random() < 0.75) else nothing)
+            text = rng.choice(_PHRASES["relation"]).format(direction, reference)
+            return Question("relation", text, "nothing" if j < 0 else scene.objects[j].name, (i,) if j < 0 else (i, j))
+    return None
+
+
+def neighbour(scene: Scene, i: int, direction: str) -> int | None:
+    """The object next to object i in a direction: its index, -1 for none, None where people could disagree.
+
+    Next is the nearest centre within 45 degrees of the direction. It is open to dispute when another object is about
+    as near, or lies about on the diagonal; "nothing" is beyond dispute when even a wider cone is empty.
+    """
+    dx, dy = DIRECTIONS[direction]
+    x, y = scene.objects[i].centre
+    inside, border = [], []
+    for j, other in enumerate(scene.objects):
+        along = (other.centre[0] - x) * dx + (other.centre[1] - y) * dy
+        across = abs((other.centre[0] - x) * dy) + abs((other.centre[1] - y) * dx)
+        if j == i or along <= 0:
+            continue
+        distance = float(np.hypot(along, across))
+        if across <= 0.8 * along:
+            inside.append((distance, j))
+        elif across <= 1.6 * along:
+            border.append(distance)
+    if not inside:
+        return None if border else -1
+    inside.sort()
+    nearest, j = inside[0]
+    rivals = border + [distance for distance, _ in inside[1:]]
+    return None if any(distance < 1.25 * nearest for distance in rivals) else j

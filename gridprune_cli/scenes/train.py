@@ -1,0 +1,477 @@
+"""Trains the embedded model from nothing: `python -m gridprune_cli.scenes.train --out FOLDER`.
+
+Two stages, as for LLaVA, each resumable from the work folder:
+
+1. `tower`: vision and text tower, no language model. Three losses: linear heads that read each object's properties
+   from every patch of it (they are dropped afterwards); for a question, a softmax over patches of
+   cos(patch, question) against the patches asked for; and a sigmoid image-text loss (SigLIP, arXiv 2303.15343) on the
+   pooled image. To see more scenes in the same time, most steps run on half of the patches, chosen at random with
+   objects preferred; the last steps see all of them.
+2. `language`: the tower is frozen, and projector and Llama learn to answer eight questions packed behind one image,
+   each blind to the others. Training starts with few visual tokens, so that the question's words are not drowned
+   before attention has learned where to look, and goes on to all of them. No token is ever dropped by a pruning
+   method: pruning stays training-free.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, CLIPModel, LlavaForConditionalGeneration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from gridprune_cli.scenes import model as built
+from gridprune_cli.scenes.scene import (
+    CHARACTERS,
+    COLOURS,
+    DIRECTIONS,
+    PLACES,
+    SHAPES,
+    TRAIN,
+    Question,
+    Scene,
+    draw,
+    make_scene,
+    neighbour,
+    questions,
+)
+
+N = built.GRID * built.GRID
+IGNORE = -100
+MOST = 8  # objects in a scene
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run. `tokens` gives (share of the steps, visual tokens shown) in turn."""
+
+    steps: int
+    batch: int
+    scenes: int
+    first_seed: int
+    rate: float
+    tokens: tuple[tuple[float, int], ...]
+
+    def tokens_at(self, step: int) -> int:
+        passed = 0.0
+        for share, tokens in self.tokens:
+            passed += share
+            if step < passed * self.steps:
+                return tokens
+        return self.tokens[-1][1]
+
+    def rate_at(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / 200)
+        return self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+
+
+TOWER = Plan(4000, 32, 50_000, TRAIN, 1.2e-3, ((0.85, 128), (0.15, N)))
+LANGUAGE = Plan(3600, 24, 24_000, TRAIN + 50_000, 1.5e-3, ((0.15, 32), (0.45, 96), (0.4, N)))
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _render(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels `(224, 224, 3)` and, per patch, the object it shows `(256,)`: -1 none, -2 too little of one to tell."""
+    picture, owner = draw(make_scene(seed))
+    patches = owner.reshape(built.GRID, built.PATCH, built.GRID, built.PATCH).swapaxes(1, 2).reshape(N, -1)
+    cover = np.stack([(patches == i + 1).mean(1) for i in range(MOST)])  # (objects, patches)
+    best, share = cover.argmax(0), cover.max(0)
+    return np.asarray(picture), np.where(share >= 0.25, best, np.where(share > 0.03, -2, -1)).astype(np.int8)
+
+
+class Pool:
+    """Rendered scenes of consecutive seeds, kept on disk: drawing one takes longer than reading it again."""
+
+    def __init__(self, folder: Path, first_seed: int, count: int):
+        self.first_seed, self.count = first_seed, count
+        self.paths = [folder / f"{name}-{first_seed}-{count}.npy" for name in ("pixels", "owners")]
+        if not self.paths[1].exists():  # written last
+            self._fill()
+        self.pixels, self.owners = (np.load(p, mmap_mode="r") for p in self.paths)
+
+    def _fill(self) -> None:
+        pixels = np.lib.format.open_memmap(self.paths[0], "w+", np.uint8, (self.count, built.SIZE, built.SIZE, 3))
+        owners = np.empty((self.count, N), np.int8)
+        seeds = range(self.first_seed, self.first_seed + self.count)
+        with _progress() as bar, ProcessPoolExecutor() as workers:
+            rendered = workers.map(_render, seeds, chunksize=64)
+            for i, (picture, owner) in enumerate(bar.track(rendered, self.count, description="drawing scenes")):
+                pixels[i], owners[i] = picture, owner
+        pixels.flush()
+        np.save(self.paths[1], owners)
+
+    def scene(self, i: int) -> Scene:
+        return make_scene(self.first_seed + i)
+
+    def batch(self, step: int, plan: Plan) -> np.ndarray:
+        """Indices of a step: all scenes once in random order, then all again in another."""
+        epoch, at = divmod(step * plan.batch, self.count - self.count % plan.batch)
+        order = np.random.default_rng([plan.first_seed, epoch]).permutation(self.count)
+        return np.sort(order[at : at + plan.batch])
+
+
+def normalise(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """What the checkpoint's image processor does to a 224 x 224 picture, for a batch `(B, 224, 224, 3)`."""
+    processor = built.make_processor().image_processor
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (processor.image_mean, processor.image_std))
+    return (torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2) / 255 - mean) / std
+
+
+def some_patches(owners: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` random patches of each scene, in order, objects preferred: `(B, N)` owners to `(B, count)` indices."""
+    if count == N:
+        return torch.arange(N).expand(len(owners), N)
+    luck = torch.rand(owners.shape, generator=generator) + 0.7 * (owners != -1)
+    return luck.topk(count, dim=1).indices.sort(1).values
+
+
+def asked_patches(owners: Tensor, asked: tuple[int, ...]) -> Tensor:
+    """Patches of the objects asked for, as shares that sum to 1 (or to 0 where nothing is asked for): `(N,)`."""
+    hit = torch.isin(owners, torch.tensor(asked or (-9,), dtype=owners.dtype)).float()
+    return hit / hit.sum().clamp(min=1)
+
+
+def vary(text: str, rng: random.Random) -> str:
+    """The question as a hurried user types it, now and then: no capital, no question mark."""
+    text = text[0].lower() + text[1:] if rng.random() < 0.15 else text
+    return text.rstrip("?.") if rng.random() < 0.15 else text
+
+
+# ---- stage 1: vision and text tower ----------------------------------------------------------------------------------
+
+
+def properties(scene: Scene) -> np.ndarray:
+    """Class numbers of each object, `(8, heads)`, `IGNORE` where unknown; the columns of `HEADS`."""
+    colours, shapes = list(COLOURS), list(SHAPES)
+    out = np.full((MOST, len(HEADS)), IGNORE)
+    for i, o in enumerate(scene.objects):
+        same = [sum(getattr(p, a) == getattr(o, a) for p in scene.objects) - 1 for a in ("colour", "shape", "name")]
+        row = [colours.index(o.colour), SHAPES.index(o.shape), CHARACTERS.index(o.character), PLACES.index(o.place)]
+        row += same
+        for direction in DIRECTIONS:
+            j = neighbour(scene, i, direction)
+            if j is None:
+                row += [IGNORE, IGNORE]
+            elif j < 0:
+                row += [len(colours), len(shapes)]
+            else:
+                row += [colours.index(scene.objects[j].colour), shapes.index(scene.objects[j].shape)]
+        out[i] = row
+    return out
+
+
+# (classes, weight); the first three have one class more, for background
+HEADS = (
+    (len(COLOURS) + 1, 1.0),
+    (len(SHAPES) + 1, 1.0),
+    (len(CHARACTERS) + 1, 1.5),
+    (len(PLACES), 0.5),
+    *(((MOST, 0.3),) * 3),
+    *(((len(COLOURS) + 1, 0.3), (len(SHAPES) + 1, 0.3)) * 4),
+)
+
+
+class Tower(nn.Module):
+    """The CLIP model with the parts that only training needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clip = CLIPModel(built.clip_config())
+        self.clip.set_attn_implementation("eager")  # on a CPU, faster than sdpa at this size, backward above all
+        self.heads = nn.Linear(built.WIDTH, sum(classes for classes, _ in HEADS))
+        self.bias = nn.Parameter(torch.tensor(-6.0))
+        self.tokenizer = built.make_tokenizer(close=True)
+
+    def states(self, pixels: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Penultimate-layer states `(B, 1 + n, D)`, CLS first, and last-layer states; only of the chosen patches."""
+        vision = self.clip.vision_model
+        x = vision.embeddings(pixels)
+        if chosen is not None and chosen.shape[1] < N:
+            index = torch.cat([torch.zeros_like(chosen[:, :1]), chosen + 1], 1)
+            x = x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+        x = vision.pre_layrnorm(x)
+        for layer in vision.encoder.layers[:-1]:
+            x = layer(x, None)
+        return x, vision.encoder.layers[-1](x, None)
+
+    def texts(self, texts: list[str], device: torch.device) -> Tensor:
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(device)
+        return self.clip.get_text_features(**tokens).pooler_output
+
+    def patches(self, states: Tensor) -> Tensor:
+        """Relevance space of patch states: CLIP's own head, applied to patches."""
+        return self.clip.visual_projection(self.clip.vision_model.post_layernorm(states))
+
+    def losses(self, pool: Pool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+        rng = random.Random(f"tower-{plan.first_seed}-{step}")
+        generator = torch.Generator().manual_seed(step)
+        index = pool.batch(step, plan)
+        scenes = [pool.scene(int(i)) for i in index]
+        owners = torch.from_numpy(pool.owners[index]).long()
+        chosen = some_patches(owners, plan.tokens_at(step), generator)
+        pixels = normalise(pool.pixels[index], device)
+        pixels = pixels + 0.05 * torch.randn(len(pixels), 1, 1, 1, generator=generator).to(device)
+        states, last = self.states(pixels, chosen.to(device))
+
+        shown = owners.gather(1, chosen)  # (B, n)
+        table = torch.from_numpy(np.stack([properties(s) for s in scenes]))
+        target = table.gather(1, shown.clamp(min=0)[..., None].expand(-1, -1, len(HEADS)))
+        target[shown < 0] = IGNORE
+        for head in range(3):
+            target[..., head][shown == -1] = HEADS[head][0] - 1
+        target = target.to(device)
+        dense = torch.zeros((), device=device)
+        for i, part in enumerate(self.heads(states[:, 1:]).float().split([c for c, _ in HEADS], -1)):
+            if (target[..., i] != IGNORE).any():
+                dense = dense + HEADS[i][1] * F.cross_entropy(part.flatten(0, 1), target[..., i].flatten())
+
+        asked = [[q for q in questions(s, 5, rng) if q.asked][:4] for s in scenes]
+        flat = [(b, q) for b, group in enumerate(asked) for q in group]
+        wanted = torch.stack([asked_patches(shown[b], q.asked) for b, q in flat]).to(device)
+        named = [rng.choice(s.objects).name for s in scenes]
+        text = F.normalize(self.texts([vary(q.text, rng) for _, q in flat] + named, device).float(), dim=-1)
+        scale = self.clip.logit_scale.exp()
+        patch = F.normalize(self.patches(states[:, 1:]).float(), dim=-1)
+        rows = torch.tensor([b for b, _ in flat], device=device)
+        logits = scale * torch.einsum("qnd,qd->qn", patch[rows], text[: len(flat)])
+        relevance = -(wanted * logits.log_softmax(-1)).sum(-1).mean()
+
+        pooled = F.normalize(self.patches(last[:, 0]).float(), dim=-1)
+        pairs = scale * pooled @ text[len(flat) :].T + self.bias
+        truth = torch.tensor([[1.0 if any(o.name == n for o in s.objects) else -1.0 for n in named] for s in scenes])
+        image = -F.logsigmoid(pairs * truth.to(device)).sum(1).mean()
+        return {"dense": dense, "relevance": relevance, "image": 0.3 * image}
+
+
+# ---- stage 2: projector and language model ---------------------------------------------------------------------------
+
+_PROBED = 2  # the layer whose last-token attention is pulled to the patches asked for
+
+
+def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object):
+    """sdpa that also leaves behind, for the rows named in `module.rows` `(B, Q)`, attention to all columns."""
+    if (rows := getattr(module, "rows", None)) is not None:
+        picked = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+        allowed = mask.expand(-1, query.shape[1], -1, -1)
+        allowed = allowed.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, mask.shape[-1]))
+        scores = (picked @ key.transpose(-1, -2)).float() * kwargs["scaling"]
+        module.seen = scores.masked_fill(~allowed, -1e9).softmax(-1)  # (B, heads, Q, L)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+AttentionInterface.register("scenes_probe", _probe)
+AttentionMaskInterface.register("scenes_probe", sdpa_mask)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Questions behind their images, ready for the language model; L tokens after padding."""
+
+    ids: Tensor  # (B, L), image tokens included
+    positions: Tensor  # (B, L), as if every question stood alone behind all of the image's tokens
+    mask: Tensor  # (B, 1, L, L), true where a token may look
+    labels: Tensor  # (B, L), the next token where it belongs to an answer
+    rows: Tensor  # (B, Q), the last token of each prompt
+    asked: Tensor  # (B, Q, n), shares of the visual tokens asked for
+
+
+def pack(groups: list[list[Question]], chosen: Tensor, owners: Tensor, tokenizer, rng: random.Random) -> Packed:
+    n = chosen.shape[1]
+    prefix = tokenizer("USER:").input_ids
+    start = len(prefix) + n
+    texts = [[(vary(q.text, rng) + " ASSISTANT:", q.answer) for q in group] for group in groups]
+    coded = iter(tokenizer([t for g in texts for pair in g for t in pair], add_special_tokens=False).input_ids)
+    lines = [[(next(coded), [*next(coded), built.EOS]) for _ in group] for group in texts]
+    length = start + max(sum(len(p) + len(a) for p, a in group) for group in lines)
+    size = (len(groups), length)
+    ids, labels = torch.full(size, built.PAD), torch.full(size, IGNORE)
+    positions, segment = torch.zeros(size, dtype=torch.long), torch.full(size, -1)  # segment -1: padding
+    rows = torch.zeros(len(groups), len(groups[0]), dtype=torch.long)
+    asked = torch.zeros(len(groups), len(groups[0]), n)
+    for b, group in enumerate(lines):
+        ids[b, :start] = torch.tensor(prefix + [built.IMAGE] * n)
+        positions[b, :start] = torch.cat([torch.arange(len(prefix)), len(prefix) + chosen[b]])
+        segment[b, :start] = 0
+        at = start
+        for j, (prompt, answer) in enumerate(group):
+            end = at + len(prompt) + len(answer)
+            ids[b, at:end] = torch.tensor(prompt + answer)
+            positions[b, at:end] = len(prefix) + N + torch.arange(end - at)
+            segment[b, at:end] = j + 1
+            labels[b, at + len(prompt) - 1 : end - 1] = torch.tensor(answer)
+            rows[b, j] = at + len(prompt) - 1
+            asked[b, j] = asked_patches(owners[b].gather(0, chosen[b]), groups[b][j].asked)
+            at = end
+    same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
+    mask = same & torch.ones(length, length, dtype=torch.bool).tril() | torch.eye(length, dtype=torch.bool)
+    return Packed(ids, positions, mask[:, None], labels, rows, asked)
+
+
+class Language(nn.Module):
+    """The LLaVA model, its tower frozen and read through stored features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = built.llava_config()
+        config.text_config._attn_implementation = "scenes_probe"
+        self.llava = LlavaForConditionalGeneration(config)
+        self.llava.model.language_model.set_attn_implementation("scenes_probe")
+        self.llava.model.vision_tower.requires_grad_(False)
+        self.tokenizer = built.make_tokenizer(close=False)
+        self.features: np.ndarray | None = None  # (scenes, N, D), float16
+
+    def losses(self, pool: Pool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+        rng = random.Random(f"language-{plan.first_seed}-{step}")
+        index = pool.batch(step, plan)
+        owners = torch.from_numpy(pool.owners[index]).long()
+        chosen = some_patches(owners, plan.tokens_at(step), torch.Generator().manual_seed(step))
+        packed = pack([questions(pool.scene(int(i)), 8, rng) for i in index], chosen, owners, self.tokenizer, rng)
+        features = torch.from_numpy(self.features[index]).float()
+        features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).to(device)
+
+        core = self.llava.model
+        embeds = core.get_input_embeddings()(packed.ids.to(device))
+        image = (packed.ids == built.IMAGE).to(device)
+        projected = core.multi_modal_projector(features).to(embeds.dtype)
+        embeds = embeds.masked_scatter(image[..., None], projected)
+        attention = core.language_model.layers[_PROBED].self_attn
+        attention.rows = packed.rows.to(device)
+        hidden = core.language_model(
+            inputs_embeds=embeds,
+            attention_mask=packed.mask.to(device),
+            position_ids=packed.positions.to(device),
+            use_cache=False,
+        ).last_hidden_state
+        labelled = packed.labels != IGNORE
+        logits = self.llava.lm_head(hidden[labelled.to(device)]).float()
+        answer = F.cross_entropy(logits, packed.labels[labelled].to(device))
+
+        asked = packed.asked.to(device)  # (B, Q, n)
+        first = int(image[0].int().argmax())
+        looked = attention.seen[:, :2, :, first : first + asked.shape[2]]  # two heads are pulled, the others are free
+        hit = (looked * (asked > 0)[:, None]).sum(-1)
+        known = (asked.sum(-1) > 0)[:, None].expand_as(hit)
+        attention.rows = attention.seen = None
+        return {"answer": answer, "look": -0.1 * hit[known].clamp(min=1e-6).log().mean()}
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=False
+    )
+
+
+class Log:
+    """Mean losses every few steps, a JSON line each."""
+
+    def __init__(self, path: Path, stage: str, every: int = 50):
+        self.path, self.stage, self.every, self.sums = path, stage, every, {}
+        self.began = time.time()
+
+    def add(self, step: int, losses: dict[str, Tensor], tokens: int) -> None:
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        if (step + 1) % self.every == 0:
+            means = {name: round(total / self.every, 4) for name, total in self.sums.items()}
+            line = {"stage": self.stage, "step": step + 1, "tokens": tokens, **means}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line | {"seconds": round(time.time() - self.began)}) + "\n")
+            self.sums.clear()
+
+
+def optimise(name: str, model: Tower | Language, pool: Pool, plan: Plan, work: Path, device: torch.device) -> None:
+    """Runs a stage to its end, saving its state every 200 steps and starting from the state that it finds."""
+    state = work / f"{name}.pt"
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.05},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.98), fused=True)
+    first = 0
+    if state.exists():
+        saved = torch.load(state, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        first = saved["step"]
+    log = Log(work / "log.jsonl", name)
+    with _progress() as bar:
+        task = bar.add_task(name, total=plan.steps, completed=first)
+        for step in range(first, plan.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = plan.rate_at(step)
+            with torch.autocast(device.type, torch.bfloat16):
+                losses = model.losses(pool, step, plan, device)
+            torch.stack(list(losses.values())).sum().backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            log.add(step, losses, plan.tokens_at(step))
+            bar.update(task, completed=step + 1)
+            if (step + 1) % 200 == 0 or step + 1 == plan.steps:
+                partial = state.with_suffix(".tmp")
+                saved = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
+                torch.save(saved, partial)
+                partial.replace(state)
+
+
+@torch.no_grad()
+def store_features(tower: Tower, pool: Pool, path: Path, device: torch.device) -> np.ndarray:
+    """Penultimate-layer patch states of a pool, `(scenes, N, D)` float16, on disk."""
+    if not path.exists():
+        partial = path.with_suffix(".tmp")
+        out = np.lib.format.open_memmap(partial, "w+", np.float16, (pool.count, N, built.WIDTH))
+        with _progress() as bar, torch.autocast(device.type, torch.bfloat16):
+            for at in bar.track(range(0, pool.count, 64), description="encoding scenes"):
+                states, _ = tower.states(normalise(pool.pixels[at : at + 64], device))
+                out[at : at + 64] = states[:, 1:].half().cpu().numpy()
+        out.flush()
+        partial.replace(path)
+    return np.load(path, mmap_mode="r")
+
+
+def train(out: Path, work: Path, seed: int, device: torch.device) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    tower = Tower().to(device)
+    optimise("tower", tower, Pool(work, TOWER.first_seed, TOWER.scenes), TOWER, work, device)
+    tower.clip.to(torch.bfloat16).to(torch.float32)  # what ships is 16-bit: the language model learns from just that
+    torch.manual_seed(seed)
+    language = Language().to(device)
+    language.llava.model.vision_tower.load_state_dict(tower.clip.vision_model.state_dict())
+    pool = Pool(work, LANGUAGE.first_seed, LANGUAGE.scenes)
+    language.features = store_features(tower, pool, work / "features.npy", device)
+    optimise("language", language, pool, LANGUAGE, work, device)
+    language.llava.model.language_model.set_attn_implementation("sdpa")
+    built.save(out, language.llava, tower.clip)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the embedded model from nothing.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the two checkpoints")
+    parser.add_argument("--work", type=Path, default=Path("scenes-work"), help="folder for scenes, states and the log")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    train(args.out, args.work, args.seed, torch.device(args.device))
+
+
+if __name__ == "__main__":
+    main()

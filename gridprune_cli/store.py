@@ -1,0 +1,356 @@
+"""The cache of encoded images: one entry is one file, found by what it was made from.
+
+Correctness rests on no lock: files appear whole by a rename, are never changed, and are checked in full when read.
+Any trouble with an entry is a miss. A file's modification time is when it was last used.
+
+    <root>/visual-v1/<16 hex of the encoder's digest>/<2 hex of the key>/<key>.safetensors
+"""
+
+import json
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gridprune_cli import files
+from gridprune_cli.errors import BadInput
+from gridprune_cli.files import FileFault, RawTensor
+
+SCHEMA = 1
+BUCKET = "visual-v1"
+DEFAULT_LIMIT = 20 << 30  # bytes
+TEMPORARY_LIFE = 86_400.0  # seconds after which a writer's temporary file counts as left behind
+
+_BUCKET = re.compile(r"visual-v(\d+)")
+_ENCODER = re.compile(r"[0-9a-f]{16}")
+_FAN = re.compile(r"[0-9a-f]{2}")
+_ENTRY = re.compile(r"([0-9a-f]{64})\.safetensors")
+_TEMPORARY = re.compile(r"\.([0-9a-f]{64}\.safetensors|encoder\.json)\.\d+\.[0-9a-f]{8}\.tmp")
+
+_TAG = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n"
+    "# This folder holds the cache of gridprune; all of it can be made again.\n"
+    "# For information about cache directory tags, see https://bford.info/cachedir/\n"
+)
+
+
+def entry_key(image_sha256: str, encoder: Mapping[str, Any], signals: Sequence[str]) -> str:
+    """The key, 64 hex digits: the image's bytes, how it is encoded, and what is kept beside the tokens (a set)."""
+    return files.digest({"image": image_sha256, "encoder": encoder, "signals": sorted(set(signals))})
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of the cache as a walk finds it. `used` is in seconds since 1970."""
+
+    key: str
+    encoder: str  # the folder's 16 hex digits
+    path: str
+    bytes: int
+    used: float
+
+    def header(self) -> dict[str, Any]:
+        """What the file says about itself. Raises FileFault, or OSError where it has gone."""
+        return files.read_header(self.path)
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What a clean-up took (or would take), and what entries stay."""
+
+    entries: int
+    bytes: int
+    kept_entries: int
+    kept_bytes: int
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+@dataclass
+class Store:
+    """The cache under `root`, at most `limit` bytes of entries (None: no limit).
+
+    Use it as a context manager, or call `finish`, so that the limit is kept. Between, it is looked at each time a tenth
+    of the limit was written. Entries written through this object are never removed for the limit.
+    """
+
+    root: Path
+    limit: int | None
+    warn: Callable[[str], None] = _warn
+    _written: set[str] = field(default_factory=set, init=False, repr=False)
+    _unchecked: int = field(default=0, init=False, repr=False)
+    _warned: bool = field(default=False, init=False, repr=False)
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
+    def get(self, encoder: Mapping[str, Any], key: str) -> tuple[dict[str, Any], dict[str, RawTensor]] | None:
+        """Header and tensors of an entry, or None. A broken entry is removed, and is None."""
+        path = self._path(encoder, key)
+        try:
+            header, tensors = _load(path)
+        except FileFault:
+            with suppress(OSError):
+                path.unlink()
+            return None
+        except OSError:
+            return None
+        with suppress(OSError):
+            os.utime(path)  # at every hit: next to reading and checking an entry it costs nothing, and the order is exact
+        return header, tensors
+
+    def put(self, encoder: Mapping[str, Any], key: str, data: bytes) -> bool:
+        """Store an encoded file whose header has at least schema, key, image and encoder; a whole one there stays.
+
+        False where it can't be written, with one warning per Store: work goes on without the cache.
+        """
+        path = self._path(encoder, key)
+        with suppress(FileFault, OSError):
+            _load(path)
+            return True
+        try:
+            self._prepare(path.parent.parent, encoder)
+            path.parent.mkdir(exist_ok=True)
+            files.write_atomic(path, data, sync=False)
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                self.warn(f"{self.root}: the cache can't be written ({error.strerror or error}); going on without it")
+            return False
+        self._written.add(str(path))
+        self._unchecked += len(data)
+        if self.limit is not None and self._unchecked > self.limit // 10:
+            self.finish()
+        return True
+
+    def finish(self) -> None:
+        """Keep the limit, if anything was written since the last look: one walk over the cache."""
+        if self.limit is not None and self._unchecked:
+            self._unchecked = 0
+            self._trim(self.limit, older_than=None, dry_run=False)
+
+    def entries(self) -> Iterator[Entry]:
+        """Every entry, in no order, one at a time; those that vanish meanwhile are left out."""
+        for item, encoder in _walk(self.root / BUCKET):
+            if (match := _ENTRY.fullmatch(item.name)) and (found := _entry(item, encoder, match[1])):
+                yield found
+
+    def verify(self, *, delete: bool = False) -> Iterator[tuple[Entry, str | None]]:
+        """Read every entry in full: the entry and what is wrong with it (None: nothing). `delete` removes the broken."""
+        for entry in self.entries():
+            fault = None
+            try:
+                _load(Path(entry.path))
+            except FileNotFoundError:
+                continue
+            except FileFault as error:
+                fault = str(error)
+            except OSError as error:
+                fault = f"can't be read ({error.strerror or error})"
+            if fault and delete:
+                _unlink(entry.path)
+            yield entry, fault
+
+    def gc(
+        self, *, max_bytes: int | None = None, older_than: float | None = None, dry_run: bool = False
+    ) -> Removed:
+        """Remove entries unused for `older_than` seconds; then, if more than `max_bytes` are left, the least recently
+        used ones, down to 90 % of it. Sweeps temporary files older than a day, and buckets of earlier layouts."""
+        removed = self._trim(max_bytes, older_than, dry_run)
+        if not dry_run:
+            self._sweep()
+        return removed
+
+    def find(self, prefix: str) -> Entry:
+        """The one entry whose key starts with `prefix`, four hex digits or more. BadInput where there is not just one."""
+        if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
+            raise BadInput(f"{prefix}: not a key; give four or more of the hex digits that `gridprune cache ls` prints")
+        found = [
+            entry
+            for item, encoder in _walk(self.root / BUCKET, fan=prefix[:2])
+            if (match := _ENTRY.fullmatch(item.name)) and match[1].startswith(prefix)
+            if (entry := _entry(item, encoder, match[1]))
+        ]
+        if not found:
+            raise BadInput(f"{prefix}: no such key in {self.root}; see `gridprune cache ls`")
+        if len(found) > 1:
+            raise BadInput(f"{prefix}: {len(found)} keys start so; give more digits")
+        return found[0]
+
+    def remove(self, prefix: str) -> Entry:
+        """Remove the entry that `find` finds, and return it. Raises BadInput as `find` does."""
+        entry = self.find(prefix)
+        os.unlink(entry.path)
+        return entry
+
+    def clear(self) -> Removed:
+        """Remove every file of ours, of every layout's version. Whatever else lies in the folder stays."""
+        entries = size = 0
+        for bucket in _folders(self.root, _BUCKET):
+            for item, encoder in _walk(bucket):
+                match = _ENTRY.fullmatch(item.name)
+                entry = _entry(item, encoder, match[1]) if match else None
+                if _unlink(item.path) and entry:
+                    entries, size = entries + 1, size + entry.bytes
+            _remove_empty(bucket)
+        return Removed(entries, size, 0, 0)
+
+    def _path(self, encoder: Mapping[str, Any], key: str) -> Path:
+        if not re.fullmatch(r"[0-9a-f]{64}", key):
+            raise ValueError(f"not a key: {key!r}")
+        return self.root / BUCKET / _encoder_name(encoder) / key[:2] / f"{key}.safetensors"
+
+    def _prepare(self, folder: Path, encoder: Mapping[str, Any]) -> None:
+        """Make the folders, mark the root as a cache, and say in words what the encoder's folder is for."""
+        if folder.is_dir():
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        if not any(self.root.iterdir()):  # a folder with other things in it is not ours to hide from backups and git
+            files.write_atomic(self.root / "CACHEDIR.TAG", _TAG.encode(), sync=False)
+            files.write_atomic(self.root / ".gitignore", b"*\n", sync=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(encoder, indent=2, sort_keys=True) + "\n"
+        files.write_atomic(folder / "encoder.json", text.encode(), sync=False)
+
+    def _trim(self, max_bytes: int | None, older_than: float | None, dry_run: bool) -> Removed:
+        oldest = time.time() - older_than if older_than is not None else float("-inf")
+        entries = sorted((entry.used, entry.bytes, entry.path) for entry in self.entries())  # least recently used first
+        kept = sum(size for _, size, _ in entries)
+        over = max_bytes is not None and kept - sum(size for used, size, _ in entries if used < oldest) > max_bytes
+        goal = max_bytes * 9 // 10 if over and max_bytes is not None else kept
+        count = removed = 0
+        for used, size, path in entries:
+            too_old = used < oldest
+            if not too_old and kept <= goal:
+                break
+            if (too_old or path not in self._written) and (dry_run or _unlink(path)):
+                count, removed, kept = count + 1, removed + size, kept - size
+        return Removed(count, removed, len(entries) - count, kept)
+
+    def _sweep(self) -> None:
+        oldest = time.time() - TEMPORARY_LIFE
+        current = int(BUCKET.removeprefix("visual-v"))
+        for bucket in _folders(self.root, _BUCKET):
+            outdated = int(bucket.name.removeprefix("visual-v")) < current  # a newer gridprune may be using a newer one
+            for item, _ in _walk(bucket):
+                with suppress(OSError):
+                    temporary = _TEMPORARY.fullmatch(item.name)
+                    if outdated or (temporary and item.stat(follow_symlinks=False).st_mtime < oldest):
+                        os.unlink(item.path)
+            if outdated:
+                _remove_empty(bucket)
+
+
+def open_store(root: Path | None = None, warn: Callable[[str], None] = _warn) -> Store:
+    """The cache at `root`, or where the environment says. Raises BadInput on a setting that can't be read."""
+    return Store(root or default_root(), default_limit(), warn)
+
+
+def default_root() -> Path:
+    """$GRIDPRUNE_CACHE_DIR, else gridprune in $XDG_CACHE_HOME, else ~/.cache/gridprune."""
+    if given := os.environ.get("GRIDPRUNE_CACHE_DIR"):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification says to ignore a relative one
+        base = os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):
+        raise BadInput("GRIDPRUNE_CACHE_DIR: there is no home folder for the cache; set this variable to a folder")
+    return Path(base, "gridprune")
+
+
+def default_limit() -> int | None:
+    """$GRIDPRUNE_CACHE_LIMIT in bytes, 20 GiB where it is not set; None for no limit (0)."""
+    text = os.environ.get("GRIDPRUNE_CACHE_LIMIT")
+    return (parse_size(text, "GRIDPRUNE_CACHE_LIMIT") if text else DEFAULT_LIMIT) or None
+
+
+def parse_size(text: str, source: str) -> int:
+    """Bytes in `500M`, `1.5GiB` or `1000`; units are powers of 1024. BadInput names `source`, a flag or variable."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT])(?:iB)?)?", text, re.ASCII)
+    if not match:
+        raise BadInput(f"{source}: {text!r} is no size; write bytes or 500M, 20G, 1T (powers of 1024), 0 for no limit")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+
+
+def parse_age(text: str, source: str) -> float:
+    """Seconds in `90s`, `30min`, `12h`, `7d` or `2w`. BadInput names `source`, a flag."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h|d|w)", text, re.ASCII)
+    if not match:
+        raise BadInput(f"{source}: {text!r} is no age; write a number and a unit, such as 30min, 12h, 7d or 2w")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}[match[2]]
+
+
+def _encoder_name(encoder: Any) -> str:
+    return files.digest(encoder)[:16]
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, RawTensor]]:
+    """A whole entry that is what its place says. Raises FileFault, or OSError."""
+    header, tensors = files.decode(path.read_bytes())
+    if header.get("schema") != SCHEMA:
+        raise FileFault(f"schema {header.get('schema')!r}, not {SCHEMA}")
+    if header.get("key") != path.stem:
+        raise FileFault("another entry's file")
+    if _encoder_name(header.get("encoder")) != path.parent.parent.name:
+        raise FileFault("another encoder's file")
+    return header, tensors
+
+
+def _folders(parent: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """Real folders in `parent`, not links, whose whole name fits."""
+    with suppress(OSError), os.scandir(parent) as items:
+        return [Path(i.path) for i in items if pattern.fullmatch(i.name) and i.is_dir(follow_symlinks=False)]
+    return []
+
+
+def _walk(bucket: Path, fan: str = "") -> Iterator[tuple[os.DirEntry[str], str]]:
+    """Our own files in a bucket, with the encoder folder's name: entries, temporary files, and encoder.json.
+
+    `fan` limits the walk to one of the folders that split the keys.
+    """
+    if bucket.is_symlink():
+        return
+    for encoder in _folders(bucket, _ENCODER):
+        for folder in [encoder, *_folders(encoder, re.compile(fan) if fan else _FAN)]:
+            with suppress(OSError), os.scandir(folder) as items:
+                for item in items:
+                    name = item.name
+                    ours = _ENTRY.fullmatch(name) or name == "encoder.json" or _TEMPORARY.fullmatch(name)
+                    if ours and item.is_file(follow_symlinks=False):
+                        yield item, encoder.name
+
+
+def _entry(item: os.DirEntry[str], encoder: str, key: str) -> Entry | None:
+    try:
+        status = item.stat(follow_symlinks=False)
+    except OSError:
+        return None
+    return Entry(key, encoder, item.path, status.st_size, status.st_mtime)
+
+
+def _unlink(path: str) -> bool:
+    """Whether the file is gone by our doing."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_empty(bucket: Path) -> None:
+    for encoder in _folders(bucket, _ENCODER):
+        for folder in [*_folders(encoder, _FAN), encoder]:
+            with suppress(OSError):
+                folder.rmdir()
+    with suppress(OSError):
+        bucket.rmdir()

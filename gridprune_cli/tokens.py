@@ -1,0 +1,177 @@
+"""The two things that are kept on disk, and their safetensors form: an encoded image, and a pruned set."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gridprune_cli import files
+from gridprune_cli.errors import BadInput
+from gridprune_cli.files import RawTensor
+from gridprune_cli.pruning.signals import Box, View
+
+SCHEMA = 1
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What a vision tower gave for one picture, and the signals that need no question. N visual tokens.
+
+    states    (N, C)  one row per visual token; the family's projector turns rows into what the language model receives
+    saliency  (N,)    how much the tower attends to each
+    size              width and height of the picture in pixels, after its EXIF turn
+    prompt            what the family must know of the picture to write a prompt, JSON values only
+    """
+
+    key: str
+    image: str  # sha256 of the file's bytes
+    name: str  # as the user named the file; never part of a key
+    encoder: dict[str, Any]
+    size: tuple[int, int]
+    views: tuple[View, ...]
+    states: Tensor
+    saliency: Tensor
+    prompt: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return sum(view.count for view in self.views)
+
+    def to_bytes(self) -> bytes:
+        header = {
+            "kind": "encoded",
+            "schema": SCHEMA,
+            "key": self.key,
+            "image": self.image,
+            "name": self.name,
+            "encoder": self.encoder,
+            "size": list(self.size),
+            "tokens": self.count,
+            "views": [asdict(view) for view in self.views],
+            "prompt": self.prompt,
+        }
+        return files.encode({"states": _raw(self.states), "saliency": _raw(self.saliency)}, header)
+
+    @classmethod
+    def from_parts(cls, header: dict[str, Any], tensors: dict[str, RawTensor]) -> "EncodedImage":
+        """The inverse of `to_bytes`, after `files.decode`. Raises ValueError where the parts don't fit each other."""
+        views = _views(header["views"])
+        states, saliency = _tensor(tensors["states"]), _tensor(tensors["saliency"])
+        count = sum(view.count for view in views)
+        if states.dim() != 2 or len(states) != count or saliency.shape != (count,):
+            raise ValueError(f"states {tuple(states.shape)} and saliency {tuple(saliency.shape)} for {count} tokens")
+        return cls(
+            key=header["key"],
+            image=header["image"],
+            name=header["name"],
+            encoder=header["encoder"],
+            size=(header["size"][0], header["size"][1]),
+            views=views,
+            states=states,
+            saliency=saliency,
+            prompt=header["prompt"],
+        )
+
+
+@dataclass(frozen=True)
+class PrunedSet:
+    """The K kept rows of an image for a question, where they came from, and the prompt. Enough to generate from.
+
+    rows         (K, D)       what the language model receives in place of its image tokens
+    kept         (K,)         their indices among the N visual tokens, sorted
+    input_ids    (L,)         the prompt's token ids, with K image tokens
+    position_ids (L,) or (3, L) for models with rotary positions in three axes
+    relevance, saliency (N,)  the signals behind the choice, for `show`
+    """
+
+    rows: Tensor
+    kept: Tensor
+    input_ids: Tensor
+    position_ids: Tensor
+    saliency: Tensor
+    relevance: Tensor | None
+    views: tuple[View, ...]
+    model: str
+    family: str
+    key: str  # of the encoded image
+    image: str  # sha256 of the picture's bytes
+    name: str
+    question: str
+    method: dict[str, Any]  # name and options
+    region: Box | None
+    zones: dict[str, Any] | None  # rows, cols and budgets per view, where the method has zones
+    positions: str  # "original" or "compact"
+
+    @property
+    def count(self) -> int:
+        """N, the visual tokens before pruning."""
+        return sum(view.count for view in self.views)
+
+    def to_bytes(self) -> bytes:
+        header = {
+            "kind": "pruned",
+            "schema": SCHEMA,
+            "views": [asdict(view) for view in self.views],
+            "region": list(self.region) if self.region else None,
+        }
+        header |= {name: getattr(self, name) for name in _PRUNED_TEXT}
+        tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
+        return files.encode(tensors, header)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str) -> "PrunedSet":
+        """Raises BadInput, naming `source`, where the bytes are no pruned set that this version can read."""
+        try:
+            header, tensors = files.decode(data)
+            if header.get("kind") != "pruned":
+                raise ValueError("it holds something else")
+            if header.get("schema") != SCHEMA:
+                raise ValueError(f"its schema is {header.get('schema')}, this version reads {SCHEMA}")
+            loaded = {name: _tensor(tensors[name]) for name in tensors if name in _PRUNED_TENSORS}
+            made = cls(
+                **{"relevance": None} | loaded,
+                **{name: header[name] for name in _PRUNED_TEXT},
+                views=_views(header["views"]),
+                region=tuple(header["region"]) if header["region"] else None,
+            )
+            if len(made.rows) != len(made.kept) or made.position_ids.shape[-1] != len(made.input_ids):
+                raise ValueError("its tensors do not fit each other")
+        except (files.FileFault, KeyError, TypeError, ValueError) as fault:
+            raise BadInput(f"{source}: not a pruned set ({fault}); make one with `gridprune prune`") from fault
+        return made
+
+
+_PRUNED_TENSORS = ("rows", "kept", "input_ids", "position_ids", "saliency", "relevance")
+_PRUNED_TEXT = (
+    *("model", "family", "key", "image", "name", "question"),
+    *("method", "zones", "positions"),
+)
+
+
+def _views(parts: list[dict[str, Any]]) -> tuple[View, ...]:
+    return tuple(View(part["rows"], part["cols"], tuple(part["box"])) for part in parts)
+
+
+def _raw(tensor: Tensor) -> RawTensor:
+    plain = tensor.detach().cpu().contiguous()
+    return RawTensor(_DTYPES[plain.dtype], tuple(plain.shape), plain.flatten().view(torch.uint8).numpy().tobytes())
+
+
+def _tensor(raw: RawTensor) -> Tensor:
+    if not raw.data:
+        return torch.empty(raw.shape, dtype=_TORCH[raw.dtype])
+    return torch.frombuffer(bytearray(raw.data), dtype=_TORCH[raw.dtype]).reshape(raw.shape)

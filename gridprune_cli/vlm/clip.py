@@ -1,0 +1,56 @@
+"""Relevance from CLIP: how well each patch matches the question, as CLIP's own text tower reads it.
+
+    r_i = cos( W_v LN_post(h_i), W_t t_EOS(Q) )
+
+h_i is the patch's penultimate-layer state, LN_post and W_v CLIP's own image head (GridPrune, arXiv 2511.10081;
+CLIP applies that head to the CLS token only).
+"""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoTokenizer, CLIPModel
+
+from gridprune_cli.vlm.checkpoint import Checkpoint
+from gridprune_cli.vlm.loading import load_part
+
+# all of the vision tower but its last layer norm
+_WITHOUT = tuple(f"vision_model.{name}" for name in ("embeddings", "pre_layrnorm", "encoder"))
+
+
+class ClipRelevance:
+    """The companion CLIP checkpoint of a tower, without the tower. Loaded at first use."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str):
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+
+    @cached_property
+    def model(self) -> Any:
+        return load_part(CLIPModel, self.checkpoint.folder, _WITHOUT, self.dtype, self.device)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.checkpoint.folder, local_files_only=True)
+
+    @torch.inference_mode()
+    def __call__(self, states: Tensor, question: str) -> Tensor:
+        """Cosines of patch states `(N, C)` with the question, `(N,)` float32 on the CPU.
+
+        A question longer than the text tower takes is read in pieces of its full length; the cosines of the pieces are
+        averaged, so no word is dropped.
+        """
+        ids = self.tokenizer(question, add_special_tokens=False).input_ids
+        room = self.model.config.text_config.max_position_embeddings - 2
+        pieces = [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        texts = [
+            self.model.get_text_features(torch.tensor([[first, *piece, last]], device=self.device)).pooler_output
+            for piece in pieces
+        ]
+        head = self.model.vision_model.post_layernorm
+        patches = self.model.visual_projection(head(states.to(self.device, self.dtype)))
+        cosines = normalize(patches.float(), dim=-1) @ normalize(torch.cat(texts).float(), dim=-1).T  # (N, pieces)
+        return cosines.mean(1).cpu()
