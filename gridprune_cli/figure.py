@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 Zone = tuple[int, int, int, int, int, int]  # view, row0, col0, row1, col1 (exclusive ends, in tokens), budget
 Rect = tuple[int, int, int, int]  # left, top, right, bottom in pixels, exclusive ends
+Box = tuple[float, float, float, float]  # left, top, right, bottom in fractions of the picture
 Colour = tuple[int, int, int]
 
 REGION_GRID = 8  # the contextual region counts cells of an 8 x 8 grid over the picture
 
 _PAPER, _PADDING, _INK, _SOFT = (255, 255, 255), (232, 232, 235), (28, 28, 32), (112, 112, 120)
+_GRAY, _COVER = (128, 128, 128), 0.74  # what lies under the heat map at its plainest, and how far the map covers it
 _KEPT, _REGION = (255, 184, 28), (0, 190, 214)
 _HEAT: tuple[Colour, ...] = (  # evenly spaced anchors; lightness rises steadily from first to last
     (14, 8, 38),
@@ -41,7 +43,7 @@ class View(Protocol):
     @property
     def cols(self) -> int: ...
     @property
-    def box(self) -> tuple[float, float, float, float]: ...
+    def box(self) -> Box: ...
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,14 @@ class Figure:
     region: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a token, zone or region lies outside its grid, or the relevance doesn't fit."""
+        """Raises ValueError where a view is empty, something lies outside its grid, or relevance doesn't fit."""
         count = sum(view.rows * view.cols for view in self.views)
         if not count:
             raise ValueError("there are no views to draw")
+        for n, view in enumerate(self.views):
+            left, top, right, bottom = view.box
+            if view.rows < 1 or view.cols < 1 or not (left < right and top < bottom):
+                raise ValueError(f"view {n} is empty")
         if any(not 0 <= token < count for token in self.kept):
             raise ValueError(f"kept has indices outside 0..{count - 1}")
         if self.relevance is not None and len(self.relevance) != count:
@@ -98,9 +104,9 @@ class Panel:
     top: int
     width: int
     height: int
-    extent: tuple[float, float, float, float]
+    extent: Box
 
-    def place(self, box: tuple[float, float, float, float]) -> Rect:
+    def place(self, box: Box) -> Rect:
         """A box in fractions of the picture, in pixels, at least one pixel each way."""
         x0, y0, x1, y1 = self.extent
         left = self.left + round((box[0] - x0) / (x1 - x0) * self.width)
@@ -226,9 +232,7 @@ def _span(layer: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _panel_size(
-    figure: Figure, page_width: int, unit: float
-) -> tuple[tuple[int, int], tuple[float, float, float, float], bool]:
+def _panel_size(figure: Figure, page_width: int, unit: float) -> tuple[tuple[int, int], Box, bool]:
     """Size of a panel in pixels, the part of the picture that it shows, and whether panels lie one above the other."""
     boxes = [(0.0, 0.0, 1.0, 1.0), *(view.box for view in figure.views)]
     left, top, right, bottom = (pick(box[i] for box in boxes) for i, pick in enumerate((min, min, max, max)))
@@ -262,13 +266,13 @@ def _draw_kept(page: Image.Image, figure: Figure, layer: list[int], panel: Panel
     sides = [_sides(panel.cells(figure.views[n], 0, 0, 1, 1)) for n in layer]
     stroke = round(max(1.0, min(3 * unit, 0.15 * min(min(side) for side in sides))))
     page.paste(_KEPT, corner, _contour(mask, stroke))
-    taken: list[Rect] = []
+    taken: list[Rect] = []  # what the budgets keep off: the region's label and its four sides
     if figure.region is not None:
-        rect = panel.region(figure.region)
+        left, top, right, bottom = rect = panel.region(figure.region)
         _outline(page, rect, unit)
         taken += _tag(page, rect, panel, mask, unit)
-        taken += [(rect[0], rect[1], rect[2], rect[1]), (rect[0], rect[3], rect[2], rect[3])]  # the plates keep off
-        taken += [(rect[0], rect[1], rect[0], rect[3]), (rect[2], rect[1], rect[2], rect[3])]  # its four sides
+        taken += [(left, top, right, top), (left, bottom, right, bottom)]
+        taken += [(left, top, left, bottom), (right, top, right, bottom)]
     for rect, budget in zones:
         _budget(page, rect, budget, taken, panel, mask, round(stroke + 2 * unit), unit)
     _header(page, panel, title, unit, zoned=bool(zones))
@@ -278,15 +282,16 @@ def _draw_relevance(
     page: Image.Image, figure: Figure, layer: list[int], panel: Panel, unit: float, suffix: str
 ) -> None:
     picture = _picture(figure.image, panel)
-    page.paste(_PADDING, (panel.left, panel.top, panel.left + panel.width, panel.top + panel.height))
+    padding = _PADDING if figure.relevance is None else _GRAY
+    page.paste(padding, (panel.left, panel.top, panel.left + panel.width, panel.top + panel.height))
     corner = panel.place((0.0, 0.0, 1.0, 1.0))[:2]
     if figure.relevance is None:
         page.paste(picture, corner)
         _header(page, panel, "Picture", unit)
     else:
         flat = ImageOps.grayscale(picture).point(
-            lambda value: round(60 + 0.55 * value)
-        )  # or it would read as relevance
+            lambda value: round(40 + 0.7 * value)
+        )  # contrast would read as relevance
         page.paste(flat.convert("RGB"), corner)
         low, high = min(figure.relevance), max(figure.relevance)
         starts = _starts(figure.views)
@@ -297,7 +302,7 @@ def _draw_relevance(
             heat.putdata([round(255 * (value - low) / (high - low)) if high > low else 0 for value in values])
             rect = panel.cells(view, 0, 0, view.rows, view.cols)
             heat = heat.resize(_sides(rect), Image.Resampling.NEAREST)
-            page.paste(Image.blend(page.crop(rect), _heat(heat), 0.76), rect[:2])
+            page.paste(Image.blend(page.crop(rect), _heat(heat), _COVER), rect[:2])
         _header(page, panel, "Relevance" + suffix, unit, scale=(low, high))
     if figure.region is not None:
         _outline(page, panel.region(figure.region), unit)
@@ -351,9 +356,11 @@ def _kept_mask(figure: Figure, layer: Sequence[int], panel: Panel) -> Image.Imag
 
 def _contour(mask: Image.Image, stroke: int) -> Image.Image:
     """The inner rim of a mask's areas, `stroke` pixels wide."""
-    padded = ImageOps.expand(mask, stroke, 0)
-    inner = ImageOps.crop(padded.filter(ImageFilter.MinFilter(2 * stroke + 1)), stroke)
-    return ImageChops.subtract(mask, inner)
+    inner = ImageOps.expand(mask, stroke, 0)
+    for dx, dy in ((stroke, 0), (0, stroke)):  # tokens are wider than a stroke, so looking a stroke away is enough
+        aside = ImageChops.darker(ImageChops.offset(inner, dx, dy), ImageChops.offset(inner, -dx, -dy))
+        inner = ImageChops.darker(inner, aside)
+    return ImageChops.subtract(mask, ImageOps.crop(inner, stroke))
 
 
 # ---- marks and text --------------------------------------------------------------------------------------------------
@@ -481,7 +488,8 @@ def _header(
         pen.text((x, y), low, _SOFT, font=small, anchor="lm")
         x += round(small.getlength(low) + 8 * unit)
         bar = Image.linear_gradient("L").rotate(90).resize((round(120 * unit), side))
-        page.paste(_heat(bar), (x, y - side // 2))
+        gray = Image.new("RGB", bar.size, _GRAY)  # so that the bar's colours are those in the panel
+        page.paste(Image.blend(gray, _heat(bar), _COVER), (x, y - side // 2))
         pen.text((x + bar.width + 8 * unit, y), high, _SOFT, font=small, anchor="lm")
 
 

@@ -11,14 +11,13 @@ import json
 import math
 import os
 import secrets
-import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gridprune_cli.errors import BadInput
+from gridprune_cli.errors import BadInput, GridpruneError
 
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -33,7 +32,7 @@ _to_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=
 
 
 class FileFault(BadInput):
-    """A file that is damaged, or not ours. The message is the reason alone, or starts with the path where one is known."""
+    """A file that is damaged, or not ours. The message is the reason, after the path where one is known."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,13 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, RawTensor]]:
     start = 8 + _head_length(data)
     layout, header = _parse_head(data[8:start])
     try:
-        spans = {name: entry["data_offsets"] for name, entry in layout.items()}
-        expected = start + max((end for _, end in spans.values()), default=0)
+        spans = [entry["data_offsets"] for entry in layout.values()]
+        expected = start + max((end for _, end in spans), default=0)
         if len(data) < expected:
             raise FileFault(f"cut short: {len(data)} bytes of {expected}")
         tensors = {
-            name: RawTensor(entry["dtype"], tuple(entry["shape"]), data[start + spans[name][0] : start + spans[name][1]])
-            for name, entry in layout.items()
+            name: RawTensor(entry["dtype"], tuple(entry["shape"]), data[start + first : start + end])
+            for (name, entry), (first, end) in zip(layout.items(), spans, strict=True)
         }
         whole = encode(tensors, header) == data
     except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
@@ -103,37 +102,42 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, RawTensor]]:
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """The header alone, some tens of microseconds. Raises FileFault, with the path; OSError where it can't be read."""
-    with open(path, "rb", buffering=0) as file:
-        data = file.read(_FIRST_READ)
-        try:
-            missing = 8 + _head_length(data, whole=False) - len(data)
-            if missing > 0:
-                data += file.read(missing)
-            return _parse_head(data[8 : 8 + _head_length(data)])[1]
-        except FileFault as fault:
-            raise FileFault(f"{path}: {fault}") from fault
+    handle = os.open(path, os.O_RDONLY)  # plain calls: `open` makes several more of them, and a cache has many files
+    try:
+        data = os.read(handle, _FIRST_READ)
+        missing = 8 + _head_length(data, whole=False) - len(data)
+        if missing > 0:
+            data += os.read(handle, missing)
+        return _parse_head(data[8 : 8 + _head_length(data)])[1]
+    except FileFault as fault:
+        raise FileFault(f"{path}: {fault}") from fault
+    finally:
+        os.close(handle)
 
 
 def write_atomic(path: Path, data: bytes, *, sync: bool) -> None:
     """Write a file so that it is there whole or not at all; the umask decides its mode. Replaces an earlier file.
 
-    `sync` waits until the bytes are on the disk: for files a user asked for. Raises OSError, and leaves nothing behind.
+    `sync` waits until the bytes are on the disk: for files a user asked for. Raises GridpruneError, and leaves nothing
+    behind.
     """
-    with suppress(FileNotFoundError):
-        if not stat.S_ISREG(os.stat(path).st_mode):  # replacing /dev/null or a pipe would break more than this call
-            raise OSError(errno.EINVAL, "Not a regular file", str(path))
     stem = os.fsdecode(os.fsencode(path.name)[:200])  # a name may have 255 bytes
     temporary = path.with_name(f".{stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
+        if path.exists() and not path.is_file():  # replacing /dev/null or a pipe would break more than this call
+            raise OSError(errno.EINVAL, "not a regular file")
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(data)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise GridpruneError(f"{path}: can't be written ({reason}); check its folder and the disk") from error
         raise
     if sync:
         _sync_folder(path.parent)

@@ -1,11 +1,13 @@
-"""From a pruned set to text: the language model alone, driven through transformers' own `generate`."""
+"""From pruned sets to text: the language model alone, driven through transformers' own `generate`."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from gridprune_cli.tokens import PrunedSet
@@ -14,7 +16,7 @@ from gridprune_cli.vlm.family import Family
 
 @dataclass(frozen=True)
 class Generated:
-    """The answer, its token ids, and milliseconds until its first token and from there to its end."""
+    """The answer, its token ids, and milliseconds of its batch until the first token and from there to the end."""
 
     text: str
     ids: tuple[int, ...]
@@ -36,22 +38,40 @@ class _Clock(LogitsProcessor):
 
 
 @torch.inference_mode()
-def generate(family: Family, pruned: PrunedSet, max_new_tokens: int, **options: Any) -> Generated:
-    """Answers from a pruned set, greedily. Loads the language model only. `options` go to transformers' `generate`."""
+def generate(family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, **options: Any) -> list[Generated]:
+    """Answers from pruned sets, greedily, in one left-padded batch. Loads the language model only.
+
+    `options` go to transformers' `generate`.
+    """
     model = family.load("language")
-    ids = pruned.input_ids[None].to(family.device)
+    length = max(len(pruned.input_ids) for pruned in batch)
+    tokenizer = family.processor.tokenizer
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def left(rows: list[Tensor], value: int) -> Tensor:
+        return torch.stack([pad(row, (length - row.shape[-1], 0), value=value) for row in rows]).to(family.device)
+
+    ids = left([pruned.input_ids for pruned in batch], filler)
+    positions = left([pruned.position_ids for pruned in batch], 0)  # (B, L) or (B, 3, L)
+    mask = left([torch.ones_like(pruned.input_ids) for pruned in batch], 0)  # else a pad id in a prompt would be masked
     clock, start = _Clock(), time.perf_counter()
     out = model.generate(
         input_ids=ids,
-        attention_mask=torch.ones_like(ids),  # else a pad id inside the prompt would be masked
-        position_ids=pruned.position_ids[..., None, :].to(family.device),
-        mm_encoder_outputs={"image": family.features(pruned)},
+        attention_mask=mask,
+        position_ids=positions if positions.dim() == 2 else positions.transpose(0, 1),
+        mm_encoder_outputs={"image": family.features(batch)},
         max_new_tokens=max_new_tokens,
         logits_processor=LogitsProcessorList([clock]),
         **{"do_sample": False} | options,
     )
     end = time.perf_counter()
-    answer = out[0, ids.shape[1] :]
     first = clock.first or end
-    text = family.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
-    return Generated(text, tuple(answer.tolist()), 1e3 * (first - start), 1e3 * (end - first))
+    return [
+        Generated(
+            tokenizer.decode(answer, skip_special_tokens=True).strip(),
+            tuple(answer.tolist()),
+            1e3 * (first - start),
+            1e3 * (end - first),
+        )
+        for answer in out[:, length:]
+    ]

@@ -14,6 +14,7 @@ from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image
 from gridprune_cli.pruning.methods import Method, make
+from gridprune_cli.pruning.methods.gridprune import GridPrune
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.signals import Box, Signals
 from gridprune_cli.store import Store, entry_key
@@ -70,22 +71,9 @@ class Answer:
     ms: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
-        pruned = self.pruned
-        return {
-            "image": pruned.name,
-            "question": pruned.question,
+        return self.pruned.to_json() | {
             "answer": self.text,
-            "model": pruned.model,
-            "method": pruned.method["name"],
-            "options": {name: value for name, value in pruned.method.items() if name != "name"},
-            "keep": round(len(pruned.kept) / pruned.count, 4),
-            "tokens": {"full": pruned.count, "kept": len(pruned.kept)},
-            "grid": [[view.rows, view.cols] for view in pruned.views],
-            "region": pruned.region,
-            "zones": pruned.zones,
             "cache": "hit" if self.hit else "miss",
-            "key": pruned.key,
-            "positions": pruned.positions,
             "ms": {name: round(value, 2) for name, value in self.ms.items()},
         }
 
@@ -96,13 +84,19 @@ class Pipeline:
     `store` None means no cache. Raises BadInput for a model, device or dtype that can't be used.
     """
 
-    def __init__(
-        self, model: str = "scenes", *, store: Store | None = None, device: str = "auto", dtype: str = "auto"
-    ):
+    def __init__(self, model: str = "scenes", *, store: Store | None = None, device: str = "auto", dtype: str = "auto"):
         placed = place(device, dtype)
         self.model = model
         self.store = store
         self.family = open_model(model, placed.dtype, placed.device)
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Brings the cache back under its limit."""
+        if self.store is not None:
+            self.store.finish()
 
     # ---- encode ------------------------------------------------------------------------------------------------------
 
@@ -128,6 +122,7 @@ class Pipeline:
     def _keep(self, picture: Picture, encoding: Encoding) -> EncodedImage:
         encoded = EncodedImage(
             key=self.key(picture.sha256),
+            model=self.model,
             image=picture.sha256,
             name=picture.name,
             encoder=self.family.encoder,
@@ -138,15 +133,15 @@ class Pipeline:
             prompt=encoding.prompt,
         )
         if not (torch.isfinite(encoded.states).all() and torch.isfinite(encoded.saliency).all()):
-            raise GridpruneError(f"{picture.name}: the vision tower gave values that are not finite; try --dtype float32")
+            raise GridpruneError(f"{picture.name}: the tower gave values that are not finite; try --dtype float32")
         if self.store is not None:
             self.store.put(self.family.encoder, encoded.key, encoded.to_bytes())
         return encoded
 
-    def encode_one(self, source: Source, *, refresh: bool = False) -> tuple[EncodedImage, bool]:
+    def encode_one(self, source: Source) -> tuple[EncodedImage, bool]:
         """An encoded image, and whether it came from the cache. Raises BadInput for a picture that can't be read."""
         image, name, data = identify(source)
-        found = None if refresh else self.look_up(image, name)
+        found = self.look_up(image, name)
         return (found, True) if found else (self.encode([load_image(data, name)])[0], False)
 
     # ---- prune -------------------------------------------------------------------------------------------------------
@@ -157,7 +152,7 @@ class Pipeline:
         if not question.strip():
             raise BadInput("the question is empty")
         k = pruning.count(encoded.count)
-        relevance = self._relevance(encoded, question) if self.needs_relevance(pruning) else None
+        relevance = self._relevance(encoded, question) if "relevance" in pruning.method.requires else None
         signals = Signals(encoded.views, relevance, encoded.saliency.float(), self._region(pruning, encoded, relevance))
         kept = pruning.method.select(signals, k)
         rows = self.family.project(encoded.states[kept])
@@ -165,7 +160,7 @@ class Pipeline:
         stays = torch.ones(len(full), dtype=torch.bool)
         image = (full == self.family.image_token).nonzero()[:, 0]
         if len(image) != encoded.count:
-            raise BadInput(f"the question holds the model's image token; leave it out (prompt has {len(image)} of them)")
+            raise BadInput("the question holds the model's image token; leave it out")
         stays[image] = False
         stays[image[kept]] = True
         ids = full[stays]
@@ -186,12 +181,9 @@ class Pipeline:
             question=question,
             method={"name": pruning.method.name, **asdict(pruning.method)},
             region=signals.region,
-            zones=pruning.method.zones(signals, kept),
+            zones=_zones(pruning.method, signals, kept),
             positions=pruning.positions,
         )
-
-    def needs_relevance(self, pruning: Pruning) -> bool:
-        return "relevance" in pruning.method.requires
 
     def _relevance(self, encoded: EncodedImage, question: str) -> Tensor:
         if self.family.relevance is None:
@@ -199,20 +191,26 @@ class Pipeline:
         return self.family.relevance(encoded.states, question)
 
     def _region(self, pruning: Pruning, encoded: EncodedImage, relevance: Tensor | None) -> Box | None:
-        if "region" not in pruning.method.requires or pruning.region == "none" or relevance is None:
+        if not isinstance(pruning.method, GridPrune) or relevance is None or pruning.region == "none":
             return None
-        if pruning.region == "auto":
-            return contextual_region(relevance * pruning.method.relevance_sign, encoded.views)
-        return pruning.region
+        if isinstance(pruning.region, tuple):
+            return pruning.region
+        return contextual_region(relevance * pruning.method.relevance_sign, encoded.views)
 
     # ---- generate ----------------------------------------------------------------------------------------------------
 
     def generate(self, pruned: PrunedSet, *, max_new_tokens: int = 128, **options: Any) -> str:
         """The answer from a pruned set. `options` go to transformers' `generate`."""
-        return generate(self.family, pruned, max_new_tokens, **options).text
+        return generate(self.family, [pruned], max_new_tokens, **options)[0].text
 
     def ask(
-        self, source: Source, question: str, pruning: Pruning | None = None, *, max_new_tokens: int = 128, **options: Any
+        self,
+        source: Source,
+        question: str,
+        pruning: Pruning | None = None,
+        *,
+        max_new_tokens: int = 128,
+        **options: Any,
     ) -> Answer:
         """encode, prune and generate, timed. A picture in the cache is not decoded, and the tower is not loaded."""
         ms = dict.fromkeys(("load", "encode", "select", "prefill", "decode", "total"), 0.0)
@@ -227,7 +225,7 @@ class Pipeline:
                     encoded = self.encode([load_image(data, name)])[0]
             with _timed(ms, "select"):
                 pruned = self.prune(encoded, question, pruning)
-            made = generate(self.family, pruned, max_new_tokens, **options)
+            made = generate(self.family, [pruned], max_new_tokens, **options)[0]
         ms |= {"prefill": made.prefill, "decode": made.decode}
         return Answer(made.text, pruned, hit, ms)
 
@@ -257,6 +255,20 @@ class Pipeline:
         if pictures:
             for picture, encoded in zip(pictures, self.encode(pictures), strict=True):
                 yield picture.name, encoded, False
+
+
+def _zones(method: Method, signals: Signals, kept: Tensor) -> dict[str, Any] | None:
+    """Rows, columns and budgets of the zones, for methods that have them; lists of rows and columns for several views.
+
+    A zone keeps just its budget, so the budgets are counted from what was kept.
+    """
+    if not isinstance(method, GridPrune):
+        return None
+    index, zones = method.zones(signals)
+    rows, cols = (list(sides) for sides in zip(*zones.grids, strict=True))
+    budgets = torch.bincount(index[kept], minlength=zones.count).tolist()
+    one = len(zones.grids) == 1
+    return {"rows": rows[0] if one else rows, "cols": cols[0] if one else cols, "budgets": budgets}
 
 
 @contextmanager

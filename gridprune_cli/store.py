@@ -13,17 +13,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gridprune_cli import files
-from gridprune_cli.errors import BadInput
+from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.files import FileFault, RawTensor
 
 SCHEMA = 1
 BUCKET = "visual-v1"
-DEFAULT_LIMIT = 20 << 30  # bytes
+DEFAULT_LIMIT = "20G"
 TEMPORARY_LIFE = 86_400.0  # seconds after which a writer's temporary file counts as left behind
 
 _BUCKET = re.compile(r"visual-v(\d+)")
@@ -73,20 +73,20 @@ def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-@dataclass
 class Store:
     """The cache under `root`, at most `limit` bytes of entries (None: no limit).
 
-    Use it as a context manager, or call `finish`, so that the limit is kept. Between, it is looked at each time a tenth
-    of the limit was written. Entries written through this object are never removed for the limit.
+    Use it as a context manager, or call `finish`, so that the limit is kept; before that it is looked at each time a
+    tenth of it was written. Entries written through this object are never removed for it.
     """
 
-    root: Path
-    limit: int | None
-    warn: Callable[[str], None] = _warn
-    _written: set[str] = field(default_factory=set, init=False, repr=False)
-    _unchecked: int = field(default=0, init=False, repr=False)
-    _warned: bool = field(default=False, init=False, repr=False)
+    def __init__(self, root: Path, limit: int | None, warn: Callable[[str], None] = _warn) -> None:
+        self.root = root
+        self.limit = limit
+        self._warn = warn
+        self._warned = False
+        self._own: set[str] = set()
+        self._unchecked = 0  # bytes written since the last look
 
     def __enter__(self) -> "Store":
         return self
@@ -98,36 +98,38 @@ class Store:
         """Header and tensors of an entry, or None. A broken entry is removed, and is None."""
         path = self._path(encoder, key)
         try:
-            header, tensors = _load(path)
+            found = _load(path)
         except FileFault:
             with suppress(OSError):
                 path.unlink()
             return None
         except OSError:
             return None
-        with suppress(OSError):
-            os.utime(path)  # at every hit: next to reading and checking an entry it costs nothing, and the order is exact
-        return header, tensors
+        with suppress(OSError):  # at every hit: beside reading and checking it costs nothing, and the order is exact
+            os.utime(path)
+        return found
 
     def put(self, encoder: Mapping[str, Any], key: str, data: bytes) -> bool:
-        """Store an encoded file whose header has at least schema, key, image and encoder; a whole one there stays.
+        """Store an encoded file whose header has at least schema, key and encoder. An equal file stays untouched.
 
         False where it can't be written, with one warning per Store: work goes on without the cache.
         """
         path = self._path(encoder, key)
-        with suppress(FileFault, OSError):
-            _load(path)
-            return True
+        with suppress(OSError):
+            if path.read_bytes() == data:
+                return True
         try:
             self._prepare(path.parent.parent, encoder)
             path.parent.mkdir(exist_ok=True)
             files.write_atomic(path, data, sync=False)
-        except OSError as error:
+        except (OSError, GridpruneError) as error:
             if not self._warned:
                 self._warned = True
-                self.warn(f"{self.root}: the cache can't be written ({error.strerror or error}); going on without it")
+                cause = error if isinstance(error, OSError) else error.__cause__ or error
+                reason = getattr(cause, "strerror", None) or cause
+                self._warn(f"{self.root}: the cache can't be written ({reason}); going on without it")
             return False
-        self._written.add(str(path))
+        self._own.add(str(path))
         self._unchecked += len(data)
         if self.limit is not None and self._unchecked > self.limit // 10:
             self.finish()
@@ -146,7 +148,7 @@ class Store:
                 yield found
 
     def verify(self, *, delete: bool = False) -> Iterator[tuple[Entry, str | None]]:
-        """Read every entry in full: the entry and what is wrong with it (None: nothing). `delete` removes the broken."""
+        """Read every entry in full: the entry and what is wrong with it, or None. `delete` removes the broken."""
         for entry in self.entries():
             fault = None
             try:
@@ -161,9 +163,7 @@ class Store:
                 _unlink(entry.path)
             yield entry, fault
 
-    def gc(
-        self, *, max_bytes: int | None = None, older_than: float | None = None, dry_run: bool = False
-    ) -> Removed:
+    def gc(self, *, max_bytes: int | None = None, older_than: float | None = None, dry_run: bool = False) -> Removed:
         """Remove entries unused for `older_than` seconds; then, if more than `max_bytes` are left, the least recently
         used ones, down to 90 % of it. Sweeps temporary files older than a day, and buckets of earlier layouts."""
         removed = self._trim(max_bytes, older_than, dry_run)
@@ -172,7 +172,7 @@ class Store:
         return removed
 
     def find(self, prefix: str) -> Entry:
-        """The one entry whose key starts with `prefix`, four hex digits or more. BadInput where there is not just one."""
+        """The one entry whose key starts with `prefix`, four hex digits or more. BadInput for none or several."""
         if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
             raise BadInput(f"{prefix}: not a key; give four or more of the hex digits that `gridprune cache ls` prints")
         found = [
@@ -190,7 +190,8 @@ class Store:
     def remove(self, prefix: str) -> Entry:
         """Remove the entry that `find` finds, and return it. Raises BadInput as `find` does."""
         entry = self.find(prefix)
-        os.unlink(entry.path)
+        if not _unlink(entry.path) and os.path.lexists(entry.path):
+            raise GridpruneError(f"{entry.path}: can't be removed; see to the permissions of its folder")
         return entry
 
     def clear(self) -> Removed:
@@ -212,7 +213,7 @@ class Store:
 
     def _prepare(self, folder: Path, encoder: Mapping[str, Any]) -> None:
         """Make the folders, mark the root as a cache, and say in words what the encoder's folder is for."""
-        if folder.is_dir():
+        if (folder / "encoder.json").exists():
             return
         self.root.mkdir(parents=True, exist_ok=True)
         if not any(self.root.iterdir()):  # a folder with other things in it is not ours to hide from backups and git
@@ -225,17 +226,19 @@ class Store:
     def _trim(self, max_bytes: int | None, older_than: float | None, dry_run: bool) -> Removed:
         oldest = time.time() - older_than if older_than is not None else float("-inf")
         entries = sorted((entry.used, entry.bytes, entry.path) for entry in self.entries())  # least recently used first
-        kept = sum(size for _, size, _ in entries)
-        over = max_bytes is not None and kept - sum(size for used, size, _ in entries if used < oldest) > max_bytes
-        goal = max_bytes * 9 // 10 if over and max_bytes is not None else kept
-        count = removed = 0
-        for used, size, path in entries:
-            too_old = used < oldest
-            if not too_old and kept <= goal:
-                break
-            if (too_old or path not in self._written) and (dry_run or _unlink(path)):
-                count, removed, kept = count + 1, removed + size, kept - size
-        return Removed(count, removed, len(entries) - count, kept)
+        stale = [entry for entry in entries if entry[0] < oldest]
+        fresh = entries[len(stale) :]
+        kept = sum(size for _, size, _ in fresh)
+        if max_bytes is not None and kept > max_bytes:
+            for entry in fresh:
+                if kept <= max_bytes * 9 // 10:
+                    break
+                if entry[2] not in self._own:
+                    stale.append(entry)
+                    kept -= entry[1]
+        gone = [size for _, size, path in stale if dry_run or _unlink(path)]
+        total = sum(size for _, size, _ in entries)
+        return Removed(len(gone), sum(gone), len(entries) - len(gone), total - sum(gone))
 
     def _sweep(self) -> None:
         oldest = time.time() - TEMPORARY_LIFE
@@ -253,7 +256,8 @@ class Store:
 
 def open_store(root: Path | None = None, warn: Callable[[str], None] = _warn) -> Store:
     """The cache at `root`, or where the environment says. Raises BadInput on a setting that can't be read."""
-    return Store(root or default_root(), default_limit(), warn)
+    limit = parse_size(os.environ.get("GRIDPRUNE_CACHE_LIMIT") or DEFAULT_LIMIT, "GRIDPRUNE_CACHE_LIMIT")
+    return Store(Path(os.path.expanduser(root or default_root())), limit or None, warn)
 
 
 def default_root() -> Path:
@@ -268,26 +272,20 @@ def default_root() -> Path:
     return Path(base, "gridprune")
 
 
-def default_limit() -> int | None:
-    """$GRIDPRUNE_CACHE_LIMIT in bytes, 20 GiB where it is not set; None for no limit (0)."""
-    text = os.environ.get("GRIDPRUNE_CACHE_LIMIT")
-    return (parse_size(text, "GRIDPRUNE_CACHE_LIMIT") if text else DEFAULT_LIMIT) or None
-
-
 def parse_size(text: str, source: str) -> int:
-    """Bytes in `500M`, `1.5GiB` or `1000`; units are powers of 1024. BadInput names `source`, a flag or variable."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT])(?:iB)?)?", text, re.ASCII)
+    """Bytes in `500M`, `20GiB` or `1000`; units are powers of 1024. BadInput names `source`, a flag or variable."""
+    match = re.fullmatch(r"(\d+)(?:([KMGT])(?:iB)?)?", text, re.ASCII)
     if not match:
         raise BadInput(f"{source}: {text!r} is no size; write bytes or 500M, 20G, 1T (powers of 1024), 0 for no limit")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+    return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
-def parse_age(text: str, source: str) -> float:
+def parse_age(text: str, source: str) -> int:
     """Seconds in `90s`, `30min`, `12h`, `7d` or `2w`. BadInput names `source`, a flag."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h|d|w)", text, re.ASCII)
+    match = re.fullmatch(r"(\d+)(s|min|h|d|w)", text, re.ASCII)
     if not match:
-        raise BadInput(f"{source}: {text!r} is no age; write a number and a unit, such as 30min, 12h, 7d or 2w")
-    return float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}[match[2]]
+        raise BadInput(f"{source}: {text!r} is no age; write a whole number and a unit, such as 30min, 12h, 7d or 2w")
+    return int(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}[match[2]]
 
 
 def _encoder_name(encoder: Any) -> str:

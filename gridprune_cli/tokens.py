@@ -1,6 +1,7 @@
 """The two things that are kept on disk, and their safetensors form: an encoded image, and a pruned set."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ class EncodedImage:
     """
 
     key: str
+    model: str  # as the user named it, like `name` never part of a key
     image: str  # sha256 of the file's bytes
-    name: str  # as the user named the file; never part of a key
+    name: str  # as the user named the file
     encoder: dict[str, Any]
     size: tuple[int, int]
     views: tuple[View, ...]
@@ -51,11 +53,17 @@ class EncodedImage:
         """N."""
         return sum(view.count for view in self.views)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.states.nbytes + self.saliency.nbytes
+
     def to_bytes(self) -> bytes:
         header = {
             "kind": "encoded",
             "schema": SCHEMA,
             "key": self.key,
+            "model": self.model,
             "image": self.image,
             "name": self.name,
             "encoder": self.encoder,
@@ -76,6 +84,7 @@ class EncodedImage:
             raise ValueError(f"states {tuple(states.shape)} and saliency {tuple(saliency.shape)} for {count} tokens")
         return cls(
             key=header["key"],
+            model=header["model"],
             image=header["image"],
             name=header["name"],
             encoder=header["encoder"],
@@ -132,6 +141,24 @@ class PrunedSet:
         tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
         return files.encode(tensors, header)
 
+    def to_json(self) -> dict[str, Any]:
+        """What a user wants to know of it. `grid` is rows and columns; of several views, a list of those."""
+        grids = [[view.rows, view.cols] for view in self.views]
+        return {
+            "image": self.name,
+            "question": self.question,
+            "model": self.model,
+            "method": self.method["name"],
+            "options": {name: value for name, value in self.method.items() if name != "name"},
+            "keep": round(len(self.kept) / self.count, 4),
+            "tokens": {"full": self.count, "kept": len(self.kept)},
+            "grid": grids[0] if len(grids) == 1 else grids,
+            "region": self.region,
+            "zones": self.zones,
+            "key": self.key,
+            "positions": self.positions,
+        }
+
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> "PrunedSet":
         """Raises BadInput, naming `source`, where the bytes are no pruned set that this version can read."""
@@ -141,9 +168,9 @@ class PrunedSet:
                 raise ValueError("it holds something else")
             if header.get("schema") != SCHEMA:
                 raise ValueError(f"its schema is {header.get('schema')}, this version reads {SCHEMA}")
-            loaded = {name: _tensor(tensors[name]) for name in tensors if name in _PRUNED_TENSORS}
+            loaded: dict[str, Any] = {name: _tensor(tensors[name]) for name in _PRUNED_TENSORS if name in tensors}
             made = cls(
-                **{"relevance": None} | loaded,
+                **({"relevance": None} | loaded),
                 **{name: header[name] for name in _PRUNED_TEXT},
                 views=_views(header["views"]),
                 region=tuple(header["region"]) if header["region"] else None,
@@ -153,6 +180,15 @@ class PrunedSet:
         except (files.FileFault, KeyError, TypeError, ValueError) as fault:
             raise BadInput(f"{source}: not a pruned set ({fault}); make one with `gridprune prune`") from fault
         return made
+
+
+def load_pruned(path: str | Path) -> PrunedSet:
+    """Reads a pruned set from a file. Raises BadInput, naming the file, where it can't be read or is none."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as fault:
+        raise BadInput(f"{path}: can't be read ({fault.strerror}); check the path") from fault
+    return PrunedSet.from_bytes(data, str(path))
 
 
 _PRUNED_TENSORS = ("rows", "kept", "input_ids", "position_ids", "saliency", "relevance")

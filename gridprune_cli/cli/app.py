@@ -11,6 +11,7 @@ from gridprune_cli.cli.encode import encode
 from gridprune_cli.cli.env import env
 from gridprune_cli.cli.generate import generate
 from gridprune_cli.cli.models import models
+from gridprune_cli.cli.output import printable
 from gridprune_cli.cli.prune import prune
 from gridprune_cli.cli.show import show
 from gridprune_cli.errors import GridpruneError
@@ -34,7 +35,7 @@ def main() -> None:
     except GridpruneError as fault:
         if os.environ.get("GRIDPRUNE_DEBUG"):
             raise
-        print(f"gridprune: {fault}", file=sys.stderr)
+        print(f"gridprune: {printable(str(fault))}", file=sys.stderr)
         sys.exit(fault.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

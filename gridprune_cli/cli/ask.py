@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import emit_json, say
+from gridprune_cli.cli.output import emit_json, say, set_quiet
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline, Pruning
 
-Image = Annotated[str, typer.Argument(help="Image file, or - for stdin.", show_default=False)]
-Question = Annotated[str, typer.Argument(help="The question.", show_default=False)]
+Image = Annotated[str, typer.Argument(metavar="IMAGE", help="Image file, or - for stdin.", show_default=False)]
+Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question.", show_default=False)]
 
 
 @options.takes(pipeline=options.pipeline, pruning=options.pruning)
@@ -30,10 +30,12 @@ def ask(
     """Answer a question about an image from the visual tokens that it needs."""
     from gridprune_cli.cli.show import draw_figure, scene_notice
     from gridprune_cli.files import write_atomic
-    from gridprune_cli.images import Source, read_source
+    from gridprune_cli.images import read_source
 
-    source: Source = read_source(image)  # stdin can be read once only
-    answer = pipeline.ask(source, question, pruning, max_new_tokens=max_new_tokens)
+    set_quiet(quiet)
+    source = read_source(image)
+    with pipeline:
+        answer = pipeline.ask(source, question, pruning, max_new_tokens=max_new_tokens)
     if save:
         write_atomic(save, answer.pruned.to_bytes(), sync=True)
     if show:
@@ -42,11 +44,10 @@ def ask(
         emit_json(answer.to_json())
     else:
         print(answer.text)
-    if not quiet:
-        scene_notice(pipeline.model, source)
-        pruned = answer.pruned
-        found = "cached" if answer.hit else "encoded"
-        say(f"{len(pruned.kept)} of {pruned.count} visual tokens, image {found}, {answer.ms['total'] / 1e3:.2f} s")
+    scene_notice(pipeline.model, source)
+    kept, full = len(answer.pruned.kept), answer.pruned.count
+    found = "cached" if answer.hit else "encoded"
+    say(f"{kept} of {full} visual tokens, image {found}, {answer.ms['total'] / 1e3:.2f} s")
 
 
 ask.examples = (  # type: ignore[attr-defined]

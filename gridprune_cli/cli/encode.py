@@ -2,13 +2,12 @@
 
 import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import emit_json, progress, say, size, warn
+from gridprune_cli.cli.output import emit_json, progress, say, set_quiet, size, warn
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline
@@ -18,41 +17,44 @@ if TYPE_CHECKING:
 def encode(
     paths: Annotated[
         list[str],
-        typer.Argument(help="Image files, folders of them, or - for paths on stdin, one a line.", show_default=False),
+        typer.Argument(
+            metavar="PATH...",
+            help="Image files, folders of them, or - for paths on stdin, one a line.",
+            show_default=False,
+        ),
     ],
     pipeline: "Pipeline",
     batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the tower at once.")] = 16,
-    refresh: Annotated[bool, typer.Option(help="Encode again what is cached already.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Encode again what is cached already.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Encode images into the cache. What is there already is skipped; an unreadable image is named, the rest goes on."""
+    """Encode images into the cache, but for those there already. One that can't be read is named; the rest goes on."""
     from gridprune_cli.errors import BadInput, GridpruneError
     from gridprune_cli.images import find_images
 
+    set_quiet(quiet)
     if pipeline.store is None:
         raise BadInput("--no-cache: encode has nothing to do without a cache")
-    named = [line.rstrip("\n") for line in sys.stdin if line.strip()] if paths == ["-"] else paths
-    images = find_images([Path(path) for path in named])
-    done = hits = failed = written = 0
+    listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if paths == ["-"] else paths
+    images = find_images(listed)
+    done = hits = failed = size_of_new = 0
     start = time.perf_counter()
-    with progress("encoding", len(images), quiet=quiet) as advance:
+    with pipeline, progress("encoding", len(images)) as step:
         for name, result, hit in pipeline.encode_all(images, batch=batch_size, refresh=refresh):
+            step()
             if isinstance(result, GridpruneError):
                 failed += 1
                 warn(str(result))
-                line = {"image": name, "error": str(result)}
+                line: dict[str, Any] = {"image": name, "error": str(result)}
             else:
                 done, hits = done + 1, hits + hit
+                size_of_new += 0 if hit else result.nbytes
                 line = {"image": name, "key": result.key, "tokens": result.count, "cache": "hit" if hit else "miss"}
             if json:
                 emit_json(line)
-            advance(1)
-    seconds = time.perf_counter() - start
-    written = pipeline.store.written
-    if not quiet:
-        rate = f"{done / seconds:.1f} images/s" if seconds else ""
-        say(f"{done} images, {hits} of them cached already, {size(written)} written, {rate}")
+    rate = done / (time.perf_counter() - start)
+    say(f"{done} images, {hits} of them cached already, {size(size_of_new)} new, {rate:.1f} images/s")
     if failed:
         warn(f"{failed} of {len(images)} could not be encoded")
         raise typer.Exit(3)

@@ -12,12 +12,12 @@ def env(
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> None:
-    """Print the settings in force with where each came from, versions, and the chosen device and dtype with the reason."""
+    """Print the settings in force and where each came from, versions, and device and dtype with the reason."""
     from gridprune_cli import store
     from gridprune_cli.device import place
 
     placed = place(os.environ.get("GRIDPRUNE_DEVICE", "auto"), os.environ.get("GRIDPRUNE_DTYPE", "auto"))
-    folder = store.open_store(cache_dir, None).root
+    folder = store.open_store(cache_dir).root
     rows = [
         ("model", os.environ.get("GRIDPRUNE_MODEL", "scenes"), _origin("MODEL")),
         ("keep", os.environ.get("GRIDPRUNE_KEEP", "0.11"), _origin("KEEP")),

@@ -10,7 +10,9 @@ from gridprune_cli.cli.output import emit_json
 
 
 def generate(
-    files: Annotated[list[Path], typer.Argument(help="Pruned sets, as `prune` writes them.", show_default=False)],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Pruned sets, as `prune` writes them.", show_default=False)
+    ],
     model: Annotated[
         str | None,
         typer.Option(
@@ -20,19 +22,16 @@ def generate(
         ),
     ] = None,
     device: Annotated[str, typer.Option(envvar="GRIDPRUNE_DEVICE", help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(envvar="GRIDPRUNE_DTYPE", help="auto, float32, bfloat16 or float16.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(envvar="GRIDPRUNE_DTYPE", help="auto, float32, bfloat16 or float16.")] = "auto",
     max_new_tokens: options.MaxNewTokens = 128,
     json: options.Json = False,
 ) -> None:
     """Answer from pruned sets. Needs neither the image nor the vision tower."""
-    from gridprune_cli.files import read_file
     from gridprune_cli.pipeline import Pipeline
-    from gridprune_cli.tokens import PrunedSet
+    from gridprune_cli.tokens import load_pruned
 
     pipelines: dict[str, Pipeline] = {}
-    sets = [(path, PrunedSet.from_bytes(read_file(path), str(path))) for path in files]  # all are checked before the
+    sets = [(path, load_pruned(path)) for path in files]  # all are checked before the
     for path, pruned in sets:  # first is answered
         name = model or pruned.model
         if name not in pipelines:

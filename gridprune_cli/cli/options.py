@@ -23,17 +23,15 @@ CacheDir = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices.")]
-MaxNewTokens = Annotated[
-    int, typer.Option(min=1, envvar="GRIDPRUNE_MAX_NEW_TOKENS", help="Longest answer, in tokens.")
-]
+MaxNewTokens = Annotated[int, typer.Option(min=1, envvar="GRIDPRUNE_MAX_NEW_TOKENS", help="Longest answer, in tokens.")]
 
 
 def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replaces each named parameter of a command by the options of its group."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters
-        shared = {name: inspect.signature(group, eval_str=True).parameters for name, group in groups.items()}
+        own = inspect.signature(command).parameters
+        shared = {name: inspect.signature(group).parameters for name, group in groups.items()}
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
@@ -54,8 +52,8 @@ def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Calla
     return decorate
 
 
-def _option(text: str, panel: str, **settings: Any) -> Any:
-    return typer.Option(help=text, rich_help_panel=panel, **settings)
+def _option(text: str, panel: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
 
 
 _MODEL = "Model and cache"
@@ -68,24 +66,22 @@ def pipeline(
         str, _option("Model: `scenes`, or a folder with a checkpoint.", _MODEL, envvar="GRIDPRUNE_MODEL")
     ] = "scenes",
     device: Annotated[str, _option("auto, cpu, cuda, ...", _MODEL, envvar="GRIDPRUNE_DEVICE")] = "auto",
-    dtype: Annotated[
-        str, _option("auto, float32, bfloat16 or float16.", _MODEL, envvar="GRIDPRUNE_DTYPE")
-    ] = "auto",
+    dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", _MODEL, envvar="GRIDPRUNE_DTYPE")] = "auto",
     cache_dir: CacheDir = None,
     cache_limit: Annotated[
         str | None,
         _option("Size that the cache may grow to, as in 20G; 0 for no limit.", _MODEL, envvar="GRIDPRUNE_CACHE_LIMIT"),
     ] = None,
-    no_cache: Annotated[bool, _option("Neither read nor write the cache.", _MODEL)] = False,
+    no_cache: Annotated[bool, _option("Neither read nor write the cache.", _MODEL, "--no-cache")] = False,
 ) -> "Pipeline":
     """The model with its cache."""
-    from transformers.utils import logging
-
+    from gridprune_cli.cli.output import warn
     from gridprune_cli.pipeline import Pipeline
-    from gridprune_cli.store import open_store
+    from gridprune_cli.store import open_store, parse_size
 
-    logging.disable_progress_bar()  # of loading weights; what takes long has a bar of ours
-    store = None if no_cache else open_store(cache_dir, cache_limit)
+    store = None if no_cache else open_store(cache_dir, warn)
+    if store and cache_limit is not None:
+        store.limit = parse_size(cache_limit, "--cache-limit") or None
     return Pipeline(model, store=store, device=device, dtype=dtype)
 
 
@@ -107,7 +103,7 @@ def pruning(
         _option("original: kept tokens keep their place; compact: they are numbered on.", _PRUNING),
     ] = "original",
     literal: Annotated[
-        bool, _option("GridPrune as published: T = 1, saliency unscaled, no region.", _PRUNING)
+        bool, _option("GridPrune as published: T = 1, saliency unscaled, no region.", _PRUNING, "--literal")
     ] = False,
     zone: Annotated[int | None, _option("Side of a zone, in tokens.", _PAPERS)] = None,
     alpha: Annotated[float | None, _option("Weight of saliency against relevance, 0 to 1.", _PAPERS)] = None,

@@ -7,7 +7,7 @@ import typer
 
 from gridprune_cli.cli import options
 from gridprune_cli.cli.ask import Image, Question
-from gridprune_cli.cli.output import emit_json, say, size
+from gridprune_cli.cli.output import emit_json, say, set_quiet, size
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline, Pruning
@@ -27,14 +27,15 @@ def prune(
     from gridprune_cli.files import write_atomic
     from gridprune_cli.images import read_source
 
-    encoded, hit = pipeline.encode_one(read_source(image))
+    set_quiet(quiet)
+    with pipeline:
+        encoded, hit = pipeline.encode_one(read_source(image))
     pruned = pipeline.prune(encoded, question, pruning)
     data = pruned.to_bytes()
     write_atomic(output, data, sync=True)
     if json:
         emit_json(pruned.to_json() | {"cache": "hit" if hit else "miss", "file": str(output), "bytes": len(data)})
-    elif not quiet:
-        say(f"{output}: {len(pruned.kept)} of {pruned.count} visual tokens, {size(len(data))}")
+    say(f"{output}: {len(pruned.kept)} of {pruned.count} visual tokens, {size(len(data))}")
 
 
 prune.examples = (  # type: ignore[attr-defined]

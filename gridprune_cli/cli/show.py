@@ -1,5 +1,6 @@
 """`gridprune show`: draws what pruning did."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,9 +9,10 @@ import typer
 
 from gridprune_cli.cli import options
 from gridprune_cli.cli.ask import Image, Question
-from gridprune_cli.cli.output import say
+from gridprune_cli.cli.output import say, set_quiet
 
 if TYPE_CHECKING:
+    from gridprune_cli.figure import Figure
     from gridprune_cli.images import Source
     from gridprune_cli.pipeline import Pipeline, Pruning
     from gridprune_cli.tokens import PrunedSet
@@ -31,16 +33,17 @@ def show(
     from gridprune_cli.figure import coarse
     from gridprune_cli.images import read_source
 
+    set_quiet(quiet)
     source = read_source(image)
-    encoded, _ = pipeline.encode_one(source)
+    with pipeline:
+        encoded, _ = pipeline.encode_one(source)
     pruned = pipeline.prune(encoded, question, pruning)
     if output is None:
-        print(coarse(figure_of(source, pruned, None), colour=sys.stdout.isatty()))
+        print(coarse(figure_of(source, pruned, None), colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     else:
         draw_figure(source, pruned, None, output)
-    if not quiet:
-        scene_notice(pipeline.model, source)
-        say(f"{len(pruned.kept)} of {pruned.count} visual tokens, region {pruned.region or 'none'}")
+    scene_notice(pipeline.model, source)
+    say(f"{len(pruned.kept)} of {pruned.count} visual tokens, region {pruned.region or 'none'}")
 
 
 show.examples = (  # type: ignore[attr-defined]
@@ -55,12 +58,12 @@ def draw_figure(source: "Source", pruned: "PrunedSet", answer: str | None, path:
     from gridprune_cli.figure import draw
     from gridprune_cli.files import write_atomic
 
-    data = io.BytesIO()
-    draw(figure_of(source, pruned, answer)).save(data, "PNG")
-    write_atomic(path, data.getvalue(), sync=True)
+    png = io.BytesIO()
+    draw(figure_of(source, pruned, answer)).save(png, "PNG")
+    write_atomic(path, png.getvalue(), sync=True)
 
 
-def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None):  # noqa: ANN201
+def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Figure":
     """What there is to draw of a pruned set."""
     from gridprune_cli.figure import Figure
     from gridprune_cli.images import load_image
@@ -70,12 +73,22 @@ def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None):  # noq
         views=pruned.views,
         kept=pruned.kept.tolist(),
         relevance=None if pruned.relevance is None else pruned.relevance.tolist(),
-        zones=pruned.zone_rectangles(),
+        zones=_budgets(pruned),
         region=pruned.region,
         question=pruned.question,
         answer=answer,
         details=f"{len(pruned.kept)} of {pruned.count} tokens · {pruned.method['name']}",
     )
+
+
+def _budgets(pruned: "PrunedSet") -> list[tuple[int, int, int, int, int, int]]:
+    """Every zone's rectangle with its budget."""
+    from gridprune_cli.pruning.zones import zone_index
+
+    if pruned.zones is None:
+        return []
+    _, zones = zone_index(pruned.views, pruned.method["zone"])
+    return [(*rectangle, n) for rectangle, n in zip(zones.rectangles(), pruned.zones["budgets"], strict=True)]
 
 
 def scene_notice(model: str, source: "Source") -> None:

@@ -18,8 +18,8 @@ def allocate(weights: Tensor, caps: Tensor, k: int) -> Tensor:
 
     What a full zone can't take goes to the others in proportion to their weights: the exact shares are
     `min(cap, level * weight)` with the level at which they sum to k. Shares are rounded down, and what is left goes one
-    each to the largest remainders, ties to the lower index. Zones of weight 0 get tokens only where all others are full
-    (or no zone has weight), and then equal shares.
+    each to the largest remainders, ties to the lower index. Zones of weight 0 (or below 1e-200 of the largest) get
+    tokens only where all others are full, and then equal shares.
 
     weights (Z,) >= 0, caps (Z,) integers >= 0. Raises ValueError where they are not, or k is not in 0..sum(caps).
     """
@@ -31,7 +31,7 @@ def allocate(weights: Tensor, caps: Tensor, k: int) -> Tensor:
     if not (low >= 0 and high < torch.inf and int(caps.min()) >= 0):
         raise ValueError("zones need finite weights and caps, none negative")
     weights = weights / max(high, torch.finfo(torch.float64).tiny)
-    weighty = weights > 1e-200  # less would only overflow cap / weight
+    weighty = weights > 1e-200  # so that cap / weight can't overflow
     heavy = caps * weighty
     held = int(heavy.sum())
     if k < held:
@@ -57,4 +57,7 @@ def _level(weights: Tensor, caps: Tensor, k: int) -> float:
     held = caps[order].cumsum(0)
     weight_from = weights[order].flip(0).cumsum(0).flip(0)
     full = int((held[:-1] + full_at[:-1] * weight_from[1:] <= k).sum())
-    return (k - (int(held[full - 1]) if full else 0)) / float(weight_from[full])
+    if full == 0:
+        return k / float(weight_from[0])
+    # Where the other zones weigh next to nothing, what is left for them rounds to 0; full zones stay full all the same.
+    return max((k - int(held[full - 1])) / float(weight_from[full]), float(full_at[full - 1]))

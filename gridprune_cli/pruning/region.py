@@ -20,21 +20,23 @@ _BOXES: list[Box] = sorted(
 _X0, _Y0, _X1, _Y1 = torch.tensor(_BOXES).T[:, :, None]
 _CELLS = torch.arange(GRID)
 _WITHIN = (
-    ((_CELLS >= _Y0) & (_CELLS <= _Y1))[:, :, None] & ((_CELLS >= _X0) & (_CELLS <= _X1))[:, None, :]
-).flatten(1).double()  # (1296, 64): 1 where the box has the cell
+    (((_CELLS >= _Y0) & (_CELLS <= _Y1))[:, :, None] & ((_CELLS >= _X0) & (_CELLS <= _X1))[:, None, :])
+    .flatten(1)
+    .double()
+)  # (1296, 64): 1 where the box has the cell
 _AREA = _WITHIN.sum(1)
 
 
 def contextual_region(
-    relevance: Tensor, views: tuple[View, ...], *, temperature: float = 0.5, area_price: float = 1 / 128
+    relevance: Tensor, views: tuple[View, ...], *, temperature: float = 0.75, area_price: float = 0.0125
 ) -> Box:
     """The box with the highest `mass inside - area_price * cells`. Ties: smaller area, then top, then left.
 
     The mass of a cell is the softmax, over the cells, of the relevance map in standard deviations over `temperature`:
     lower looks sharper. So neither shifting nor scaling `relevance` (N,) moves the region. `area_price` is mass per
-    cell: a box grows over cells that hold more; at 1/128, over those with more than half of the average mass, so
-    that a flat map gives the whole picture. Cells that no view covers have no mass. Raises ValueError where
-    relevance is not finite or not one per token, no view covers the picture, or temperature is not above 0.
+    cell: a box grows over cells that hold more. Below 1/64, the average mass, a flat map gives the whole picture. Cells
+    that no view covers have no mass. Raises ValueError where relevance is not finite or not one per token, no view
+    covers the picture, or temperature is not above 0.
     """
     if relevance.shape != (sum(view.count for view in views),):
         raise ValueError(f"relevance has shape {tuple(relevance.shape)}, which is not one value per token")

@@ -1,4 +1,4 @@
-"""The embedded model: scenes, questions about them, the checkpoint that answers, and how it was trained and measured."""
+"""The embedded model: scenes and questions about them, the checkpoint, how it was trained and measured."""
 
 from pathlib import Path
 

@@ -9,7 +9,7 @@ defaults are chosen, `HELDOUT` is what is reported, `SAMPLES` are the pictures i
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
@@ -148,7 +148,7 @@ def _distract(rng: np.random.Generator, picture: Image.Image) -> None:
         mark((x - r, y - r, x + r, y + r), fill=tints[rng.integers(len(tints))])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shape_mask(shape: str, size: int) -> Image.Image:
     s = size * _OVERSAMPLE
     mask = Image.new("L", (s, s))
@@ -168,13 +168,15 @@ def _shape_mask(shape: str, size: int) -> Image.Image:
     elif shape == "star":
         angles = np.arange(10) * np.pi / 5 - np.pi / 2
         radii = np.where(np.arange(10) % 2 == 0, s / 2, s * 0.24)
-        pen.polygon([(s / 2 + r * np.cos(a), s / 2 + r * np.sin(a)) for a, r in zip(angles, radii)], fill=255)
+        pen.polygon(
+            [(s / 2 + r * np.cos(a), s / 2 + r * np.sin(a)) for a, r in zip(angles, radii, strict=True)], fill=255
+        )
     else:
         raise ValueError(f"unknown shape: {shape}")
     return mask.resize((size, size), Image.Resampling.LANCZOS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _glyph(character: str, height: int) -> tuple[Image.Image, Image.Image]:
     """Ink and outline masks of a character whose ink is about `height` pixels tall."""
     font = ImageFont.load_default(round(height / 0.72))  # capitals of Pillow's built-in font are 0.72 em tall
@@ -197,6 +199,16 @@ def _write(picture: Image.Image, obj: SceneObject, tint: tuple[int, ...]) -> Non
     bright = 0.3 * tint[0] + 0.59 * tint[1] + 0.11 * tint[2] > 125
     picture.paste(tint, corner, outline)
     picture.paste((0, 0, 0) if bright else (255, 255, 255), corner, ink)
+
+
+def looks_like_scene(picture: Image.Image) -> bool:
+    """Whether a picture can be a scene: of its size, and with a share of its pixels in the palette's plain colours."""
+    if picture.size != (SIZE, SIZE):
+        return False
+    smooth = np.asarray(picture.convert("RGB").reduce(2), np.int16)  # averages most of the noise away
+    palette = np.array(list(COLOURS.values()), np.int16)
+    near = np.abs(smooth[:, :, None] - palette).max(-1).min(-1) <= 22
+    return bool(near.mean() >= 0.02)
 
 
 # ---- questions -------------------------------------------------------------------------------------------------------
@@ -260,7 +272,8 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
 
 def questions(scene: Scene, n: int, rng: random.Random) -> list[Question]:
     """n questions, kinds in turn from a random start; a kind that the scene does not allow is passed over."""
-    start, out, turn = rng.randrange(len(KINDS)), [], 0
+    out: list[Question] = []
+    start, turn = rng.randrange(len(KINDS)), 0
     while len(out) < n:
         question = ask(scene, KINDS[(start + turn) % len(KINDS)], rng)
         turn += 1
@@ -284,10 +297,7 @@ def _referents(scene: Scene, told: tuple[str, ...]) -> list[tuple[int, str]]:
 def _count(scene: Scene, rng: random.Random) -> Question:
     how = rng.choice(("colour", "shape", "name"))
     present = [getattr(o, how) for o in scene.objects]
-    if rng.random() < 0.75:
-        key = rng.choice(sorted(set(present)))
-    else:
-        key = _random_key(how, rng)
+    key = rng.choice(sorted(set(present))) if rng.random() < 0.75 else _random_key(how, rng)
     asked = tuple(i for i, value in enumerate(present) if value == key)
     noun = f"{key} objects" if how == "colour" else f"{key}es" if key.endswith("cross") else f"{key}s"
     return Question("count", rng.choice(_PHRASES["count"]).format(noun), str(len(asked)), asked)

@@ -18,10 +18,10 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -262,7 +262,9 @@ class Tower(nn.Module):
 _PROBED = 2  # the layer whose last-token attention is pulled to the patches asked for
 
 
-def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object):
+def _probe(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     """sdpa that also leaves behind, for the rows named in `module.rows` `(B, Q)`, attention to all columns."""
     if (rows := getattr(module, "rows", None)) is not None:
         picked = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
@@ -289,7 +291,7 @@ class Packed:
     asked: Tensor  # (B, Q, n), shares of the visual tokens asked for
 
 
-def pack(groups: list[list[Question]], chosen: Tensor, owners: Tensor, tokenizer, rng: random.Random) -> Packed:
+def pack(groups: list[list[Question]], chosen: Tensor, owners: Tensor, tokenizer: Any, rng: random.Random) -> Packed:
     n = chosen.shape[1]
     prefix = tokenizer("USER:").input_ids
     start = len(prefix) + n
@@ -332,7 +334,7 @@ class Language(nn.Module):
         self.llava.model.language_model.set_attn_implementation("scenes_probe")
         self.llava.model.vision_tower.requires_grad_(False)
         self.tokenizer = built.make_tokenizer(close=False)
-        self.features: np.ndarray | None = None  # (scenes, N, D), float16
+        self.features = np.empty((0, N, built.WIDTH), np.float16)  # of the scenes, (scenes, N, D)
 
     def losses(self, pool: Pool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
         rng = random.Random(f"language-{plan.first_seed}-{step}")
@@ -381,13 +383,17 @@ def _progress() -> Progress:
 class Log:
     """Mean losses every few steps, a JSON line each."""
 
-    def __init__(self, path: Path, stage: str, every: int = 50):
-        self.path, self.stage, self.every, self.sums = path, stage, every, {}
+    def __init__(self, path: Path, stage: str, first: int, every: int = 50):
+        self.path, self.stage, self.every = path, stage, every
+        self.sums: dict[str, float] = {}
         self.began = time.time()
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        kept = [line for line in lines if line["stage"] != stage or line["step"] <= first]  # later ones come again
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, step: int, losses: dict[str, Tensor], tokens: int) -> None:
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
         if (step + 1) % self.every == 0:
             means = {name: round(total / self.every, 4) for name, total in self.sums.items()}
             line = {"stage": self.stage, "step": step + 1, "tokens": tokens, **means}
@@ -411,7 +417,7 @@ def optimise(name: str, model: Tower | Language, pool: Pool, plan: Plan, work: P
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         first = saved["step"]
-    log = Log(work / "log.jsonl", name)
+    log = Log(work / "log.jsonl", name, first)
     with _progress() as bar:
         task = bar.add_task(name, total=plan.steps, completed=first)
         for step in range(first, plan.steps):
@@ -470,6 +476,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    torch.set_flush_denormal(True)  # a CPU slows down several times over as probabilities shrink to denormal numbers
     train(args.out, args.work, args.seed, torch.device(args.device))
 
 

@@ -26,6 +26,7 @@ class ClipRelevance:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self._texts: dict[str, Tensor] = {}
 
     @cached_property
     def model(self) -> Any:
@@ -37,20 +38,25 @@ class ClipRelevance:
 
     @torch.inference_mode()
     def __call__(self, states: Tensor, question: str) -> Tensor:
-        """Cosines of patch states `(N, C)` with the question, `(N,)` float32 on the CPU.
+        """Cosines of patch states `(N, C)` with the question, `(N,)` float32 on the CPU."""
+        head = self.model.vision_model.post_layernorm
+        patches = self.model.visual_projection(head(states.to(self.device, self.dtype)))
+        return (normalize(patches.float(), dim=-1) @ self._text(question).T).mean(1).cpu()
+
+    def _text(self, question: str) -> Tensor:
+        """Unit vectors `(pieces, D)` of a question; kept, since one question is often asked of many images.
 
         A question longer than the text tower takes is read in pieces of its full length; the cosines of the pieces are
         averaged, so no word is dropped.
         """
-        ids = self.tokenizer(question, add_special_tokens=False).input_ids
-        room = self.model.config.text_config.max_position_embeddings - 2
-        pieces = [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
-        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        texts = [
-            self.model.get_text_features(torch.tensor([[first, *piece, last]], device=self.device)).pooler_output
-            for piece in pieces
-        ]
-        head = self.model.vision_model.post_layernorm
-        patches = self.model.visual_projection(head(states.to(self.device, self.dtype)))
-        cosines = normalize(patches.float(), dim=-1) @ normalize(torch.cat(texts).float(), dim=-1).T  # (N, pieces)
-        return cosines.mean(1).cpu()
+        if question not in self._texts:
+            ids = self.tokenizer(question, add_special_tokens=False).input_ids
+            room = self.model.config.text_config.max_position_embeddings - 2
+            first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+            pieces = [
+                torch.tensor([[first, *ids[i : i + room], last]], device=self.device)
+                for i in range(0, max(1, len(ids)), room)
+            ]
+            vectors = torch.cat([self.model.get_text_features(piece).pooler_output for piece in pieces])
+            self._texts[question] = normalize(vectors.float(), dim=-1)
+        return self._texts[question]

@@ -59,8 +59,8 @@ class Family(ABC):
             self._loaded |= dict.fromkeys(parts, model)
         return self._loaded[parts[0]]
 
-    def _prepare(self, model: Any, parts: Sequence[str]) -> None:
-        """What must be set on a freshly loaded model."""
+    def _prepare(self, model: Any, parts: Sequence[str]) -> None:  # noqa: B027  (most families need nothing)
+        """Sets what must be set on a freshly loaded model."""
 
     @cached_property
     def processor(self) -> Any:
@@ -113,5 +113,8 @@ class Family(ABC):
     # ---- generating --------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def features(self, pruned: PrunedSet) -> Any:
-        """The rows in the container in which this family's `generate` takes encoder outputs; a new one at each call."""
+    def features(self, batch: Sequence[PrunedSet]) -> Any:
+        """The rows of pruned sets in the container in which this family's `generate` takes encoder outputs.
+
+        A new one at each call: `generate` changes what it is given.
+        """

@@ -1,7 +1,7 @@
 """LLaVA-1.5 and its like: a CLIP tower, one square view, a projector that works row by row."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
@@ -18,7 +18,7 @@ from gridprune_cli.vlm.family import Encoding, Family
 class Llava(Family):
     model_class = LlavaForConditionalGeneration
     processor_class = LlavaProcessor
-    modules = {
+    modules: ClassVar = {
         "tower": ("model.vision_tower",),
         "projector": ("model.multi_modal_projector",),
         "language": ("model.language_model", "lm_head"),
@@ -66,5 +66,5 @@ class Llava(Family):
         text = text.replace(self.processor.image_token, self.processor.image_token * encoded.count)
         return torch.tensor(self.processor.tokenizer(text).input_ids)
 
-    def features(self, pruned: PrunedSet) -> Any:
-        return BaseModelOutputWithPooling(pooler_output=[pruned.rows.to(self.device, self.dtype)])
+    def features(self, batch: Sequence[PrunedSet]) -> Any:
+        return BaseModelOutputWithPooling(pooler_output=[p.rows.to(self.device, self.dtype) for p in batch])

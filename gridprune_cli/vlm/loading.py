@@ -29,18 +29,21 @@ def load_part(
         for path in without:
             _take_out(self, path)
 
-    made = {"__init__": build, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    made: dict[str, Any] = {"__init__": build, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     if "lm_head" in without:
         made["_tied_weights_keys"] = {}  # tied to a module that isn't there
-    part = type(cls.__name__, (cls,), made)
-    before = logging.get_verbosity()
+    part: Any = type(cls.__name__, (cls,), made)
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # it reports the weights left out, which is the point
+    logging.disable_progress_bar()
     try:
         model, info = part.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
         )
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise GridpruneError(

@@ -1,0 +1,95 @@
+"""What every command prints with: data to stdout, everything else to stderr."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from gridprune_cli.errors import BadInput
+
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether notices and progress are left out; warnings and errors stay."""
+    global _quiet
+    _quiet = quiet
+
+
+def say(message: str) -> None:
+    """One notice line on stderr."""
+    if not _quiet:
+        print(printable(message), file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """One warning line on stderr."""
+    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def emit_json(value: object) -> None:
+    """One value as one line of JSON on stdout, at once."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a file name that is no text, or a terminal without Unicode
+        text = json.dumps(value, allow_nan=False)
+    print(text, flush=True)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Aligned text on stdout; columns whose title ends in a space lean right."""
+    lines = [[title.strip().upper() for title in columns], *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = [title.endswith(" ") for title in columns]
+    for line in lines:
+        cells = [f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(line, widths, right, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def confirm(question: str, yes: bool) -> bool:
+    """Ask on stderr, unless `yes`. BadInput where there is nobody to ask."""
+    import typer
+
+    if yes:
+        return True
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise BadInput("--yes: pass it to go on without being asked; there is no terminal to ask at")
+    return typer.confirm(question, err=True)
+
+
+@contextmanager
+def progress(description: str, total: int | None) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, where that is a terminal; yields what to call after each of `total` steps (None: unknown)."""
+    if _quiet or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)
+
+
+def printable(text: str) -> str:
+    """The text on one line: what would move the cursor, colour the terminal or fail to print is written out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def size(count: int) -> str:
+    """Bytes for people: `812 B`, `1.1 MiB`."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if round(value, 1) < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def age(seconds: float) -> str:
+    """A time span for people, in its largest whole unit: `12 s`, `3 h`, `40 d`."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit}"
+    return f"{max(0, int(seconds))} s"

@@ -1,0 +1,45 @@
+"""Every test runs without network, without the user's settings and cache, and without forced colours."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# read when the libraries are imported
+os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR"):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("GRIDPRUNE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GRIDPRUNE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random LLaVA with its CLIP, on disk. Not to be changed: copy it first."""
+    from tiny import make_llava
+
+    return make_llava(tmp_path_factory.mktemp("tiny") / "llava")
+
+
+@pytest.fixture
+def noise():
+    """Makes pictures of random pixels: `noise((width, height), seed=0)`."""
+    import hashlib
+
+    import numpy as np
+    from PIL import Image
+
+    from gridprune_cli.images import Picture
+
+    def make(size: tuple[int, int], seed: int = 0) -> Picture:
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        return Picture(Image.fromarray(pixels), hashlib.sha256(pixels.tobytes()).hexdigest(), f"noise {seed}", ())
+
+    return make

@@ -1,0 +1,249 @@
+"""The commands, called as a user calls them: what goes to stdout, what to stderr, and the exit code."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from gridprune_cli.cli.app import main
+from gridprune_cli.scenes.scene import draw, make_scene
+
+QUESTION = "What colour is the star?"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tiny_llava):
+    """Calls `gridprune` with the tiny model: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("GRIDPRUNE_MODEL", str(tiny_llava))
+    monkeypatch.setenv("GRIDPRUNE_MAX_NEW_TOKENS", "4")
+
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["gridprune", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "scene.png"
+    draw(make_scene(5))[0].save(path)
+    return path
+
+
+def test_ask_prints_the_answer_alone(run, image):
+    code, out, err = run("ask", image, QUESTION)
+    assert code == 0
+    assert out.count("\n") == 1 and out.strip()
+    assert "2 of 16 visual tokens, image encoded" in err
+    again = run("ask", image, QUESTION)
+    assert again[1] == out and "image cached" in again[2]
+
+
+def test_ask_json_has_what_the_contract_names(run, image):
+    code, out, _ = run("ask", image, QUESTION, "--json", "--keep", "0.5", "--zone", "2")
+    record = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    names = [
+        "image",
+        "question",
+        "answer",
+        "model",
+        "method",
+        "keep",
+        "tokens",
+        "grid",
+        "region",
+        "zones",
+        "cache",
+        "key",
+        "positions",
+        "ms",
+    ]
+    assert set(names) <= set(record)
+    assert record["tokens"] == {"full": 16, "kept": 8} and record["grid"] == [4, 4]
+    assert record["zones"]["rows"] == record["zones"]["cols"] == 2 and sum(record["zones"]["budgets"]) == 8
+    assert set(record["ms"]) == {"load", "encode", "select", "prefill", "decode", "total"}
+    assert (record["image"], record["question"], record["cache"]) == (str(image), QUESTION, "miss")
+    assert len(record["region"]) == 4 and record["positions"] == "original"
+
+
+def test_quiet_says_nothing(run, image):
+    assert run("ask", image, QUESTION, "-q")[2] == ""
+
+
+def test_ask_reads_the_image_from_stdin(run, image):
+    code, out, _ = run("ask", "-", QUESTION, stdin=image.read_bytes())
+    assert (code, out) == (0, run("ask", image, QUESTION)[1])
+    code, _, err = run("ask", "-", QUESTION, stdin=b"")
+    assert code == 2 and "-: empty" in err
+
+
+def test_prune_then_generate_equals_ask(run, image, tmp_path):
+    answer = run("ask", image, QUESTION, "--keep", "0.3")[1]
+    saved = tmp_path / "p.safetensors"
+    code, out, err = run("prune", image, QUESTION, "--keep", "0.3", "-o", saved)
+    assert (code, out) == (0, "") and "5 of 16 visual tokens" in err
+    assert run("generate", saved)[1] == answer
+    record = json.loads(run("generate", saved, "--json")[1])
+    assert record["answer"] == answer.strip() and record["file"] == str(saved)
+    also = tmp_path / "q.safetensors"
+    run("ask", image, QUESTION, "--keep", "0.3", "--save", also)
+    assert also.read_bytes() == saved.read_bytes()
+
+
+def test_generate_needs_neither_image_nor_cache_nor_tower(run, image, tmp_path, tiny_llava, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(tiny_llava, tmp_path / "model")
+    monkeypatch.setenv("GRIDPRUNE_MODEL", str(model))
+    saved = tmp_path / "p.safetensors"
+    answer = run("ask", image, QUESTION, "--save", saved)[1]
+    image.unlink()
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(model / "clip")
+    weights = load_file(model / "model.safetensors")
+    rest = {k: v for k, v in weights.items() if "vision_tower" not in k and "projector" not in k}
+    save_file(rest, model / "model.safetensors", {"format": "pt"})
+    monkeypatch.delenv("GRIDPRUNE_MODEL")
+    assert run("generate", saved)[:2] == (0, answer)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_several_pruned_sets(run, image, tmp_path):
+    paths = []
+    for i, question in enumerate((QUESTION, "Where is the star?")):
+        paths.append(tmp_path / f"{i}.safetensors")
+        run("prune", image, question, "-o", paths[-1])
+    lines = run("generate", *paths, "--json")[1].splitlines()
+    assert [json.loads(line)["question"] for line in lines] == [QUESTION, "Where is the star?"]
+
+
+def test_encode_counts_and_goes_on(run, image, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for seed in (1, 2):
+        draw(make_scene(seed))[0].save(folder / f"{seed}.png")
+    (folder / "broken.png").write_bytes(b"x")
+    run("ask", image, QUESTION)
+    code, out, err = run("encode", image, folder, "--json")
+    records = {record["image"]: record for record in map(json.loads, out.splitlines())}
+    assert code == 3 and len(records) == 4
+    assert records[str(image)]["cache"] == "hit" and records[str(folder / "1.png")]["cache"] == "miss"
+    assert "not an image" in records[str(folder / "broken.png")]["error"]
+    assert "3 images, 1 of them cached already" in err and "1 of 4 could not be encoded" in err
+    (folder / "broken.png").unlink()
+    code, out, err = run("encode", "-", stdin=f"{image}\n{folder / '2.png'}\n".encode())
+    assert (code, out) == (0, "") and "2 images, 2 of them cached already" in err
+
+
+def test_show_draws_a_png_and_a_coarse_picture(run, image, tmp_path):
+    figure = tmp_path / "f.png"
+    code, out, _ = run("show", image, QUESTION, "-o", figure)
+    assert (code, out) == (0, "")
+    with Image.open(figure) as drawn:
+        assert drawn.format == "PNG" and drawn.width == 1200
+    code, out, _ = run("show", image, QUESTION)
+    assert code == 0 and "#" in out and "\x1b" not in out
+    second = tmp_path / "g.png"
+    assert run("ask", image, QUESTION, "--show", second)[0] == 0 and second.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep", "0"], "--keep 0.0"),
+        (["--keep", "1.5"], "--keep 1.5"),
+        (["--tokens", "99"], "--tokens 99"),
+        (["--method", "magic"], "unknown method 'magic'"),
+        (["--method", "topk", "--zone", "2"], "method topk has no option 'zone'"),
+        (["--region", "7,0,1,1"], "is no region"),
+        (["--alpha", "2"], "alpha"),
+        (["--positions", "x"], "--positions x"),
+        (["--model", "nowhere"], "--model nowhere"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--cache-limit", "lots"], "--cache-limit"),
+    ],
+)
+def test_bad_settings_are_told_in_one_line(run, image, arguments, message):
+    code, out, err = run("ask", image, QUESTION, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("gridprune: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("data", [None, b"", b"text", b"\x89PNG\r\n\x1a\n"])
+def test_bad_images_are_named_and_nothing_is_cached(run, tmp_path, data):
+    path = tmp_path / "bad.png"
+    if data is not None:
+        path.write_bytes(data)
+    code, out, err = run("ask", path, QUESTION)
+    assert (code, out) == (2, "") and str(path) in err and err.count("\n") == 1
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_debug_shows_where_it_came_from(run, tmp_path, monkeypatch):
+    from gridprune_cli.errors import BadInput
+
+    monkeypatch.setenv("GRIDPRUNE_DEBUG", "1")
+    with pytest.raises(BadInput):
+        run("ask", tmp_path / "gone.png", QUESTION)
+
+
+def test_literal_is_the_published_form(run, image):
+    record = json.loads(run("ask", image, QUESTION, "--json", "--literal")[1])
+    assert record["region"] is None
+    assert record["options"]["temperature"] == 1.0 and record["options"]["saliency_scale"] == "none"
+
+
+def test_no_cache_leaves_nothing(run, image, tmp_path):
+    assert run("ask", image, QUESTION, "--no-cache")[0] == 0
+    assert not (tmp_path / "cache").exists()
+    code, _, err = run("encode", image, "--no-cache")
+    assert code == 2 and "--no-cache" in err
+
+
+def test_an_unwritable_cache_is_a_warning(run, image, tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    monkeypatch.setenv("GRIDPRUNE_CACHE_DIR", str(blocked / "below"))
+    code, out, err = run("ask", image, QUESTION)
+    assert code == 0 and out.strip() and "can't be written" in err
+
+
+def test_models_and_env(run, tmp_path):
+    assert "scenes" in run("models")[1]
+    assert json.loads(run("models", "--json")[1].splitlines()[0])["model"] == "scenes"
+    settings = json.loads(run("env", "--json")[1])
+    assert settings["model"]["from"] == "GRIDPRUNE_MODEL" and settings["keep"]["from"] == "default"
+    assert settings["cache-dir"]["value"] == str(tmp_path / "cache")
+    assert settings["device"]["value"] and settings["dtype"]["from"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["models"], ["cache", "ls"], ["cache", "info"]])
+def test_light_commands_import_no_torch(arguments):
+    code = (
+        "import sys; sys.argv = ['gridprune', *sys.argv[1:]]\n"
+        "from gridprune_cli.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "gridprune_cli", "models"], check=True, capture_output=True, text=True)
+    assert "scenes" in done.stdout

@@ -1,0 +1,321 @@
+"""What all methods promise, in one matrix; and each method against its definition in plain Python."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gridprune_cli.pruning.methods import METHODS, make
+from gridprune_cli.pruning.methods.gridprune import LITERAL, SALIENCY_SCALES, GridPrune, region_quotas
+from gridprune_cli.pruning.methods.uniform import lattice
+from gridprune_cli.pruning.signals import Signals, View
+
+MATRIX = [
+    ("gridprune", {}),
+    ("gridprune", LITERAL),
+    ("gridprune", {"zone": 3, "alpha": 0.5, "temperature": 0.01, "saliency_scale": "rank", "relevance_sign": -1}),
+    ("gridprune", {"zone": 50, "saliency_scale": "max", "region_share": 1.0}),
+    ("topk", {}),
+    ("topk-relevance", {}),
+    ("topk-relevance", {"relevance_sign": -1}),
+    ("uniform", {}),
+    ("random", {}),
+    ("random", {"seed": 7}),
+]
+TILES = tuple(View(5, 5, (x, y, x + 0.5, y + 0.5)) for y in (0.0, 0.5) for x in (0.0, 0.5))
+LAYOUTS = [(View(8, 8),), (View(1, 17),), (View(13, 1),), (View(7, 11),), (View(1, 1),), (View(5, 5), *TILES)]
+REGIONS = [None, (0, 0, 7, 7), (2, 3, 4, 6), (0, 0, 0, 0), (7, 7, 7, 7)]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@st.composite
+def problems(draw):
+    views = draw(st.sampled_from(LAYOUTS))
+    count = sum(view.count for view in views)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    relevance, saliency = torch.rand(2, count, generator=generator, dtype=torch.float64)
+    relevance = relevance * draw(st.sampled_from([0.0, 0.1, 1.0])) - draw(st.sampled_from([0.0, 0.5]))
+    saliency = saliency * draw(st.sampled_from([0.0, 1 / 576, 1.0]))
+    if draw(st.booleans()):  # ties
+        relevance, saliency = (relevance * 4).round() / 4, (saliency * 4).round() / 4
+    dtype = draw(st.sampled_from(DTYPES))
+    region = draw(st.sampled_from(REGIONS))
+    return Signals(views, relevance.to(dtype), saliency.to(dtype), region), draw(st.integers(1, count))
+
+
+def test_the_matrix_has_every_method():
+    assert {name for name, _ in MATRIX} == set(METHODS)
+    assert all(method.name == name for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize(("name", "options"), MATRIX)
+@settings(deadline=None, max_examples=40)
+@given(problems())
+def test_exactly_k_sorted_unique_in_range_and_the_same_again(name, options, problem):
+    signals, k = problem
+    method = make(name, **options)
+    kept = method.select(signals, k)
+    assert kept.dtype == torch.int64 and kept.shape == (k,)
+    assert bool((kept.diff() > 0).all())
+    assert int(kept[0]) >= 0 and int(kept[-1]) < signals.count
+    assert torch.equal(kept, method.select(signals, k))
+
+
+@pytest.mark.parametrize(("name", "options"), MATRIX)
+def test_all_tokens_stay_where_k_is_n(name, options):
+    """Even without signals: nothing has to be computed to keep everything."""
+    for views in LAYOUTS:
+        signals = Signals(views)
+        assert make(name, **options).select(signals, signals.count).tolist() == list(range(signals.count))
+
+
+@pytest.mark.parametrize(("name", "options"), MATRIX)
+@pytest.mark.parametrize("k", [0, -1, 65])
+def test_k_out_of_range_is_an_error(name, options, k):
+    with pytest.raises(ValueError, match="keep 1 to 64"):
+        make(name, **options).select(Signals((View(8, 8),), torch.zeros(64), torch.zeros(64)), k)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_needs_what_it_requires_and_no_more(name):
+    method, views = make(name), (View(3, 3),)
+    known = {signal: torch.rand(9) for signal in method.requires}
+    assert len(method.select(Signals(views, **known), 4)) == 4
+    for missing in method.requires:
+        with pytest.raises(ValueError, match=missing):
+            method.select(Signals(views, **{**known, missing: None}), 4)
+
+
+def test_unknown_names_and_options_name_the_known_ones():
+    with pytest.raises(ValueError, match=r"'grid'.*gridprune.*uniform"):
+        make("grid")
+    with pytest.raises(ValueError, match=r"'size'.*zone, alpha"):
+        make("gridprune", size=3)
+    with pytest.raises(ValueError, match=r"'alpha'.*none"):
+        make("uniform", alpha=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("gridprune", "zone", 0),
+        ("gridprune", "alpha", 1.1),
+        ("gridprune", "alpha", math.nan),
+        ("gridprune", "region_share", -0.1),
+        ("gridprune", "temperature", 0.0),
+        ("gridprune", "temperature", math.inf),
+        ("gridprune", "temperature", math.nan),
+        ("gridprune", "saliency_scale", "log"),
+        ("gridprune", "relevance_sign", 0),
+        ("topk-relevance", "relevance_sign", 2),
+    ],
+)
+def test_options_out_of_range_are_errors(name, option, value):
+    with pytest.raises(ValueError, match=option):
+        make(name, **{option: value})
+
+
+# GridPrune
+
+
+def slow_gridprune(signals, k, method):
+    """The formulas, token by token and zone by zone."""
+    relevance = [value * method.relevance_sign for value in signals.relevance.tolist()]
+    saliency = signals.saliency.tolist()
+    low, high = min(saliency), max(saliency)
+    scale = {
+        "none": lambda a: a,
+        "max": lambda a: a / high if high else 0.0,
+        "minmax": lambda a: (a - low) / (high - low) if high > low else 0.0,
+        "rank": lambda a: sum(b < a for b in saliency) / (len(saliency) - 1),
+    }[method.saliency_scale]
+    score = [
+        (1 - method.alpha) * (r + 1) / 2 + method.alpha * scale(a) for r, a in zip(relevance, saliency, strict=True)
+    ]
+    sides, first, number = {True: {}, False: {}}, 0, 0
+    for view in signals.views:
+        left, top, right, bottom = view.box
+        zone_rows, zone_cols = math.ceil(view.rows / method.zone), math.ceil(view.cols / method.zone)
+        for i in range(zone_rows):
+            for j in range(zone_cols):
+                for row in range(i * view.rows // zone_rows, (i + 1) * view.rows // zone_rows):
+                    for col in range(j * view.cols // zone_cols, (j + 1) * view.cols // zone_cols):
+                        x = 8 * (left + (col + 0.5) / view.cols * (right - left)) + 1e-9
+                        y = 8 * (top + (row + 0.5) / view.rows * (bottom - top)) + 1e-9
+                        box = signals.region
+                        within = box is None or (box[0] <= x < box[2] + 1 and box[1] <= y < box[3] + 1)
+                        sides[within].setdefault(number, []).append(first + row * view.cols + col)
+                number += 1
+        first += view.count
+    sizes = {side: sum(map(len, zones.values())) for side, zones in sides.items()}
+    quotas = {True: k, False: 0}
+    if signals.region is not None:
+        inner = min(math.floor(method.region_share * k + 0.5), sizes[True])
+        if inner == k and k > 1 and sizes[False]:
+            inner -= 1
+        outer = min(k - inner, sizes[False])
+        quotas = {True: k - outer, False: outer}
+    kept = []
+    for side, zones in sides.items():
+        powers = {j: math.exp(statistics.fmean(relevance[i] for i in m) / method.temperature) for j, m in zones.items()}
+        budgets = slow_budgets(powers, {j: len(m) for j, m in zones.items()}, quotas[side])
+        for j, members in zones.items():
+            kept += sorted(members, key=lambda i: -score[i])[: budgets[j]]
+    return sorted(kept)
+
+
+def slow_budgets(weights, caps, k):
+    """Shares of what is left among zones with room, until none overflows; then the largest remainders."""
+    shares, open_, left = {}, set(weights), k
+    while open_:
+        total = sum(weights[j] for j in open_)
+        full = {j for j in open_ if left * weights[j] / total >= caps[j]}
+        if not full:
+            shares |= {j: left * weights[j] / total for j in open_}
+            break
+        shares |= {j: caps[j] for j in full}
+        left -= sum(caps[j] for j in full)
+        open_ -= full
+    budgets = {j: math.floor(share) for j, share in shares.items()}
+    for j in sorted(shares, key=lambda j: budgets[j] - shares[j])[: k - sum(budgets.values())]:
+        budgets[j] += 1
+    return budgets
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_gridprune_is_what_the_formulas_say(data):
+    views = data.draw(st.sampled_from([(View(8, 8),), (View(1, 17),), (View(7, 11),), (View(5, 5), *TILES)]))
+    count = sum(view.count for view in views)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    relevance, saliency = torch.rand(2, count, generator=generator, dtype=torch.float64)
+    signals = Signals(views, relevance - 0.4, saliency, data.draw(st.sampled_from(REGIONS)))
+    method = GridPrune(
+        zone=data.draw(st.integers(1, 5)),
+        alpha=data.draw(st.sampled_from([0.0, 0.2, 0.7, 1.0])),
+        temperature=data.draw(st.sampled_from([0.05, 0.1, 1.0])),
+        saliency_scale=data.draw(st.sampled_from(SALIENCY_SCALES)),
+        region_share=data.draw(st.sampled_from([0.0, 0.5, 0.8, 1.0])),
+        relevance_sign=data.draw(st.sampled_from([1, -1])),
+    )
+    k = data.draw(st.integers(1, count - 1))
+    assert method.select(signals, k).tolist() == slow_gridprune(signals, k, method)
+
+
+def test_relevant_zones_keep_more_the_colder_the_more():
+    relevance = torch.zeros(8, 8)
+    relevance[:4, :4] = 0.3
+    signals = Signals((View(8, 8),), relevance.flatten(), torch.rand(64, generator=torch.Generator().manual_seed(0)))
+    budgets = []
+    for options in (LITERAL, {}, {"temperature": 0.01}):
+        method = GridPrune(**options)
+        index, zones = method.zones(signals)
+        budgets.append(torch.bincount(index[method.select(signals, 16)], minlength=zones.count).tolist())
+    assert budgets == [[5, 4, 4, 3], [14, 1, 1, 0], [16, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("k", "within", "count", "share", "expected"),
+    [
+        (10, 50, 100, 0.8, [8, 2]),
+        (10, 5, 100, 0.8, [5, 5]),  # a small region's surplus goes outside
+        (10, 0, 100, 0.8, [0, 10]),
+        (10, 50, 100, 1.0, [9, 1]),  # never blind outside
+        (1, 50, 100, 0.8, [1, 0]),
+        (10, 100, 100, 0.8, [10, 0]),  # there is no outside
+        (10, 99, 100, 0.5, [9, 1]),  # nor enough of it
+        (99, 50, 100, 0.2, [49, 50]),
+        (5, 50, 100, 0.5, [3, 2]),  # half a token counts as one inside
+        (10, 50, 100, 0.0, [0, 10]),
+    ],
+)
+def test_region_quotas(k, within, count, share, expected):
+    assert region_quotas(k, within, count, share) == expected
+
+
+# The others
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_top_k_is_sorting(dtype):
+    generator = torch.Generator().manual_seed(3)
+    relevance, saliency = ((torch.rand(2, 60, generator=generator) * 8).round() / 8).to(dtype)
+    signals = Signals((View(6, 10),), relevance, saliency)
+    for method, score in [
+        (make("topk"), saliency),
+        (make("topk-relevance"), relevance),
+        (make("topk-relevance", relevance_sign=-1), -relevance),
+    ]:
+        ranked = [i for _, i in sorted((-value, i) for i, value in enumerate(score.tolist()))]
+        for k in (1, 7, 30, 59):
+            assert method.select(signals, k).tolist() == sorted(ranked[:k])
+
+
+def test_random_draws_every_token_alike_and_leaves_the_global_generator_alone():
+    signals = Signals((View(4, 5),))
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    draws = torch.cat([make("random", seed=seed).select(signals, 5) for seed in range(800)])
+    assert torch.equal(torch.rand(1), expected)
+    counts = torch.bincount(draws, minlength=20)  # 200 expected each, standard deviation 12
+    assert int(counts.min()) > 140 and int(counts.max()) < 260
+
+
+def covering_radius(rows, cols, kept):
+    """How far the token that is farthest from any kept token is from the nearest one."""
+    places = [divmod(i, cols) for i in kept]
+    return max(min(math.dist((r, c), place) for place in places) for r in range(rows) for c in range(cols))
+
+
+def best_lattice_radius(rows, cols, k):
+    """The smallest covering radius of any m x n lattice, centred, of at most k tokens."""
+    radii = []
+    for m in range(1, min(rows, k) + 1):
+        n = min(k // m, cols)
+        lines = [(2 * i + 1) * rows // (2 * m) for i in range(m)]
+        columns = [(2 * j + 1) * cols // (2 * n) for j in range(n)]
+        radii.append(covering_radius(rows, cols, [r * cols + c for r in lines for c in columns]))
+    return min(radii)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "ks"),
+    [
+        (16, 16, (1, 2, 3, 5, 7, 11, 16, 28, 64, 100, 200)),
+        (24, 24, (16, 64)),
+        (7, 13, (1, 4, 9, 20, 45, 90)),
+        (1, 29, (1, 2, 5, 14, 28)),
+        (31, 2, (1, 3, 10, 40)),
+    ],
+)
+def test_uniform_covers_the_grid_as_well_as_a_lattice(rows, cols, ks):
+    """Or, where that leaves single tokens out, at least so that each of them has a kept neighbour."""
+    for k in ks:
+        kept = make("uniform").select(Signals((View(rows, cols),)), k).tolist()
+        assert covering_radius(rows, cols, kept) <= max(best_lattice_radius(rows, cols, k), math.sqrt(2)) + 1e-9
+
+
+def test_uniform_by_eye():
+    assert make("uniform").select(Signals((View(24, 24),)), 64).tolist() == [
+        row * 24 + col for row in range(1, 24, 3) for col in range(1, 24, 3)
+    ]
+    rows = torch.bincount(make("uniform").select(Signals((View(16, 16),)), 28) // 16, minlength=16)
+    assert rows.tolist() == [0, 5, 0, 0, 6, 0, 0, 0, 5, 0, 0, 6, 0, 0, 6, 0]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30), st.integers(1, 30), st.data())
+def test_a_lattice_has_exactly_k_tokens(rows, cols, data):
+    k = data.draw(st.integers(0, rows * cols))
+    tokens = lattice(rows, cols, k)
+    assert tokens.shape == (k,)
+    assert k == 0 or (bool((tokens.diff() > 0).all()) and int(tokens[0]) >= 0 and int(tokens[-1]) < rows * cols)
+
+
+def test_uniform_splits_k_over_views_by_size():
+    signals = Signals((View(2, 2), View(4, 4)))
+    assert torch.bincount((make("uniform").select(signals, 10) >= 4).long()).tolist() == [2, 8]

@@ -1,0 +1,200 @@
+"""The pipeline: what is computed when, what the cache saves, what the options do."""
+
+import pytest
+import torch
+
+from gridprune_cli.errors import BadInput
+from gridprune_cli.generation import generate
+from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pruning.methods import METHODS, make
+from gridprune_cli.store import open_store
+from gridprune_cli.tokens import PrunedSet
+
+QUESTION = "What colour is the star?"
+
+
+@pytest.fixture
+def pipeline(tiny_llava):
+    return Pipeline(str(tiny_llava), store=open_store(), dtype="float32")
+
+
+@pytest.fixture
+def image(tmp_path, noise):
+    path = tmp_path / "a.png"
+    noise((224, 224)).image.save(path)
+    return path
+
+
+def test_the_second_question_loads_no_tower(pipeline, image, tiny_llava):
+    first = pipeline.ask(image, QUESTION, max_new_tokens=4)
+    later = Pipeline(str(tiny_llava), store=open_store(), dtype="float32")
+    second = later.ask(image, QUESTION, max_new_tokens=4)
+    assert (first.hit, second.hit) == (False, True)
+    assert first.text == second.text
+    assert set(later.family._loaded) == {"projector", "language"}
+    names = [name for name, _ in later.family.load("language").named_parameters()]
+    assert names and not any("vision_tower" in name for name in names)
+
+
+def test_encoding_loads_the_tower_alone(pipeline, image):
+    pipeline.encode_one(image)
+    assert set(pipeline.family._loaded) == {"tower"}
+
+
+def test_equal_bytes_are_one_entry_and_new_bytes_a_miss(pipeline, image, tmp_path, noise):
+    _, hit = pipeline.encode_one(image)
+    copy = tmp_path / "b.png"
+    copy.write_bytes(image.read_bytes())
+    found, again = pipeline.encode_one(copy)
+    assert (hit, again, found.name) == (False, True, str(copy))
+    noise((224, 224), seed=1).image.save(image)
+    changed, hit = pipeline.encode_one(image)
+    assert not hit and changed.key != found.key
+    assert len(list(pipeline.store.entries())) == 2
+
+
+@pytest.mark.parametrize("change", ["dtype", "processor", "weights"])
+def test_what_an_encoding_depends_on_is_in_its_key(pipeline, tiny_llava, tmp_path, change):
+    import json
+    import shutil
+
+    folder = shutil.copytree(tiny_llava, tmp_path / "other")
+    assert Pipeline(str(folder), dtype="float32").key("0" * 64) == pipeline.key(
+        "0" * 64
+    )  # where it lies does not matter
+    dtype = "float32"
+    if change == "dtype":
+        dtype = "bfloat16"
+    elif change == "processor":
+        path = folder / "processor_config.json"
+        settings = json.loads(path.read_text())
+        settings["image_processor"]["image_mean"] = [0.5, 0.5, 0.5]
+        path.write_text(json.dumps(settings))
+    else:
+        path = folder / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    assert Pipeline(str(folder), dtype=dtype).key("0" * 64) != pipeline.key("0" * 64)
+
+
+def test_a_broken_entry_is_encoded_again(pipeline, image):
+    first = pipeline.ask(image, QUESTION, max_new_tokens=4)
+    (entry,) = pipeline.store.entries()
+    data = bytearray(open(entry.path, "rb").read())
+    data[-1] ^= 1
+    open(entry.path, "wb").write(data)
+    second = pipeline.ask(image, QUESTION, max_new_tokens=4)
+    assert (second.hit, second.text) == (False, first.text)
+    assert pipeline.ask(image, QUESTION, max_new_tokens=4).hit
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_a_pruned_set_from_disk_answers_the_same(pipeline, image, method, positions):
+    encoded, _ = pipeline.encode_one(image)
+    pruned = pipeline.prune(encoded, QUESTION, Pruning(keep=0.4, method=make(method), positions=positions))
+    again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
+    assert len(pruned.kept) == len(pruned.rows) == 6
+    assert generate(pipeline.family, [again], 6)[0].ids == generate(pipeline.family, [pruned], 6)[0].ids
+    assert (pruned.zones is not None) == (method == "gridprune")
+
+
+def test_positions(pipeline, image):
+    encoded, _ = pipeline.encode_one(image)
+    original = pipeline.prune(encoded, QUESTION, Pruning(tokens=3))
+    compact = pipeline.prune(encoded, QUESTION, Pruning(tokens=3, positions="compact"))
+    image_places = original.position_ids[original.input_ids == pipeline.family.image_token]
+    assert (image_places - original.kept).unique().numel() == 1  # the prompt's first words come before the image
+    assert original.position_ids[-1] - compact.position_ids[-1] == encoded.count - 3
+    assert compact.position_ids.tolist() == list(range(len(compact.input_ids)))
+    assert torch.equal(original.input_ids, compact.input_ids)
+
+
+def test_zone_budgets_add_up(pipeline, image):
+    encoded, _ = pipeline.encode_one(image)
+    zones = pipeline.prune(encoded, QUESTION, Pruning(tokens=7, method=make("gridprune", zone=2))).zones
+    assert (zones["rows"], zones["cols"], len(zones["budgets"]), sum(zones["budgets"])) == (2, 2, 4, 7)
+
+
+@pytest.mark.parametrize("region", ["none", (0, 0, 3, 3), "auto"])
+def test_regions(pipeline, image, region):
+    encoded, _ = pipeline.encode_one(image)
+    pruned = pipeline.prune(encoded, QUESTION, Pruning(tokens=4, region=region))
+    if region == "auto":
+        assert pruned.region is not None and 0 <= pruned.region[0] <= pruned.region[2] <= 7
+    else:
+        assert pruned.region == (None if region == "none" else region)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1.0, 16), (0.5, 8), (0.11, 2), (0.01, 1), (0.34, 5)])
+def test_keep_is_rounded_to_the_nearest_and_at_least_one(pipeline, image, keep, kept):
+    encoded, _ = pipeline.encode_one(image)
+    assert len(pipeline.prune(encoded, QUESTION, Pruning(keep=keep)).kept) == kept
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 0.0}, "--keep"),
+        ({"keep": 1.01}, "--keep"),
+        ({"keep": float("nan")}, "--keep"),
+        ({"tokens": 0}, "--tokens"),
+        ({"positions": "middle"}, "--positions"),
+    ],
+)
+def test_values_out_of_range(settings, message):
+    with pytest.raises(BadInput, match=message):
+        Pruning(**settings)
+
+
+def test_more_tokens_than_there_are(pipeline, image):
+    encoded, _ = pipeline.encode_one(image)
+    with pytest.raises(BadInput, match="the image has 16 visual tokens"):
+        pipeline.prune(encoded, QUESTION, Pruning(tokens=17))
+
+
+@pytest.mark.parametrize("question", ["", "  ", "What is <image> there?"])
+def test_questions_that_cannot_be_asked(pipeline, image, question):
+    encoded, _ = pipeline.encode_one(image)
+    with pytest.raises(BadInput):
+        pipeline.prune(encoded, question)
+
+
+def test_models_that_cannot_be_used(tmp_path):
+    with pytest.raises(BadInput, match="no folder with a config.json"):
+        Pipeline(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(BadInput, match="model type 'bert' is not supported"):
+        Pipeline(str(tmp_path))
+    with pytest.raises(BadInput, match="--dtype"):
+        Pipeline(dtype="int8")
+    with pytest.raises(BadInput, match="--device"):
+        Pipeline(device="abacus")
+
+
+def test_a_model_without_a_text_tower_still_prunes_without_relevance(tiny_llava, tmp_path, image):
+    import shutil
+
+    folder = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
+    pipeline = Pipeline(str(folder), dtype="float32")
+    encoded, _ = pipeline.encode_one(image)
+    assert len(pipeline.prune(encoded, QUESTION, Pruning(tokens=4, method=make("topk"))).kept) == 4
+    with pytest.raises(BadInput, match="no text tower"):
+        pipeline.prune(encoded, QUESTION)
+
+
+def test_encode_all_goes_on_after_a_bad_image(pipeline, image, tmp_path, noise):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    others = []
+    for seed in range(1, 4):
+        others.append(tmp_path / f"{seed}.png")
+        noise((50, 40), seed).image.save(others[-1])
+    pipeline.encode_one(image)
+    results = {name: (result, hit) for name, result, hit in pipeline.encode_all([image, bad, *others], batch=2)}
+    assert results[str(image)][1] is True
+    assert isinstance(results[str(bad)][0], BadInput)
+    assert [results[str(path)][0].count for path in others] == [16, 16, 16]
+    single = Pipeline(pipeline.model, dtype="float32").encode_one(others[0])[0]
+    assert torch.allclose(results[str(others[0])][0].states, single.states, atol=1e-5)

@@ -1,0 +1,57 @@
+"""Selection against sorting in plain Python."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gridprune_cli.pruning.select import top, top_by_zone
+
+scores = st.sampled_from([-1.0, -0.5, 0.0, 0.25, 0.5])  # few values: many ties
+
+
+@st.composite
+def problems(draw):
+    tokens = draw(st.lists(st.tuples(scores, st.integers(0, 6)), min_size=1, max_size=40))
+    score, zone = zip(*tokens, strict=True)
+    return score, zone, [draw(st.integers(0, zone.count(j))) for j in range(7)]
+
+
+@settings(deadline=None)
+@given(problems(), st.sampled_from([torch.float16, torch.float32, torch.float64]))
+def test_each_zone_keeps_its_best(problem, dtype):
+    score, zone, budgets = problem
+    expected = []
+    for j, budget in enumerate(budgets):
+        members = [i for i in range(len(score)) if zone[i] == j]
+        expected += sorted(members, key=lambda i: (-score[i], i))[:budget]
+    kept = top_by_zone(torch.tensor(score, dtype=dtype), torch.tensor(zone), torch.tensor(budgets))
+    assert kept.tolist() == sorted(expected)
+    assert kept.dtype == torch.int64
+
+
+@settings(deadline=None)
+@given(st.lists(scores, min_size=1, max_size=40), st.data())
+def test_top_keeps_the_best(score, data):
+    k = data.draw(st.integers(0, len(score)))
+    expected = sorted(sorted(range(len(score)), key=lambda i: (-score[i], i))[:k])
+    assert top(torch.tensor(score), k).tolist() == expected
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_are_an_error(bad):
+    score = torch.tensor([0.0, bad])
+    with pytest.raises(ValueError, match="finite"):
+        top(score, 1)
+    with pytest.raises(ValueError, match="finite"):
+        top_by_zone(score, torch.tensor([0, 0]), torch.tensor([1]))
+
+
+def test_budgets_that_zones_cannot_fill_are_an_error():
+    score, zone = torch.zeros(3), torch.tensor([0, 1, 1])
+    for budgets in ([2, 0], [0, 3], [-1, 1]):
+        with pytest.raises(ValueError, match="budget"):
+            top_by_zone(score, zone, torch.tensor(budgets))
+    for k in (-1, 4):
+        with pytest.raises(ValueError):
+            top(score, k)

@@ -1,0 +1,49 @@
+"""Tiny random checkpoints, saved to disk as published ones are. They answer nonsense, but always the same nonsense."""
+
+from pathlib import Path
+
+import torch
+from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditionalGeneration
+
+from gridprune_cli.scenes import model as built
+
+
+def wake(model: torch.nn.Module, seed: int) -> None:
+    """Weights large enough that answers depend on every input."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        spread = parameter[0].numel() ** -0.5 if parameter.dim() >= 2 else 0.1
+        noise = torch.randn(parameter.shape, generator=generator) * spread
+        parameter.data = noise if parameter.dim() >= 2 else parameter.data + noise
+
+
+def make_llava(folder: Path, seed: int = 0) -> Path:
+    """A LLaVA of two small halves over 56 x 56 pixels (4 x 4 visual tokens), with its CLIP in `clip`."""
+    words = len(built.vocabulary())
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    special = {"pad_token_id": built.PAD, "bos_token_id": built.BOS, "eos_token_id": built.EOS}
+    vision = small | {"num_hidden_layers": 4, "image_size": 56, "patch_size": 14, "projection_dim": 32}
+    text = small | special | {"num_hidden_layers": 2, "vocab_size": words, "max_position_embeddings": 12}
+    llama = small | special | {"model_type": "llama", "num_hidden_layers": 3, "vocab_size": words}
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text | {"projection_dim": 32}, projection_dim=32))
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=clip.config.vision_config,
+            text_config=llama | {"hidden_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 256},
+            image_token_index=built.IMAGE,
+            vision_feature_layer=-2,
+            **special,
+        )
+    )
+    wake(clip, seed)
+    wake(llava, seed + 1)
+    llava.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
+    llava.generation_config.eos_token_id = None  # answers of full length show more
+    llava.save_pretrained(folder)
+    clip.save_pretrained(folder / "clip")
+    processor = built.make_processor()
+    processor.image_processor.size = {"shortest_edge": 56}
+    processor.image_processor.crop_size = {"height": 56, "width": 56}
+    processor.save_pretrained(folder)
+    built.make_tokenizer(close=True).save_pretrained(folder / "clip")
+    return folder
