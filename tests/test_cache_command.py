@@ -67,7 +67,7 @@ def test_ls_shows_one_line_per_entry_the_last_used_last(keys: list[str]) -> None
     assert head.split() == ["KEY", "TOKENS", "SIZE", "USED", "MODEL", "IMAGE"]
     assert [row.split()[0] for row in rows] == [key[:12] for key in keys]
     assert rows[0].endswith("  4 h  models/llava  c.jpg")
-    assert rows[3].endswith(r"  1 h  scenes bbbbbbbb  d\x1b[31m\n.jpg")
+    assert rows[3].endswith(r"  1 h  scenes        d\x1b[31m\n.jpg")
 
 
 @pytest.mark.parametrize(

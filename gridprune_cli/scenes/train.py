@@ -6,7 +6,7 @@ Two stages, as for LLaVA, each resumable from the work folder:
    from every patch of it (they are dropped afterwards); for a question, a softmax over patches of
    cos(patch, question) against the patches asked for; and a sigmoid image-text loss (SigLIP, arXiv 2303.15343) on the
    pooled image. To see more scenes in the same time, most steps run on half of the patches, chosen at random with
-   objects preferred; the last steps see all of them.
+   objects preferred; the last steps see all of them. A second, shorter pass (`tower-again`) starts from a lower rate.
 2. `language`: the tower is frozen, and projector and Llama learn to answer eight questions packed behind one image,
    each blind to the others. Training starts with few visual tokens, so that the question's words are not drowned
    before attention has learned where to look, and goes on to all of them. No token is ever dropped by a pruning
@@ -55,7 +55,11 @@ MOST = 8  # objects in a scene
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run. `tokens` gives (share of the steps, visual tokens shown) in turn."""
+    """Sizes of a stage. `tokens` gives (share of the steps, visual tokens shown) in turn.
+
+    Steps are counted from `start`, so that a stage which goes on with another's scenes takes them in new order and
+    asks new questions.
+    """
 
     steps: int
     batch: int
@@ -63,22 +67,25 @@ class Plan:
     first_seed: int
     rate: float
     tokens: tuple[tuple[float, int], ...]
+    start: int = 0
 
     def tokens_at(self, step: int) -> int:
         passed = 0.0
         for share, tokens in self.tokens:
             passed += share
-            if step < passed * self.steps:
+            if step - self.start < passed * self.steps:
                 return tokens
         return self.tokens[-1][1]
 
     def rate_at(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / 200)
-        return self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+        done = step - self.start
+        warm = min(1.0, (done + 1) / 200)
+        return self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / self.steps)))
 
 
 TOWER = Plan(4000, 32, 50_000, TRAIN, 1.2e-3, ((0.85, 128), (0.15, N)))
-LANGUAGE = Plan(3600, 24, 24_000, TRAIN + 50_000, 1.5e-3, ((0.15, 32), (0.45, 96), (0.4, N)))
+TOWER_AGAIN = Plan(2000, 32, 50_000, TRAIN, 6e-4, ((0.8, 128), (0.2, N)), start=4000)
+LANGUAGE = Plan(3000, 24, 24_000, TRAIN + 50_000, 1.5e-3, ((0.15, 32), (0.5, 96), (0.35, N)))
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -411,7 +418,7 @@ def optimise(name: str, model: Tower | Language, pool: Pool, plan: Plan, work: P
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimiser = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.98), fused=True)
-    first = 0
+    first, last = plan.start, plan.start + plan.steps
     if state.exists():
         saved = torch.load(state, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -419,8 +426,8 @@ def optimise(name: str, model: Tower | Language, pool: Pool, plan: Plan, work: P
         first = saved["step"]
     log = Log(work / "log.jsonl", name, first)
     with _progress() as bar:
-        task = bar.add_task(name, total=plan.steps, completed=first)
-        for step in range(first, plan.steps):
+        task = bar.add_task(name, total=plan.steps, completed=first - plan.start)
+        for step in range(first, last):
             for group in optimiser.param_groups:
                 group["lr"] = plan.rate_at(step)
             with torch.autocast(device.type, torch.bfloat16):
@@ -430,8 +437,8 @@ def optimise(name: str, model: Tower | Language, pool: Pool, plan: Plan, work: P
             optimiser.step()
             optimiser.zero_grad()
             log.add(step, losses, plan.tokens_at(step))
-            bar.update(task, completed=step + 1)
-            if (step + 1) % 200 == 0 or step + 1 == plan.steps:
+            bar.update(task, completed=step + 1 - plan.start)
+            if (step + 1) % 200 == 0 or step + 1 == last:
                 partial = state.with_suffix(".tmp")
                 saved = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
                 torch.save(saved, partial)
@@ -457,7 +464,9 @@ def train(out: Path, work: Path, seed: int, device: torch.device) -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     tower = Tower().to(device)
-    optimise("tower", tower, Pool(work, TOWER.first_seed, TOWER.scenes), TOWER, work, device)
+    scenes = Pool(work, TOWER.first_seed, TOWER.scenes)
+    optimise("tower", tower, scenes, TOWER, work, device)
+    optimise("tower-again", tower, scenes, TOWER_AGAIN, work, device)
     tower.clip.to(torch.bfloat16).to(torch.float32)  # what ships is 16-bit: the language model learns from just that
     torch.manual_seed(seed)
     language = Language().to(device)

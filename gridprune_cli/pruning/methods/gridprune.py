@@ -82,7 +82,8 @@ def region_quotas(k: int, within: int, count: int, share: float) -> list[int]:
     """How many of k tokens come from inside the region and from outside, where it has `within` of `count` tokens.
 
     `share * k`, rounded to the nearest, comes from inside as far as the region has it, and the rest from outside as far
-    as that has it. A region that covers more than `share` of the tokens gets its part of k, not less. One at least stays outside, where there is any and k is above 1: never blind outside.
+    as that has it. A region that covers more than `share` of the tokens gets its part of k, not less. One at least
+    stays outside, where there is any and k is above 1: never blind outside.
     """
     inner = min(floor(max(share, within / count) * k + 0.5), within)
     if k > 1 and within < count:
