@@ -153,7 +153,7 @@ def slow_gridprune(signals, k, method):
     sizes = {side: sum(map(len, zones.values())) for side, zones in sides.items()}
     quotas = {True: k, False: 0}
     if signals.region is not None:
-        inner = min(math.floor(method.region_share * k + 0.5), sizes[True])
+        inner = min(math.floor(max(method.region_share, sizes[True] / sum(sizes.values())) * k + 0.5), sizes[True])
         if inner == k and k > 1 and sizes[False]:
             inner -= 1
         outer = min(k - inner, sizes[False])
@@ -227,9 +227,9 @@ def test_relevant_zones_keep_more_the_colder_the_more():
         (1, 50, 100, 0.8, [1, 0]),
         (10, 100, 100, 0.8, [10, 0]),  # there is no outside
         (10, 99, 100, 0.5, [9, 1]),  # nor enough of it
-        (99, 50, 100, 0.2, [49, 50]),
+        (99, 50, 100, 0.2, [50, 49]),
         (5, 50, 100, 0.5, [3, 2]),  # half a token counts as one inside
-        (10, 50, 100, 0.0, [0, 10]),
+        (10, 50, 100, 0.0, [5, 5]),  # inside is never kept more thinly than outside
     ],
 )
 def test_region_quotas(k, within, count, share, expected):

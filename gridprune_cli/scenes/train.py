@@ -51,6 +51,7 @@ from gridprune_cli.scenes.scene import (
 N = built.GRID * built.GRID
 IGNORE = -100
 MOST = 8  # objects in a scene
+SAVE_EVERY = 200  # steps
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def normalise(pixels: np.ndarray, device: torch.device) -> Tensor:
     """What the checkpoint's image processor does to a 224 x 224 picture, for a batch `(B, 224, 224, 3)`."""
     processor = built.make_processor().image_processor
     mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (processor.image_mean, processor.image_std))
-    return (torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(0, 3, 1, 2) / 255 - mean) / std
+    return (torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2) / 255 - mean) / std
 
 
 def some_patches(owners: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -410,7 +411,7 @@ class Log:
 
 
 def optimise(name: str, model: Tower | Language, pool: Pool, plan: Plan, work: Path, device: torch.device) -> None:
-    """Runs a stage to its end, saving its state every 200 steps and starting from the state that it finds."""
+    """Runs a stage to its end, saving its state every `SAVE_EVERY` steps and starting from the state that it finds."""
     state = work / f"{name}.pt"
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -438,7 +439,7 @@ def optimise(name: str, model: Tower | Language, pool: Pool, plan: Plan, work: P
             optimiser.zero_grad()
             log.add(step, losses, plan.tokens_at(step))
             bar.update(task, completed=step + 1 - plan.start)
-            if (step + 1) % 200 == 0 or step + 1 == last:
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == last:
                 partial = state.with_suffix(".tmp")
                 saved = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
                 torch.save(saved, partial)

@@ -1,0 +1,107 @@
+"""The training command, on a handful of scenes and steps."""
+
+import json
+
+import pytest
+import torch
+from transformers import CLIPModel, LlavaForConditionalGeneration
+
+from gridprune_cli.scenes import train
+from gridprune_cli.scenes.model import IMAGE, WIDTH
+from gridprune_cli.scenes.scene import make_scene, questions
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Plans of a few steps."""
+    monkeypatch.setattr(train, "TOWER", train.Plan(3, 2, 4, 0, 1e-3, ((0.5, 128), (0.5, 256))))
+    monkeypatch.setattr(train, "TOWER_AGAIN", train.Plan(2, 2, 4, 0, 1e-3, ((1.0, 128),), start=3))
+    monkeypatch.setattr(train, "LANGUAGE", train.Plan(3, 2, 4, 4, 1e-3, ((0.5, 32), (0.5, 256))))
+
+
+def run(folder):
+    train.train(folder / "out", folder / "work", 0, torch.device("cpu"))
+    return LlavaForConditionalGeneration.from_pretrained(folder / "out"), CLIPModel.from_pretrained(folder / "out/clip")
+
+
+def test_a_run_that_was_stopped_ends_where_another_would(short, tmp_path, monkeypatch):
+    llava, clip = run(tmp_path / "whole")
+    for name in ("Tower", "Language"):
+        kind = getattr(train, name)
+        losses = kind.losses
+
+        def stop(self, pool, step, plan, device, losses=losses):
+            if step == plan.start + 2:
+                raise KeyboardInterrupt
+            return losses(self, pool, step, plan, device)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "SAVE_EVERY", 1)
+            patch.setattr(kind, "losses", stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "stopped")
+    resumed = run(tmp_path / "stopped")
+    for a, b in zip((llava, clip), resumed, strict=True):
+        for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+            assert torch.allclose(x.float(), y.float(), atol=1e-6), name
+    logs = [(tmp_path / name / "work/log.jsonl").read_text().splitlines() for name in ("whole", "stopped")]
+    steps = [[(line["stage"], line["step"]) for line in map(json.loads, log)] for log in logs]
+    assert steps[0] == steps[1]
+
+
+def test_the_towers_of_both_checkpoints_are_one(short, tmp_path):
+    llava, clip = run(tmp_path)
+    assert llava.dtype == clip.dtype == torch.bfloat16
+    theirs = clip.vision_model.state_dict()
+    mine = llava.model.vision_tower.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert not list((tmp_path / "work").glob("*.tmp"))
+
+
+def test_a_plan_shows_the_tokens_and_rates_it_says():
+    plan = train.Plan(1000, 4, 10, 0, 1.0, ((0.25, 32), (0.75, 256)), start=500)
+    assert [plan.tokens_at(step) for step in (500, 749, 750, 1499)] == [32, 32, 256, 256]
+    rates = [plan.rate_at(step) for step in range(500, 1500)]
+    assert rates[0] < 0.01 and max(rates) == pytest.approx(rates[199], rel=0.05) and rates[-1] < 0.03
+
+
+def test_packed_questions_see_the_image_and_themselves_alone():
+    """Any other question behind the same image leaves a question's positions, and what it may look at, unchanged."""
+    import random
+
+    owners = torch.full((1, 256), -1)
+    owners[0, :9] = 0
+    chosen = torch.arange(256)[None]
+    tokenizer = train.built.make_tokenizer(close=False)
+    asked = questions(make_scene(0), 3, random.Random(0))
+    packed = train.pack([asked], chosen, owners, tokenizer, random.Random(1))
+    segments = []
+    for row in packed.rows[0]:
+        sees = packed.mask[0, 0, row].nonzero()[:, 0]
+        image = (packed.ids[0] == IMAGE).nonzero()[:, 0]
+        assert set(image.tolist()) <= set(sees.tolist())
+        own = [i for i in sees.tolist() if i > image[-1]]
+        assert own == list(range(own[0], row + 1))
+        assert packed.positions[0, own].tolist() == list(range(3 + 256, 3 + 256 + len(own)))
+        segments.append(set(own))
+    assert not segments[0] & segments[1] and not segments[1] & segments[2]
+    labels = packed.labels[0][packed.labels[0] >= 0]
+    told = tokenizer.decode(labels, skip_special_tokens=True).split()
+    assert told == [word for question in asked for word in question.answer.split()]
+
+
+def test_asked_patches_share_one():
+    owners = torch.tensor([-1, 0, 0, 1, -2, 2])
+    assert train.asked_patches(owners, (0, 2)).tolist() == pytest.approx([0, 1 / 3, 1 / 3, 0, 0, 1 / 3])
+    assert train.asked_patches(owners, ()).sum() == 0
+
+
+def test_the_tower_reads_properties_of_the_right_object():
+    table = train.properties(make_scene(0))
+    objects = make_scene(0).objects
+    assert table.shape == (8, len(train.HEADS)) and (table[len(objects) :] == train.IGNORE).all()
+    for row, o in zip(table, objects, strict=False):
+        assert list(train.COLOURS)[row[0]] == o.colour and train.SHAPES[row[1]] == o.shape
+        assert train.CHARACTERS[row[2]] == o.character and train.PLACES[row[3]] == o.place
+        assert row[4] == sum(p.colour == o.colour for p in objects) - 1
+    assert train.Tower().heads.in_features == WIDTH
