@@ -1,7 +1,7 @@
 """Makes the pictures in this folder and questions.jsonl: `python sample_images/make.py`. The same bytes every time.
 
-The scenes come from seeds that the embedded model never saw. `hills.jpg` is no scene: a drawn landscape, for trying what
-the tool says of other pictures, and for real models.
+The scenes come from seeds that the embedded model never saw. `hills.jpg` is no scene: a drawn landscape, for trying
+what the tool says of other pictures, and for real models.
 """
 
 import json
