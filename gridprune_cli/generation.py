@@ -60,6 +60,7 @@ def generate(family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, **
         attention_mask=mask,
         position_ids=positions if positions.dim() == 2 else positions.transpose(0, 1),
         mm_encoder_outputs={"image": family.features(batch)},
+        **family.extras(ids),
         max_new_tokens=max_new_tokens,
         logits_processor=LogitsProcessorList([clock]),
         **{"do_sample": False} | options,

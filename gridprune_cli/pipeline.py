@@ -17,8 +17,9 @@ from gridprune_cli.pruning.methods import Method, make
 from gridprune_cli.pruning.methods.gridprune import GridPrune
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.signals import Box, Signals
+from gridprune_cli.pruning.slots import staying
 from gridprune_cli.store import Store, entry_key
-from gridprune_cli.tokens import EncodedImage, PrunedSet
+from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm import open_model
 from gridprune_cli.vlm.family import Encoding
 
@@ -35,6 +36,8 @@ class Pruning:
     method     how to choose them
     region     "auto" (found from the relevance), "none", or a box; only methods with zones heed it
     positions  "original": kept tokens keep their place in the prompt; "compact": they are numbered on
+    query      what relevance is measured against, where that is not the question
+    share_budget  several images share one K instead of each having its own; then there is no region
     """
 
     keep: float = 0.11
@@ -42,6 +45,8 @@ class Pruning:
     method: Method = field(default_factory=lambda: make("gridprune"))
     region: str | Box = "auto"
     positions: str = "original"
+    query: str | None = None
+    share_budget: bool = False
 
     def __post_init__(self) -> None:
         """Raises BadInput for values out of range."""
@@ -130,6 +135,7 @@ class Pipeline:
             views=encoding.views,
             states=encoding.states,
             saliency=encoding.saliency,
+            slots=encoding.slots.to(torch.int32),
             prompt=encoding.prompt,
         )
         if not (torch.isfinite(encoded.states).all() and torch.isfinite(encoded.saliency).all()):
@@ -146,56 +152,82 @@ class Pipeline:
 
     # ---- prune -------------------------------------------------------------------------------------------------------
 
-    def prune(self, encoded: EncodedImage, question: str, pruning: Pruning | None = None) -> PrunedSet:
-        """Chooses the tokens that the question needs. Raises BadInput where the pruning does not fit the image."""
+    def prune(
+        self, images: EncodedImage | Sequence[EncodedImage], question: str, pruning: Pruning | None = None
+    ) -> PrunedSet:
+        """Chooses the tokens that the question needs, of one image or several.
+
+        Each image has its own budget, or all share one where `pruning` says so. Raises BadInput where the pruning does
+        not fit the images.
+        """
+        images = [images] if isinstance(images, EncodedImage) else list(images)
         pruning = pruning or Pruning()
         if not question.strip():
             raise BadInput("the question is empty")
-        k = pruning.count(encoded.count)
-        relevance = self._relevance(encoded, question) if "relevance" in pruning.method.requires else None
-        signals = Signals(encoded.views, relevance, encoded.saliency.float(), self._region(pruning, encoded, relevance))
-        kept = pruning.method.select(signals, k)
-        rows = self.family.project(encoded.states[kept])
-        full = self.family.write_prompt(question, encoded)
-        stays = torch.ones(len(full), dtype=torch.bool)
-        image = (full == self.family.image_token).nonzero()[:, 0]
-        if len(image) != encoded.count:
-            raise BadInput("the question holds the model's image token; leave it out")
-        stays[image] = False
-        stays[image[kept]] = True
-        ids = full[stays]
+        signals = [self._signals(image, pruning.query or question, pruning) for image in images]
+        counts = [image.count for image in images]
+        firsts = [sum(counts[:i]) for i in range(len(counts))]
+        if pruning.share_budget and len(images) > 1:
+            joined = _join(signals)
+            kept = pruning.method.select(joined, pruning.count(sum(counts)))
+        else:
+            parts = [pruning.method.select(s, pruning.count(s.count)) for s in signals]
+            kept = torch.cat([first + part for first, part in zip(firsts, parts, strict=True)])
+        slots = torch.cat(
+            [torch.where(i.slots < 0, i.slots, i.slots + first) for i, first in zip(images, firsts, strict=True)]
+        ).long()
+        stays = staying(slots, kept, sum(counts))
+        full = self.family.write_prompt(question, images)
+        mask = torch.ones(len(full), dtype=torch.bool)
+        mask[full == self.family.image_token] = stays
+        ids = full[mask]
         original = pruning.positions == "original"
+        owner = torch.repeat_interleave(torch.arange(len(images)), torch.tensor(counts))
         return PrunedSet(
-            rows=rows,
+            rows=self._rows(torch.cat([image.states for image in images]), slots[stays]),
             kept=kept,
             input_ids=ids,
-            position_ids=self.family.positions(full)[..., stays] if original else torch.arange(len(ids)),
-            saliency=encoded.saliency,
-            relevance=relevance,
-            views=encoded.views,
+            position_ids=self.family.positions(full, images)[..., mask] if original else torch.arange(len(ids)),
+            saliency=torch.cat([image.saliency for image in images]),
+            relevance=None if signals[0].relevance is None else torch.cat([s.need("relevance") for s in signals]),
+            images=tuple(
+                Origin(
+                    key=image.key,
+                    image=image.image,
+                    name=image.name,
+                    views=image.views,
+                    region=own.region,
+                    zones=_zones(pruning.method, own, kept[owner[kept] == n] - first),
+                )
+                for n, (image, own, first) in enumerate(zip(images, signals, firsts, strict=True))
+            ),
             model=self.model,
             family=self.family.checkpoint.family,
-            key=encoded.key,
-            image=encoded.image,
-            name=encoded.name,
             question=question,
             method={"name": pruning.method.name, **asdict(pruning.method)},
-            region=signals.region,
-            zones=_zones(pruning.method, signals, kept),
             positions=pruning.positions,
         )
 
-    def _relevance(self, encoded: EncodedImage, question: str) -> Tensor:
-        if self.family.relevance is None:
-            raise BadInput(f"--model {self.model}: it has no text tower beside it; use a method without relevance")
-        return self.family.relevance(encoded.states, question)
+    def _signals(self, image: EncodedImage, query: str, pruning: Pruning) -> Signals:
+        relevance = self.family.relevance(image.states, query) if "relevance" in pruning.method.requires else None
+        return Signals(image.views, relevance, image.saliency.float(), self._region(pruning, image, relevance))
 
-    def _region(self, pruning: Pruning, encoded: EncodedImage, relevance: Tensor | None) -> Box | None:
+    def _region(self, pruning: Pruning, image: EncodedImage, relevance: Tensor | None) -> Box | None:
         if not isinstance(pruning.method, GridPrune) or relevance is None or pruning.region == "none":
             return None
         if isinstance(pruning.region, tuple):
             return pruning.region
-        return contextual_region(relevance * pruning.method.relevance_sign, encoded.views)
+        return contextual_region(relevance * pruning.method.relevance_sign, image.views)
+
+    def _rows(self, states: Tensor, slots: Tensor) -> Tensor:
+        """The rows `(S, D)` of slots `(S,)`: projected states, and the family's separator between them."""
+        tokens = slots >= 0
+        rows = self.family.project(states[slots[tokens]])
+        if bool(tokens.all()):
+            return rows
+        out = self.family.separator().to(rows.dtype).repeat(len(slots), 1)
+        out[tokens] = rows
+        return out
 
     # ---- generate ----------------------------------------------------------------------------------------------------
 
@@ -255,6 +287,13 @@ class Pipeline:
         if pictures:
             for picture, encoded in zip(pictures, self.encode(pictures), strict=True):
                 yield picture.name, encoded, False
+
+
+def _join(signals: Sequence[Signals]) -> Signals:
+    """The signals of several images as those of one, without a region: images have no place in one picture."""
+    relevance = None if signals[0].relevance is None else torch.cat([s.need("relevance") for s in signals])
+    views = tuple(view for own in signals for view in own.views)
+    return Signals(views, relevance, torch.cat([s.need("saliency") for s in signals]))
 
 
 def _zones(method: Method, signals: Signals, kept: Tensor) -> dict[str, Any] | None:

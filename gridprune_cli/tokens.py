@@ -33,6 +33,7 @@ class EncodedImage:
 
     states    (N, C)  one row per visual token; the family's projector turns rows into what the language model receives
     saliency  (N,)    how much the tower attends to each
+    slots     (S,)    which visual token each image token of a prompt stands for, -1 for a separator
     size              width and height of the picture in pixels, after its EXIF turn
     prompt            what the family must know of the picture to write a prompt, JSON values only
     """
@@ -46,6 +47,7 @@ class EncodedImage:
     views: tuple[View, ...]
     states: Tensor
     saliency: Tensor
+    slots: Tensor
     prompt: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -56,7 +58,7 @@ class EncodedImage:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return self.states.nbytes + self.saliency.nbytes
+        return self.states.nbytes + self.saliency.nbytes + self.slots.nbytes
 
     def to_bytes(self) -> bytes:
         header = {
@@ -72,16 +74,18 @@ class EncodedImage:
             "views": [asdict(view) for view in self.views],
             "prompt": self.prompt,
         }
-        return files.encode({"states": _raw(self.states), "saliency": _raw(self.saliency)}, header)
+        return files.encode({name: _raw(getattr(self, name)) for name in _ENCODED_TENSORS}, header)
 
     @classmethod
     def from_parts(cls, header: dict[str, Any], tensors: dict[str, RawTensor]) -> "EncodedImage":
         """The inverse of `to_bytes`, after `files.decode`. Raises ValueError where the parts don't fit each other."""
         views = _views(header["views"])
-        states, saliency = _tensor(tensors["states"]), _tensor(tensors["saliency"])
+        states, saliency, slots = (_tensor(tensors[name]) for name in _ENCODED_TENSORS)
         count = sum(view.count for view in views)
         if states.dim() != 2 or len(states) != count or saliency.shape != (count,):
             raise ValueError(f"states {tuple(states.shape)} and saliency {tuple(saliency.shape)} for {count} tokens")
+        if not torch.equal(slots[slots >= 0].sort().values.long(), torch.arange(count)):
+            raise ValueError("slots do not hold every token once")
         return cls(
             key=header["key"],
             model=header["model"],
@@ -92,17 +96,49 @@ class EncodedImage:
             views=views,
             states=states,
             saliency=saliency,
+            slots=slots,
             prompt=header["prompt"],
         )
 
 
 @dataclass(frozen=True)
-class PrunedSet:
-    """The K kept rows of an image for a question, where they came from, and the prompt. Enough to generate from.
+class Origin:
+    """One image of a pruned set: what it was, and how it was divided."""
 
-    rows         (K, D)       what the language model receives in place of its image tokens
-    kept         (K,)         their indices among the N visual tokens, sorted
-    input_ids    (L,)         the prompt's token ids, with K image tokens
+    key: str  # of the encoded image
+    image: str  # sha256 of the picture's bytes
+    name: str
+    views: tuple[View, ...]
+    region: Box | None
+    zones: dict[str, Any] | None  # rows, cols and budgets, where the method has zones
+
+    @property
+    def count(self) -> int:
+        """Visual tokens before pruning."""
+        return sum(view.count for view in self.views)
+
+    @property
+    def grid(self) -> list[Any]:
+        """Rows and columns; of several views, a list of those."""
+        grids = [[view.rows, view.cols] for view in self.views]
+        return grids[0] if len(grids) == 1 else grids
+
+    @classmethod
+    def from_header(cls, parts: dict[str, Any]) -> "Origin":
+        region = tuple(parts["region"]) if parts["region"] else None
+        return cls(parts["key"], parts["image"], parts["name"], _views(parts["views"]), region, parts["zones"])
+
+
+@dataclass(frozen=True)
+class PrunedSet:
+    """The K kept rows of one or several images for a question, where they came from, and the prompt.
+
+    Enough to generate from. N visual tokens, of all images in turn; S slots stay, K of them visual tokens, the others
+    separators.
+
+    rows         (S, D)       what the language model receives in place of its image tokens
+    kept         (K,)         indices of the kept among the N visual tokens, sorted
+    input_ids    (L,)         the prompt's token ids, with S image tokens
     position_ids (L,) or (3, L) for models with rotary positions in three axes
     relevance, saliency (N,)  the signals behind the choice, for `show`
     """
@@ -113,49 +149,43 @@ class PrunedSet:
     position_ids: Tensor
     saliency: Tensor
     relevance: Tensor | None
-    views: tuple[View, ...]
+    images: tuple[Origin, ...]
     model: str
     family: str
-    key: str  # of the encoded image
-    image: str  # sha256 of the picture's bytes
-    name: str
     question: str
     method: dict[str, Any]  # name and options
-    region: Box | None
-    zones: dict[str, Any] | None  # rows, cols and budgets per view, where the method has zones
     positions: str  # "original" or "compact"
 
     @property
     def count(self) -> int:
         """N, the visual tokens before pruning."""
-        return sum(view.count for view in self.views)
+        return sum(image.count for image in self.images)
 
     def to_bytes(self) -> bytes:
-        header = {
-            "kind": "pruned",
-            "schema": SCHEMA,
-            "views": [asdict(view) for view in self.views],
-            "region": list(self.region) if self.region else None,
-        }
+        header = {"kind": "pruned", "schema": SCHEMA, "images": [asdict(image) for image in self.images]}
         header |= {name: getattr(self, name) for name in _PRUNED_TEXT}
         tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
         return files.encode(tensors, header)
 
     def to_json(self) -> dict[str, Any]:
-        """What a user wants to know of it. `grid` is rows and columns; of several views, a list of those."""
-        grids = [[view.rows, view.cols] for view in self.views]
+        """What a user wants to know of it. What is said per image is a list where there are several."""
+
+        def each(name: str) -> Any:
+            values = [getattr(image, name) for image in self.images]
+            return values[0] if len(values) == 1 else values
+
         return {
-            "image": self.name,
+            "image": each("name"),
             "question": self.question,
             "model": self.model,
             "method": self.method["name"],
             "options": {name: value for name, value in self.method.items() if name != "name"},
             "keep": round(len(self.kept) / self.count, 4),
-            "tokens": {"full": self.count, "kept": len(self.kept)},
-            "grid": grids[0] if len(grids) == 1 else grids,
-            "region": self.region,
-            "zones": self.zones,
-            "key": self.key,
+            "tokens": {"full": self.count, "kept": len(self.kept), "separators": len(self.rows) - len(self.kept)},
+            "grid": each("grid"),
+            "region": each("region"),
+            "zones": each("zones"),
+            "key": each("key"),
             "positions": self.positions,
         }
 
@@ -172,10 +202,9 @@ class PrunedSet:
             made = cls(
                 **({"relevance": None} | loaded),
                 **{name: header[name] for name in _PRUNED_TEXT},
-                views=_views(header["views"]),
-                region=tuple(header["region"]) if header["region"] else None,
+                images=tuple(Origin.from_header(parts) for parts in header["images"]),
             )
-            if len(made.rows) != len(made.kept) or made.position_ids.shape[-1] != len(made.input_ids):
+            if len(made.rows) < len(made.kept) or made.position_ids.shape[-1] != len(made.input_ids):
                 raise ValueError("its tensors do not fit each other")
         except (files.FileFault, KeyError, TypeError, ValueError) as fault:
             raise BadInput(f"{source}: not a pruned set ({fault}); make one with `gridprune prune`") from fault
@@ -191,11 +220,9 @@ def load_pruned(path: str | Path) -> PrunedSet:
     return PrunedSet.from_bytes(data, str(path))
 
 
+_ENCODED_TENSORS = ("states", "saliency", "slots")
 _PRUNED_TENSORS = ("rows", "kept", "input_ids", "position_ids", "saliency", "relevance")
-_PRUNED_TEXT = (
-    *("model", "family", "key", "image", "name", "question"),
-    *("method", "zones", "positions"),
-)
+_PRUNED_TEXT = ("model", "family", "question", "method", "positions")
 
 
 def _views(parts: list[dict[str, Any]]) -> tuple[View, ...]:

@@ -23,9 +23,9 @@ def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random LLaVA with its CLIP, on disk. Not to be changed: copy it first."""
-    from tiny import make_llava
+    from tiny_families import make
 
-    return make_llava(tmp_path_factory.mktemp("tiny") / "llava")
+    return make("llava", tmp_path_factory.mktemp("tiny") / "llava")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
@@ -100,7 +101,7 @@ def test_a_pruned_set_from_disk_answers_the_same(pipeline, image, method, positi
     again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
     assert len(pruned.kept) == len(pruned.rows) == 6
     assert generate(pipeline.family, [again], 6)[0].ids == generate(pipeline.family, [pruned], 6)[0].ids
-    assert (pruned.zones is not None) == (method == "gridprune")
+    assert (pruned.images[0].zones is not None) == (method == "gridprune")
 
 
 def test_positions(pipeline, image):
@@ -116,7 +117,7 @@ def test_positions(pipeline, image):
 
 def test_zone_budgets_add_up(pipeline, image):
     encoded, _ = pipeline.encode_one(image)
-    zones = pipeline.prune(encoded, QUESTION, Pruning(tokens=7, method=make("gridprune", zone=2))).zones
+    zones = pipeline.prune(encoded, QUESTION, Pruning(tokens=7, method=make("gridprune", zone=2))).images[0].zones
     assert (zones["rows"], zones["cols"], len(zones["budgets"]), sum(zones["budgets"])) == (2, 2, 4, 7)
 
 
@@ -125,9 +126,11 @@ def test_regions(pipeline, image, region):
     encoded, _ = pipeline.encode_one(image)
     pruned = pipeline.prune(encoded, QUESTION, Pruning(tokens=4, region=region))
     if region == "auto":
-        assert pruned.region is not None and 0 <= pruned.region[0] <= pruned.region[2] <= 7
+        assert (
+            pruned.images[0].region is not None and 0 <= pruned.images[0].region[0] <= pruned.images[0].region[2] <= 7
+        )
     else:
-        assert pruned.region == (None if region == "none" else region)
+        assert pruned.images[0].region == (None if region == "none" else region)
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1.0, 16), (0.5, 8), (0.11, 2), (0.01, 1), (0.34, 5)])
@@ -176,15 +179,21 @@ def test_models_that_cannot_be_used(tmp_path):
         Pipeline(device="abacus")
 
 
-def test_a_model_without_a_text_tower_still_prunes_without_relevance(tiny_llava, tmp_path, image):
+def test_a_model_without_a_text_tower_uses_its_own_words(tiny_llava, tmp_path, image):
     import shutil
 
     folder = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
     pipeline = Pipeline(str(folder), dtype="float32")
     encoded, _ = pipeline.encode_one(image)
-    assert len(pipeline.prune(encoded, QUESTION, Pruning(tokens=4, method=make("topk"))).kept) == 4
-    with pytest.raises(BadInput, match="no text tower"):
-        pipeline.prune(encoded, QUESTION)
+    pruned = pipeline.prune(encoded, QUESTION)
+    whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        rows = whole.model.multi_modal_projector(encoded.states)
+        words = whole.get_input_embeddings()(
+            pipeline.family.processor.tokenizer(QUESTION, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        )
+    expected = torch.cosine_similarity(rows[:, None], words[None], dim=-1).mean(1)
+    assert torch.allclose(pruned.relevance, expected, atol=1e-5)
 
 
 def test_encode_all_goes_on_after_a_bad_image(pipeline, image, tmp_path, noise):

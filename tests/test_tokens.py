@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gridprune_cli import files
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
-from gridprune_cli.tokens import EncodedImage, PrunedSet, load_pruned
+from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet, load_pruned
 
 
 def same(a, b):
@@ -34,6 +34,7 @@ def encoded_image(dtype, rows=3, cols=5, name="ä \n.png"):
         views=(View(rows, cols, (0.1, 0.0, 0.9, 1.0)), View(1, 2)),
         states=torch.randn(rows * cols + 2, 6).to(dtype),
         saliency=torch.rand(rows * cols + 2).to(dtype),
+        slots=torch.tensor([*range(rows * cols), -1, rows * cols + 1, rows * cols], dtype=torch.int32),
         prompt={"grid": [1, 2]},
     )
 
@@ -47,16 +48,14 @@ def pruned_set(relevance=True):
         position_ids=torch.tensor([0, 2, 6, 7]),
         saliency=torch.rand(6),
         relevance=torch.rand(6) if relevance else None,
-        views=(View(2, 3),),
+        images=(
+            Origin("k", "i", "n", (View(1, 2),), (1, 2, 3, 4) if relevance else None, {"rows": 1, "budgets": [2]}),
+            Origin("l", "j", "o", (View(2, 2, (0.25, 0.0, 0.75, 1.0)),), None, None),
+        ),
         model="m",
         family="llava",
-        key="k",
-        image="i",
-        name="n",
         question="Où?",
         method={"name": "gridprune", "zone": 4},
-        region=(1, 2, 3, 4) if relevance else None,
-        zones={"rows": 1, "cols": 1, "budgets": [2]},
         positions="original",
     )
 
@@ -87,6 +86,7 @@ def test_a_llava_image_takes_at_most_1_2_mib():
         views=(View(24, 24),),
         states=torch.zeros(576, 1024, dtype=torch.bfloat16),
         saliency=torch.zeros(576, dtype=torch.bfloat16),
+        slots=torch.arange(576, dtype=torch.int32),
     )
     assert len(image.to_bytes()) <= 1.2 * 2**20
 
@@ -111,7 +111,7 @@ def of_schema_9(data):
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "not a pruned set"),
         (lambda data: encoded_image(torch.float32).to_bytes(), "it holds something else"),
         (lambda data: of_schema_9(data), "its schema is 9, this version reads 1"),
-        (lambda data: dataclasses.replace(pruned_set(), rows=torch.zeros(3, 4)).to_bytes(), "do not fit each other"),
+        (lambda data: dataclasses.replace(pruned_set(), rows=torch.zeros(1, 4)).to_bytes(), "do not fit each other"),
     ],
 )
 def test_what_is_no_pruned_set_is_refused_in_one_line(spoil, reason):

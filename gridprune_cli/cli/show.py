@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gridprune_cli.figure import Figure
     from gridprune_cli.images import Source
     from gridprune_cli.pipeline import Pipeline, Pruning
-    from gridprune_cli.tokens import PrunedSet
+    from gridprune_cli.tokens import Origin, PrunedSet
 
 
 @options.takes(pipeline=options.pipeline, pruning=options.pruning)
@@ -43,7 +43,7 @@ def show(
     else:
         draw_figure(source, pruned, None, output)
     scene_notice(pipeline.model, source)
-    say(f"{len(pruned.kept)} of {pruned.count} visual tokens, region {pruned.region or 'none'}")
+    say(f"{len(pruned.kept)} of {pruned.count} visual tokens, region {pruned.images[0].region or 'none'}")
 
 
 show.examples = (  # type: ignore[attr-defined]
@@ -68,27 +68,28 @@ def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Fig
     from gridprune_cli.figure import Figure
     from gridprune_cli.images import load_image
 
+    (origin,) = pruned.images
     return Figure(
         image=load_image(source).image,
-        views=pruned.views,
+        views=origin.views,
         kept=pruned.kept.tolist(),
         relevance=None if pruned.relevance is None else pruned.relevance.tolist(),
-        zones=_budgets(pruned),
-        region=pruned.region,
+        zones=_budgets(origin, pruned.method.get("zone", 1)),
+        region=origin.region,
         question=pruned.question,
         answer=answer,
         details=f"{len(pruned.kept)} of {pruned.count} tokens · {pruned.method['name']}",
     )
 
 
-def _budgets(pruned: "PrunedSet") -> list[tuple[int, int, int, int, int, int]]:
+def _budgets(origin: "Origin", zone: int) -> list[tuple[int, int, int, int, int, int]]:
     """Every zone's rectangle with its budget."""
     from gridprune_cli.pruning.zones import zone_index
 
-    if pruned.zones is None:
+    if origin.zones is None:
         return []
-    _, zones = zone_index(pruned.views, pruned.method["zone"])
-    return [(*rectangle, n) for rectangle, n in zip(zones.rectangles(), pruned.zones["budgets"], strict=True)]
+    _, zones = zone_index(origin.views, zone)
+    return [(*rectangle, n) for rectangle, n in zip(zones.rectangles(), origin.zones["budgets"], strict=True)]
 
 
 def scene_notice(model: str, source: "Source") -> None:

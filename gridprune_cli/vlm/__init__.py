@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
     from gridprune_cli.vlm.family import Family
 
-FAMILIES = {"llava": "Llava"}  # model_type -> class of the module of that name
+# model_type -> class of the module of that name
+FAMILIES = {
+    "llava": "Llava",
+}
 
 
 def open_model(model: str, dtype: "torch.dtype", device: str) -> "Family":

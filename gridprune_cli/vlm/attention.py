@@ -1,7 +1,7 @@
 """Attention weights of one layer, without eager attention anywhere.
 
 An attention function registered with transformers computes sdpa as ever, and for a layer that is being watched also
-the softmax of the rows asked for. Models need not be patched, and layers that nobody watches pay nothing.
+what pruning wants to know. Models need not be patched, and layers that nobody watches pay nothing.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_watched"
+_CHUNK = 1024  # queries at a time: a large picture's square of attention would not fit
 
 
 def _watched(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    record = getattr(module, "gridprune_record", None)
+    record: list[Tensor] | None = getattr(module, "gridprune_record", None)
     if record is not None:
-        scores = query[:, :, record.rows] @ key.transpose(-1, -2) * kwargs["scaling"]
-        record.weights.append(scores.float().softmax(-1).mean(1))
+        queries = query[:, :, :1] if module.gridprune_cls else query
+        total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
+        for start in range(0, queries.shape[2], _CHUNK):
+            part = queries[:, :, start : start + _CHUNK]
+            scores = (part @ key.transpose(-1, -2) * kwargs["scaling"]).float()
+            if mask is not None:  # true where a query may look
+                scores = scores.masked_fill(~mask[:, :, start : start + part.shape[2]], -torch.inf)
+            total += scores.softmax(-1).mean(1).sum(1)
+        record.append(total / queries.shape[2])
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
@@ -31,25 +39,16 @@ AttentionInterface.register(NAME, _watched)
 AttentionMaskInterface.register(NAME, sdpa_mask)  # without a mask function of its own the model would get no mask
 
 
-class Record:
-    """Head-mean attention weights `(B, rows, keys)`, float32, of each call of the watched layer."""
-
-    def __init__(self, rows: slice):
-        self.rows = rows
-        self.weights: list[Tensor] = []
-
-
 @contextmanager
-def watch(attention: nn.Module, rows: slice) -> Iterator[Record]:
-    """Records the softmax rows of one unmasked attention module of a model that was loaded with `NAME`."""
-    record = Record(rows)
-    attention.gridprune_record = record  # type: ignore[assignment]
+def watch(attention: nn.Module, *, cls: bool) -> Iterator[list[Tensor]]:
+    """Records attention to each key `(B, keys)`, float32, mean over heads, at each call of one attention module.
+
+    `cls`: that of the first query alone, the CLS token; else the mean over all queries, attention received. The model
+    must have been loaded with the attention implementation `NAME`.
+    """
+    record: list[Tensor] = []
+    attention.gridprune_record, attention.gridprune_cls = record, cls  # type: ignore[assignment]
     try:
         yield record
     finally:
-        del attention.gridprune_record
-
-
-def cls_saliency(record: Record) -> Tensor:
-    """Attention of the CLS token to every patch, `(B, N)`: the CLS row without its own column."""
-    return torch.cat(record.weights)[:, 0, 1:]
+        del attention.gridprune_record, attention.gridprune_cls

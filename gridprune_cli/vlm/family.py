@@ -2,9 +2,14 @@
 
 A checkpoint is loaded in parts: `tower` (encoding), `projector` (pruning), `language` (generating). A part that is not
 asked for is never read from disk.
+
+In a prompt, an image is a run of *slots*: image tokens that stand for visual tokens, and in some families separators
+(a newline behind each row of tiles). Everything here that is per picture comes from `encode`; everything per question
+from `write_prompt`, `positions` and `features`.
 """
 
 import hashlib
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,24 +20,38 @@ from typing import Any, ClassVar
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import is_torchvision_available
 
+from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.tokens import EncodedImage, PrunedSet
+from gridprune_cli.vlm.attention import NAME
 from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.clip import ClipRelevance
 from gridprune_cli.vlm.loading import load_part
+from gridprune_cli.vlm.words import WordRelevance
 
 PARTS = ("tower", "projector", "language")
+SEPARATOR = -1  # in `slots`: a row that stands for no visual token
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What the tower gave for one picture: the tensors of an `EncodedImage`, without where it came from."""
+    """What the tower gave for one picture. N visual tokens, the views in turn, each row-major.
 
-    states: Tensor  # (N, C)
-    saliency: Tensor  # (N,)
+    states    (N, C)  what is stored; `project` makes rows of it
+    saliency  (N,)    attention of CLS, or attention received where the tower has no CLS
+    slots     (S,)    which visual token each image token of the prompt stands for, `SEPARATOR` for none
+    prompt            "placeholder", the text that the picture becomes in a prompt (S image tokens among it), and what
+                      else `positions` needs; JSON values only
+    """
+
+    states: Tensor
+    saliency: Tensor
     views: tuple[View, ...]
+    slots: Tensor
     prompt: dict[str, Any] = field(default_factory=dict)
 
 
@@ -42,6 +61,8 @@ class Family(ABC):
     model_class: ClassVar[type[PreTrainedModel]]
     processor_class: ClassVar[Any]
     modules: ClassVar[dict[str, tuple[str, ...]]]  # part -> dotted paths of its sub-modules
+    words: ClassVar[str] = "model.language_model"  # dotted path of the language model's text part
+    batched: ClassVar[bool] = False  # whether `generate` takes features as one tensor (1, N, D), not a list of (N, D)
     version: ClassVar[int] = 1  # part of every cache key: raise it when `encode` changes what it gives
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str):
@@ -55,22 +76,32 @@ class Family(ABC):
         if not all(part in self._loaded for part in parts):
             without = [path for part in PARTS if part not in parts for path in self.modules[part]]
             model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, self.device)
-            self._prepare(model, parts)
+            if "tower" in parts:
+                model.set_attn_implementation({"vision_config": NAME})
             self._loaded |= dict.fromkeys(parts, model)
         return self._loaded[parts[0]]
 
-    def _prepare(self, model: Any, parts: Sequence[str]) -> None:  # noqa: B027  (most families need nothing)
-        """Sets what must be set on a freshly loaded model."""
-
     @cached_property
     def processor(self) -> Any:
-        return self.processor_class.from_pretrained(self.checkpoint.folder, local_files_only=True)
+        """The checkpoint's processor. Without torchvision, without its video half, which would need that."""
+        folder, kind = self.checkpoint.folder, self.processor_class
+        takes = inspect.signature(kind.__init__).parameters
+        if "video_processor" not in takes or is_torchvision_available():
+            return kind.from_pretrained(folder, local_files_only=True)
+        path = folder / "processor_config.json"
+        settings = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        parts = ("image_processor", "tokenizer", "video_processor")
+        given = {name: value for name, value in settings.items() if name in takes and name not in parts}
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        given.setdefault("chat_template", tokenizer.chat_template)
+        images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        return _without_video(kind)(image_processor=images, tokenizer=tokenizer, video_processor=None, **given)
 
     @cached_property
-    def relevance(self) -> ClipRelevance | None:
-        """Gives the relevance `(N,)` of states `(N, C)` to a question; None where the checkpoint has no text tower."""
+    def relevance(self) -> ClipRelevance | WordRelevance:
+        """Gives the relevance `(N,)` of states `(N, C)` to a question."""
         clip = self.checkpoint.clip
-        return ClipRelevance(clip, self.dtype, self.device) if clip else None
+        return ClipRelevance(clip, self.dtype, self.device) if clip else WordRelevance(self)
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
@@ -89,32 +120,90 @@ class Family(ABC):
 
     @abstractmethod
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
-        """Runs the tower on pictures. Loads the tower only."""
+        """Runs the tower on pictures. Loads the tower, and the projector where states are stored projected."""
+
+    def process(self, picture: Image) -> tuple[dict[str, Tensor], str]:
+        """The processor's model inputs for one picture, on the device, and the placeholder that it becomes."""
+        settings = self.processor._merge_kwargs(self._processor_defaults(), return_tensors="pt")["images_kwargs"]
+        data, (placeholder,) = self.processor._process_images([picture], **settings)
+        inputs = {}
+        for name, value in data.items():
+            tensor = torch.as_tensor(value)
+            inputs[name] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+        return inputs, placeholder
+
+    def _processor_defaults(self) -> Any:
+        """Type of the processor's keyword arguments, which holds their defaults."""
+        return inspect.get_annotations(type(self.processor)).get("valid_processor_kwargs", ProcessorMixin)
 
     # ---- pruning -----------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def project(self, states: Tensor) -> Tensor:
-        """Rows that the language model receives `(K, D)` for states `(K, C)`, row by row. Loads the projector only."""
+        """Rows that the language model receives `(K, D)` for states `(K, C)`, row by row."""
+        return states
 
-    @abstractmethod
-    def write_prompt(self, question: str, encoded: EncodedImage) -> Tensor:
-        """Token ids `(L,)` of the model's own chat prompt, with one image token per visual token of the picture."""
+    def separator(self) -> Tensor:
+        """The row `(D,)` of a separator."""
+        raise NotImplementedError(f"{type(self).__name__} has no separators")
+
+    def write_text(self, question: str, images: int) -> str:
+        """The model's own chat prompt, with one placeholder token per image."""
+        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        return ProcessorMixin.apply_chat_template(self.processor, messages, add_generation_prompt=True, tokenize=False)
+
+    def write_prompt(self, question: str, images: Sequence[EncodedImage]) -> Tensor:
+        """Token ids `(L,)` of the prompt, with an image token for every slot of every image.
+
+        Raises BadInput where the question itself holds a placeholder or an image token.
+        """
+        pieces = self.write_text(question, len(images)).split(self.prompt_token)
+        if len(pieces) != len(images) + 1:
+            raise BadInput(f"the question holds {self.prompt_token}, which stands for an image; leave it out")
+        text = pieces[0]
+        for image, piece in zip(images, pieces[1:], strict=True):
+            text += image.prompt["placeholder"] + piece
+        ids = torch.tensor(self.processor.tokenizer(text, add_special_tokens=self.adds_special).input_ids)
+        if int((ids == self.image_token).sum()) != sum(len(image.slots) for image in images):
+            raise BadInput("the question holds the model's image token; leave it out")
+        return ids
+
+    adds_special: ClassVar[bool] = True  # whether the tokenizer adds its own special tokens to a chat prompt
+
+    @property
+    def prompt_token(self) -> str:
+        """What stands for a whole image in a chat prompt."""
+        return self.processor.image_token
 
     @property
     def image_token(self) -> int:
-        """Id of the token that stands for a visual token in a prompt."""
-        return self.checkpoint.config["image_token_index"]
+        """Id of the token that stands for a slot in a prompt."""
+        config = self.checkpoint.config
+        return config["image_token_id"] if "image_token_id" in config else config["image_token_index"]
 
-    def positions(self, ids: Tensor) -> Tensor:
-        """Position ids `(L,)` of an unpruned prompt."""
+    def positions(self, ids: Tensor, images: Sequence[EncodedImage]) -> Tensor:
+        """Position ids `(L,)` or `(3, L)` of an unpruned prompt."""
         return torch.arange(len(ids))
 
     # ---- generating --------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def features(self, batch: Sequence[PrunedSet]) -> Any:
         """The rows of pruned sets in the container in which this family's `generate` takes encoder outputs.
 
         A new one at each call: `generate` changes what it is given.
         """
+        rows = [pruned.rows.to(self.device, self.dtype) for pruned in batch]
+        return BaseModelOutputWithPooling(pooler_output=torch.cat(rows)[None] if self.batched else rows)
+
+    def extras(self, ids: Tensor) -> dict[str, Tensor]:
+        """What else `generate` needs for prompts `(B, L)`."""
+        return {}
+
+
+def _without_video(kind: Any) -> Any:
+    """The processor class, with no video processor taken for an answer."""
+
+    def check(self: Any, name: str, argument: Any) -> Any:
+        return None if argument is None else kind.check_argument_for_proper_class(self, name, argument)
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check, "__module__": kind.__module__})

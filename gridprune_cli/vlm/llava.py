@@ -1,17 +1,15 @@
 """LLaVA-1.5 and its like: a CLIP tower, one square view, a projector that works row by row."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from gridprune_cli.pruning.signals import View
-from gridprune_cli.tokens import EncodedImage, PrunedSet
-from gridprune_cli.vlm.attention import NAME, cls_saliency, watch
+from gridprune_cli.vlm.attention import watch
 from gridprune_cli.vlm.family import Encoding, Family
 
 
@@ -24,26 +22,34 @@ class Llava(Family):
         "language": ("model.language_model", "lm_head"),
     }
 
-    def _prepare(self, model: Any, parts: Sequence[str]) -> None:
-        if "tower" in parts:
-            model.set_attn_implementation({"vision_config": NAME})
-
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
-        model = self.load("tower").model
         pixels = self.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
-        layer: int = self.checkpoint.config["vision_feature_layer"]
-        # hidden_states[i] is what layer i - 1 gave, so the saliency is that of the layer whose output is used
-        attention = model.vision_tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
-        with watch(attention, slice(0, 1)) as record:
-            hidden = model.vision_tower(pixels.to(self.device, self.dtype), output_hidden_states=True).hidden_states
-        states = hidden[layer][:, 1:].cpu()  # without CLS
-        saliency = cls_saliency(record).to(self.dtype).cpu()
+        states, saliency = self.see(pixels.to(self.device, self.dtype))
         side = round(states.shape[1] ** 0.5)
+        placeholder = self.processor.image_token * (side * side)
         return [
-            Encoding(states[i], saliency[i], (View(side, side, self._seen(picture)),))
+            Encoding(
+                states[i],
+                saliency[i],
+                (View(side, side, self._seen(picture)),),
+                torch.arange(side * side),
+                {"placeholder": placeholder},
+            )
             for i, picture in enumerate(pictures)
         ]
+
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch states `(B, N, C)` of the layer that the projector reads, and the saliency `(B, N)` of that layer."""
+        tower = self.load("tower").model.vision_tower
+        layer: int = self.checkpoint.config["vision_feature_layer"]
+        cls = self.checkpoint.config["vision_feature_select_strategy"] == "default"
+        # hidden_states[i] is what layer i - 1 gave, so the saliency is that of the layer whose output is used
+        attention = tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
+        with watch(attention, cls=cls) as record:
+            hidden = tower(pixels, output_hidden_states=True).hidden_states[layer]
+        first = int(cls)  # CLS is no visual token
+        return hidden[:, first:].cpu(), torch.cat(record)[:, first:].to(self.dtype).cpu()
 
     def _seen(self, picture: Image) -> tuple[float, float, float, float]:
         """The part of the picture that the processor's centre crop leaves, in fractions of the picture."""
@@ -59,12 +65,3 @@ class Llava(Family):
     def project(self, states: Tensor) -> Tensor:
         projector = self.load("projector").model.multi_modal_projector
         return projector(states.to(self.device, self.dtype)).cpu()
-
-    def write_prompt(self, question: str, encoded: EncodedImage) -> Tensor:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        text = text.replace(self.processor.image_token, self.processor.image_token * encoded.count)
-        return torch.tensor(self.processor.tokenizer(text).input_ids)
-
-    def features(self, batch: Sequence[PrunedSet]) -> Any:
-        return BaseModelOutputWithPooling(pooler_output=[p.rows.to(self.device, self.dtype) for p in batch])

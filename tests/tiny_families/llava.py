@@ -1,24 +1,14 @@
-"""Tiny random checkpoints, saved to disk as published ones are. They answer nonsense, but always the same nonsense."""
+"""LLaVA-1.5: a small CLIP tower over 56 x 56 pixels (4 x 4 visual tokens), with its CLIP in `clip`."""
 
 from pathlib import Path
 
-import torch
 from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditionalGeneration
 
 from gridprune_cli.scenes import model as built
+from tiny_families import wake
 
 
-def wake(model: torch.nn.Module, seed: int) -> None:
-    """Weights large enough that answers depend on every input."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        spread = parameter[0].numel() ** -0.5 if parameter.dim() >= 2 else 0.1
-        noise = torch.randn(parameter.shape, generator=generator) * spread
-        parameter.data = noise if parameter.dim() >= 2 else parameter.data + noise
-
-
-def make_llava(folder: Path, seed: int = 0) -> Path:
-    """A LLaVA of two small halves over 56 x 56 pixels (4 x 4 visual tokens), with its CLIP in `clip`."""
+def make(folder: Path, seed: int = 0) -> Path:
     words = len(built.vocabulary())
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     special = {"pad_token_id": built.PAD, "bos_token_id": built.BOS, "eos_token_id": built.EOS}

@@ -1,0 +1,31 @@
+"""Which slots of a prompt stay."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gridprune_cli.pruning.slots import SEPARATOR, staying
+
+
+def slowly(slots, kept):
+    """Run by run: a run is what lies between two separators, and the one behind it stays with any of its tokens."""
+    out, run = [], []
+    for slot in slots:
+        if slot == SEPARATOR:
+            out += [*(token in kept for token in run), any(token in kept for token in run)]
+            run = []
+        else:
+            run.append(slot)
+    return out + [token in kept for token in run]
+
+
+@given(st.data())
+def test_staying_is_what_it_says(data):
+    tokens = data.draw(st.permutations(range(data.draw(st.integers(1, 12)))))
+    slots = list(tokens)
+    for place in sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=5)), reverse=True):
+        slots.insert(place, SEPARATOR)
+    kept = data.draw(st.lists(st.sampled_from(tokens), unique=True, min_size=1))
+    stays = staying(torch.tensor(slots), torch.tensor(sorted(kept)), len(tokens))
+    assert stays.tolist() == slowly(slots, set(kept))
+    assert int(stays[torch.tensor(slots) != SEPARATOR].sum()) == len(kept)

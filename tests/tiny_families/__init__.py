@@ -1,0 +1,84 @@
+"""Tiny random checkpoints of every family, saved to disk as published ones are.
+
+One module per family, named like it, with `make(folder)`: it writes a checkpoint with its processor and gives the
+folder back. The models answer nonsense, but always the same nonsense.
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, EOS = 0, 1, 2
+WORDS = 512  # size of the vocabularies
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}IMAGE{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}"
+    "{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}IMAGE{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make(family: str, folder: Path) -> Path:
+    """The tiny checkpoint of a family, in a folder."""
+    return import_module(f"tiny_families.{family}").make(folder)
+
+
+def wake(model: torch.nn.Module, seed: int = 0, embeddings: float = 1.0) -> None:
+    """Weights large enough that answers depend on every input."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        spread = parameter[0].numel() ** -0.5 if parameter.dim() >= 2 else 0.1
+        spread = embeddings if "embed_tokens" in name else spread
+        noise = torch.randn(parameter.shape, generator=generator) * spread
+        parameter.data = noise if parameter.dim() >= 2 else parameter.data + noise
+
+
+def tokenizer(special: list[str], **named: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with special tokens; `named` ones become attributes, and must be among `special`."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(
+        ["USER: what colour is the left object? ASSISTANT: the square is red, yes, no"] * 4, trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=special,
+        model_specific_special_tokens=named or None,
+        padding_side="left",
+    )
+
+
+def save(folder: Path, model: Any, processor: Any, chat: str | None = None) -> Path:
+    """Writes a checkpoint and the parts of its processor; some processors can't save themselves without torchvision."""
+    model.generation_config.eos_token_id = None  # answers of full length show more
+    model.generation_config.pad_token_id = PAD
+    model.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    processor.tokenizer.chat_template = chat
+    processor.tokenizer.save_pretrained(folder)
+    names = ("image_seq_length", "image_seq_len", "num_image_tokens", "vision_feature_select_strategy", "patch_size")
+    names += ("num_additional_image_tokens", "vision_aspect_ratio")
+    settings = {name: getattr(processor, name) for name in names if getattr(processor, name, None) is not None}
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps({"processor_class": type(processor).__name__, **settings}))
+    return folder
