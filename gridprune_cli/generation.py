@@ -52,7 +52,9 @@ def generate(family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, **
         return torch.stack([pad(row, (length - row.shape[-1], 0), value=value) for row in rows]).to(family.device)
 
     ids = left([pruned.input_ids for pruned in batch], filler)
-    positions = left([pruned.position_ids for pruned in batch], 0)  # (B, L) or (B, 3, L)
+    axes = max(pruned.position_ids.dim() for pruned in batch)  # compact positions are (L,) beside (3, L)
+    places = [p.position_ids if p.position_ids.dim() == axes else p.position_ids.expand(3, -1) for p in batch]
+    positions = left(places, 0)  # (B, L) or (B, 3, L)
     mask = left([torch.ones_like(pruned.input_ids) for pruned in batch], 0)  # else a pad id in a prompt would be masked
     clock, start = _Clock(), time.perf_counter()
     out = model.generate(

@@ -86,14 +86,28 @@ class Answer:
 class Pipeline:
     """A model with its cache. Parts of the model are loaded when they are first needed, and only those.
 
-    `store` None means no cache. Raises BadInput for a model, device or dtype that can't be used.
+    model     `scenes`, a folder, or a hub name, `owner/name` or `owner/name@revision`
+    revision  branch, tag or commit of a hub model
+    clip      the CLIP that the model's tower was taken from, a folder or hub name, where it is not found by itself
+    store     None means no cache
+
+    Raises BadInput for a model, device or dtype that can't be used, GridpruneError where the hub can't be asked.
     """
 
-    def __init__(self, model: str = "scenes", *, store: Store | None = None, device: str = "auto", dtype: str = "auto"):
+    def __init__(
+        self,
+        model: str = "scenes",
+        *,
+        revision: str | None = None,
+        clip: str | None = None,
+        store: Store | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ):
         placed = place(device, dtype)
-        self.model = model
         self.store = store
-        self.family = open_model(model, placed.dtype, placed.device)
+        self.family = open_model(model, placed.dtype, placed.device, revision=revision, clip=clip, store=store)
+        self.model = self.family.checkpoint.name
 
     def __enter__(self) -> "Pipeline":
         return self

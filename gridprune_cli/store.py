@@ -4,6 +4,7 @@ Correctness rests on no lock: files appear whole by a rename, are never changed,
 Any trouble with an entry is a miss. A file's modification time is when it was last used.
 
     <root>/visual-v1/<16 hex of the encoder's digest>/<2 hex of the key>/<key>.safetensors
+    <root>/remembered.json      a few digests that take long to compute
 """
 
 import json
@@ -24,6 +25,8 @@ from gridprune_cli.files import FileFault, RawTensor
 SCHEMA = 1
 BUCKET = "visual-v1"
 DEFAULT_LIMIT = "20G"
+REMEMBERED = "remembered.json"
+MOST_REMEMBERED = 64
 TEMPORARY_LIFE = 86_400.0  # seconds after which a writer's temporary file counts as left behind
 
 _BUCKET = re.compile(r"visual-v(\d+)")
@@ -135,6 +138,25 @@ class Store:
             self.finish()
         return True
 
+    def recall(self, key: str) -> str | None:
+        """What was remembered under a key, a digest in hex."""
+        value = self._remembered().get(key)
+        return value if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) else None
+
+    def remember(self, key: str, value: str) -> None:
+        """Keep a digest for later, the last few of them. It may be lost at any time, to another process above all."""
+        kept = {**self._remembered(), key: value}
+        with suppress(OSError, GridpruneError):
+            self._make_root()
+            text = json.dumps(dict(list(kept.items())[-MOST_REMEMBERED:]))
+            files.write_atomic(self.root / REMEMBERED, text.encode(), sync=False)
+
+    def _remembered(self) -> dict[str, Any]:
+        with suppress(OSError, ValueError, RecursionError):
+            found = json.loads((self.root / REMEMBERED).read_bytes())
+            return found if isinstance(found, dict) else {}
+        return {}
+
     def finish(self) -> None:
         """Keep the limit, if anything was written since the last look: one walk over the cache."""
         if self.limit is not None and self._unchecked:
@@ -204,6 +226,7 @@ class Store:
                 if _unlink(item.path) and entry:
                     entries, size = entries + 1, size + entry.bytes
             _remove_empty(bucket)
+        _unlink(os.path.join(self.root, REMEMBERED))
         return Removed(entries, size, 0, 0)
 
     def _path(self, encoder: Mapping[str, Any], key: str) -> Path:
@@ -215,13 +238,16 @@ class Store:
         """Make the folders, mark the root as a cache, and say in words what the encoder's folder is for."""
         if (folder / "encoder.json").exists():
             return
+        self._make_root()
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(encoder, indent=2, sort_keys=True) + "\n"
+        files.write_atomic(folder / "encoder.json", text.encode(), sync=False)
+
+    def _make_root(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         if not any(self.root.iterdir()):  # a folder with other things in it is not ours to hide from backups and git
             files.write_atomic(self.root / "CACHEDIR.TAG", _TAG.encode(), sync=False)
             files.write_atomic(self.root / ".gitignore", b"*\n", sync=False)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(encoder, indent=2, sort_keys=True) + "\n"
-        files.write_atomic(folder / "encoder.json", text.encode(), sync=False)
 
     def _trim(self, max_bytes: int | None, older_than: float | None, dry_run: bool) -> Removed:
         oldest = time.time() - older_than if older_than is not None else float("-inf")

@@ -8,11 +8,11 @@ from gridprune_cli.pruning.slots import SEPARATOR, staying
 
 
 def slowly(slots, kept):
-    """Run by run: a run is what lies between two separators, and the one behind it stays with any of its tokens."""
+    """Run by run, a run being what lies between two separators: one stays behind a kept token, or behind no token."""
     out, run = [], []
     for slot in slots:
         if slot == SEPARATOR:
-            out += [*(token in kept for token in run), any(token in kept for token in run)]
+            out += [*(token in kept for token in run), not run or any(token in kept for token in run)]
             run = []
         else:
             run.append(slot)

@@ -63,8 +63,18 @@ _PAPERS = "What the papers leave open"
 
 def pipeline(
     model: Annotated[
-        str, _option("Model: `scenes`, or a folder with a checkpoint.", _MODEL, envvar="GRIDPRUNE_MODEL")
+        str,
+        _option(
+            "Model: `scenes`, a folder with a checkpoint, or a hub name, OWNER/NAME or OWNER/NAME@REVISION.",
+            _MODEL,
+            envvar="GRIDPRUNE_MODEL",
+        ),
     ] = "scenes",
+    revision: Annotated[str | None, _option("Branch, tag or commit of a hub model.", _MODEL)] = None,
+    clip: Annotated[
+        str | None,
+        _option("CLIP that the model's tower was taken from, for relevance: a folder or hub name.", _MODEL),
+    ] = None,
     device: Annotated[str, _option("auto, cpu, cuda, ...", _MODEL, envvar="GRIDPRUNE_DEVICE")] = "auto",
     dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", _MODEL, envvar="GRIDPRUNE_DTYPE")] = "auto",
     cache_dir: CacheDir = None,
@@ -82,7 +92,7 @@ def pipeline(
     store = None if no_cache else open_store(cache_dir, warn)
     if store and cache_limit is not None:
         store.limit = parse_size(cache_limit, "--cache-limit") or None
-    return Pipeline(model, store=store, device=device, dtype=dtype)
+    return Pipeline(model, revision=revision, clip=clip, store=store, device=device, dtype=dtype)
 
 
 def pruning(

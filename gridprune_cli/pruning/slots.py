@@ -11,12 +11,13 @@ def staying(slots: Tensor, kept: Tensor, count: int) -> Tensor:
 
     slots (S,) holds each slot's visual token, or `SEPARATOR`. A separator stays where a token of its run does: the
     slots between the separator before it, or the start, and itself. So a row of which nothing is kept leaves no
-    newline behind. Separators are no part of K.
+    newline behind; one of a row that never had a token stays. Separators are no part of K.
     """
     stays = torch.zeros(count, dtype=torch.bool)
     stays[kept] = True
     separator = slots == SEPARATOR
     token_stays = stays[slots.long().clamp(min=0)] & ~separator
     run = separator.long().cumsum(0) - separator.long()  # each separator closes its run
-    alive = torch.zeros(int(run[-1]) + 1, dtype=torch.long).index_add_(0, run, token_stays.long()) > 0
-    return token_stays | (separator & alive[run])
+    bare = torch.zeros(int(run[-1]) + 1, dtype=torch.long)
+    lost = (bare.index_add(0, run, token_stays.long()) == 0) & (bare.index_add(0, run, (~separator).long()) > 0)
+    return token_stays | (separator & ~lost[run])

@@ -3,29 +3,52 @@
 from typing import TYPE_CHECKING
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.vlm.checkpoint import Checkpoint, find
+from gridprune_cli.vlm.checkpoint import Checkpoint, find, find_clip
 
 if TYPE_CHECKING:
     import torch
 
+    from gridprune_cli.store import Store
     from gridprune_cli.vlm.family import Family
 
 # model_type -> class of the module of that name
 FAMILIES = {
+    "qwen2_vl": "Qwen2VL",
+    "qwen2_5_vl": "Qwen2_5VL",
+    "qwen3_vl": "Qwen3VL",
     "llava": "Llava",
+    "gemma3": "Gemma3",
+    "paligemma": "PaliGemma",
+    "llava_next": "LlavaNext",
+    "llava_onevision": "LlavaOnevision",
+    "idefics3": "Idefics3",
+    "internvl": "InternVL",
+    "smolvlm": "SmolVLM",
 }
 
 
-def open_model(model: str, dtype: "torch.dtype", device: str) -> "Family":
-    """The adapter of a model by name. Nothing is loaded yet. Raises BadInput for unknown names and families."""
+def open_model(
+    model: str,
+    dtype: "torch.dtype",
+    device: str,
+    *,
+    revision: str | None = None,
+    clip: str | None = None,
+    store: "Store | None" = None,
+) -> "Family":
+    """The adapter of a model by name, and its CLIP's. A hub model is fetched where it is not here; nothing is loaded.
+
+    Raises BadInput for unknown names and families, and GridpruneError where the hub can't be asked.
+    """
     from importlib import import_module
 
-    checkpoint = find(model)
+    checkpoint = find(model, revision, store=store)
     if checkpoint.family not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise BadInput(f"--model {model}: model type {checkpoint.family!r} is not supported (supported: {known})")
     module = import_module(f"gridprune_cli.vlm.{checkpoint.family}")
-    return getattr(module, FAMILIES[checkpoint.family])(checkpoint, dtype, device)
+    kind = getattr(module, FAMILIES[checkpoint.family])
+    return kind(checkpoint.complete(), dtype, device, find_clip(checkpoint, clip))
 
 
 __all__ = ["FAMILIES", "Checkpoint", "find", "open_model"]

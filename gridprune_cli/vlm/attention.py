@@ -15,24 +15,25 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_watched"
-_CHUNK = 1024  # queries at a time: a large picture's square of attention would not fit
+_SCORES = 1 << 26  # held at a time, 256 MiB: a batch of large pictures' squares of attention would not fit
 
 
 def _watched(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     record: list[Tensor] | None = getattr(module, "gridprune_record", None)
     if record is not None:
         queries = query[:, :, :1] if module.gridprune_cls else query
         total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
-        for start in range(0, queries.shape[2], _CHUNK):
-            part = queries[:, :, start : start + _CHUNK]
+        step = max(1, _SCORES // (key.shape[0] * key.shape[1] * key.shape[2]))  # queries
+        for start in range(0, queries.shape[2], step):
+            part = queries[:, :, start : start + step]
             scores = (part @ key.transpose(-1, -2) * kwargs["scaling"]).float()
-            if mask is not None:  # true where a query may look
-                scores = scores.masked_fill(~mask[:, :, start : start + part.shape[2]], -torch.inf)
+            if attention_mask is not None:  # true where a query may look
+                scores = scores.masked_fill(~attention_mask[:, :, start : start + part.shape[2]], -torch.inf)
             total += scores.softmax(-1).mean(1).sum(1)
         record.append(total / queries.shape[2])
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(NAME, _watched)

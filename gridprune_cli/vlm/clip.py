@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPModel
 
+from gridprune_cli.errors import BadInput
 from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.loading import load_part
 
@@ -38,8 +39,16 @@ class ClipRelevance:
 
     @torch.inference_mode()
     def __call__(self, states: Tensor, question: str) -> Tensor:
-        """Cosines of patch states `(N, C)` with the question, `(N,)` float32 on the CPU."""
+        """Cosines of patch states `(N, C)` with the question, `(N,)` float32 on the CPU.
+
+        Raises BadInput where the states are no states of this CLIP's tower.
+        """
         head = self.model.vision_model.post_layernorm
+        if states.shape[1] != len(head.weight):
+            raise BadInput(
+                f"--clip {self.checkpoint.name}: its tower gives rows of {len(head.weight)}, the model's of "
+                f"{states.shape[1]}; name the CLIP that the model's tower was taken from"
+            )
         patches = self.model.visual_projection(head(states.to(self.device, self.dtype)))
         return (normalize(patches.float(), dim=-1) @ self._text(question).T).mean(1).cpu()
 

@@ -22,13 +22,12 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import is_torchvision_available
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm.attention import NAME
-from gridprune_cli.vlm.checkpoint import Checkpoint
+from gridprune_cli.vlm.checkpoint import CLIP_TOWER, Checkpoint
 from gridprune_cli.vlm.clip import ClipRelevance
 from gridprune_cli.vlm.loading import load_part
 from gridprune_cli.vlm.words import WordRelevance
@@ -65,8 +64,8 @@ class Family(ABC):
     batched: ClassVar[bool] = False  # whether `generate` takes features as one tensor (1, N, D), not a list of (N, D)
     version: ClassVar[int] = 1  # part of every cache key: raise it when `encode` changes what it gives
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str):
-        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str, clip: Checkpoint | None = None):
+        self.checkpoint, self.dtype, self.device, self.clip = checkpoint, dtype, device, clip
         self._loaded: dict[str, Any] = {}
 
     # ---- parts -------------------------------------------------------------------------------------------------------
@@ -83,13 +82,12 @@ class Family(ABC):
 
     @cached_property
     def processor(self) -> Any:
-        """The checkpoint's processor. Without torchvision, without its video half, which would need that."""
+        """The checkpoint's processor, without its video half, which would need torchvision."""
         folder, kind = self.checkpoint.folder, self.processor_class
         takes = inspect.signature(kind.__init__).parameters
-        if "video_processor" not in takes or is_torchvision_available():
+        if "video_processor" not in takes:
             return kind.from_pretrained(folder, local_files_only=True)
-        path = folder / "processor_config.json"
-        settings = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        settings, _ = kind.get_processor_dict(folder, local_files_only=True)  # and the chat template, wherever it is
         parts = ("image_processor", "tokenizer", "video_processor")
         given = {name: value for name, value in settings.items() if name in takes and name not in parts}
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -100,8 +98,12 @@ class Family(ABC):
     @cached_property
     def relevance(self) -> ClipRelevance | WordRelevance:
         """Gives the relevance `(N,)` of states `(N, C)` to a question."""
-        clip = self.checkpoint.clip
-        return ClipRelevance(clip, self.dtype, self.device) if clip else WordRelevance(self)
+        return ClipRelevance(self.clip, self.dtype, self.device) if self.clip else WordRelevance(self)
+
+    @property
+    def lacks_clip(self) -> bool:
+        """Whether the tower is a CLIP's, but that CLIP was not found, so that relevance makes do with words."""
+        return self.clip is None and self.checkpoint.tower.get("model_type") == CLIP_TOWER
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
@@ -124,17 +126,14 @@ class Family(ABC):
 
     def process(self, picture: Image) -> tuple[dict[str, Tensor], str]:
         """The processor's model inputs for one picture, on the device, and the placeholder that it becomes."""
-        settings = self.processor._merge_kwargs(self._processor_defaults(), return_tensors="pt")["images_kwargs"]
+        known = self.processor.tokenizer.init_kwargs
+        settings = self.processor._merge_kwargs(tokenizer_init_kwargs=known, return_tensors="pt")["images_kwargs"]
         data, (placeholder,) = self.processor._process_images([picture], **settings)
         inputs = {}
         for name, value in data.items():
             tensor = torch.as_tensor(value)
             inputs[name] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
         return inputs, placeholder
-
-    def _processor_defaults(self) -> Any:
-        """Type of the processor's keyword arguments, which holds their defaults."""
-        return inspect.get_annotations(type(self.processor)).get("valid_processor_kwargs", ProcessorMixin)
 
     # ---- pruning -----------------------------------------------------------------------------------------------------
 
@@ -163,12 +162,12 @@ class Family(ABC):
         text = pieces[0]
         for image, piece in zip(images, pieces[1:], strict=True):
             text += image.prompt["placeholder"] + piece
-        ids = torch.tensor(self.processor.tokenizer(text, add_special_tokens=self.adds_special).input_ids)
+        first = self.processor.tokenizer.bos_token
+        begun = first is not None and text.startswith(first)  # by the chat template; a second time would be too much
+        ids = torch.tensor(self.processor.tokenizer(text, add_special_tokens=not begun).input_ids)
         if int((ids == self.image_token).sum()) != sum(len(image.slots) for image in images):
             raise BadInput("the question holds the model's image token; leave it out")
         return ids
-
-    adds_special: ClassVar[bool] = True  # whether the tokenizer adds its own special tokens to a chat prompt
 
     @property
     def prompt_token(self) -> str:

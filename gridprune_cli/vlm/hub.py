@@ -1,0 +1,91 @@
+"""Models by hub name. huggingface_hub does the work, so its settings hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, ...
+
+A failure becomes one line that says what to do.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from gridprune_cli.errors import BadInput, GridpruneError
+
+# what transformers reads of a checkpoint; never what can hold code: pickled weights and Python files
+PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+
+
+def is_name(text: str) -> bool:
+    """Whether a text reads as `owner/name`."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", text, re.ASCII) is not None
+
+
+def locate(name: str, revision: str | None, flag: str, *, cached: bool = False) -> Path:
+    """The snapshot's folder, named by its commit, with config.json in it; the rest may not be there yet.
+
+    `cached` looks in the hub's cache alone. Raises BadInput or GridpruneError, naming the flag, where there is none.
+    """
+    with _told(name, revision, flag), _bars(False):
+        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=cached)).parent
+
+
+def fetch(name: str, commit: str, flag: str, *, bars: bool) -> None:
+    """Fetches what is missing of a snapshot. Raises as `locate` does."""
+    with _told(name, commit, flag), _bars(bars):
+        snapshot_download(name, revision=commit, allow_patterns=list(PATTERNS))
+
+
+@contextmanager
+def _told(name: str, revision: str | None, flag: str) -> Iterator[None]:
+    try:
+        yield
+    except GatedRepoError as fault:
+        raise BadInput(
+            f"{flag} {name}: needs a licence accepted; do so at {constants.ENDPOINT}/{name}, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from fault
+    except RepositoryNotFoundError as fault:
+        raise BadInput(
+            f"{flag} {name}: no such folder, and no such model on the hub; check the name, "
+            "or log in with `hf auth login` if it is private"
+        ) from fault
+    except RevisionNotFoundError as fault:
+        raise BadInput(f"{flag} {name}: no branch, tag or commit {revision}; check --revision") from fault
+    except LocalEntryNotFoundError as fault:
+        if constants.HF_HUB_OFFLINE:
+            raise BadInput(
+                f"{flag} {name}: no such folder, and not whole in the hub's cache; HF_HUB_OFFLINE forbids to fetch it"
+            ) from fault
+        raise GridpruneError(
+            f"{flag} {name}: no such folder, not whole in the hub's cache, and the hub can't be reached; "
+            "check the network"
+        ) from fault
+    except EntryNotFoundError as fault:
+        raise BadInput(f"{flag} {name}: has no config.json on the hub; it is no model for transformers") from fault
+    except HFValidationError as fault:
+        raise BadInput(f"{flag} {name}: no such folder, and no name that the hub could have; check it") from fault
+    except Exception as fault:  # of the network, the disk, the server: the client lets all sorts of them through
+        reason = (str(fault).splitlines() or [""])[0] or type(fault).__name__
+        raise GridpruneError(f"{flag} {name}: can't be fetched from the hub ({reason}); try again") from fault
+
+
+@contextmanager
+def _bars(show: bool) -> Iterator[None]:
+    if show or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

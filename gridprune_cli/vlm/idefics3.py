@@ -1,0 +1,44 @@
+"""Idefics3: tiles with row and column tags in the prompt, then the whole picture; several patches make a token.
+
+A SigLIP tower without a CLS token. The processor stretches a picture to whole tiles, so that none of its tiles is
+padded and the tower needs no mask: only pictures that are processed together pad each other, with blank tiles.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
+
+from gridprune_cli.vlm.attention import watch
+from gridprune_cli.vlm.internvl import InternVL
+
+
+class Idefics3(InternVL):
+    model_class: ClassVar = Idefics3ForConditionalGeneration
+    processor_class: ClassVar = Idefics3Processor
+    modules: ClassVar = {
+        "tower": ("model.vision_model",),
+        "projector": ("model.connector",),
+        "language": ("model.text_model", "lm_head"),
+    }
+    words = "model.text_model"
+    batched = False
+
+    @property
+    def side(self) -> int:
+        return self.load("tower").config.scale_factor
+
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch states `(T, P, C)` of tiles `(T, 3, H, W)`, and the attention that they receive `(T, P)`."""
+        tower = self.load("tower").model.vision_model
+        with watch(tower.encoder.layers[-1].self_attn, cls=False) as record:
+            states = tower(pixels).last_hidden_state
+        return states, torch.cat(record)
+
+    def grid(self, picture: Image, inputs: dict[str, Tensor]) -> tuple[int, int]:
+        return int(inputs["rows"].item()), int(inputs["cols"].item())
+
+    def projector(self, model: Any) -> Any:
+        return model.connector.modality_projection

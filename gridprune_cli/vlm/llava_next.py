@@ -1,0 +1,94 @@
+"""LLaVA-NeXT (LLaVA-1.6): a base view of the whole picture, and a mosaic of tiles with a newline behind each row.
+
+Two views: the base, then the mosaic as one grid, without the rows or columns that are padding.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers.image_processing_utils import get_patch_output_size
+from transformers.image_utils import ChannelDimension
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from gridprune_cli.pruning.signals import View
+from gridprune_cli.vlm.family import SEPARATOR, Encoding
+from gridprune_cli.vlm.llava import Llava
+
+_TILES = 8  # tiles at a time: the attention of a large picture's dozens would not fit
+
+
+class LlavaNext(Llava):
+    model_class = LlavaNextForConditionalGeneration
+    processor_class = LlavaNextProcessor
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
+        return [self._encode_one(picture) for picture in pictures]
+
+    def _encode_one(self, picture: Image) -> Encoding:
+        inputs, placeholder = self.process(picture)
+        size = inputs["image_sizes"].cpu()  # (1, 2), height and width
+        parts = [self.see(pixels) for pixels in inputs["pixel_values"][0].split(_TILES)]
+        states, saliency = (torch.cat(part) for part in zip(*parts, strict=True))  # (T, N, C) and (T, N)
+        marks = self._pack(torch.zeros(*saliency.shape, 1), size)[:, 0]
+        token = marks != SEPARATOR
+        rows = int((~token).sum())
+        cols = (int(token.sum()) - saliency.shape[1]) // rows if rows else 0
+        side = round(saliency.shape[1] ** 0.5)
+        views = [View(side, side)]
+        if cols:  # of a picture that is hardly more than a line, nothing is left between the padding
+            views.append(View(rows, cols, self._mosaic(size[0], side)))
+        return Encoding(
+            self._pack(self._stored(states), size)[token].cpu(),
+            self._pack(saliency[..., None], size)[token, 0],
+            tuple(views),
+            torch.where(token, token.cumsum(0) - 1, SEPARATOR),
+            {"placeholder": placeholder},
+        )
+
+    def _stored(self, states: Tensor) -> Tensor:
+        """What is kept of tower states `(T, N, C)`."""
+        return states
+
+    def _pack(self, values: Tensor, size: Tensor) -> Tensor:
+        """Values of tiles `(T, N, C)` as the model packs them, `(S, C)`, with `SEPARATOR` in the newlines' rows."""
+        newline = torch.full(values.shape[-1:], float(SEPARATOR))
+        packed, _ = self.load("tower").model.pack_image_features(
+            [values], size, image_newline=newline, **self._packing()
+        )
+        return packed[0]
+
+    def _packing(self) -> dict[str, Any]:
+        return {"vision_feature_select_strategy": self.load("tower").config.vision_feature_select_strategy}
+
+    def _mosaic(self, size: Tensor, side: int) -> tuple[float, float, float, float]:
+        """The part of a picture of `size` (height, width) that its unpadded mosaic covers, in fractions of it.
+
+        The picture was fitted into the tiles and centred, in pixels; padding is cut off in whole patches.
+        """
+        config = self.load("tower").config
+        tile = config.vision_config.image_size
+        shape = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, tile)
+        places = torch.meshgrid(*(torch.arange(n * side) for n in shape), indexing="ij")
+        seen = unpad_image(torch.stack(places), size)
+        fit = tuple(n * tile for n in shape)
+        blank = torch.empty(3, *size.tolist(), device="meta")
+        ends = []
+        for first, last, whole, inside in zip(
+            seen[:, 0, 0].tolist(),
+            seen[:, -1, -1].tolist(),
+            fit,
+            get_patch_output_size(blank, fit, ChannelDimension.FIRST),
+            strict=True,
+        ):
+            before, pixels = (whole - inside) // 2, tile / side
+            ends.append(((first * pixels - before) / inside, ((last + 1) * pixels - before) / inside))
+        (top, bottom), (left, right) = ends
+        return left, top, right, bottom
+
+    def separator(self) -> Tensor:
+        return self.load("projector").model.image_newline.detach().cpu()

@@ -1,0 +1,59 @@
+"""PaliGemma: a SigLIP tower over the picture stretched to a square, a projector that works row by row, no chat prompt.
+
+All of a prompt is a prefix in which every token sees every other; only answers are causal. PaliGemma 2 counts a sliding
+window as Gemma 3 does, see `gemma3.py`; it matters for its largest pictures alone.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+
+from gridprune_cli.pruning.signals import View
+from gridprune_cli.vlm.attention import watch
+from gridprune_cli.vlm.family import Encoding, Family
+
+
+class PaliGemma(Family):
+    model_class = PaliGemmaForConditionalGeneration
+    processor_class = PaliGemmaProcessor
+    modules: ClassVar = {
+        "tower": ("model.vision_tower",),
+        "projector": ("model.multi_modal_projector",),
+        "language": ("model.language_model", "lm_head"),
+    }
+    batched = True
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
+        inputs, placeholders = zip(*(self.process(picture) for picture in pictures), strict=True)
+        tower = self.load("tower").model.vision_tower
+        with watch(tower.encoder.layers[-1].self_attn, cls=False) as record:
+            patches = tower(torch.cat([data["pixel_values"] for data in inputs])).last_hidden_state
+        states = self.pool(patches).cpu()
+        saliency = self.pool(torch.cat(record)[..., None])[..., 0].to(self.dtype).cpu()
+        side = round(states.shape[1] ** 0.5)
+        return [
+            Encoding(states[i], saliency[i], (View(side, side),), torch.arange(side * side), {"placeholder": text})
+            for i, text in enumerate(placeholders)
+        ]
+
+    def pool(self, patches: Tensor) -> Tensor:
+        """Visual tokens `(B, N, C)` of the tower's patches `(B, P, C)`."""
+        return patches
+
+    @torch.inference_mode()
+    def project(self, states: Tensor) -> Tensor:
+        projector = self.load("projector").model.multi_modal_projector
+        return projector(states.to(self.device, self.dtype)).cpu()
+
+    def write_text(self, question: str, images: int) -> str:
+        """What the processor makes of a question: images come first, and the beginning of the text behind them."""
+        return f"{self.prompt_token * images}{self.processor.tokenizer.bos_token}{question}\n"
+
+    def extras(self, ids: Tensor) -> dict[str, Tensor]:
+        """Kind 0 is the prefix."""
+        return {"token_type_ids": torch.zeros_like(ids)}

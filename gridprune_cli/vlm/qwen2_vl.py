@@ -1,0 +1,82 @@
+"""Qwen2-VL: pictures of any shape on a grid of their own, and positions in three axes (time, row, column).
+
+The tower merges 2 x 2 patches into a token, so what is stored is what the language model receives.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+from gridprune_cli.errors import BadInput
+from gridprune_cli.pruning.signals import View
+from gridprune_cli.tokens import EncodedImage
+from gridprune_cli.vlm.attention import watch
+from gridprune_cli.vlm.family import Encoding, Family
+
+
+class Qwen2VL(Family):
+    model_class = Qwen2VLForConditionalGeneration
+    processor_class = Qwen2VLProcessor
+    modules: ClassVar = {
+        "tower": ("model.visual",),
+        "projector": (),
+        "language": ("model.language_model", "lm_head"),
+    }
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
+        return [self._encode(picture) for picture in pictures]
+
+    def _encode(self, picture: Image) -> Encoding:
+        try:
+            inputs, placeholder = self.process(picture)
+        except ValueError as fault:  # too long a strip
+            raise BadInput(f"a picture of {picture.width} x {picture.height}: {fault}") from fault
+        model = self.load("tower").model
+        merge: int = model.visual.spatial_merge_size
+        _, height, width = inputs["image_grid_thw"][0].tolist()
+        view = View(height // merge, width // merge)
+        with watch(self._watched(model.visual).attn, cls=False) as record:
+            out = model.get_image_features(**inputs)
+        received = record[0].view(view.count, merge * merge).mean(1)  # a token's patches follow one another
+        return Encoding(
+            self._states(out).cpu(),
+            self._in_place(received, view, model.visual).to(self.dtype).cpu(),
+            (view,),
+            torch.arange(view.count),
+            {"placeholder": placeholder},
+        )
+
+    def _watched(self, tower: Any) -> Any:
+        """The block of the tower whose attention is saliency."""
+        return tower.blocks[-1]
+
+    def _states(self, out: Any) -> Tensor:
+        """States `(N, C)` from what the tower gave for one picture."""
+        return out.pooler_output[0]
+
+    def _in_place(self, received: Tensor, view: View, tower: Any) -> Tensor:
+        """Values `(N,)` in the tower's own order of tokens, row-major."""
+        return received
+
+    def positions(self, ids: Tensor, images: Sequence[EncodedImage]) -> Tensor:
+        """Position ids `(3, L)`. Text counts on in all axes; an image has one time, and its rows and columns count from
+        there. What follows it begins behind its longer side."""
+        places = torch.empty(3, len(ids), dtype=torch.long)
+        slots = (ids == self.image_token).nonzero()[:, 0].tolist()
+        token = place = seen = 0  # next token, its position, slots so far
+        for image in images:
+            (view,) = image.views
+            start, end = slots[seen], slots[seen] + view.count
+            places[:, token:start] = torch.arange(start - token) + place
+            place += start - token
+            index = torch.arange(view.count)
+            places[:, start:end] = torch.stack([index * 0, index // view.cols, index % view.cols]) + place
+            place += max(view.rows, view.cols)
+            token, seen = end, seen + view.count
+        places[:, token:] = torch.arange(len(ids) - token) + place
+        return places

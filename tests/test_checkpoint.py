@@ -1,0 +1,403 @@
+"""What a model's name means: folders, the hub's models without a network, the CLIP of a tower, identities."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import are_progress_bars_disabled
+
+from gridprune_cli.cli import options
+from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.store import MOST_REMEMBERED, REMEMBERED, Store, open_store
+from gridprune_cli.vlm import find, hub, identity, open_model
+from gridprune_cli.vlm.checkpoint import Checkpoint, find_clip
+from gridprune_cli.vlm.clip import ClipRelevance
+from gridprune_cli.vlm.words import WordRelevance
+
+SHA, OTHER = "a" * 40, "b" * 40
+PHOTO = "0" * 64  # a picture's sha256
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty hub cache, offline, as the hub's own client sees it."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return folder
+
+
+def put(cache: Path, name: str, source: Path | None, sha: str = SHA, ref: str = "main") -> Path:
+    """A snapshot in the hub's cache, laid out as its client does."""
+    root = cache / f"models--{name.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True, exist_ok=True)
+    (root / "refs" / ref).write_text(sha)
+    snapshot = root / "snapshots" / sha
+    if source is None:
+        snapshot.mkdir(parents=True)
+    else:
+        shutil.copytree(source, snapshot, ignore=shutil.ignore_patterns("clip"))
+    return snapshot
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_name_answers_like_its_folder(hub_cache, tiny_llava, noise):
+    put(hub_cache, "some/tiny-llava", tiny_llava)
+    pipeline = Pipeline("some/tiny-llava", dtype="float32", clip=str(tiny_llava / "clip"))
+    local = Pipeline(str(tiny_llava), dtype="float32")
+    picture = noise((100, 80))
+    made, expected = (p.prune(p.encode([picture])[0], "What colour is the star?") for p in (pipeline, local))
+    assert made.kept.tolist() == expected.kept.tolist() and made.model == "some/tiny-llava"
+    assert pipeline.generate(made, max_new_tokens=4) == local.generate(expected, max_new_tokens=4)
+
+
+def test_a_folder_comes_before_a_hub_name(hub_cache, tiny_llava, tmp_path, monkeypatch):
+    put(hub_cache, "some/tiny-llava", tiny_llava)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llava, tmp_path / "some" / "tiny-llava")
+    found = find("some/tiny-llava")
+    assert found.commit is None and found.folder == Path("some/tiny-llava")
+
+
+def test_revisions(hub_cache, tiny_llava):
+    put(hub_cache, "some/llava", tiny_llava)
+    put(hub_cache, "some/llava", tiny_llava, OTHER, "v2")
+    assert [find("some/llava").commit, find("some/llava", "v2").commit] == [SHA, OTHER]
+    assert find("some/llava", "v2") == find("some/llava@v2") == find("some/llava@v2", "v2")
+    assert find("some/llava", "v2").name == "some/llava@v2"  # what a pruned set is generated with later
+    assert find("some/llava", OTHER).commit == OTHER
+    with pytest.raises(BadInput, match=r"--revision v1: --model some/llava@v2 names another"):
+        find("some/llava@v2", "v1")
+    for model in ("scenes", str(tiny_llava)):
+        with pytest.raises(BadInput, match="only models from the hub have revisions"):
+            find(model, "v2")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./a/b", "/a/b", "a b/c", "a/b@", "ä/b"])
+def test_what_is_no_hub_name_is_not_asked_of_the_hub(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *args, **options: asked.append(args) or str(tmp_path / "x"))
+    with pytest.raises(BadInput, match="no folder with a config"):
+        find(name)
+    assert asked == ([("a/b", "config.json")] if name == "a/b@" else [])  # an empty revision is none
+
+
+def test_an_unknown_family_is_refused_before_its_weights_are_fetched(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *args, **options: str(tmp_path / "config.json"))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **options: pytest.fail("fetched"))
+    with pytest.raises(BadInput, match="model type 'bert' is not supported"):
+        open_model("some/bert", None, "cpu")
+
+
+def test_only_what_holds_no_code_is_fetched(monkeypatch, hub_cache, tiny_llava):
+    from huggingface_hub.utils import filter_repo_objects
+
+    snapshot = put(hub_cache, "some/llava", tiny_llava)
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name, quiet=are_progress_bars_disabled())
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    was = are_progress_bars_disabled()
+    find("some/llava").complete()
+    assert (asked["name"], asked["revision"], asked["quiet"]) == ("some/llava", SHA, True)  # all of it is here
+    assert are_progress_bars_disabled() == was
+    (snapshot / "model.safetensors").rename(hub_cache / "aside")
+    monkeypatch.setattr(
+        hub,
+        "snapshot_download",
+        lambda *a, **o: download(*a, **o) or shutil.move(hub_cache / "aside", snapshot / "model.safetensors"),
+    )
+    find("some/llava").complete()
+    assert asked["quiet"] == was
+    files = ["config.json", "tokenizer.model", "chat_template.jinja", "merges.txt", "model-00001-of-00002.safetensors"]
+    code = ["pytorch_model.bin", "model.pt", "model.pth", "modeling.py", "tf_model.h5", "weights.pkl", "model.ckpt"]
+    assert list(filter_repo_objects(files + code, allow_patterns=asked["allow_patterns"])) == files
+
+
+def test_the_options_of_the_commands_reach_the_model(hub_cache, tiny_llava):
+    put(hub_cache, "some/llava", tiny_llava, OTHER, "v2")
+    made = options.pipeline("some/llava", revision="v2", clip=str(tiny_llava / "clip"))
+    assert (made.model, made.family.checkpoint.commit) == ("some/llava@v2", OTHER)
+    assert made.family.clip and made.family.clip.folder == tiny_llava / "clip"
+    assert made.family.checkpoint.store is made.store
+    assert Pipeline(made.model).family.checkpoint.commit == OTHER  # as `generate` opens it
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+class Response:
+    """What the hub's errors want to see of the server's answer."""
+
+    headers: ClassVar = {}
+    request = None
+    status_code = 404
+
+
+FAILURES = {
+    "gated": (errors.GatedRepoError("403\nx", response=Response()), 2, r"licence.*huggingface.co/some/llava.*log in"),
+    "none": (errors.RepositoryNotFoundError("404", response=Response()), 2, "no such folder, and no such model"),
+    "revision": (errors.RevisionNotFoundError("404", response=Response()), 2, "no branch, tag or commit v9"),
+    "entry": (errors.RemoteEntryNotFoundError("404", response=Response()), 2, "has no config.json"),
+    "network": (errors.LocalEntryNotFoundError("long\ntext"), 1, "the hub can't be reached; check the network"),
+    "server": (errors.HfHubHTTPError("504 Time-out\nmore", response=Response()), 1, r"\(504 Time-out\); try again"),
+    "disk": (OSError(28, "No space left on device"), 1, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("call", ["hf_hub_download", "snapshot_download"])
+@pytest.mark.parametrize("case", FAILURES)
+def test_failures_are_one_line_that_says_what_to_do(case, call, monkeypatch, hub_cache, tiny_llava):
+    fault, code, words = FAILURES[case]
+    put(hub_cache, "some/llava", tiny_llava, ref="v9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", case not in ("network",))
+    if call == "snapshot_download":
+        monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(find_snapshot(hub_cache) / "config.json"))
+
+    def fail(*args, **options):
+        raise fault
+
+    monkeypatch.setattr(hub, call, fail)
+    words = words.replace("v9", SHA) if call == "snapshot_download" else words
+    with pytest.raises(GridpruneError, match=rf"^--model some/llava: .*{words}") as told:
+        open_model("some/llava", None, "cpu", revision="v9")
+    assert told.value.exit_code == code and "\n" not in str(told.value)
+
+
+def find_snapshot(cache: Path) -> Path:
+    return cache / "models--some--llava" / "snapshots" / SHA
+
+
+def test_offline_and_not_in_the_cache(hub_cache):
+    with pytest.raises(BadInput, match=r"--model some/llava: no such folder, .*HF_HUB_OFFLINE"):
+        find("some/llava")
+    with pytest.raises(BadInput, match="no name that the hub could have"):
+        find("some/..llava")
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_pickled_weights_are_refused(where, hub_cache, tiny_llava, tmp_path):
+    folder = put(hub_cache, "some/llava", tiny_llava)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="pickled ones are not read, since reading a pickle runs the code in it"):
+        Pipeline("some/llava" if where == "hub" else str(folder))
+
+
+def test_missing_shards_are_told_at_once(tiny_llava, tmp_path):
+    folder = shutil.copytree(tiny_llava, tmp_path / "llava")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
+    with pytest.raises(BadInput, match=r"1 of 2 files of weights missing \(first: model-2.safetensors\)"):
+        Pipeline(str(folder))
+    index.write_text("[1")
+    with pytest.raises(BadInput, match=r"index.json can't be read"):
+        Pipeline(str(folder))
+
+
+# ---- the CLIP of a tower ---------------------------------------------------------------------------------------------
+
+
+def test_clip_is_found_in_its_sub_folder_or_named(hub_cache, tiny_llava, tmp_path, noise):
+    alone = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
+    put(hub_cache, "some/clip", tiny_llava / "clip")
+    states = Pipeline(str(alone), dtype="float32").encode([noise((60, 60))])[0].states
+    relevance = []
+    for model, clip in ((tiny_llava, None), (alone, str(tiny_llava / "clip")), (alone, "some/clip")):
+        family = Pipeline(str(model), clip=clip, dtype="float32").family
+        assert isinstance(family.relevance, ClipRelevance) and not family.lacks_clip
+        relevance.append(family.relevance(states, "What colour is the star?").tolist())
+    assert relevance[0] == relevance[1] == relevance[2]
+    family = Pipeline(str(alone), dtype="float32").family
+    assert isinstance(family.relevance, WordRelevance) and family.lacks_clip
+
+
+def test_states_do_not_depend_on_the_clip(tiny_llava, tmp_path):
+    alone = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
+    keys = {Pipeline(str(alone), clip=clip).key(PHOTO) for clip in (None, str(tiny_llava / "clip"))}
+    assert keys == {Pipeline(str(tiny_llava)).key(PHOTO)}
+
+
+def test_what_is_no_clip_of_this_tower(tiny_llava, tmp_path, noise):
+    with pytest.raises(BadInput, match="no CLIP with a text tower"):
+        Pipeline(str(tiny_llava), clip=str(tiny_llava))
+    with pytest.raises(BadInput, match=r"^--clip .*nowhere: no folder"):
+        Pipeline(str(tiny_llava), clip=str(tmp_path / "nowhere"))
+    folder = shutil.copytree(tiny_llava, tmp_path / "siglip")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["model_type"] = "siglip_vision_model"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"the tower of .* is no CLIP; leave --clip out"):
+        find_clip(find(str(folder)), str(tiny_llava / "clip"))
+    pipeline = Pipeline(str(tiny_llava), dtype="float32")
+    states = pipeline.encode([noise((60, 60))])[0].states
+    with pytest.raises(BadInput, match=r"rows of 32, the model's of 31; name the CLIP"):
+        pipeline.family.relevance(states[:, 1:], "What?")
+
+
+@pytest.mark.parametrize("held", ["nothing", "pickled", "whole"])
+def test_the_clip_of_a_known_tower_is_taken_from_the_hubs_cache(held, hub_cache, tiny_llava, tmp_path, monkeypatch):
+    config = {
+        "model_type": "llava",
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "patch_size": 14,
+            "image_size": 336,
+            "num_hidden_layers": 24,
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # it still asks nobody
+    name = "openai/clip-vit-large-patch14-336"
+    if held != "nothing":
+        snapshot = put(hub_cache, name, tiny_llava / "clip")
+        if held == "pickled":
+            (snapshot / "model.safetensors").unlink()
+    found = find_clip(find(str(tmp_path)))
+    assert (found and found.identity) == (f"hub:{name}@{SHA}" if held == "whole" else None)
+    config["vision_config"]["num_hidden_layers"] = 23
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert find_clip(find(str(tmp_path))) is None
+
+
+# ---- identities ------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_models_identity_is_its_commit(hub_cache, tiny_llava, monkeypatch):
+    put(hub_cache, "some/llava", tiny_llava, ref="main")
+    put(hub_cache, "some/llava", None, OTHER, "v2")
+    (find_snapshot(hub_cache).parent / OTHER / "config.json").write_text('{"model_type": "llava"}')
+    monkeypatch.setattr("gridprune_cli.vlm.checkpoint.identify_folder", lambda *_: pytest.fail("hashed"))
+    assert find("some/llava").identity == find("some/llava@main").identity == find(f"some/llava@{SHA}").identity
+    assert find("some/llava").identity == f"hub:some/llava@{SHA}" != find("some/llava@v2").identity
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many files were hashed; times count as settled at once."""
+    monkeypatch.setattr(identity, "SETTLED", 0)
+    hashed = []
+    digest = identity.hashlib.file_digest
+
+    def count(file, name):
+        hashed.append(Path(file.name).name)
+        return digest(file, name)
+
+    monkeypatch.setattr(identity.hashlib, "file_digest", count)
+    return hashed
+
+
+def settle() -> None:
+    time.sleep(0.03)  # a few ticks of the clock that file systems go by
+
+
+def test_an_unchanged_folder_is_hashed_once(tiny_llava, tmp_path, counted):
+    store = open_store()
+    settle()
+    first = find(str(tiny_llava), store=store).identity
+    assert "model.safetensors" in counted
+    del counted[:]
+    assert find(str(tiny_llava), store=open_store()).identity == first and counted == []
+    elsewhere = shutil.copytree(tiny_llava, tmp_path / "elsewhere")
+    assert find(str(elsewhere)).identity == first  # where it lies does not matter, and without a store it is read
+    assert counted
+    assert (store.root / "CACHEDIR.TAG").exists()
+
+
+@pytest.mark.parametrize("change", ["byte", "replaced", "added", "removed", "renamed"])
+def test_a_changed_folder_has_another_identity(change, tiny_llava, tmp_path, counted):
+    folder = shutil.copytree(tiny_llava, tmp_path / "llava")
+    settle()
+    store = open_store()
+    first = find(str(folder), store=store).identity
+    assert store.recall(identity.files.digest(identity._state(folder))) == first
+    weights = folder / "model.safetensors"
+    was = weights.stat()
+    if change == "byte":  # in place, and the time of the last write set back
+        with weights.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+        os.utime(weights, ns=(was.st_atime_ns, was.st_mtime_ns))
+        now = weights.stat()
+        assert (now.st_ino, now.st_size, now.st_mtime_ns) == (was.st_ino, was.st_size, was.st_mtime_ns)
+    elif change == "replaced":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        (tmp_path / "new").write_bytes(data)
+        os.utime(tmp_path / "new", ns=(was.st_atime_ns, was.st_mtime_ns))
+        os.replace(tmp_path / "new", weights)
+    elif change == "added":
+        (folder / "added.json").write_text("{}")
+    elif change == "removed":
+        (folder / "generation_config.json").unlink()
+    else:
+        weights.rename(folder / "weights.safetensors")
+    assert find(str(folder), store=store).identity != first
+
+
+def test_a_fresh_change_is_not_remembered(tiny_llava, tmp_path, counted, monkeypatch):
+    """Another one could come within the same tick of the clock."""
+    monkeypatch.setattr(identity, "SETTLED", 10**12)
+    store = open_store()
+    first = find(str(shutil.copytree(tiny_llava, tmp_path / "llava")), store=store).identity
+    del counted[:]
+    assert find(str(tmp_path / "llava"), store=store).identity == first and counted
+    assert not (store.root / REMEMBERED).exists()
+
+
+def test_a_change_while_hashing_is_not_remembered(tiny_llava, tmp_path, counted, monkeypatch):
+    folder = shutil.copytree(tiny_llava, tmp_path / "llava")
+    settle()
+    digest = identity.hashlib.file_digest
+
+    def meddle(file, name):
+        (folder / "config.json").touch()
+        return digest(file, name)
+
+    monkeypatch.setattr(identity.hashlib, "file_digest", meddle)
+    assert find(str(folder), store=open_store()).identity
+    assert not (open_store().root / REMEMBERED).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"[" * 100_000, b"\xff", b'{"KEY": 5}', b'{"KEY": "short"}'])
+def test_what_was_remembered_may_be_damaged(content, tiny_llava, counted):
+    store = open_store()
+    settle()
+    first = find(str(tiny_llava), store=store).identity
+    key = identity.files.digest(identity._state(tiny_llava))
+    (store.root / REMEMBERED).write_bytes(content.replace(b"KEY", key.encode()))
+    del counted[:]
+    assert find(str(tiny_llava), store=store).identity == first and counted
+    assert store.recall(key) == first
+
+
+def test_little_is_remembered_and_clearing_forgets_it(tmp_path):
+    store = Store(tmp_path / "cache", None)
+    keys = [f"{n:064x}" for n in range(MOST_REMEMBERED + 3)]
+    for key in keys:
+        store.remember(key, key)
+    assert [store.recall(key) for key in keys] == [None] * 3 + keys[3:]
+    store.clear()
+    assert store.recall(keys[-1]) is None and not (store.root / REMEMBERED).exists()
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(tiny_llava, tmp_path, counted):
+    (tmp_path / "file").write_text("")
+    settle()
+    store = Store(tmp_path / "file", None)
+    assert find(str(tiny_llava), store=store).identity == Checkpoint("x", tiny_llava).identity

@@ -1,0 +1,78 @@
+"""Deepstack: further rows that travel with their token."""
+
+import pytest
+import torch
+from tiny_families import make
+
+from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pruning.methods import make as make_method
+
+QUESTION = "what colour is the left object?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make("qwen3_vl", tmp_path_factory.mktemp("qwen3_vl"))
+
+
+@pytest.fixture
+def encoded(folder, noise):
+    """(pipeline, an encoded image, what transformers makes of the same picture)."""
+    pipeline = Pipeline(str(folder), dtype="float32")
+    picture = noise((150, 90))
+    whole = pipeline.family.model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        out = whole.model.get_image_features(**pipeline.family.process(picture.image)[0])
+    return pipeline, pipeline.encode([picture])[0], out
+
+
+def test_states_hold_features_and_deepstack_side_by_side(encoded):
+    pipeline, image, out = encoded
+    own, *levels = pipeline.family.split(image.states)
+    assert image.states.shape == (image.count, 3 * 64)
+    assert torch.allclose(own, out.pooler_output[0], atol=1e-5)
+    assert len(levels) == len(out.deepstack_features) == 2
+    for found, expected in zip(levels, out.deepstack_features, strict=True):
+        assert torch.allclose(found, expected[0], atol=1e-5)
+
+
+def test_kept_tokens_keep_their_deepstack(encoded):
+    """Of two images, each level gives one block of rows per image, in the order of the tokens' own rows."""
+    pipeline, image, out = encoded
+    pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.4))
+    made = pipeline.family.features([pruned, pruned])
+    assert len(made.pooler_output) == 2 and [len(level) for level in made.deepstack_features] == [2, 2]
+    for n in range(2):
+        assert torch.allclose(made.pooler_output[n], out.pooler_output[0][pruned.kept], atol=1e-5)
+        for found, expected in zip(made.deepstack_features, out.deepstack_features, strict=True):
+            assert torch.allclose(found[n], expected[0][pruned.kept], atol=1e-5)
+
+
+def test_relevance_is_of_the_tokens_own_rows(encoded):
+    pipeline, image, out = encoded
+    family = pipeline.family
+    table = family.load("language").get_input_embeddings().weight
+    words = table[family.processor.tokenizer(QUESTION, add_special_tokens=False).input_ids]
+    expected = [torch.stack([torch.cosine_similarity(row, word, 0) for word in words]).mean() for row in out[1][0]]
+    assert torch.allclose(family.relevance(image.states, QUESTION), torch.stack(expected), atol=1e-5)
+
+
+def test_deepstack_reaches_the_answer(encoded):
+    pipeline, image, _ = encoded
+    pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.5, method=make_method("topk")))
+    model = pipeline.family.load("language")
+
+    def logits(blank):
+        features = pipeline.family.features([pruned])
+        if blank is not None:
+            features.deepstack_features[blank] = [torch.zeros_like(rows) for rows in features.deepstack_features[blank]]
+        with torch.no_grad():
+            return model(
+                input_ids=pruned.input_ids[None],
+                attention_mask=torch.ones_like(pruned.input_ids)[None],
+                position_ids=pruned.position_ids[:, None],
+                mm_encoder_outputs={"image": features},
+            ).logits[0, -1]
+
+    for level in range(2):
+        assert not torch.allclose(logits(None), logits(level), atol=1e-3)

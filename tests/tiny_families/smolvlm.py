@@ -1,0 +1,21 @@
+"""SmolVLM2: as Idefics3, with smaller patches, 8 x 8 of them joined to 2 x 2 tokens."""
+
+from pathlib import Path
+
+from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessor
+
+from gridprune_cli.vlm.family import _without_video
+from gridprune_cli.vlm.smolvlm import SmolVLM
+from tiny_families import CHAT, save, tokenizer, wake
+from tiny_families.idefics3 import SIZES, SPECIAL, settings
+
+
+def make(folder: Path) -> Path:
+    words = tokenizer(SPECIAL)
+    model = SmolVLMForConditionalGeneration(
+        SmolVLMConfig(**settings(words, patch=7, factor=4), tie_word_embeddings=True)
+    )
+    wake(model)
+    images = SmolVLMImageProcessor(**SIZES)
+    processor = _without_video(SmolVLM.processor_class)(images, words, None, image_seq_len=4)
+    return save(folder, model, processor, CHAT.replace("IMAGE", "<image>"))
