@@ -142,7 +142,7 @@ def test_the_defaults_are_those_of_the_code():
     assert defaults == {f"--{f.name.replace('_', '-')}": str(f.default) for f in fields(GridPrune)}
     settings = inspect.signature(contextual_region).parameters
     text = (DOCS / "method.md").read_text("utf-8")
-    assert f"divided by {settings['temperature'].default}, and a softmax" in text
+    assert f"max(0, r' - {settings['floor'].default})^2" in text
     assert f"mass inside - {settings['area_price'].default} * cells" in text
 
 
