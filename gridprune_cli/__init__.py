@@ -8,20 +8,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gridprune_cli.errors import BadInput, GridpruneError
     from gridprune_cli.pipeline import Answer, Pipeline, Pruning
+    from gridprune_cli.pruning.methods import make
     from gridprune_cli.store import Store, open_store
-    from gridprune_cli.tokens import EncodedImage, PrunedSet
+    from gridprune_cli.tokens import EncodedImage, PrunedSet, load_pruned
 
 _HOMES = {
+    "BadInput": "errors",
+    "GridpruneError": "errors",
     "Answer": "pipeline",
     "Pipeline": "pipeline",
     "Pruning": "pipeline",
+    "make": "pruning.methods",
     "Store": "store",
     "open_store": "store",
     "EncodedImage": "tokens",
     "PrunedSet": "tokens",
+    "load_pruned": "tokens",
 }
-__all__ = ["Answer", "EncodedImage", "Pipeline", "PrunedSet", "Pruning", "Store", "open_store"]
+__all__ = [
+    "Answer",
+    "BadInput",
+    "EncodedImage",
+    "GridpruneError",
+    "Pipeline",
+    "PrunedSet",
+    "Pruning",
+    "Store",
+    "load_pruned",
+    "make",
+    "open_store",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,7 +34,7 @@ def place(device: str = "auto", dtype: str = "auto") -> Placement:
         except (RuntimeError, AssertionError) as fault:
             raise BadInput(f"--device {device}: not usable here; use --device cpu") from fault
     if dtype == "auto":
-        if device.startswith("cuda") and torch.cuda.is_bf16_supported():
+        if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False):
             return Placement(device, device_reason, torch.bfloat16, "the GPU computes in it")
         return Placement(device, device_reason, torch.float32, "exact, and no slower than 16 bit on most CPUs")
     if dtype not in DTYPES:

@@ -121,6 +121,8 @@ def write_atomic(path: Path, data: bytes, *, sync: bool) -> None:
     `sync` waits until the bytes are on the disk: for files a user asked for. Raises GridpruneError, and leaves nothing
     behind.
     """
+    if not path.name:
+        raise BadInput(f"{path}: no name of a file")
     stem = os.fsdecode(os.fsencode(path.name)[:200])  # a name may have 255 bytes
     temporary = path.with_name(f".{stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:

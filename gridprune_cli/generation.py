@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from gridprune_cli.errors import BadInput
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.family import Family
 
@@ -41,8 +42,14 @@ class _Clock(LogitsProcessor):
 def generate(family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, **options: Any) -> list[Generated]:
     """Answers from pruned sets, greedily, in one left-padded batch. Loads the language model only.
 
-    `options` go to transformers' `generate`.
+    `options` go to transformers' `generate`. Raises BadInput for a set that was made for another model.
     """
+    for pruned in batch:
+        if pruned.fingerprint != family.fingerprint:
+            raise BadInput(
+                f"the pruned set was made for another model ({pruned.model}) than --model {family.checkpoint.name}; "
+                "name that one, or prune again"
+            )
     model = family.load("language")
     length = max(len(pruned.input_ids) for pruned in batch)
     tokenizer = family.processor.tokenizer

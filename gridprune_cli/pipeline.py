@@ -15,16 +15,19 @@ from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image
 from gridprune_cli.pruning.methods import Method, make
 from gridprune_cli.pruning.methods.gridprune import GridPrune
-from gridprune_cli.pruning.region import contextual_region
+from gridprune_cli.pruning.region import contextual_region, parse_box
 from gridprune_cli.pruning.signals import Box, Signals
 from gridprune_cli.pruning.slots import staying
+from gridprune_cli.scenes.scene import looks_like_scene
 from gridprune_cli.store import Store, entry_key
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm import open_model
+from gridprune_cli.vlm.checkpoint import EMBEDDED
 from gridprune_cli.vlm.family import Encoding
 
 SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
 POSITIONS = ("original", "compact")
+_MOST_PIXELS = 100_000_000  # held decoded at once; about 300 MB
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,13 @@ class Pruning:
     share_budget: bool = False
 
     def __post_init__(self) -> None:
-        """Raises BadInput for values out of range."""
+        """Reads a region that is given as text or a list. Raises BadInput for values out of range."""
+        if self.region not in ("auto", "none"):
+            given = self.region if isinstance(self.region, str) else ",".join(map(str, self.region))
+            try:
+                object.__setattr__(self, "region", parse_box(given))
+            except ValueError as fault:
+                raise BadInput(f"--region: {fault}, or auto, or none") from fault
         if not 0 < self.keep <= 1:
             raise BadInput(f"--keep {self.keep}: must be above 0 and at most 1")
         if self.tokens is not None and self.tokens < 1:
@@ -72,6 +81,7 @@ class Answer:
 
     text: str
     pruned: PrunedSet
+    notes: tuple[str, ...]  # what a user should know of the picture
     hit: bool  # the encoded image came from the cache
     ms: dict[str, float]
 
@@ -151,12 +161,18 @@ class Pipeline:
             saliency=encoding.saliency,
             slots=encoding.slots.to(torch.int32),
             prompt=encoding.prompt,
+            notes=picture.notes + self._remarks(picture),
         )
         if not (torch.isfinite(encoded.states).all() and torch.isfinite(encoded.saliency).all()):
             raise GridpruneError(f"{picture.name}: the tower gave values that are not finite; try --dtype float32")
         if self.store is not None:
             self.store.put(self.family.encoder, encoded.key, encoded.to_bytes())
         return encoded
+
+    def _remarks(self, picture: Picture) -> tuple[str, ...]:
+        if self.model != EMBEDDED or looks_like_scene(picture.image):
+            return ()
+        return ("no scene: the embedded model knows only its own scenes; name a real one, as in --model FOLDER",)
 
     def encode_one(self, source: Source) -> tuple[EncodedImage, bool]:
         """An encoded image, and whether it came from the cache. Raises BadInput for a picture that can't be read."""
@@ -176,8 +192,7 @@ class Pipeline:
         """
         images = [images] if isinstance(images, EncodedImage) else list(images)
         pruning = pruning or Pruning()
-        if not question.strip():
-            raise BadInput("the question is empty")
+        check_question(question)
         signals = [self._signals(image, pruning.query or question, pruning) for image in images]
         counts = [image.count for image in images]
         firsts = [sum(counts[:i]) for i in range(len(counts))]
@@ -216,7 +231,7 @@ class Pipeline:
                 for n, (image, own, first) in enumerate(zip(images, signals, firsts, strict=True))
             ),
             model=self.model,
-            family=self.family.checkpoint.family,
+            fingerprint=self.family.fingerprint,
             question=question,
             method={"name": pruning.method.name, **asdict(pruning.method)},
             positions=pruning.positions,
@@ -261,46 +276,70 @@ class Pipeline:
         """encode, prune and generate, timed. A picture in the cache is not decoded, and the tower is not loaded."""
         ms = dict.fromkeys(("load", "encode", "select", "prefill", "decode", "total"), 0.0)
         with _timed(ms, "total"):
+            check_question(question)
+            pruning = pruning or Pruning()
             image, name, data = identify(source)
             with _timed(ms, "load"):
                 encoded = self.look_up(image, name)
                 hit = encoded is not None
-                self.family.load(*(("projector", "language") if hit else ("tower", "projector", "language")))
+                picture = None if hit else load_image(data, name)  # a bad one is told before any model is loaded
+                self.family.load(*(() if hit else ("tower",)), "projector", "language")
+                if "relevance" in pruning.method.requires:
+                    self.family.relevance.load()
             if encoded is None:
+                assert picture is not None
                 with _timed(ms, "encode"):
-                    encoded = self.encode([load_image(data, name)])[0]
+                    encoded = self.encode([picture])[0]
             with _timed(ms, "select"):
                 pruned = self.prune(encoded, question, pruning)
             made = generate(self.family, [pruned], max_new_tokens, **options)[0]
         ms |= {"prefill": made.prefill, "decode": made.decode}
-        return Answer(made.text, pruned, hit, ms)
+        return Answer(made.text, pruned, encoded.notes, hit, ms)
 
     def encode_all(
         self, sources: Iterable[Source], *, batch: int = 16, refresh: bool = False
     ) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
-        """Encodes many pictures in batches: (name, what came of it, whether it was a hit), hits before their batch.
+        """Encodes many pictures in batches into the cache: (name, what came of it, whether it was a hit), in turn.
 
-        A picture that can't be read gives its error in place of an encoded image, and the rest goes on.
+        A picture that can't be read or encoded gives its error in place of an encoded image, and the rest goes on.
+        Raises GridpruneError where the cache can't be written, since then all of it would be for nothing.
         """
         waiting: list[Picture] = []
         for source in sources:
             try:
                 image, name, data = identify(source)
+                if any(picture.sha256 == image for picture in waiting):  # the same file again: soon a hit
+                    yield from self._encode_batch(waiting)
+                    waiting = []
                 if not refresh and (found := self.look_up(image, name)):
                     yield name, found, True
                     continue
                 waiting.append(load_image(data, name))
             except BadInput as fault:
-                yield str(source), fault, False
-            if len(waiting) == batch:
+                yield "-" if isinstance(source, bytes) else str(source), fault, False
+            pixels = sum(picture.image.width * picture.image.height for picture in waiting)
+            if len(waiting) == batch or pixels > _MOST_PIXELS:
                 yield from self._encode_batch(waiting)
                 waiting = []
         yield from self._encode_batch(waiting)
 
-    def _encode_batch(self, pictures: list[Picture]) -> Iterator[tuple[str, EncodedImage, bool]]:
-        if pictures:
-            for picture, encoded in zip(pictures, self.encode(pictures), strict=True):
-                yield picture.name, encoded, False
+    def _encode_batch(self, pictures: list[Picture]) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
+        if not pictures:
+            return
+        try:
+            encoded: list[EncodedImage | GridpruneError] = list(self.encode(pictures))
+        except GridpruneError:  # one of them is at fault: find out which
+            encoded = [self._encode_or_fault(picture) for picture in pictures]
+        if self.store is not None and not self.store.writable:
+            raise GridpruneError(f"{self.store.root}: the cache can't be written, so nothing was encoded into it")
+        for picture, result in zip(pictures, encoded, strict=True):
+            yield picture.name, result, False
+
+    def _encode_or_fault(self, picture: Picture) -> EncodedImage | GridpruneError:
+        try:
+            return self.encode([picture])[0]
+        except GridpruneError as fault:
+            return fault
 
 
 def _join(signals: Sequence[Signals]) -> Signals:
@@ -322,6 +361,12 @@ def _zones(method: Method, signals: Signals, kept: Tensor) -> dict[str, Any] | N
     budgets = torch.bincount(index[kept], minlength=zones.count).tolist()
     one = len(zones.grids) == 1
     return {"rows": rows[0] if one else rows, "cols": cols[0] if one else cols, "budgets": budgets}
+
+
+def check_question(question: str) -> None:
+    """Raises BadInput for an empty question."""
+    if not question.strip():
+        raise BadInput("the question is empty; ask something")
 
 
 @contextmanager

@@ -87,7 +87,8 @@ class Store:
         self.root = root
         self.limit = limit
         self._warn = warn
-        self._warned = False
+        self.writable = True  # until a write fails
+        self._over = False
         self._own: set[str] = set()
         self._unchecked = 0  # bytes written since the last look
 
@@ -126,8 +127,8 @@ class Store:
             path.parent.mkdir(exist_ok=True)
             files.write_atomic(path, data, sync=False)
         except (OSError, GridpruneError) as error:
-            if not self._warned:
-                self._warned = True
+            if self.writable:
+                self.writable = False
                 cause = error if isinstance(error, OSError) else error.__cause__ or error
                 reason = getattr(cause, "strerror", None) or cause
                 self._warn(f"{self.root}: the cache can't be written ({reason}); going on without it")
@@ -161,7 +162,13 @@ class Store:
         """Keep the limit, if anything was written since the last look: one walk over the cache."""
         if self.limit is not None and self._unchecked:
             self._unchecked = 0
-            self._trim(self.limit, older_than=None, dry_run=False)
+            left = self._trim(self.limit, older_than=None, dry_run=False).kept_bytes
+            if left > self.limit and not self._over:
+                self._over = True
+                self._warn(
+                    f"{self.root}: over its limit of {self.limit} bytes, since what is being written stays; "
+                    "set a higher --cache-limit, or it goes with the next command"
+                )
 
     def entries(self) -> Iterator[Entry]:
         """Every entry, in no order, one at a time; those that vanish meanwhile are left out."""
@@ -218,16 +225,19 @@ class Store:
 
     def clear(self) -> Removed:
         """Remove every file of ours, of every layout's version. Whatever else lies in the folder stays."""
-        entries = size = 0
+        entries = size = left = left_size = 0
         for bucket in _folders(self.root, _BUCKET):
             for item, encoder in _walk(bucket):
                 match = _ENTRY.fullmatch(item.name)
                 entry = _entry(item, encoder, match[1]) if match else None
-                if _unlink(item.path) and entry:
+                gone = _unlink(item.path)
+                if entry and gone:
                     entries, size = entries + 1, size + entry.bytes
+                elif entry:
+                    left, left_size = left + 1, left_size + entry.bytes
             _remove_empty(bucket)
         _unlink(os.path.join(self.root, REMEMBERED))
-        return Removed(entries, size, 0, 0)
+        return Removed(entries, size, left, left_size)
 
     def _path(self, encoder: Mapping[str, Any], key: str) -> Path:
         if not re.fullmatch(r"[0-9a-f]{64}", key):
@@ -342,7 +352,7 @@ def _walk(bucket: Path, fan: str = "") -> Iterator[tuple[os.DirEntry[str], str]]
 
     `fan` limits the walk to one of the folders that split the keys.
     """
-    if bucket.is_symlink():
+    if os.path.islink(bucket):
         return
     for encoder in _folders(bucket, _ENCODER):
         for folder in [encoder, *_folders(encoder, re.compile(fan) if fan else _FAN)]:

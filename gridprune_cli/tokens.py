@@ -49,6 +49,7 @@ class EncodedImage:
     saliency: Tensor
     slots: Tensor
     prompt: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what a user should know: of an animation the first frame was taken, ...
 
     @property
     def count(self) -> int:
@@ -73,6 +74,7 @@ class EncodedImage:
             "tokens": self.count,
             "views": [asdict(view) for view in self.views],
             "prompt": self.prompt,
+            "notes": list(self.notes),
         }
         return files.encode({name: _raw(getattr(self, name)) for name in _ENCODED_TENSORS}, header)
 
@@ -98,6 +100,7 @@ class EncodedImage:
             saliency=saliency,
             slots=slots,
             prompt=header["prompt"],
+            notes=tuple(header["notes"]),
         )
 
 
@@ -151,7 +154,7 @@ class PrunedSet:
     relevance: Tensor | None
     images: tuple[Origin, ...]
     model: str
-    family: str
+    fingerprint: str  # of the language model; see `vlm.fit`
     question: str
     method: dict[str, Any]  # name and options
     positions: str  # "original" or "compact"
@@ -222,7 +225,7 @@ def load_pruned(path: str | Path) -> PrunedSet:
 
 _ENCODED_TENSORS = ("states", "saliency", "slots")
 _PRUNED_TENSORS = ("rows", "kept", "input_ids", "position_ids", "saliency", "relevance")
-_PRUNED_TEXT = ("model", "family", "question", "method", "positions")
+_PRUNED_TEXT = ("model", "fingerprint", "question", "method", "positions")
 
 
 def _views(parts: list[dict[str, Any]]) -> tuple[View, ...]:

@@ -16,6 +16,9 @@ for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "T
 def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("GRIDPRUNE_")]:
         monkeypatch.delenv(name)
+    from gridprune_cli.cli.output import set_quiet
+
+    set_quiet(False)
     monkeypatch.setenv("GRIDPRUNE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 

@@ -59,7 +59,7 @@ def test_ask_json_has_what_the_contract_names(run, image):
     names = ["image", "question", "answer", "model", "method", "keep", "tokens", "grid"]
     names += ["region", "zones", "cache", "key", "positions", "ms"]
     assert set(names) <= set(record)
-    assert record["tokens"] == {"full": 16, "kept": 8} and record["grid"] == [4, 4]
+    assert record["tokens"] == {"full": 16, "kept": 8, "separators": 0} and record["grid"] == [4, 4]
     assert record["zones"]["rows"] == record["zones"]["cols"] == 2 and sum(record["zones"]["budgets"]) == 8
     assert set(record["ms"]) == {"load", "encode", "select", "prefill", "decode", "total"}
     assert (record["image"], record["question"], record["cache"]) == (str(image), QUESTION, "miss")
@@ -103,7 +103,6 @@ def test_generate_needs_neither_image_nor_cache_nor_tower(run, image, tmp_path, 
     weights = load_file(model / "model.safetensors")
     rest = {k: v for k, v in weights.items() if "vision_tower" not in k and "projector" not in k}
     save_file(rest, model / "model.safetensors", {"format": "pt"})
-    monkeypatch.delenv("GRIDPRUNE_MODEL")
     assert run("generate", saved)[:2] == (0, answer)
     assert not (tmp_path / "cache").exists()
 
@@ -155,7 +154,14 @@ def test_show_draws_a_png_and_a_coarse_picture(run, image, tmp_path):
         (["--tokens", "99"], "--tokens 99"),
         (["--method", "magic"], "unknown method 'magic'"),
         (["--method", "topk", "--zone", "2"], "method topk has no option 'zone'"),
-        (["--region", "7,0,1,1"], "is no region"),
+        (["--method", "topk", "--region", "0,0,1,1"], "--region: only for --method gridprune"),
+        (["--method", "topk", "--literal"], "--literal: only for --method gridprune"),
+        (["--literal", "--region", "auto"], "not with --literal"),
+        (["--region", "7,0,1,1"], "--region"),
+        (["--save", "no/folder/p.safetensors"], "--save no/folder/p.safetensors"),
+        (["--show", "."], "--show ."),
+        (["--limit", "2"], "--limit"),
+        (["--tokens", "many"], "--tokens"),
         (["--alpha", "2"], "alpha"),
         (["--positions", "x"], "--positions x"),
         (["--model", "nowhere"], "--model nowhere"),
@@ -233,3 +239,102 @@ def test_light_commands_import_no_torch(arguments):
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "gridprune_cli", "models"], check=True, capture_output=True, text=True)
     assert "scenes" in done.stdout
+
+
+def test_a_missing_argument_is_told_in_one_line(run, image):
+    code, out, err = run("ask", image)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "QUESTION" in err and "gridprune ask --help" in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["cache"]])
+def test_nothing_to_do_is_help(run, arguments):
+    code, out, err = run(*arguments)
+    assert code == 2 and "Usage" in out and err == ""
+
+
+def test_what_nobody_foresaw_is_one_line_too(run, image, monkeypatch):
+    from gridprune_cli.pipeline import Pipeline
+
+    def fail(*_, **__):
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr(Pipeline, "ask", fail)
+    code, out, err = run("ask", image, QUESTION)
+    assert (code, out) == (1, "")
+    assert err == "gridprune: unexpected RuntimeError: first; GRIDPRUNE_DEBUG=1 shows where\n"
+
+
+def test_interrupted_is_130(run, image, monkeypatch):
+    from gridprune_cli.pipeline import Pipeline
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "ask", stop)
+    assert run("ask", image, QUESTION)[:2] == (130, "")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    script = f"{sys.executable} -m gridprune_cli ask --help | head -1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_json_reaches_a_file_while_a_terminal_shows_the_bar(image, tmp_path, tiny_llava):
+    """stderr is a terminal and stdout is not: the progress bar must not take what is printed."""
+    import os
+    import pty
+
+    ours, theirs = pty.openpty()
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "gridprune_cli", "encode", str(image), "--json", "--model", str(tiny_llava)]
+    with out.open("wb") as file:
+        done = subprocess.Popen(command, stdout=file, stderr=theirs, stdin=subprocess.DEVNULL)
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 4096):
+                shown += part
+        except OSError:  # the other end is closed
+            pass
+        assert done.wait() == 0
+    os.close(ours)
+    assert json.loads(out.read_text())["image"] == str(image) and b"1 images" in shown
+
+
+def test_questions_come_from_stdin_too(run, image):
+    assert run("ask", image, "-", stdin=QUESTION.encode())[:2] == run("ask", image, QUESTION)[:2]
+    code, _, err = run("ask", "-", "-", stdin=b"x")
+    assert code == 2 and "can't both" in err
+
+
+def test_generate_reads_a_pruned_set_from_stdin(run, image, tmp_path):
+    saved = tmp_path / "p.safetensors"
+    run("prune", image, QUESTION, "-o", saved)
+    assert run("generate", "-", stdin=saved.read_bytes()) == run("generate", saved)
+
+
+def test_a_set_of_another_model_is_refused(run, image, tmp_path):
+    from tiny_families.llava import make
+
+    saved = tmp_path / "p.safetensors"
+    run("prune", image, QUESTION, "-o", saved)
+    other = make(tmp_path / "other", seed=5)
+    code, out, err = run("generate", saved, "--model", other)
+    assert (code, out) == (2, "") and "made for another model" in err
+
+
+def test_notes_are_told_on_a_hit_too(run, tmp_path):
+    animated = tmp_path / "a.gif"
+    frames = [Image.new("RGB", (60, 60), colour) for colour in ("red", "blue")]
+    frames[0].save(animated, save_all=True, append_images=frames[1:])
+    for _ in range(2):
+        assert "first of 2" in run("ask", animated, QUESTION)[2]
+    assert "first of 2" in run("encode", animated)[2]
+
+
+def test_encode_into_a_cache_that_cannot_be_written_fails(run, image, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    code, _, err = run("encode", image, "--cache-dir", blocked / "below")
+    assert code == 1 and "can't be written" in err

@@ -1,7 +1,6 @@
 """The contextual region against loops over tokens, cells and boxes."""
 
 import math
-import statistics
 
 import pytest
 import torch
@@ -35,24 +34,21 @@ def token_boxes(views):
                 yield x, y, x + width, y + height
 
 
-def slow_scores(relevance, views, temperature, area_price):
+def slow_scores(relevance, views, floor, area_price):
     """Every box with its score, from the definition."""
-    pooled = {}
+    least, most = min(relevance), max(relevance)
+    excess = [max(0.0, (value - least) / (most - least) - floor) ** 2 for value in relevance]
+    powers = {}
     for row in range(8):
         for col in range(8):
             total = area = 0.0
-            for value, (left, top, right, bottom) in zip(relevance, token_boxes(views), strict=True):
+            for value, (left, top, right, bottom) in zip(excess, token_boxes(views), strict=True):
                 wide = min(right, (col + 1) / 8) - max(left, col / 8)
                 high = min(bottom, (row + 1) / 8) - max(top, row / 8)
                 if wide > 0 and high > 0:
                     total, area = total + value * wide * high, area + wide * high
             if area > 1e-8:
-                pooled[row, col] = total / area
-    mean, deviation = statistics.fmean(pooled.values()), statistics.pstdev(pooled.values())
-    powers = {
-        cell: math.exp((value - mean) / deviation / temperature) if deviation > 1e-12 else 1.0
-        for cell, value in pooled.items()
-    }
+                powers[row, col] = total / area
     whole = sum(powers.values())
     scores = {}
     for y0 in range(8):
@@ -76,9 +72,9 @@ def first_of_the_best(scores):
 def test_the_best_box_of_all(views, seed):
     generator = torch.Generator().manual_seed(seed)
     relevance = torch.rand(sum(view.count for view in views), generator=generator, dtype=torch.float64)
-    temperature, price = ((0.5, 1 / 128), (1.5, 0.02))[seed]
-    box = contextual_region(relevance, views, temperature=temperature, area_price=price)
-    assert box == first_of_the_best(slow_scores(relevance.tolist(), views, temperature, price))
+    floor, price = ((0.3, 1 / 128), (0.6, 0.02))[seed]
+    box = contextual_region(relevance, views, floor=floor, area_price=price)
+    assert box == first_of_the_best(slow_scores(relevance.tolist(), views, floor, price))
 
 
 @settings(max_examples=30, deadline=None)
@@ -114,7 +110,7 @@ def test_scale_and_shift_of_relevance_do_not_matter():
 def test_what_no_view_covers_is_never_worth_its_price():
     views = (View(8, 8, (0.25, 0.0, 0.75, 1.0)),)  # cells 2 to 5
     relevance = torch.rand(64, generator=torch.Generator().manual_seed(2))
-    x0, _, x1, _ = contextual_region(relevance, views, temperature=5.0)
+    x0, _, x1, _ = contextual_region(relevance, views, floor=0.0)
     assert x0 >= 2 and x1 <= 5
     assert contextual_region(torch.zeros(64), views) == (2, 0, 5, 7)
 
@@ -124,9 +120,9 @@ def test_relevance_that_cannot_be_used_is_an_error():
     for relevance in ([0.0, math.nan, 0.0, 0.0], [math.inf] * 4, [0.0] * 3):
         with pytest.raises(ValueError, match="relevance"):
             contextual_region(torch.tensor(relevance), views)
-    for temperature in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="temperature"):
-            contextual_region(torch.zeros(4), views, temperature=temperature)
+    for floor in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match="floor"):
+            contextual_region(torch.zeros(4), views, floor=floor)
     with pytest.raises(ValueError, match="no view"):
         contextual_region(torch.zeros(4), (View(2, 2, (1.5, 0.0, 2.0, 1.0)),))
 

@@ -36,6 +36,7 @@ def encoded_image(dtype, rows=3, cols=5, name="ä \n.png"):
         saliency=torch.rand(rows * cols + 2).to(dtype),
         slots=torch.tensor([*range(rows * cols), -1, rows * cols + 1, rows * cols], dtype=torch.int32),
         prompt={"grid": [1, 2]},
+        notes=("first of 2 frames",),
     )
 
 
@@ -53,7 +54,7 @@ def pruned_set(relevance=True):
             Origin("l", "j", "o", (View(2, 2, (0.25, 0.0, 0.75, 1.0)),), None, None),
         ),
         model="m",
-        family="llava",
+        fingerprint="f" * 64,
         question="Où?",
         method={"name": "gridprune", "zone": 4},
         positions="original",

@@ -14,6 +14,7 @@ from gridprune_cli.scenes.scene import make_scene, questions
 @pytest.fixture
 def short(monkeypatch):
     """Plans of a few steps."""
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "TOWER", train.Plan(3, 2, 4, 0, 1e-3, ((0.5, 128), (0.5, 256))))
     monkeypatch.setattr(train, "TOWER_AGAIN", train.Plan(2, 2, 4, 0, 1e-3, ((1.0, 128),), start=3))
     monkeypatch.setattr(train, "LANGUAGE", train.Plan(3, 2, 4, 4, 1e-3, ((0.5, 32), (0.5, 256))))
@@ -26,11 +27,13 @@ def run(folder):
 
 def test_a_run_that_was_stopped_ends_where_another_would(short, tmp_path, monkeypatch):
     llava, clip = run(tmp_path / "whole")
+    ran: list[tuple[str, int, int]] = []
     for name in ("Tower", "Language"):
         kind = getattr(train, name)
         losses = kind.losses
 
         def stop(self, pool, step, plan, device, losses=losses):
+            ran.append((type(self).__name__, plan.start, step))
             if step == plan.start + 2:
                 raise KeyboardInterrupt
             return losses(self, pool, step, plan, device)
@@ -46,7 +49,8 @@ def test_a_run_that_was_stopped_ends_where_another_would(short, tmp_path, monkey
             assert torch.allclose(x.float(), y.float(), atol=1e-6), name
     logs = [(tmp_path / name / "work/log.jsonl").read_text().splitlines() for name in ("whole", "stopped")]
     steps = [[(line["stage"], line["step"]) for line in map(json.loads, log)] for log in logs]
-    assert steps[0] == steps[1]
+    assert steps[0] == steps[1] and len(steps[0]) == 8
+    assert ran.count(("Tower", 0, 0)) == 1 and ran.count(("Language", 0, 0)) == 1  # it went on, it did not start again
 
 
 def test_the_towers_of_both_checkpoints_are_one(short, tmp_path):

@@ -1,6 +1,7 @@
 """The command `gridprune`: its sub-commands, and the one place where a failure becomes a line and an exit code."""
 
 import os
+import signal
 import sys
 
 import typer
@@ -11,7 +12,7 @@ from gridprune_cli.cli.encode import encode
 from gridprune_cli.cli.env import env
 from gridprune_cli.cli.generate import generate
 from gridprune_cli.cli.models import models
-from gridprune_cli.cli.output import printable
+from gridprune_cli.cli.output import printable, set_quiet
 from gridprune_cli.cli.prune import prune
 from gridprune_cli.cli.show import show
 from gridprune_cli.errors import GridpruneError
@@ -28,19 +29,41 @@ for command in (ask, encode, prune, generate, show, models, env):
 app.add_typer(cache.app, name="cache")
 
 
+_UsageError = typer.BadParameter.__mro__[1]  # of what the command line itself can get wrong; Typer does not export it
+
+
 def main() -> None:
-    """Runs the command line. A GridpruneError is told in one line; `GRIDPRUNE_DEBUG=1` shows where it came from."""
+    """Runs the command line. Whatever goes wrong is told in one line; `GRIDPRUNE_DEBUG=1` shows where it came from."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has left, as `head` does, ends us quietly
+    set_quiet(False)
+    debug = os.environ.get("GRIDPRUNE_DEBUG", "0") not in ("", "0")
     try:
-        app(prog_name="gridprune")
-    except GridpruneError as fault:
-        if os.environ.get("GRIDPRUNE_DEBUG"):
-            raise
-        print(f"gridprune: {printable(str(fault))}", file=sys.stderr)
-        sys.exit(fault.exit_code)
-    except KeyboardInterrupt:
+        sys.exit(app(prog_name="gridprune", standalone_mode=False))
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has left; nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as fault:
+        if debug:
+            raise
+        sys.exit(_tell(fault))
+
+
+def _tell(fault: Exception) -> int:
+    """Prints one line about a failure, and gives the exit code."""
+    code, text = 1, str(fault)
+    if isinstance(fault, GridpruneError):
+        code = fault.exit_code
+    elif isinstance(fault, _UsageError):
+        code, text = 2, fault.format_message()  # type: ignore[attr-defined]
+        context = getattr(fault, "ctx", None)
+        if text and context:
+            text = f"{text.rstrip('.')}; see `{context.command_path} --help`"
+    else:
+        first = (text.splitlines() or [""])[0]
+        text = f"unexpected {type(fault).__name__}: {first}; GRIDPRUNE_DEBUG=1 shows where"
+    if text:  # empty where the help was printed in its place
+        print(f"gridprune: {printable(text)}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from gridprune_cli.cli import options, output
+from gridprune_cli.errors import GridpruneError
 from gridprune_cli.files import FileFault
 from gridprune_cli.store import Entry, Removed, open_store, parse_age, parse_size
 
@@ -144,7 +145,10 @@ def clear(
     """Remove every entry. Files saved with --save or -o are no part of the cache."""
     store = open_store(cache_dir)
     if output.confirm(f"Remove every encoded image in {output.printable(str(store.root))}?", yes):
-        _say_removed(store.clear(), "removed")
+        removed = store.clear()
+        _say_removed(removed, "removed")
+        if removed.kept_entries:
+            raise GridpruneError(f"{store.root}: {removed.kept_entries} entries can't be removed; see its permissions")
 
 
 def _say_removed(removed: Removed, what: str) -> None:

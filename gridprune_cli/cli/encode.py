@@ -1,13 +1,13 @@
 """`gridprune encode`: fills the cache."""
 
-import sys
+import os
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import emit_json, progress, say, set_quiet, size, warn
+from gridprune_cli.cli.output import emit_json, progress, read_stdin, say, set_quiet, size, warn
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline
@@ -36,9 +36,12 @@ def encode(
     set_quiet(quiet)
     if pipeline.store is None:
         raise BadInput("--no-cache: encode has nothing to do without a cache")
-    listed = [line.rstrip("\n") for line in sys.stdin if line.strip()] if paths == ["-"] else paths
+    if paths.count("-") > 1:
+        raise BadInput("-: stdin can be read once only")
+    listed = [name for path in paths for name in (_names() if path == "-" else [path])]
     images = find_images(listed)
     done = hits = failed = size_of_new = 0
+    told: set[str] = set()  # a remark that fits many images is made once
     start = time.perf_counter()
     with pipeline, progress("encoding", len(images)) as step:
         for name, result, hit in pipeline.encode_all(images, batch=batch_size, refresh=refresh):
@@ -48,6 +51,9 @@ def encode(
                 warn(str(result))
                 line: dict[str, Any] = {"image": name, "error": str(result)}
             else:
+                for note in set(result.notes) - told:
+                    say(f"{name}: {note}")
+                    told.add(note)
                 done, hits = done + 1, hits + hit
                 size_of_new += 0 if hit else result.nbytes
                 line = {"image": name, "key": result.key, "tokens": result.count, "cache": "hit" if hit else "miss"}
@@ -58,6 +64,11 @@ def encode(
     if failed:
         warn(f"{failed} of {len(images)} could not be encoded")
         raise typer.Exit(3)
+
+
+def _names() -> list[str]:
+    """The paths on stdin, a line each, whatever bytes their names are of."""
+    return [os.fsdecode(line) for line in read_stdin("paths, one a line,").split(b"\n") if line.strip()]
 
 
 encode.examples = (  # type: ignore[attr-defined]

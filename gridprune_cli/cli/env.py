@@ -1,10 +1,15 @@
 """`gridprune env`: what is in force, and where each setting comes from."""
 
+import inspect
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 from gridprune_cli.cli import options
+from gridprune_cli.cli.ask import ask
 from gridprune_cli.cli.output import emit_json, table
 
 
@@ -16,16 +21,17 @@ def env(
     from gridprune_cli import store
     from gridprune_cli.device import place
 
-    placed = place(os.environ.get("GRIDPRUNE_DEVICE", "auto"), os.environ.get("GRIDPRUNE_DTYPE", "auto"))
-    folder = store.open_store(cache_dir).root
+    placed = place(_setting("DEVICE", "auto")[0], _setting("DTYPE", "auto")[0])
+    root = str(store.open_store(cache_dir).root)
     rows = [
-        ("model", os.environ.get("GRIDPRUNE_MODEL", "scenes"), _origin("MODEL")),
-        ("keep", os.environ.get("GRIDPRUNE_KEEP", "0.11"), _origin("KEEP")),
-        ("method", os.environ.get("GRIDPRUNE_METHOD", "gridprune"), _origin("METHOD")),
-        ("cache-dir", str(folder), _origin("CACHE_DIR") if cache_dir is None else "--cache-dir or its variable"),
-        ("cache-limit", os.environ.get("GRIDPRUNE_CACHE_LIMIT", "20G"), _origin("CACHE_LIMIT")),
-        ("device", placed.device, placed.device_reason),
-        ("dtype", str(placed.dtype).removeprefix("torch."), placed.dtype_reason),
+        ("model", *_setting("MODEL", _default(options.pipeline, "model"))),
+        ("keep", *_setting("KEEP", _default(options.pruning, "keep"))),
+        ("method", *_setting("METHOD", _default(options.pruning, "method"))),
+        ("max-new-tokens", *_setting("MAX_NEW_TOKENS", _default(ask, "max_new_tokens"))),
+        ("cache-dir", root, _origin_of_root(cache_dir)),
+        ("cache-limit", *_setting("CACHE_LIMIT", store.DEFAULT_LIMIT)),
+        ("device", placed.device, f"{_setting('DEVICE', '')[1]}: {placed.device_reason}"),
+        ("dtype", str(placed.dtype).removeprefix("torch."), f"{_setting('DTYPE', '')[1]}: {placed.dtype_reason}"),
         ("python", platform.python_version(), "version"),
     ]
     rows += [(name, version(name), "version") for name in ("gridprune", "torch", "transformers", "safetensors")]
@@ -35,5 +41,19 @@ def env(
         table(("setting", "value", "from"), rows)
 
 
-def _origin(name: str) -> str:
-    return f"GRIDPRUNE_{name}" if f"GRIDPRUNE_{name}" in os.environ else "default"
+def _setting(name: str, default: str) -> tuple[str, str]:
+    """The value in force, and where it comes from. An empty variable is one that is not set."""
+    value = os.environ.get(f"GRIDPRUNE_{name}")
+    return (value, f"GRIDPRUNE_{name}") if value else (default, "default")
+
+
+def _default(function: Callable[..., Any], name: str) -> str:
+    return str(inspect.signature(function).parameters[name].default)
+
+
+def _origin_of_root(given: Path | None) -> str:
+    """The option and its variable arrive as one; else the folder follows from the XDG variable or the home folder."""
+    if given is not None:
+        variable = os.environ.get("GRIDPRUNE_CACHE_DIR")
+        return "GRIDPRUNE_CACHE_DIR" if variable and Path(variable) == given else "--cache-dir"
+    return "XDG_CACHE_HOME" if os.path.isabs(os.environ.get("XDG_CACHE_HOME", "")) else "default"

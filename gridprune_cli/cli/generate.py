@@ -1,22 +1,27 @@
 """`gridprune generate`: answers from pruned sets, without image, cache or vision tower."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import emit_json
+from gridprune_cli.cli.output import emit_json, read_stdin
+
+if TYPE_CHECKING:
+    from gridprune_cli.tokens import PrunedSet
 
 
 def generate(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Pruned sets, as `prune` writes them.", show_default=False)
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help="Pruned sets, as `prune` writes them, or - for one on stdin.", show_default=False
+        ),
     ],
     model: Annotated[
         str | None,
         typer.Option(
-            envvar="GRIDPRUNE_MODEL",
             help="Model to answer with, where it lies elsewhere than when the set was made.",
             show_default="the one that made the set",
         ),
@@ -28,11 +33,10 @@ def generate(
 ) -> None:
     """Answer from pruned sets. Needs neither the image nor the vision tower."""
     from gridprune_cli.pipeline import Pipeline
-    from gridprune_cli.tokens import load_pruned
 
     pipelines: dict[str, Pipeline] = {}
-    sets = [(path, load_pruned(path)) for path in files]  # all are checked before the
-    for path, pruned in sets:  # first is answered
+    sets = [(path, _load(path)) for path in files]  # all are checked before the first is answered
+    for path, pruned in sets:
         name = model or pruned.model
         if name not in pipelines:
             pipelines[name] = Pipeline(name, device=device, dtype=dtype)
@@ -41,6 +45,12 @@ def generate(
             emit_json(pruned.to_json() | {"file": str(path), "answer": answer})
         else:
             print(answer, flush=True)
+
+
+def _load(path: Path) -> "PrunedSet":
+    from gridprune_cli.tokens import PrunedSet, load_pruned
+
+    return PrunedSet.from_bytes(read_stdin("a pruned set"), "-") if str(path) == "-" else load_pruned(path)
 
 
 generate.examples = (  # type: ignore[attr-defined]

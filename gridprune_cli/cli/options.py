@@ -105,9 +105,13 @@ def pruning(
         _option("gridprune, random, uniform, topk or topk-relevance.", _PRUNING, envvar="GRIDPRUNE_METHOD"),
     ] = "gridprune",
     region: Annotated[
-        str,
-        _option("Contextual region: auto, none, or X0,Y0,X1,Y1 on the 8x8 grid, 0 to 7, inclusive.", _PRUNING),
-    ] = "auto",
+        str | None,
+        _option(
+            "Contextual region: auto, none, or X0,Y0,X1,Y1 on the 8x8 grid, 0 to 7, inclusive.",
+            _PRUNING,
+            show_default="auto, where the method has regions",
+        ),
+    ] = None,
     positions: Annotated[
         str,
         _option("original: kept tokens keep their place; compact: they are numbered on.", _PRUNING),
@@ -133,7 +137,6 @@ def pruning(
     from gridprune_cli.pipeline import Pruning
     from gridprune_cli.pruning.methods import make
     from gridprune_cli.pruning.methods.gridprune import LITERAL
-    from gridprune_cli.pruning.region import parse_box
 
     given = {
         "zone": zone,
@@ -144,10 +147,14 @@ def pruning(
         "relevance_sign": relevance_sign,
         "seed": seed,
     }
+    if method != "gridprune" and (literal or region not in (None, "none")):
+        raise BadInput(f"{'--literal' if literal else '--region'}: only for --method gridprune, not for {method}")
+    if literal and region not in (None, "none"):
+        raise BadInput("--region: not with --literal, since GridPrune as published has no region")
     options = (LITERAL if literal else {}) | {name: value for name, value in given.items() if value is not None}
     try:
         made = make(method, **options)
-        box = "none" if literal else region if region in ("auto", "none") else parse_box(region)
     except ValueError as fault:
-        raise BadInput(str(fault)) from fault
+        raise BadInput(f"--method {method}: {fault}") from fault
+    box = "none" if literal else region or "auto"
     return Pruning(keep=keep, tokens=tokens, method=made, region=box, positions=positions)

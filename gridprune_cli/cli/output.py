@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from gridprune_cli.errors import BadInput
 
@@ -67,7 +68,9 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[], None]
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    # what goes to stdout must get there: only where both are one terminal may the bar be in its way
+    console, one = Console(stderr=True), sys.stdout.isatty()
+    with Progress(console=console, transient=True, redirect_stdout=one) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)
 
@@ -93,3 +96,20 @@ def age(seconds: float) -> str:
         if seconds >= length:
             return f"{int(seconds // length)} {unit}"
     return f"{max(0, int(seconds))} s"
+
+
+def check_target(path: Path | None, option: str) -> None:
+    """Raises BadInput where a file can't be written to `path`, before any work is done for it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise BadInput(f"{option} {path}: a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise BadInput(f"{option} {path}: there is no folder {path.parent}; make it first")
+
+
+def read_stdin(what: str) -> bytes:
+    """All of stdin. Raises BadInput where nobody has piped anything into it."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise BadInput(f"-: nothing is piped into stdin; give {what} there")
+    return sys.stdin.buffer.read()

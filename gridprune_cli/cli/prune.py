@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.ask import Image, Question
-from gridprune_cli.cli.output import emit_json, say, set_quiet, size
+from gridprune_cli.cli.ask import Image, Question, read_question
+from gridprune_cli.cli.output import check_target, emit_json, say, set_quiet, size
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline, Pruning
@@ -28,13 +28,17 @@ def prune(
     from gridprune_cli.images import read_source
 
     set_quiet(quiet)
+    check_target(output, "--output")
+    source, asked = read_source(image), read_question(question, image)
     with pipeline:
-        encoded, hit = pipeline.encode_one(read_source(image))
-    pruned = pipeline.prune(encoded, question, pruning)
+        encoded, hit = pipeline.encode_one(source)
+    pruned = pipeline.prune(encoded, asked, pruning)
     data = pruned.to_bytes()
     write_atomic(output, data, sync=True)
     if json:
         emit_json(pruned.to_json() | {"cache": "hit" if hit else "miss", "file": str(output), "bytes": len(data)})
+    for note in encoded.notes:
+        say(f"{image}: {note}")
     say(f"{output}: {len(pruned.kept)} of {pruned.count} visual tokens, {size(len(data))}")
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.ask import Image, Question
-from gridprune_cli.cli.output import say, set_quiet
+from gridprune_cli.cli.ask import Image, Question, read_question
+from gridprune_cli.cli.output import check_target, say, set_quiet
 
 if TYPE_CHECKING:
     from gridprune_cli.figure import Figure
@@ -34,15 +34,17 @@ def show(
     from gridprune_cli.images import read_source
 
     set_quiet(quiet)
-    source = read_source(image)
+    check_target(output, "--output")
+    source, asked = read_source(image), read_question(question, image)
     with pipeline:
         encoded, _ = pipeline.encode_one(source)
-    pruned = pipeline.prune(encoded, question, pruning)
+    pruned = pipeline.prune(encoded, asked, pruning)
     if output is None:
         print(coarse(figure_of(source, pruned, None), colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     else:
         draw_figure(source, pruned, None, output)
-    scene_notice(pipeline.model, source)
+    for note in encoded.notes:
+        say(f"{image}: {note}")
     say(f"{len(pruned.kept)} of {pruned.count} visual tokens, region {pruned.images[0].region or 'none'}")
 
 
@@ -90,14 +92,3 @@ def _budgets(origin: "Origin", zone: int) -> list[tuple[int, int, int, int, int,
         return []
     _, zones = zone_index(origin.views, zone)
     return [(*rectangle, n) for rectangle, n in zip(zones.rectangles(), origin.zones["budgets"], strict=True)]
-
-
-def scene_notice(model: str, source: "Source") -> None:
-    """Says so where the embedded model is asked about something that isn't a scene."""
-    if model != "scenes":
-        return
-    from gridprune_cli.images import load_image
-    from gridprune_cli.scenes.scene import looks_like_scene
-
-    if not looks_like_scene(load_image(source).image):
-        say("the embedded model knows only its own synthetic scenes: name a real one, as in --model FOLDER")

@@ -28,23 +28,23 @@ _AREA = _WITHIN.sum(1)
 
 
 def contextual_region(
-    relevance: Tensor, views: tuple[View, ...], *, temperature: float = 0.75, area_price: float = 0.0125
+    relevance: Tensor, views: tuple[View, ...], *, floor: float = 0.3, area_price: float = 0.01
 ) -> Box:
     """The box with the highest `mass inside - area_price * cells`. Ties: smaller area, then top, then left.
 
-    The mass of a cell is the softmax, over the cells, of the relevance map in standard deviations over `temperature`:
-    lower looks sharper. So neither shifting nor scaling `relevance` (N,) moves the region. `area_price` is mass per
-    cell: a box grows over cells that hold more. Below 1/64, the average mass, a flat map gives the whole picture. Cells
-    that no view covers have no mass. Raises ValueError where relevance is not finite or not one per token, no view
-    covers the picture, or temperature is not above 0.
+    A token's excess is `max(0, r' - floor) ** 2`, r' being its relevance brought linearly to 0..1 over the tokens; so
+    neither shifting nor scaling `relevance` (N,) moves the region. A cell's mass is its mean excess, tokens weighted by
+    the area they share with it; masses sum to 1. `area_price` is mass per cell: a box grows over cells that hold more.
+    A flat map gives all that the views cover, as long as the price is below 1/64. Raises ValueError where relevance is
+    not finite or not one per token, no view covers the picture, or floor is not in 0..1, 1 left out.
     """
     if relevance.shape != (sum(view.count for view in views),):
         raise ValueError(f"relevance has shape {tuple(relevance.shape)}, which is not one value per token")
     if not bool(torch.isfinite(relevance).all()):
         raise ValueError("relevance has values that are not finite")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
-    mass = _mass(*_pool(relevance.cpu().double(), views), temperature)
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor must be from 0 to below 1, not {floor}")
+    mass = _mass(_excess(relevance.cpu().double(), floor), views)
     score = _WITHIN @ mass - area_price * _AREA
     # The sums carry rounding noise, which must not decide between boxes that are equal.
     return _BOXES[int((score >= score.max() - 1e-9).nonzero()[0])]
@@ -81,11 +81,20 @@ def _not_a_box(text: str) -> str:
     return f"{text!r} is no region: give x0,y0,x1,y1 with x0 <= x1 and y0 <= y1, whole numbers from 0 to {GRID - 1}"
 
 
-def _pool(relevance: Tensor, views: tuple[View, ...]) -> tuple[Tensor, Tensor]:
-    """(8, 8) mean relevance per cell, tokens weighted by the area they share with it; and which cells are covered."""
+def _excess(relevance: Tensor, floor: float) -> Tensor:
+    """(N,) squared excess over the floor, the lowest relevance counted as 0 and the highest as 1; 1 for a flat map."""
+    low, high = relevance.aminmax()
+    # Rounding gives a flat map some spread, which is no sign of where to look.
+    if bool(high - low <= 1e-9 * relevance.abs().max()):
+        return torch.ones_like(relevance)
+    return ((relevance - low) / (high - low) - floor).clamp(min=0) ** 2
+
+
+def _mass(excess: Tensor, views: tuple[View, ...]) -> Tensor:
+    """(64,) mass per cell, row-major, which sums to 1; 0 where no view covers a cell."""
     total = torch.zeros(GRID, GRID, dtype=torch.float64)
     area = torch.zeros(GRID, GRID, dtype=torch.float64)
-    for view, part in zip(views, relevance.split([view.count for view in views]), strict=True):
+    for view, part in zip(views, excess.split([view.count for view in views]), strict=True):
         left, top, right, bottom = view.box
         down, across = _overlap(top, bottom, view.rows), _overlap(left, right, view.cols)
         total += down @ part.view(view.rows, view.cols) @ across.T
@@ -93,16 +102,9 @@ def _pool(relevance: Tensor, views: tuple[View, ...]) -> tuple[Tensor, Tensor]:
     covered = area > 1e-6  # of a cell; what rounding leaves at a view's border is less
     if not bool(covered.any()):
         raise ValueError("no view covers the picture")
-    return total / area.clamp(min=1e-6), covered
-
-
-def _mass(pooled: Tensor, covered: Tensor, temperature: float) -> Tensor:
-    """(64,) mass per cell, row-major, which sums to 1; 0 where a cell is not covered."""
-    deviation, mean = torch.std_mean(pooled[covered], correction=0)
-    # Rounding gives a flat map some deviation, which is no sign of where to look.
-    flat = bool(deviation <= 1e-9 * pooled.abs().max())
-    scaled = torch.zeros_like(pooled) if flat else (pooled - mean) / deviation / temperature
-    return scaled.masked_fill(~covered, -torch.inf).flatten().softmax(0)
+    mean = torch.where(covered, total / area.clamp(min=1e-6), 0.0).flatten()
+    # What stands out may lie where the processor has cut the picture off; then one place is as good as another.
+    return mean / mean.sum() if bool(mean.sum() > 0) else covered.flatten().double() / covered.sum()
 
 
 def _overlap(low: float, high: float, count: int) -> Tensor:

@@ -9,7 +9,7 @@ import argparse
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.pruning.methods.gridprune import LITERAL
+from gridprune_cli.pruning.methods.random import Random
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.scenes.scene import HELDOUT, KINDS, SIZE, TUNE, Question, Scene, draw, make_scene, questions
 from gridprune_cli.tokens import EncodedImage
@@ -54,7 +55,11 @@ def samples(pipeline: Pipeline, first_seed: int, count: int, batch: int = 32) ->
 
 
 def answer(pipeline: Pipeline, group: Sequence[Sample], pruning: Pruning) -> list[str]:
-    sets = [pipeline.prune(sample.encoded, sample.question.text, pruning) for sample in group]
+    sets = []
+    for sample in group:
+        if isinstance(pruning.method, Random):  # one draw for all scenes would be luck, not chance
+            pruning = replace(pruning, method=Random(seed=sample.scene.seed))
+        sets.append(pipeline.prune(sample.encoded, sample.question.text, pruning))
     return [made.text for made in generate(pipeline.family, sets, max_new_tokens=8)]
 
 
@@ -176,15 +181,15 @@ def markdown(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=SPLITS, default="heldout")
+    parser.add_argument("--split", choices=SPLITS, help="default: heldout for reported rows, tune for swept ones")
     parser.add_argument("--rows", choices=("reported", "swept"), default="reported")
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--model", default="scenes")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     args = parser.parse_args()
     torch.manual_seed(0)
-    rows = reported() if args.rows == "reported" else swept()
-    results = run(Pipeline(args.model), rows, SPLITS[args.split], args.questions)
+    rows, split = (reported(), "heldout") if args.rows == "reported" else (swept(), "tune")
+    results = run(Pipeline(args.model), rows, SPLITS[args.split or split], args.questions)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     print(markdown(results))

@@ -52,6 +52,7 @@ N = built.GRID * built.GRID
 IGNORE = -100
 MOST = 8  # objects in a scene
 SAVE_EVERY = 200  # steps
+LOG_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Plan:
 
 TOWER = Plan(4000, 32, 50_000, TRAIN, 1.2e-3, ((0.85, 128), (0.15, N)))
 TOWER_AGAIN = Plan(2000, 32, 50_000, TRAIN, 6e-4, ((0.8, 128), (0.2, N)), start=4000)
-LANGUAGE = Plan(3000, 24, 24_000, TRAIN + 50_000, 1.5e-3, ((0.15, 32), (0.5, 96), (0.35, N)))
+LANGUAGE = Plan(2000, 24, 16_000, TRAIN + 50_000, 1.5e-3, ((0.2, 32), (0.55, 96), (0.25, N)))
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -391,8 +392,8 @@ def _progress() -> Progress:
 class Log:
     """Mean losses every few steps, a JSON line each."""
 
-    def __init__(self, path: Path, stage: str, first: int, every: int = 50):
-        self.path, self.stage, self.every = path, stage, every
+    def __init__(self, path: Path, stage: str, first: int):
+        self.path, self.stage = path, stage
         self.sums: dict[str, float] = {}
         self.began = time.time()
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -402,8 +403,8 @@ class Log:
     def add(self, step: int, losses: dict[str, Tensor], tokens: int) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
-        if (step + 1) % self.every == 0:
-            means = {name: round(total / self.every, 4) for name, total in self.sums.items()}
+        if (step + 1) % LOG_EVERY == 0:
+            means = {name: round(total / LOG_EVERY, 4) for name, total in self.sums.items()}
             line = {"stage": self.stage, "step": step + 1, "tokens": tokens, **means}
             with self.path.open("a") as file:
                 file.write(json.dumps(line | {"seconds": round(time.time() - self.began)}) + "\n")

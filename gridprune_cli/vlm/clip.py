@@ -37,6 +37,10 @@ class ClipRelevance:
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.checkpoint.folder, local_files_only=True)
 
+    def load(self) -> None:
+        """Loads it now."""
+        _ = self.model, self.tokenizer
+
     @torch.inference_mode()
     def __call__(self, states: Tensor, question: str) -> Tensor:
         """Cosines of patch states `(N, C)` with the question, `(N,)` float32 on the CPU.

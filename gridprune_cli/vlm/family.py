@@ -29,6 +29,7 @@ from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm.attention import NAME
 from gridprune_cli.vlm.checkpoint import CLIP_TOWER, Checkpoint
 from gridprune_cli.vlm.clip import ClipRelevance
+from gridprune_cli.vlm.fit import fingerprint
 from gridprune_cli.vlm.loading import load_part
 from gridprune_cli.vlm.words import WordRelevance
 
@@ -71,13 +72,14 @@ class Family(ABC):
     # ---- parts -------------------------------------------------------------------------------------------------------
 
     def load(self, *parts: str) -> Any:
-        """A model that holds at least these parts. Parts asked for together are read together."""
-        if not all(part in self._loaded for part in parts):
-            without = [path for part in PARTS if part not in parts for path in self.modules[part]]
+        """A model that holds the first of these parts. Parts are read once, and those asked for together in one go."""
+        missing = [part for part in parts if part not in self._loaded]
+        if missing:
+            without = [path for part in PARTS if part not in missing for path in self.modules[part]]
             model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, self.device)
-            if "tower" in parts:
+            if "tower" in missing:
                 model.set_attn_implementation({"vision_config": NAME})
-            self._loaded |= dict.fromkeys(parts, model)
+            self._loaded |= dict.fromkeys(missing, model)
         return self._loaded[parts[0]]
 
     @cached_property
@@ -94,6 +96,11 @@ class Family(ABC):
         given.setdefault("chat_template", tokenizer.chat_template)
         images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         return _without_video(kind)(image_processor=images, tokenizer=tokenizer, video_processor=None, **given)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What a pruned set must have been made for, to be generated from by this model."""
+        return fingerprint(self.checkpoint)
 
     @cached_property
     def relevance(self) -> ClipRelevance | WordRelevance:

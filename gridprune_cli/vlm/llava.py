@@ -8,6 +8,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.vlm.attention import watch
 from gridprune_cli.vlm.family import Encoding, Family
@@ -41,9 +42,11 @@ class Llava(Family):
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Patch states `(B, N, C)` of the layer that the projector reads, and the saliency `(B, N)` of that layer."""
-        tower = self.load("tower").model.vision_tower
-        layer: int = self.checkpoint.config["vision_feature_layer"]
-        cls = self.checkpoint.config["vision_feature_select_strategy"] == "default"
+        model = self.load("tower")
+        tower, layer = model.model.vision_tower, model.config.vision_feature_layer
+        if not isinstance(layer, int):
+            raise BadInput(f"--model {self.checkpoint.name}: features of several layers ({layer}) are not supported")
+        cls = model.config.vision_feature_select_strategy == "default"
         # hidden_states[i] is what layer i - 1 gave, so the saliency is that of the layer whose output is used
         attention = tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
         with watch(attention, cls=cls) as record:

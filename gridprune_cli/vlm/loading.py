@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -40,6 +41,9 @@ def load_part(
         model, info = part.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
         )
+    except (OSError, ValueError, SafetensorError) as fault:
+        first = (str(fault).splitlines() or [""])[0]
+        raise GridpruneError(f"{folder}: can't be loaded ({first})") from fault
     finally:
         logging.set_verbosity(before)
         if bars:

@@ -36,6 +36,10 @@ class WordRelevance:
             family.model_class, family.checkpoint.folder, without, family.dtype, family.device
         ).get_input_embeddings()
 
+    def load(self) -> None:
+        """Loads it now."""
+        _ = self.embedding
+
     @torch.inference_mode()
     def __call__(self, states: Tensor, question: str) -> Tensor:
         """Mean cosines of visual tokens, given as states `(N, C)`, with the question's words: `(N,)` float32, CPU."""

@@ -50,4 +50,4 @@ def write(
 
 def make(folder: Path) -> Path:
     kinds = (Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor)
-    return write(folder, kinds, VISION | {"embed_dim": 32, "hidden_size": 64}, TEXT, embeddings=0.3)
+    return write(folder, kinds, VISION | {"embed_dim": 32, "hidden_size": 64}, TEXT)
