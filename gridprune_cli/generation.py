@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.tokens import PrunedSet
@@ -39,10 +39,13 @@ class _Clock(LogitsProcessor):
 
 
 @torch.inference_mode()
-def generate(family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, **options: Any) -> list[Generated]:
+def generate(
+    family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, *, stream: bool = False, **options: Any
+) -> list[Generated]:
     """Answers from pruned sets, greedily, in one left-padded batch. Loads the language model only.
 
-    `options` go to transformers' `generate`. Raises BadInput for a set that was made for another model.
+    `stream` prints the answer of a batch of one to stdout as it comes. `options` go to transformers' `generate`. Raises
+    BadInput for a set that was made for another model.
     """
     for pruned in batch:
         if pruned.fingerprint != family.fingerprint:
@@ -72,6 +75,7 @@ def generate(family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, **
         **family.extras(ids),
         max_new_tokens=max_new_tokens,
         logits_processor=LogitsProcessorList([clock]),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
         **{"do_sample": False} | options,
     )
     end = time.perf_counter()

@@ -81,14 +81,20 @@ class Answer:
 
     text: str
     pruned: PrunedSet
-    notes: tuple[str, ...]  # what a user should know of the picture
-    hit: bool  # the encoded image came from the cache
+    notes: tuple[str, ...]  # what a user should know of the images
+    hits: tuple[bool, ...]  # of each image, whether it was encoded already
     ms: dict[str, float]
 
+    @property
+    def hit(self) -> bool:
+        """Whether all images were encoded already."""
+        return all(self.hits)
+
     def to_json(self) -> dict[str, Any]:
+        states = ["hit" if hit else "miss" for hit in self.hits]
         return self.pruned.to_json() | {
             "answer": self.text,
-            "cache": "hit" if self.hit else "miss",
+            "cache": states[0] if len(states) == 1 else states,
             "ms": {name: round(value, 2) for name, value in self.ms.items()},
         }
 
@@ -174,6 +180,14 @@ class Pipeline:
             return ()
         return ("no scene: the embedded model knows only its own scenes; name a real one, as in --model FOLDER",)
 
+    def remarks(self, pruning: Pruning) -> tuple[str, ...]:
+        """What a user should know of how this model prunes."""
+        if self.family.lacks_clip and "relevance" in pruning.method.requires:
+            return (
+                "the CLIP of this model's tower was not found, so relevance makes do with words; name it as --clip",
+            )
+        return ()
+
     def encode_one(self, source: Source) -> tuple[EncodedImage, bool]:
         """An encoded image, and whether it came from the cache. Raises BadInput for a picture that can't be read."""
         image, name, data = identify(source)
@@ -183,12 +197,19 @@ class Pipeline:
     # ---- prune -------------------------------------------------------------------------------------------------------
 
     def prune(
-        self, images: EncodedImage | Sequence[EncodedImage], question: str, pruning: Pruning | None = None
+        self,
+        images: EncodedImage | Sequence[EncodedImage],
+        question: str,
+        pruning: Pruning | None = None,
+        *,
+        system: str | None = None,
+        template: str | None = None,
     ) -> PrunedSet:
         """Chooses the tokens that the question needs, of one image or several.
 
-        Each image has its own budget, or all share one where `pruning` says so. Raises BadInput where the pruning does
-        not fit the images.
+        Each image has its own budget, or all share one where `pruning` says so. `system` is a system message,
+        `template` a prompt with `{image}` and `{question}` in place of the model's chat template. Raises BadInput where
+        the pruning does not fit the images, or the prompt the model.
         """
         images = [images] if isinstance(images, EncodedImage) else list(images)
         pruning = pruning or Pruning()
@@ -206,7 +227,7 @@ class Pipeline:
             [torch.where(i.slots < 0, i.slots, i.slots + first) for i, first in zip(images, firsts, strict=True)]
         ).long()
         stays = staying(slots, kept, sum(counts))
-        full = self.family.write_prompt(question, images)
+        full = self.family.write_prompt(question, images, system, template)
         mask = torch.ones(len(full), dtype=torch.bool)
         mask[full == self.family.image_token] = stays
         ids = full[mask]
@@ -266,10 +287,12 @@ class Pipeline:
 
     def ask(
         self,
-        source: Source,
+        sources: Source | list[Source],
         question: str,
         pruning: Pruning | None = None,
         *,
+        system: str | None = None,
+        template: str | None = None,
         max_new_tokens: int = 128,
         **options: Any,
     ) -> Answer:
@@ -278,23 +301,25 @@ class Pipeline:
         with _timed(ms, "total"):
             check_question(question)
             pruning = pruning or Pruning()
-            image, name, data = identify(source)
+            given = [identify(source) for source in (sources if isinstance(sources, list) else [sources])]
             with _timed(ms, "load"):
-                encoded = self.look_up(image, name)
-                hit = encoded is not None
-                picture = None if hit else load_image(data, name)  # a bad one is told before any model is loaded
-                self.family.load(*(() if hit else ("tower",)), "projector", "language")
+                found = [self.look_up(image, name) for image, name, _ in given]
+                # a bad picture is told before any model is loaded
+                pictures = [
+                    load_image(data, name) for (_, name, data), hit in zip(given, found, strict=True) if hit is None
+                ]
+                self.family.load(*(("tower",) if pictures else ()), "projector", "language")
                 if "relevance" in pruning.method.requires:
                     self.family.relevance.load()
-            if encoded is None:
-                assert picture is not None
-                with _timed(ms, "encode"):
-                    encoded = self.encode([picture])[0]
+            with _timed(ms, "encode"):
+                new = iter(self.encode(pictures) if pictures else [])
+                images = [hit or next(new) for hit in found]
             with _timed(ms, "select"):
-                pruned = self.prune(encoded, question, pruning)
+                pruned = self.prune(images, question, pruning, system=system, template=template)
             made = generate(self.family, [pruned], max_new_tokens, **options)[0]
         ms |= {"prefill": made.prefill, "decode": made.decode}
-        return Answer(made.text, pruned, encoded.notes, hit, ms)
+        notes = tuple(dict.fromkeys(f"{image.name}: {note}" for image in images for note in image.notes))
+        return Answer(made.text, pruned, notes, tuple(hit is not None for hit in found), ms)
 
     def encode_all(
         self, sources: Iterable[Source], *, batch: int = 16, refresh: bool = False

@@ -11,6 +11,7 @@ from PIL import Image
 
 from gridprune_cli.cli.app import main
 from gridprune_cli.scenes.scene import draw, make_scene
+from gridprune_cli.vlm import FAMILIES
 
 QUESTION = "What colour is the star?"
 
@@ -216,7 +217,8 @@ def test_an_unwritable_cache_is_a_warning(run, image, tmp_path, monkeypatch):
 
 def test_models_and_env(run, tmp_path):
     assert "scenes" in run("models")[1]
-    assert json.loads(run("models", "--json")[1].splitlines()[0])["model"] == "scenes"
+    listed = [json.loads(line)["family"] for line in run("models", "--json")[1].splitlines()]
+    assert listed == ["scenes", *FAMILIES]
     settings = json.loads(run("env", "--json")[1])
     assert settings["model"]["from"] == "GRIDPRUNE_MODEL" and settings["keep"]["from"] == "default"
     assert settings["cache-dir"]["value"] == str(tmp_path / "cache")
@@ -305,7 +307,7 @@ def test_json_reaches_a_file_while_a_terminal_shows_the_bar(image, tmp_path, tin
 def test_questions_come_from_stdin_too(run, image):
     assert run("ask", image, "-", stdin=QUESTION.encode())[:2] == run("ask", image, QUESTION)[:2]
     code, _, err = run("ask", "-", "-", stdin=b"x")
-    assert code == 2 and "can't both" in err
+    assert code == 2 and "only one of images and question" in err
 
 
 def test_generate_reads_a_pruned_set_from_stdin(run, image, tmp_path):
@@ -338,3 +340,56 @@ def test_encode_into_a_cache_that_cannot_be_written_fails(run, image, tmp_path):
     blocked.write_bytes(b"")
     code, _, err = run("encode", image, "--cache-dir", blocked / "below")
     assert code == 1 and "can't be written" in err
+
+
+@pytest.fixture
+def other(tmp_path):
+    path = tmp_path / "other.png"
+    draw(make_scene(6))[0].save(path)
+    return path
+
+
+def test_several_images_in_one_question(run, image, other, tmp_path):
+    saved = tmp_path / "p.safetensors"
+    code, out, _ = run("ask", image, other, QUESTION, "--keep", "0.25", "--json", "--save", saved)
+    record = json.loads(out)
+    assert code == 0 and record["image"] == [str(image), str(other)] and record["cache"] == ["miss", "miss"]
+    assert record["tokens"]["kept"] == 8 and len(record["zones"]) == len(record["region"]) == 2
+    assert [sum(zones["budgets"]) for zones in record["zones"]] == [4, 4]
+    assert json.loads(run("generate", saved, "--json")[1])["answer"] == record["answer"]
+    shared = json.loads(run("ask", image, other, QUESTION, "--keep", "0.25", "--json", "--share-budget")[1])
+    assert shared["cache"] == ["hit", "hit"] and shared["tokens"]["kept"] == 8
+    assert sum(sum(zones["budgets"]) for zones in shared["zones"]) == 8
+    assert run("ask", image, other, QUESTION, "--show", tmp_path / "f.png")[0] == 2
+
+
+def test_query_and_prompt_options_do_what_they_say(run, image, tmp_path):
+    from gridprune_cli.tokens import load_pruned
+
+    def pruned(*arguments):
+        run("prune", image, *arguments, "-o", tmp_path / "p.safetensors", "--keep", "0.25")
+        return load_pruned(tmp_path / "p.safetensors")
+
+    plain = pruned(QUESTION)
+    asked = pruned("Where is the star?", "--query", QUESTION)
+    assert asked.relevance.equal(plain.relevance) and asked.kept.equal(plain.kept)
+    assert not pruned("Where is the star?").relevance.equal(plain.relevance)
+    told = pruned(QUESTION, "--system", "red red red")
+    assert len(told.input_ids) > len(plain.input_ids) and told.relevance.equal(plain.relevance)
+    filled = pruned(QUESTION, "--prompt-template", "USER: {image} {question} ASSISTANT:")
+    assert filled.input_ids.equal(plain.input_ids)
+    code, _, err = run("ask", image, QUESTION, "--prompt-template", "no place for anything")
+    assert code == 2 and "{question}" in err
+
+
+def test_generation_options_reach_transformers(run, image):
+    greedy = run("ask", image, QUESTION)[1]
+    assert run("ask", image, QUESTION, "--generation", "num_beams=1")[1] == greedy
+    assert run("ask", image, QUESTION, "--generation", "repetition_penalty=50.0")[1] != greedy
+    code, _, err = run("ask", image, QUESTION, "--generation", "warmth=2")
+    assert code == 2 and "--generation warmth=2" in err
+
+
+def test_a_streamed_answer_is_the_answer(run, image):
+    code, out, _ = run("ask", image, QUESTION, "--stream")
+    assert code == 0 and out.split() == run("ask", image, QUESTION, "--no-stream")[1].split()

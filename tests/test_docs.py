@@ -159,3 +159,11 @@ def test_the_examples_in_python_run(tmp_path, tiny_llava, monkeypatch, capsys):
     assert (tmp_path / "scene-1.safetensors").is_file()
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("False [") and lines[-1].startswith("left out: no-such-file.png")
+
+
+def test_every_family_is_in_the_table():
+    from gridprune_cli.vlm import FAMILIES
+
+    text = (DOCS / "families.md").read_text("utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == list(FAMILIES)

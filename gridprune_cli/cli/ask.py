@@ -1,7 +1,8 @@
 """`gridprune ask`: a question about an image, answered."""
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,57 +11,71 @@ from gridprune_cli.cli.output import check_target, emit_json, read_stdin, say, s
 from gridprune_cli.errors import BadInput
 
 if TYPE_CHECKING:
+    from gridprune_cli.images import Source
     from gridprune_cli.pipeline import Pipeline, Pruning
 
-Image = Annotated[str, typer.Argument(metavar="IMAGE", help="Image file, or - for stdin.", show_default=False)]
+Images = Annotated[
+    list[str], typer.Argument(metavar="IMAGE...", help="Image files, or - for stdin.", show_default=False)
+]
 Question = Annotated[str, typer.Argument(metavar="QUESTION", help="The question, or - for stdin.", show_default=False)]
 
 
-@options.takes(pipeline=options.pipeline, pruning=options.pruning)
+@options.takes(pipeline=options.pipeline, pruning=options.pruning, prompt=options.prompt, generation=options.generation)
 def ask(
-    image: Image,
+    images: Images,
     question: Question,
     pipeline: "Pipeline",
     pruning: "Pruning",
+    prompt: dict[str, Any],
+    generation: dict[str, Any],
     max_new_tokens: options.MaxNewTokens = 128,
     save: Annotated[Path | None, typer.Option(help="Also save the pruned set, as safetensors.")] = None,
     show: Annotated[Path | None, typer.Option(help="Also draw what was kept, as PNG.")] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream/--no-stream", help="Print the answer as it comes.", show_default="at a terminal"),
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Answer a question about an image from the visual tokens that it needs."""
+    """Answer a question about an image, or several, from the visual tokens that it needs."""
     from gridprune_cli.cli.show import draw_figure
     from gridprune_cli.files import write_atomic
-    from gridprune_cli.images import read_source
 
     set_quiet(quiet)
     check_target(save, "--save")
     check_target(show, "--show")
-    source, asked = read_source(image), read_question(question, image)
+    if show and len(images) > 1:
+        raise BadInput("--show: draws one image, not several; ask about each")
+    sources, asked = read_inputs(images, question)
+    flows = not json and (sys.stdout.isatty() if stream is None else stream)
     with pipeline:
-        answer = pipeline.ask(source, asked, pruning, max_new_tokens=max_new_tokens)
+        answer = pipeline.ask(
+            sources, asked, pruning, **prompt, max_new_tokens=max_new_tokens, stream=flows, **generation
+        )
     if json:
         emit_json(answer.to_json())
-    else:
+    elif not flows:
         print(answer.text, flush=True)
     if save:
         write_atomic(save, answer.pruned.to_bytes(), sync=True)
     if show:
-        draw_figure(source, answer.pruned, answer.text, show)
-    for note in answer.notes:
-        say(f"{image}: {note}")
+        draw_figure(sources[0], answer.pruned, answer.text, show)
+    for note in (*answer.notes, *pipeline.remarks(pruning)):
+        say(note)
     kept, full = len(answer.pruned.kept), answer.pruned.count
     found = "cached" if answer.hit else "encoded"
     say(f"{kept} of {full} visual tokens, image {found}, {answer.ms['total'] / 1e3:.2f} s")
 
 
-def read_question(question: str, image: str) -> str:
-    """The question, or for `-` what stdin says. Raises BadInput where both are to come from there."""
-    if question != "-":
-        return question
-    if image == "-":
-        raise BadInput("-: image and question can't both come from stdin")
-    return read_stdin("the question").decode("utf-8", "replace").strip()
+def read_inputs(images: list[str], question: str) -> tuple[list["Source"], str]:
+    """Images and question, `-` read from stdin. Raises BadInput where more than one of them is to come from there."""
+    from gridprune_cli.images import read_source
+
+    if [*images, question].count("-") > 1:
+        raise BadInput("-: only one of images and question can come from stdin")
+    asked = read_stdin("the question").decode("utf-8", "replace").strip() if question == "-" else question
+    return [read_source(image) for image in images], asked
 
 
 ask.examples = (  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ puts the options of a group in the place of one parameter of a command.
 
 import functools
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,6 +59,7 @@ def _option(text: str, panel: str, *names: str, **settings: Any) -> Any:
 
 _MODEL = "Model and cache"
 _PRUNING = "Pruning"
+_PROMPT = "Prompt and answer"
 _PAPERS = "What the papers leave open"
 
 
@@ -116,6 +118,12 @@ def pruning(
         str,
         _option("original: kept tokens keep their place; compact: they are numbered on.", _PRUNING),
     ] = "original",
+    query: Annotated[
+        str | None, _option("What relevance is measured against, instead of the question.", _PRUNING)
+    ] = None,
+    share_budget: Annotated[
+        bool, _option("Several images share one budget, without regions.", _PRUNING, "--share-budget")
+    ] = False,
     literal: Annotated[
         bool, _option("GridPrune as published: T = 1, saliency unscaled, no region.", _PRUNING, "--literal")
     ] = False,
@@ -157,4 +165,50 @@ def pruning(
     except ValueError as fault:
         raise BadInput(f"--method {method}: {fault}") from fault
     box = "none" if literal else region or "auto"
-    return Pruning(keep=keep, tokens=tokens, method=made, region=box, positions=positions)
+    return Pruning(
+        keep=keep,
+        tokens=tokens,
+        method=made,
+        region=box,
+        positions=positions,
+        query=query,
+        share_budget=share_budget,
+    )
+
+
+def prompt(
+    system: Annotated[str | None, _option("System message, for models that take one.", _PROMPT)] = None,
+    prompt_template: Annotated[
+        str | None,
+        _option("Text with {image} and {question}, instead of the model's chat template.", _PROMPT),
+    ] = None,
+) -> dict[str, str | None]:
+    """How the question is put to the model."""
+    return {"system": system, "template": prompt_template}
+
+
+def generation(
+    generation: Annotated[
+        list[str] | None,
+        _option(
+            "Option of transformers' generate, as do_sample=true or top_p=0.9; can be given several times.",
+            _PROMPT,
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """Options for `generate`, by transformers' names. Without any, answers are greedy."""
+    if not generation:
+        return {}
+    from transformers import GenerationConfig
+
+    options = {}
+    for given in generation:
+        name, equals, value = given.partition("=")
+        if not equals or not hasattr(GenerationConfig(), name):
+            raise BadInput(f"--generation {given}: no NAME=VALUE with a name that transformers' generate knows")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.ask import Image, Question, read_question
+from gridprune_cli.cli.ask import Question, read_inputs
 from gridprune_cli.cli.output import check_target, say, set_quiet
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @options.takes(pipeline=options.pipeline, pruning=options.pruning)
 def show(
-    image: Image,
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Image file, or - for stdin.", show_default=False)],
     question: Question,
     pipeline: "Pipeline",
     pruning: "Pruning",
@@ -31,11 +31,10 @@ def show(
 ) -> None:
     """Draw which tokens a question keeps and why: kept tokens, zones with their budgets, region, relevance."""
     from gridprune_cli.figure import coarse
-    from gridprune_cli.images import read_source
 
     set_quiet(quiet)
     check_target(output, "--output")
-    source, asked = read_source(image), read_question(question, image)
+    (source,), asked = read_inputs([image], question)
     with pipeline:
         encoded, _ = pipeline.encode_one(source)
     pruned = pipeline.prune(encoded, asked, pruning)
@@ -43,8 +42,8 @@ def show(
         print(coarse(figure_of(source, pruned, None), colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     else:
         draw_figure(source, pruned, None, output)
-    for note in encoded.notes:
-        say(f"{image}: {note}")
+    for note in (*(f"{image}: {note}" for note in encoded.notes), *pipeline.remarks(pruning)):
+        say(note)
     say(f"{len(pruned.kept)} of {pruned.count} visual tokens, region {pruned.images[0].region or 'none'}")
 
 

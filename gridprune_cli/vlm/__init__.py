@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 # model_type -> class of the module of that name
 FAMILIES = {
+    "llava": "Llava",
+    "llava_next": "LlavaNext",
+    "llava_onevision": "LlavaOnevision",
     "qwen2_vl": "Qwen2VL",
     "qwen2_5_vl": "Qwen2_5VL",
     "qwen3_vl": "Qwen3VL",
-    "llava": "Llava",
+    "internvl": "InternVL",
+    "idefics3": "Idefics3",
+    "smolvlm": "SmolVLM",
     "gemma3": "Gemma3",
     "paligemma": "PaliGemma",
-    "llava_next": "LlavaNext",
-    "llava_onevision": "LlavaOnevision",
-    "idefics3": "Idefics3",
-    "internvl": "InternVL",
-    "smolvlm": "SmolVLM",
 }
 
 

@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin
@@ -152,20 +153,37 @@ class Family(ABC):
         """The row `(D,)` of a separator."""
         raise NotImplementedError(f"{type(self).__name__} has no separators")
 
-    def write_text(self, question: str, images: int) -> str:
+    def write_text(self, question: str, images: int, system: str | None) -> str:
         """The model's own chat prompt, with one placeholder token per image."""
         content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
+        if system:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         return ProcessorMixin.apply_chat_template(self.processor, messages, add_generation_prompt=True, tokenize=False)
 
-    def write_prompt(self, question: str, images: Sequence[EncodedImage]) -> Tensor:
+    def write_prompt(
+        self, question: str, images: Sequence[EncodedImage], system: str | None = None, template: str | None = None
+    ) -> Tensor:
         """Token ids `(L,)` of the prompt, with an image token for every slot of every image.
 
-        Raises BadInput where the question itself holds a placeholder or an image token.
+        `template` takes the place of the model's chat template: a text with `{question}`, and `{image}` once per image
+        or once for all of them. Raises BadInput where it is none, where the model's own template can't be used, and
+        where the question itself holds a placeholder or an image token.
         """
-        pieces = self.write_text(question, len(images)).split(self.prompt_token)
+        if template is not None:
+            text = self._fill(template, question, len(images))
+        else:
+            try:
+                text = self.write_text(question, len(images), system)
+            except (ValueError, TemplateError) as fault:
+                first = (str(fault).splitlines() or [""])[0]
+                raise BadInput(f"the chat template can't be used ({first}); give a --prompt-template") from fault
+        pieces = text.split(self.prompt_token)
         if len(pieces) != len(images) + 1:
-            raise BadInput(f"the question holds {self.prompt_token}, which stands for an image; leave it out")
+            raise BadInput(
+                f"the prompt holds {self.prompt_token}, which stands for an image, {len(pieces) - 1} times for "
+                f"{len(images)} images; leave it out of question and --system, or give a --prompt-template"
+            )
         text = pieces[0]
         for image, piece in zip(images, pieces[1:], strict=True):
             text += image.prompt["placeholder"] + piece
@@ -175,6 +193,13 @@ class Family(ABC):
         if int((ids == self.image_token).sum()) != sum(len(image.slots) for image in images):
             raise BadInput("the question holds the model's image token; leave it out")
         return ids
+
+    def _fill(self, template: str, question: str, images: int) -> str:
+        places = template.count("{image}")
+        if "{question}" not in template or places not in (1, images):
+            raise BadInput("--prompt-template: needs {question}, and {image} once for all images or once for each")
+        mark = self.prompt_token * (images if places == 1 else 1)
+        return template.replace("{image}", mark).replace("{question}", question)
 
     @property
     def prompt_token(self) -> str:

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
+from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.vlm.attention import watch
 from gridprune_cli.vlm.family import Encoding, Family
@@ -50,8 +51,10 @@ class PaliGemma(Family):
         projector = self.load("projector").model.multi_modal_projector
         return projector(states.to(self.device, self.dtype)).cpu()
 
-    def write_text(self, question: str, images: int) -> str:
+    def write_text(self, question: str, images: int, system: str | None) -> str:
         """What the processor makes of a question: images come first, and the beginning of the text behind them."""
+        if system:
+            raise BadInput("--system: this family takes no system message; put it into the question")
         return f"{self.prompt_token * images}{self.processor.tokenizer.bos_token}{question}\n"
 
     def extras(self, ids: Tensor) -> dict[str, Tensor]:
