@@ -364,7 +364,7 @@ class Pipeline:
         try:
             return self.encode([picture])[0]
         except GridpruneError as fault:
-            return fault
+            return fault if picture.name in str(fault) else type(fault)(f"{picture.name}: {fault}")
 
 
 def _join(signals: Sequence[Signals]) -> Signals:
