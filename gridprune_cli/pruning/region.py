@@ -28,7 +28,7 @@ _AREA = _WITHIN.sum(1)
 
 
 def contextual_region(
-    relevance: Tensor, views: tuple[View, ...], *, floor: float = 0.3, area_price: float = 0.01
+    relevance: Tensor, views: tuple[View, ...], *, floor: float = 0.25, area_price: float = 0.0105
 ) -> Box:
     """The box with the highest `mass inside - area_price * cells`. Ties: smaller area, then top, then left.
 

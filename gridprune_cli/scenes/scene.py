@@ -270,12 +270,12 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
     return Question(kind, rng.choice(_PHRASES[kind]).format(reference), getattr(scene.objects[i], kind), (i,))
 
 
-def questions(scene: Scene, n: int, rng: random.Random) -> list[Question]:
+def questions(scene: Scene, n: int, rng: random.Random, kinds: tuple[str, ...] = KINDS) -> list[Question]:
     """n questions, kinds in turn from a random start; a kind that the scene does not allow is passed over."""
     out: list[Question] = []
-    start, turn = rng.randrange(len(KINDS)), 0
+    start, turn = rng.randrange(len(kinds)), 0
     while len(out) < n:
-        question = ask(scene, KINDS[(start + turn) % len(KINDS)], rng)
+        question = ask(scene, kinds[(start + turn) % len(kinds)], rng)
         turn += 1
         if question is not None:
             out.append(question)
