@@ -1,7 +1,8 @@
 """Makes the pictures in this folder and questions.jsonl: `python sample_images/make.py`. The same bytes every time.
 
-The scenes come from seeds that the embedded model never saw. `hills.jpg` is no scene: a drawn landscape, for trying
-what the tool says of other pictures, and for real models.
+The scenes come from seeds that the embedded model never saw. They were chosen for being answered right with all tokens,
+so they are examples, and no measure of the model: that is the benchmark. `hills.jpg` is no scene: a drawn landscape,
+for trying what the tool says of other pictures, and for real models.
 """
 
 import json
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from gridprune_cli.scenes.scene import SAMPLES, draw, make_scene, questions
 
 FOLDER = Path(__file__).parent
-SCENES = 8
+SCENES = (1, 4, 6, 7, 9, 10, 14, 15)  # those of the first 16 on which the embedded model gets all questions right
 EACH = 5  # questions per scene
 
 
@@ -39,9 +40,9 @@ def hills(width: int = 640, height: int = 427) -> Image.Image:
 
 def main() -> None:
     lines = []
-    for i in range(SCENES):
+    for number, i in enumerate(SCENES, 1):
         scene = make_scene(SAMPLES + i)
-        name = f"scene-{i + 1}.png"
+        name = f"scene-{number}.png"
         draw(scene)[0].save(FOLDER / name, optimize=True)
         for question in questions(scene, EACH, random.Random(i)):
             lines.append(json.dumps({"image": name, "question": question.text, "answers": [question.answer]}))

@@ -92,7 +92,7 @@ def test_the_processor_s_chat_template_goes_before_the_tokenizer_s(tmp_path):
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": (tmp_path / "moved").read_text()}))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "no image"}))
-    assert Pipeline(str(folder)).family.write_text("What?", 2).count("<IMG_CONTEXT>") == 2
+    assert Pipeline(str(folder)).family.write_text("What?", 2, None).count("<IMG_CONTEXT>") == 2
 
 
 def check_places(family, embed, size):

@@ -95,9 +95,9 @@ def reported() -> dict[str, Pruning]:
         rows[f"gridprune, no region @ {keep}"] = Pruning(keep=keep, region="none")
         literal = make("gridprune", **LITERAL)
         rows[f"gridprune, literal @ {keep}"] = Pruning(keep=keep, method=literal, region="none")
-        rows[f"gridprune, compact positions @ {keep}"] = Pruning(keep=keep, positions="compact")
         for name in ("topk-relevance", "topk", "uniform", "random"):
             rows[f"{name} @ {keep}"] = Pruning(keep=keep, method=make(name))
+    rows["gridprune, compact positions @ 0.11"] = Pruning(positions="compact")
     return rows
 
 

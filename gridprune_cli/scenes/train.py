@@ -363,7 +363,7 @@ class Language(nn.Module):
         What tells characters apart is a small part of a state's variance. From a random start, the language model
         would see next to nothing of it, and take thousands of steps to dig it out.
         """
-        states = torch.from_numpy(self.features[:1000].reshape(-1, self.features.shape[-1])).double()
+        states = torch.from_numpy(np.array(self.features[:1000])).flatten(0, 1).double()
         values, vectors = torch.linalg.eigh(states.T.cov())
         whitening = (vectors * (values + 1e-3 * values.mean()).rsqrt()) @ vectors.T
         projector = self.llava.model.multi_modal_projector
