@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("unhurried", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("unhurried")
 
 # read when the libraries are imported
 os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
