@@ -35,7 +35,6 @@ from gridprune_cli.vlm.loading import load_part
 from gridprune_cli.vlm.words import WordRelevance
 
 PARTS = ("tower", "projector", "language")
-SEPARATOR = -1  # in `slots`: a row that stands for no visual token
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from transformers.image_utils import ChannelDimension
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from gridprune_cli.pruning.signals import View
-from gridprune_cli.vlm.family import SEPARATOR, Encoding
+from gridprune_cli.pruning.slots import SEPARATOR
+from gridprune_cli.vlm.family import Encoding
 from gridprune_cli.vlm.llava import Llava
 
 _TILES = 8  # tiles at a time: the attention of a large picture's dozens would not fit
