@@ -9,8 +9,8 @@ Two stages, as for LLaVA, each resumable from the work folder:
    objects preferred; the last steps see all of them. A second, shorter pass (`tower-again`) starts from a lower rate.
 2. `language`: the tower is frozen, and projector and Llama learn to answer eight questions packed behind one image,
    each blind to the others. Training starts with few visual tokens, so that the question's words are not drowned
-   before attention has learned where to look, and goes on to all of them, as does a second, shorter pass
-   (`language-again`). No token is ever dropped by a pruning method: pruning stays training-free.
+   before attention has learned where to look, and ends with all of them. No token is ever dropped by a pruning
+   method: pruning stays training-free.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Plan:
     """Sizes of a stage. `tokens` gives (share of the steps, visual tokens shown) in turn.
 
     Steps are counted from `start`, so that a stage which goes on with another's scenes takes them in new order and
-    asks new questions. A stage may stop before the end of its schedule, after `stop` steps.
+    asks new questions.
     """
 
     steps: int
@@ -71,13 +71,11 @@ class Plan:
     rate: float
     tokens: tuple[tuple[float, int], ...]
     start: int = 0
-    stop: int | None = None
-    kinds: tuple[str, ...] = KINDS
 
     @property
     def last(self) -> int:
         """The step after the last one."""
-        return self.start + (self.stop or self.steps)
+        return self.start + self.steps
 
     def tokens_at(self, step: int) -> int:
         passed = 0.0
@@ -95,11 +93,8 @@ class Plan:
 
 TOWER = Plan(4000, 32, 50_000, TRAIN, 1.2e-3, ((0.85, 128), (0.15, N)))
 TOWER_AGAIN = Plan(2000, 32, 50_000, TRAIN, 6e-4, ((0.8, 128), (0.2, N)), start=4000)
-LANGUAGE = Plan(1300, 24, 16_000, TRAIN + 50_000, 1.5e-3, ((0.35, 32), (0.35, 96), (0.3, N)), stop=1000)
-LAGGING = ("place", "relation", "count")  # kinds that come late, and are asked more often in the second pass
-LANGUAGE_AGAIN = Plan(
-    1400, 24, 16_000, TRAIN + 50_000, 1.5e-3, ((0.82, 64), (0.18, N)), start=1000, kinds=(*KINDS, *LAGGING)
-)
+LANGUAGE = Plan(3200, 24, 16_000, TRAIN + 50_000, 1.5e-3, ((0.19, 32), (0.65, 64), (0.16, N)))
+ASKED = (*KINDS, "character", "count", "place", "relation", "relation")  # what comes late is asked more often
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -280,7 +275,9 @@ class Tower(nn.Module):
 
 # ---- stage 2: projector and language model ---------------------------------------------------------------------------
 
-_PROBED = 2  # the layer whose last-token attention is pulled to the patches asked for
+# How many heads of which layers have their last-token attention pulled to the patches asked for; the others are free.
+# Two find the object. What its patches know of the neighbours on four sides is too much for two heads to carry.
+_PULLED = {2: 2, 3: 4}
 
 
 def _probe(
@@ -337,7 +334,9 @@ def pack(groups: list[list[Question]], chosen: Tensor, owners: Tensor, tokenizer
             segment[b, at:end] = j + 1
             labels[b, at + len(prompt) - 1 : end - 1] = torch.tensor(answer)
             rows[b, j] = at + len(prompt) - 1
-            asked[b, j] = asked_patches(owners[b].gather(0, chosen[b]), groups[b][j].asked)
+            question = groups[b][j]
+            named = question.asked[:1] if question.kind == "relation" else question.asked  # the neighbour isn't named
+            asked[b, j] = asked_patches(owners[b].gather(0, chosen[b]), named)
             at = end
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     mask = same & torch.ones(length, length, dtype=torch.bool).tril() | torch.eye(length, dtype=torch.bool)
@@ -378,7 +377,7 @@ class Language(nn.Module):
         owners = torch.from_numpy(pool.owners[index]).long()
         chosen = some_patches(owners, plan.tokens_at(step), torch.Generator().manual_seed(step))
         packed = pack(
-            [questions(pool.scene(int(i)), 8, rng, plan.kinds) for i in index], chosen, owners, self.tokenizer, rng
+            [questions(pool.scene(int(i)), 8, rng, ASKED) for i in index], chosen, owners, self.tokenizer, rng
         )
         features = torch.from_numpy(self.features[index]).float()
         features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).to(device)
@@ -388,8 +387,9 @@ class Language(nn.Module):
         image = (packed.ids == built.IMAGE).to(device)
         projected = core.multi_modal_projector(features).to(embeds.dtype)
         embeds = embeds.masked_scatter(image[..., None], projected)
-        attention = core.language_model.layers[_PROBED].self_attn
-        attention.rows = packed.rows.to(device)
+        pulled = [(core.language_model.layers[layer].self_attn, heads) for layer, heads in _PULLED.items()]
+        for attention, _ in pulled:
+            attention.rows = packed.rows.to(device)
         hidden = core.language_model(
             inputs_embeds=embeds,
             attention_mask=packed.mask.to(device),
@@ -402,10 +402,12 @@ class Language(nn.Module):
 
         asked = packed.asked.to(device)  # (B, Q, n)
         first = int(image[0].int().argmax())
-        looked = attention.seen[:, :2, :, first : first + asked.shape[2]]  # two heads are pulled, the others are free
+        looked = torch.cat([attention.seen[:, :heads] for attention, heads in pulled], 1)  # (B, heads, Q, L)
+        looked = looked[..., first : first + asked.shape[2]]
         hit = (looked * (asked > 0)[:, None]).sum(-1)
         known = (asked.sum(-1) > 0)[:, None].expand_as(hit)
-        attention.rows = attention.seen = None
+        for attention, _ in pulled:
+            attention.rows = attention.seen = None
         return {"answer": answer, "look": -0.3 * hit[known].clamp(min=1e-6).log().mean()}
 
 
@@ -506,7 +508,6 @@ def train(out: Path, work: Path, seed: int, device: torch.device) -> None:
     language.features = store_features(tower, pool, work / "features.npy", device)
     language.whiten()
     optimise("language", language, pool, LANGUAGE, work, device)
-    optimise("language-again", language, pool, LANGUAGE_AGAIN, work, device)
     language.llava.model.language_model.set_attn_implementation("sdpa")
     built.save(out, language.llava, tower.clip)
 
