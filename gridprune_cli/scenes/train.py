@@ -9,8 +9,9 @@ Two stages, as for LLaVA, each resumable from the work folder:
    objects preferred; the last steps see all of them. A second, shorter pass (`tower-again`) starts from a lower rate.
 2. `language`: the tower is frozen, and projector and Llama learn to answer eight questions packed behind one image,
    each blind to the others. Training starts with few visual tokens, so that the question's words are not drowned
-   before attention has learned where to look, and ends with all of them. No token is ever dropped by a pruning
-   method: pruning stays training-free.
+   before attention has learned where to look, and goes on to all of them. Two further passes ask more often what
+   comes late (`language-again`, `language-last`). No token is ever dropped by a pruning method: pruning stays
+   training-free.
 """
 
 import argparse
@@ -61,7 +62,9 @@ class Plan:
     """Sizes of a stage. `tokens` gives (share of the steps, visual tokens shown) in turn.
 
     Steps are counted from `start`, so that a stage which goes on with another's scenes takes them in new order and
-    asks new questions.
+    asks new questions. A stage may stop before the end of its schedule, after `stop` steps. `led` are the layers of the
+    language model, with how many heads of each, whose last-token attention is pulled to the patches asked for; the
+    neighbour that a relation asks for is one of them unless `named_only`.
     """
 
     steps: int
@@ -71,11 +74,15 @@ class Plan:
     rate: float
     tokens: tuple[tuple[float, int], ...]
     start: int = 0
+    stop: int | None = None
+    kinds: tuple[str, ...] = KINDS
+    led: tuple[tuple[int, int], ...] = ((2, 2),)
+    named_only: bool = False
 
     @property
     def last(self) -> int:
         """The step after the last one."""
-        return self.start + self.steps
+        return self.start + (self.stop or self.steps)
 
     def tokens_at(self, step: int) -> int:
         passed = 0.0
@@ -93,8 +100,30 @@ class Plan:
 
 TOWER = Plan(4000, 32, 50_000, TRAIN, 1.2e-3, ((0.85, 128), (0.15, N)))
 TOWER_AGAIN = Plan(2000, 32, 50_000, TRAIN, 6e-4, ((0.8, 128), (0.2, N)), start=4000)
-LANGUAGE = Plan(3200, 24, 16_000, TRAIN + 50_000, 1.5e-3, ((0.19, 32), (0.65, 64), (0.16, N)))
-ASKED = (*KINDS, "character", "count", "place", "relation", "relation")  # what comes late is asked more often
+LANGUAGE = Plan(1300, 24, 16_000, TRAIN + 50_000, 1.5e-3, ((0.35, 32), (0.35, 96), (0.3, N)), stop=1000)
+LANGUAGE_AGAIN = Plan(
+    1400,
+    24,
+    16_000,
+    TRAIN + 50_000,
+    1.5e-3,
+    ((0.82, 64), (0.18, N)),
+    start=1000,
+    kinds=(*KINDS, "place", "relation", "count"),
+)
+LANGUAGE_LAST = Plan(
+    2000,
+    24,
+    16_000,
+    TRAIN + 50_000,
+    1e-3,
+    ((0.85, 64), (0.15, N)),
+    start=2400,
+    kinds=(*KINDS, "character", "count", "relation", "relation", "relation"),
+    # Two heads find an object, but what its patches know of the neighbours on four sides is too much for them to carry.
+    led=((2, 2), (3, 4)),
+    named_only=True,
+)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -275,10 +304,6 @@ class Tower(nn.Module):
 
 # ---- stage 2: projector and language model ---------------------------------------------------------------------------
 
-# How many heads of which layers have their last-token attention pulled to the patches asked for; the others are free.
-# Two find the object. What its patches know of the neighbours on four sides is too much for two heads to carry.
-_PULLED = {2: 2, 3: 4}
-
 
 def _probe(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
@@ -309,7 +334,15 @@ class Packed:
     asked: Tensor  # (B, Q, n), shares of the visual tokens asked for
 
 
-def pack(groups: list[list[Question]], chosen: Tensor, owners: Tensor, tokenizer: Any, rng: random.Random) -> Packed:
+def pack(
+    groups: list[list[Question]],
+    chosen: Tensor,
+    owners: Tensor,
+    tokenizer: Any,
+    rng: random.Random,
+    *,
+    named_only: bool = False,
+) -> Packed:
     n = chosen.shape[1]
     prefix = tokenizer("USER:").input_ids
     start = len(prefix) + n
@@ -334,9 +367,9 @@ def pack(groups: list[list[Question]], chosen: Tensor, owners: Tensor, tokenizer
             segment[b, at:end] = j + 1
             labels[b, at + len(prompt) - 1 : end - 1] = torch.tensor(answer)
             rows[b, j] = at + len(prompt) - 1
-            question = groups[b][j]
-            named = question.asked[:1] if question.kind == "relation" else question.asked  # the neighbour isn't named
-            asked[b, j] = asked_patches(owners[b].gather(0, chosen[b]), named)
+            wanted = groups[b][j].asked
+            wanted = wanted[:1] if named_only and groups[b][j].kind == "relation" else wanted
+            asked[b, j] = asked_patches(owners[b].gather(0, chosen[b]), wanted)
             at = end
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     mask = same & torch.ones(length, length, dtype=torch.bool).tril() | torch.eye(length, dtype=torch.bool)
@@ -376,9 +409,8 @@ class Language(nn.Module):
         index = pool.batch(step, plan)
         owners = torch.from_numpy(pool.owners[index]).long()
         chosen = some_patches(owners, plan.tokens_at(step), torch.Generator().manual_seed(step))
-        packed = pack(
-            [questions(pool.scene(int(i)), 8, rng, ASKED) for i in index], chosen, owners, self.tokenizer, rng
-        )
+        groups = [questions(pool.scene(int(i)), 8, rng, plan.kinds) for i in index]
+        packed = pack(groups, chosen, owners, self.tokenizer, rng, named_only=plan.named_only)
         features = torch.from_numpy(self.features[index]).float()
         features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).to(device)
 
@@ -387,8 +419,8 @@ class Language(nn.Module):
         image = (packed.ids == built.IMAGE).to(device)
         projected = core.multi_modal_projector(features).to(embeds.dtype)
         embeds = embeds.masked_scatter(image[..., None], projected)
-        pulled = [(core.language_model.layers[layer].self_attn, heads) for layer, heads in _PULLED.items()]
-        for attention, _ in pulled:
+        led = [(core.language_model.layers[layer].self_attn, heads) for layer, heads in plan.led]
+        for attention, _ in led:
             attention.rows = packed.rows.to(device)
         hidden = core.language_model(
             inputs_embeds=embeds,
@@ -402,11 +434,11 @@ class Language(nn.Module):
 
         asked = packed.asked.to(device)  # (B, Q, n)
         first = int(image[0].int().argmax())
-        looked = torch.cat([attention.seen[:, :heads] for attention, heads in pulled], 1)  # (B, heads, Q, L)
+        looked = torch.cat([attention.seen[:, :heads] for attention, heads in led], 1)  # (B, heads, Q, L)
         looked = looked[..., first : first + asked.shape[2]]
         hit = (looked * (asked > 0)[:, None]).sum(-1)
         known = (asked.sum(-1) > 0)[:, None].expand_as(hit)
-        for attention, _ in pulled:
+        for attention, _ in led:
             attention.rows = attention.seen = None
         return {"answer": answer, "look": -0.3 * hit[known].clamp(min=1e-6).log().mean()}
 
@@ -508,6 +540,8 @@ def train(out: Path, work: Path, seed: int, device: torch.device) -> None:
     language.features = store_features(tower, pool, work / "features.npy", device)
     language.whiten()
     optimise("language", language, pool, LANGUAGE, work, device)
+    optimise("language-again", language, pool, LANGUAGE_AGAIN, work, device)
+    optimise("language-last", language, pool, LANGUAGE_LAST, work, device)
     language.llava.model.language_model.set_attn_implementation("sdpa")
     built.save(out, language.llava, tower.clip)
 
