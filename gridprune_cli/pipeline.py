@@ -296,7 +296,7 @@ class Pipeline:
         check_question(question)
         if localized is None and self.localizer(pruning, len(images)):
             raise BadInput(f"--localizer {pruning.localizer}: must be asked before; pass what Pipeline.localize gives")
-        said = list(localized or [None] * len(images))
+        said: list[Localized | None] = [*localized] if localized else [None] * len(images)
         signals = [
             self._signals(image, pruning.query or question, pruning, own)
             for image, own in zip(images, said, strict=True)

@@ -121,7 +121,7 @@ def run(first_seed: int, count: int, batch: int = 16) -> dict[str, Any]:
     kind, cluster = np.array(kinds), np.array(clusters)
     chosen = {"all": kind == kind, ONE: np.array(single)} | {name: kind == name for name in KINDS}
     table = {
-        name: {label: _means(np.array(values)[mask], cluster[mask]) for label, mask in chosen.items()}
+        name: {label: _means(np.array(values)[mask], cluster[mask]) for label, mask in chosen.items() if mask.any()}
         for name, values in rows.items()
     }
     counts = {"questions": len(kinds), "scenes": len(scenes), "first seed": first_seed}
