@@ -29,7 +29,7 @@ def test_overlap_counts_cells(a, b):
 @given(boxes, st.integers(0, 50), st.sets(st.integers(0, 1)))
 def test_held_counts_pixels(box, seed, asked):
     scene = make_scene(seed)
-    owner = draw(scene)[1]
+    owner = draw(scene)[1].astype(int)
     wanted = [(x, y) for y in range(224) for x in range(224) if owner[y, x] - 1 in asked] if asked else []
     inside = [(x, y) for x, y in wanted if (x // 28, y // 28) in cells(box)]
     expected = len(inside) / len(wanted) if wanted else 1.0
@@ -44,7 +44,7 @@ def test_the_formula_counts_what_torch_counts(folder):
     side = config["vision_config"]["image_size"]
     patches = (side // config["vision_config"]["patch_size"]) ** 2
     ids = torch.full((1, patches + 14), 5)
-    ids[0, 3 : 3 + patches] = config["image_token_id"]
+    ids[0, 3 : 3 + patches] = model.config.image_token_id
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids, pixel_values=torch.zeros(1, 3, side, side), logits_to_keep=1)
     assert benchmark_localizers.flops(config, 14, 1) == pytest.approx(counter.get_total_flops(), rel=0.005)
