@@ -9,9 +9,8 @@ Two stages, as for LLaVA, each resumable from the work folder:
    objects preferred; the last steps see all of them. A second, shorter pass (`tower-again`) starts from a lower rate.
 2. `language`: the tower is frozen, and projector and Llama learn to answer eight questions packed behind one image,
    each blind to the others. Training starts with few visual tokens, so that the question's words are not drowned
-   before attention has learned where to look, and goes on to all of them. Two further passes ask more often what
-   comes late (`language-again`, `language-last`). No token is ever dropped by a pruning method: pruning stays
-   training-free.
+   before attention has learned where to look, and ends with all of them. From the second pass on (`language-again`),
+   what comes late is asked more often. No token is ever dropped by a pruning method: pruning stays training-free.
 """
 
 import argparse
@@ -62,9 +61,8 @@ class Plan:
     """Sizes of a stage. `tokens` gives (share of the steps, visual tokens shown) in turn.
 
     Steps are counted from `start`, so that a stage which goes on with another's scenes takes them in new order and
-    asks new questions. A stage may stop before the end of its schedule, after `stop` steps. `led` are the layers of the
-    language model, with how many heads of each, whose last-token attention is pulled to the patches asked for; the
-    neighbour that a relation asks for is one of them unless `named_only`.
+    asks new questions. A stage may stop before the end of its schedule, after `stop` steps. With `neighbours`,
+    the stage teaches what lies next to an object more closely, see `Language`.
     """
 
     steps: int
@@ -76,8 +74,7 @@ class Plan:
     start: int = 0
     stop: int | None = None
     kinds: tuple[str, ...] = KINDS
-    led: tuple[tuple[int, int], ...] = ((2, 2),)
-    named_only: bool = False
+    neighbours: bool = False
 
     @property
     def last(self) -> int:
@@ -100,29 +97,17 @@ class Plan:
 
 TOWER = Plan(4000, 32, 50_000, TRAIN, 1.2e-3, ((0.85, 128), (0.15, N)))
 TOWER_AGAIN = Plan(2000, 32, 50_000, TRAIN, 6e-4, ((0.8, 128), (0.2, N)), start=4000)
-LANGUAGE = Plan(1300, 24, 16_000, TRAIN + 50_000, 1.5e-3, ((0.35, 32), (0.35, 96), (0.3, N)), stop=1000)
+LANGUAGE = Plan(2200, 24, 16_000, TRAIN + 50_000, 1.5e-3, ((0.2, 32), (0.8, 64)), stop=500)
 LANGUAGE_AGAIN = Plan(
-    1400,
+    1700,
     24,
     16_000,
     TRAIN + 50_000,
-    1.5e-3,
+    1.2e-3,
     ((0.82, 64), (0.18, N)),
-    start=1000,
-    kinds=(*KINDS, "place", "relation", "count"),
-)
-LANGUAGE_LAST = Plan(
-    2000,
-    24,
-    16_000,
-    TRAIN + 50_000,
-    1e-3,
-    ((0.85, 64), (0.15, N)),
-    start=2400,
-    kinds=(*KINDS, "character", "count", "relation", "relation", "relation"),
-    # Two heads find an object, but what its patches know of the neighbours on four sides is too much for them to carry.
-    led=((2, 2), (3, 4)),
-    named_only=True,
+    start=500,
+    kinds=(*KINDS, "character", "count", "place", "relation", "relation"),
+    neighbours=True,
 )
 
 
@@ -308,13 +293,14 @@ class Tower(nn.Module):
 def _probe(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """sdpa that also leaves behind, for the rows named in `module.rows` `(B, Q)`, attention to all columns."""
+    """sdpa that also leaves behind, for the rows named in `module.rows` `(B, Q)`, attention and what each head gave."""
     if (rows := getattr(module, "rows", None)) is not None:
         picked = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         allowed = mask.expand(-1, query.shape[1], -1, -1)
         allowed = allowed.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, mask.shape[-1]))
         scores = (picked @ key.transpose(-1, -2)).float() * kwargs["scaling"]
         module.seen = scores.masked_fill(~allowed, -1e9).softmax(-1)  # (B, heads, Q, L)
+        module.told = module.seen.to(value.dtype) @ value  # (B, heads, Q, D / heads)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
@@ -341,7 +327,7 @@ def pack(
     tokenizer: Any,
     rng: random.Random,
     *,
-    named_only: bool = False,
+    neighbours: bool = False,
 ) -> Packed:
     n = chosen.shape[1]
     prefix = tokenizer("USER:").input_ids
@@ -368,7 +354,7 @@ def pack(
             labels[b, at + len(prompt) - 1 : end - 1] = torch.tensor(answer)
             rows[b, j] = at + len(prompt) - 1
             wanted = groups[b][j].asked
-            wanted = wanted[:1] if named_only and groups[b][j].kind == "relation" else wanted
+            wanted = wanted[:1] if neighbours and groups[b][j].kind == "relation" else wanted
             asked[b, j] = asked_patches(owners[b].gather(0, chosen[b]), wanted)
             at = end
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
@@ -376,8 +362,29 @@ def pack(
     return Packed(ids, positions, mask[:, None], labels, rows, asked)
 
 
+NEIGHBOUR = (len(COLOURS) + 1, len(SHAPES) + 1)  # classes of a neighbour's colour and shape; the last is "nothing"
+
+
+def next_to(groups: list[list[Question]], scenes: list[Scene]) -> Tensor:
+    """Colour and shape of the neighbours of the object that a question names, `(B, Q, 4, 2)`; `IGNORE` where it is
+    open, or the question names no single object."""
+    out = np.full((len(groups), len(groups[0]), len(DIRECTIONS), 2), IGNORE)
+    for b, (group, scene) in enumerate(zip(groups, scenes, strict=True)):
+        table = properties(scene)[:, -2 * len(DIRECTIONS) :].reshape(MOST, len(DIRECTIONS), 2)
+        for j, question in enumerate(group):
+            if question.kind not in ("count", "exists"):
+                out[b, j] = table[question.asked[0]]
+    return torch.from_numpy(out)
+
+
 class Language(nn.Module):
-    """The LLaVA model, its tower frozen and read through stored features."""
+    """The LLaVA model, its tower frozen and read through stored features.
+
+    Two heads of layer 2 are led to the patches asked for, at a question's last token. What an object's patches know of
+    its neighbours on four sides is too much for these two to carry: where a plan teaches neighbours, four heads of
+    layer 3 are led there too, at the answer's first token as well, and each tells the neighbour on one side through a
+    linear layer that is dropped afterwards.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -386,23 +393,31 @@ class Language(nn.Module):
         self.llava = LlavaForConditionalGeneration(config)
         self.llava.model.language_model.set_attn_implementation("scenes_probe")
         self.llava.model.vision_tower.requires_grad_(False)
+        self.llava.model.multi_modal_projector.linear_1.requires_grad_(False)  # stays what `whiten` makes it
         self.tokenizer = built.make_tokenizer(close=False)
         self.features = np.empty((0, N, built.WIDTH), np.float16)  # of the scenes, (scenes, N, D)
+        sizes = (config.text_config.hidden_size // config.text_config.num_attention_heads, sum(NEIGHBOUR))
+        self.tell = nn.Parameter(torch.zeros(len(DIRECTIONS), *sizes))
 
+    @torch.no_grad()
     def whiten(self) -> None:
-        """Starts the projector's first layer as the one that makes the tower's states uncorrelated, of unit variance.
+        """Starts the projector as a whitening of the tower's states, and nearly linear.
 
         What tells characters apart is a small part of a state's variance. From a random start, the language model
-        would see next to nothing of it, and take thousands of steps to dig it out.
+        would see next to nothing of it, and take thousands of steps to dig it out. And GELU bends around 0: in the
+        bends, a quarter of what the states know of an object's neighbours would get lost to a linear reader. Moved up
+        by three standard deviations, the states meet it where it is straight. They stay there because this layer does
+        not learn: one direction of the states has thousands of times the variance of the others, so that the smallest
+        step would swing everything.
         """
         states = torch.from_numpy(np.array(self.features[:1000])).flatten(0, 1).double()
         values, vectors = torch.linalg.eigh(states.T.cov())
         whitening = (vectors * (values + 1e-3 * values.mean()).rsqrt()) @ vectors.T
         projector = self.llava.model.multi_modal_projector
-        with torch.no_grad():
-            projector.linear_1.weight.copy_(whitening)
-            projector.linear_1.bias.copy_(-whitening @ states.mean(0))
-            nn.init.xavier_normal_(projector.linear_2.weight)
+        projector.linear_1.weight.copy_(whitening)
+        projector.linear_1.bias.copy_(3 - whitening @ states.mean(0))
+        nn.init.orthogonal_(projector.linear_2.weight, 0.7)
+        projector.linear_2.bias.copy_(-3 * projector.linear_2.weight.sum(1))
 
     def losses(self, pool: Pool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
         rng = random.Random(f"language-{plan.first_seed}-{step}")
@@ -410,7 +425,7 @@ class Language(nn.Module):
         owners = torch.from_numpy(pool.owners[index]).long()
         chosen = some_patches(owners, plan.tokens_at(step), torch.Generator().manual_seed(step))
         groups = [questions(pool.scene(int(i)), 8, rng, plan.kinds) for i in index]
-        packed = pack(groups, chosen, owners, self.tokenizer, rng, named_only=plan.named_only)
+        packed = pack(groups, chosen, owners, self.tokenizer, rng, neighbours=plan.neighbours)
         features = torch.from_numpy(self.features[index]).float()
         features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).to(device)
 
@@ -419,9 +434,13 @@ class Language(nn.Module):
         image = (packed.ids == built.IMAGE).to(device)
         projected = core.multi_modal_projector(features).to(embeds.dtype)
         embeds = embeds.masked_scatter(image[..., None], projected)
-        led = [(core.language_model.layers[layer].self_attn, heads) for layer, heads in plan.led]
+        layers = core.language_model.layers
+        led = [(layers[2].self_attn, 2), (layers[3].self_attn, 4)] if plan.neighbours else [(layers[2].self_attn, 2)]
+        rows, asked = packed.rows.to(device), packed.asked.to(device)  # (B, Q), (B, Q, n)
+        if plan.neighbours:
+            rows, asked = torch.cat([rows, rows + 1], 1), torch.cat([asked, asked], 1)
         for attention, _ in led:
-            attention.rows = packed.rows.to(device)
+            attention.rows = rows
         hidden = core.language_model(
             inputs_embeds=embeds,
             attention_mask=packed.mask.to(device),
@@ -432,15 +451,21 @@ class Language(nn.Module):
         logits = self.llava.lm_head(hidden[labelled.to(device)]).float()
         answer = F.cross_entropy(logits, packed.labels[labelled].to(device))
 
-        asked = packed.asked.to(device)  # (B, Q, n)
         first = int(image[0].int().argmax())
         looked = torch.cat([attention.seen[:, :heads] for attention, heads in led], 1)  # (B, heads, Q, L)
         looked = looked[..., first : first + asked.shape[2]]
         hit = (looked * (asked > 0)[:, None]).sum(-1)
         known = (asked.sum(-1) > 0)[:, None].expand_as(hit)
+        losses = {"answer": answer, "look": -0.3 * hit[known].clamp(min=1e-6).log().mean()}
+        if plan.neighbours:
+            truth = next_to(groups, [pool.scene(int(i)) for i in index]).repeat(1, 2, 1, 1).to(device)  # (B, Q, 4, 2)
+            told = torch.einsum("bhqd,hdc->bqhc", layers[3].self_attn.told[:, :4].float(), self.tell)
+            for i, part in enumerate(told.split(NEIGHBOUR, -1)):
+                which = "tell colour" if i == 0 else "tell shape"
+                losses[which] = F.cross_entropy(part.flatten(0, 2), truth[..., i].flatten(), ignore_index=IGNORE)
         for attention, _ in led:
-            attention.rows = attention.seen = None
-        return {"answer": answer, "look": -0.3 * hit[known].clamp(min=1e-6).log().mean()}
+            attention.rows = attention.seen = attention.told = None
+        return losses
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -541,7 +566,6 @@ def train(out: Path, work: Path, seed: int, device: torch.device) -> None:
     language.whiten()
     optimise("language", language, pool, LANGUAGE, work, device)
     optimise("language-again", language, pool, LANGUAGE_AGAIN, work, device)
-    optimise("language-last", language, pool, LANGUAGE_LAST, work, device)
     language.llava.model.language_model.set_attn_implementation("sdpa")
     built.save(out, language.llava, tower.clip)
 
