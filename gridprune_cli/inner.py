@@ -21,7 +21,7 @@ from gridprune_cli.pruning.region import inside
 from gridprune_cli.pruning.slots import SEPARATOR, staying
 from gridprune_cli.pruning.stages import Sight, Stage
 from gridprune_cli.tokens import PrunedSet
-from gridprune_cli.vlm.attention import watch_last
+from gridprune_cli.vlm.attention import NAME, watch_last
 from gridprune_cli.vlm.family import Family
 
 _TEXT = SEPARATOR - 1  # a place in the prompt that is no image token
@@ -35,7 +35,7 @@ def prune_inside(
 
     `mask` (B, L) is 0 for padding. The prompt must be taken in one piece, with a cache that grows; rows that `generate`
     repeats, as for beams, prune alike. Raises BadInput at a run that does otherwise, and GridpruneError where
-    attention is not finite, or of a kind that can't be followed (anything but sdpa and eager).
+    attention is not finite, or was set to a kind that can't be followed: neither eager nor what `Family.load` sets.
     """
     if all(pruned.inside is None for pruned in batch):
         yield
@@ -117,8 +117,10 @@ class _Run:
         text = model.get_submodule(family.words)
         self.layers: Any = text.layers
         kind = text.config._attn_implementation
-        if not (kind == "eager" or kind.startswith("sdpa")):
-            raise GridpruneError(f"attention by {kind}: pruning inside the language model needs sdpa or eager")
+        if kind not in (NAME, "eager"):
+            raise GridpruneError(
+                f"attention by {kind}: pruning inside the language model needs eager, or as it was loaded"
+            )
         self.eager = kind == "eager"
         places, self.mask = (ids.cpu() == family.image_token) & mask.cpu().bool(), mask.cpu().bool()
         self.prompts = [_Prompt(pruned, row) for pruned, row in zip(batch, places, strict=True)]
@@ -137,9 +139,7 @@ class _Run:
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             cache = kwargs.get("past_key_values")
             if not isinstance(cache, DynamicCache):
-                raise BadInput(
-                    "--generation: pruning inside the language model needs the cache that generate has itself"
-                )
+                raise BadInput("--generation: pruning inside the language model needs generate's own cache")
             if cache.get_seq_length(number) == 0:
                 hidden, kwargs = self._prefill(number, layer, args[0], kwargs)
                 return (hidden, *args[1:]), kwargs
