@@ -114,8 +114,8 @@ class _Run:
 
     def __init__(self, family: Family, model: nn.Module, batch: Sequence[PrunedSet], ids: Tensor, mask: Tensor):
         self.family = family
-        text = model.get_submodule(family.words)
-        self.layers: Any = text.layers
+        text: Any = model.get_submodule(family.words)
+        self.layers = text.layers
         kind = text.config._attn_implementation
         if kind not in (NAME, "eager"):
             raise GridpruneError(

@@ -73,13 +73,14 @@ class Pruning:
             raise BadInput(f"--tokens {self.tokens}: must be at least 1")
         if self.positions not in POSITIONS:
             raise BadInput(f"--positions {self.positions}: not one of {', '.join(POSITIONS)}")
-        if self.ilp not in (None, "region"):
+        if self.ilp is not None and self.ilp != "region":
             try:
-                object.__setattr__(self, "ilp", float(self.ilp))
-            except ValueError:
-                raise BadInput(f"--ilp {self.ilp}: neither region nor a share") from None
-            if not 0 < self.ilp <= 1:
+                share = float(self.ilp)
+            except ValueError as fault:
+                raise BadInput(f"--ilp {self.ilp}: neither region nor a share") from fault
+            if not 0 < share <= 1:
                 raise BadInput(f"--ilp {self.ilp}: must be above 0 and at most 1, or region")
+            object.__setattr__(self, "ilp", share)
         if self.ilp is not None and isinstance(self.method, InnerMethod):
             raise BadInput(f"--ilp: not with --method {self.method.name}, which prunes there by itself")
         if self.ilp is None and self.ilp_layer is not None:

@@ -120,7 +120,7 @@ def test_methods_inside_the_language_model(run, image):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--ilp", "0"), "--ilp 0.0: must be above 0"),
+        (("--ilp", "0"), "--ilp 0: must be above 0"),
         (("--ilp", "half"), "--ilp half: neither region nor a share"),
         (("--ilp", "nan"), "--ilp nan: must be above 0"),
         (("--ilp-layer", "1"), "--ilp-layer: only with --ilp"),
