@@ -14,10 +14,12 @@ from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image
 from gridprune_cli.pruning.methods import Method, make
+from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.methods.gridprune import GridPrune
-from gridprune_cli.pruning.region import contextual_region, parse_box
+from gridprune_cli.pruning.region import contextual_region, inside, parse_box
 from gridprune_cli.pruning.signals import Box, Signals
 from gridprune_cli.pruning.slots import staying
+from gridprune_cli.pruning.stages import Inside, Region, RegionAttention, Rule, Stage, plan
 from gridprune_cli.scenes.scene import looks_like_scene
 from gridprune_cli.store import Store, entry_key
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
@@ -27,6 +29,7 @@ from gridprune_cli.vlm.family import Encoding
 
 SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
 POSITIONS = ("original", "compact")
+ILP_LAYER = 2  # at whose input tokens leave the language model, where nothing else is said
 _MOST_PIXELS = 100_000_000  # held decoded at once; about 300 MB
 
 
@@ -41,6 +44,9 @@ class Pruning:
     positions  "original": kept tokens keep their place in the prompt; "compact": they are numbered on
     query      what relevance is measured against, where that is not the question
     share_budget  several images share one K instead of each having its own; then there is no region
+    ilp        what stays inside the language model: "region", exactly the tokens inside the contextual region, or a
+               share of the image's N tokens, those inside first; None: everything
+    ilp_layer  the layer, from 0, at whose input the others leave; None: `ILP_LAYER`, or the first that the model allows
     """
 
     keep: float = 0.11
@@ -50,6 +56,8 @@ class Pruning:
     positions: str = "original"
     query: str | None = None
     share_budget: bool = False
+    ilp: float | str | None = None
+    ilp_layer: int | None = None
 
     def __post_init__(self) -> None:
         """Reads a region that is given as text or a list. Raises BadInput for values out of range."""
@@ -65,6 +73,18 @@ class Pruning:
             raise BadInput(f"--tokens {self.tokens}: must be at least 1")
         if self.positions not in POSITIONS:
             raise BadInput(f"--positions {self.positions}: not one of {', '.join(POSITIONS)}")
+        if self.ilp is not None and self.ilp != "region":
+            try:
+                share = float(self.ilp)
+            except ValueError as fault:
+                raise BadInput(f"--ilp {self.ilp}: neither region nor a share") from fault
+            if not 0 < share <= 1:
+                raise BadInput(f"--ilp {self.ilp}: must be above 0 and at most 1, or region")
+            object.__setattr__(self, "ilp", share)
+        if self.ilp is not None and isinstance(self.method, InnerMethod):
+            raise BadInput(f"--ilp: not with --method {self.method.name}, which prunes there by itself")
+        if self.ilp is None and self.ilp_layer is not None:
+            raise BadInput("--ilp-layer: only with --ilp, which says what stays")
 
     def count(self, full: int) -> int:
         """K for an image of `full` tokens. Raises BadInput where more are asked for than there are."""
@@ -218,8 +238,10 @@ class Pipeline:
         counts = [image.count for image in images]
         firsts = [sum(counts[:i]) for i in range(len(counts))]
         if pruning.share_budget and len(images) > 1:
+            signals = [replace(own, region=None) for own in signals]
             joined = _join(signals)
             kept = pruning.method.select(joined, pruning.count(sum(counts)))
+            parts = [kept]
         else:
             parts = [pruning.method.select(s, pruning.count(s.count)) for s in signals]
             kept = torch.cat([first + part for first, part in zip(firsts, parts, strict=True)])
@@ -233,6 +255,7 @@ class Pipeline:
         ids = full[mask]
         original = pruning.positions == "original"
         owner = torch.repeat_interleave(torch.arange(len(images)), torch.tensor(counts))
+        leaving = self._inside(pruning, signals, parts)
         return PrunedSet(
             rows=self._rows(torch.cat([image.states for image in images]), slots[stays]),
             kept=kept,
@@ -256,7 +279,29 @@ class Pipeline:
             question=question,
             method={"name": pruning.method.name, **asdict(pruning.method)},
             positions=pruning.positions,
+            slots=slots[stays] if leaving else None,
+            inside=leaving,
         )
+
+    def _inside(self, pruning: Pruning, signals: Sequence[Signals], kept: Sequence[Tensor]) -> Inside | None:
+        """What leaves inside the language model, given the kept tokens of each image, or of all in one."""
+        if pruning.ilp is None and not isinstance(pruning.method, InnerMethod):
+            return None
+        layers = range(self.family.first_inner, self.family.depth)
+        counts = [sum(s.count for s in signals)] if len(kept) < len(signals) else [s.count for s in signals]
+        stages = pruning.method.stages(counts, [pruning.count(n) for n in counts], layers)
+        flag = "--layer"
+        if pruning.ilp is not None:
+            flag = "--ilp-layer"
+            layer = max(ILP_LAYER, layers.start) if pruning.ilp_layer is None else pruning.ilp_layer
+            stages = (Stage(layer, *_ilp(pruning.ilp, signals, counts, kept), pruning.positions),)
+        for stage in stages:
+            if stage.layer not in layers:
+                raise BadInput(
+                    f"{flag} {stage.layer}: in this model tokens can leave at the layers {layers.start} to "
+                    f"{layers.stop - 1}"
+                )
+        return plan(stages, [len(part) for part in kept], layers.stop)
 
     def _signals(self, image: EncodedImage, query: str, pruning: Pruning) -> Signals:
         relevance = self.family.relevance(image.states, query) if "relevance" in pruning.method.requires else None
@@ -372,6 +417,21 @@ def _join(signals: Sequence[Signals]) -> Signals:
     relevance = None if signals[0].relevance is None else torch.cat([s.need("relevance") for s in signals])
     views = tuple(view for own in signals for view in own.views)
     return Signals(views, relevance, torch.cat([s.need("saliency") for s in signals]))
+
+
+def _ilp(
+    what: float | str, signals: Sequence[Signals], counts: Sequence[int], kept: Sequence[Tensor]
+) -> tuple[Rule, tuple[int, ...]]:
+    """The rule and the budgets of inner pruning. Raises BadInput where it is the region's, and an image has none."""
+    if isinstance(what, float):
+        return RegionAttention(), tuple(max(1, int(what * count + 0.5)) for count in counts)
+    budgets = []
+    if any(own.region is None for own in signals):
+        raise BadInput("--ilp region: there is no region; give one as --region, or a share as --ilp")
+    for own, part in zip(signals, kept, strict=True):
+        assert own.region is not None
+        budgets.append(int(inside(own.views, own.region)[part].sum()))
+    return Region(), tuple(budgets)
 
 
 def _zones(method: Method, signals: Signals, kept: Tensor) -> dict[str, Any] | None:

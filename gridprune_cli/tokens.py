@@ -11,6 +11,7 @@ from gridprune_cli import files
 from gridprune_cli.errors import BadInput
 from gridprune_cli.files import RawTensor
 from gridprune_cli.pruning.signals import Box, View
+from gridprune_cli.pruning.stages import Inside
 
 SCHEMA = 1
 
@@ -144,6 +145,8 @@ class PrunedSet:
     input_ids    (L,)         the prompt's token ids, with S image tokens
     position_ids (L,) or (3, L) for models with rotary positions in three axes
     relevance, saliency (N,)  the signals behind the choice, for `show`
+    slots        (S,)         which visual token each row stands for, -1 for a separator; needed only with `inside`
+    inside                    what leaves inside the language model
     """
 
     rows: Tensor
@@ -158,15 +161,23 @@ class PrunedSet:
     question: str
     method: dict[str, Any]  # name and options
     positions: str  # "original" or "compact"
+    slots: Tensor | None = None
+    inside: Inside | None = None
 
     @property
     def count(self) -> int:
         """N, the visual tokens before pruning."""
         return sum(image.count for image in self.images)
 
+    @property
+    def counts(self) -> str:
+        """How many visual tokens stay, in words."""
+        return f"{len(self.kept)} of {self.count} visual tokens" + (f", {self.inside}" if self.inside else "")
+
     def to_bytes(self) -> bytes:
         header = {"kind": "pruned", "schema": SCHEMA, "images": [asdict(image) for image in self.images]}
         header |= {name: getattr(self, name) for name in _PRUNED_TEXT}
+        header["inside"] = self.inside.to_json() if self.inside else None
         tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
         return files.encode(tensors, header)
 
@@ -190,6 +201,7 @@ class PrunedSet:
             "zones": each("zones"),
             "key": each("key"),
             "positions": self.positions,
+            "inside": self.inside.to_json() if self.inside else None,
         }
 
     @classmethod
@@ -204,11 +216,14 @@ class PrunedSet:
             loaded: dict[str, Any] = {name: _tensor(tensors[name]) for name in _PRUNED_TENSORS if name in tensors}
             made = cls(
                 **({"relevance": None} | loaded),
+                inside=Inside.from_json(header["inside"]) if header.get("inside") else None,
                 **{name: header[name] for name in _PRUNED_TEXT},
                 images=tuple(Origin.from_header(parts) for parts in header["images"]),
             )
             if len(made.rows) < len(made.kept) or made.position_ids.shape[-1] != len(made.input_ids):
                 raise ValueError("its tensors do not fit each other")
+            if made.inside and (made.slots is None or len(made.slots) != len(made.rows)):
+                raise ValueError("it does not say which visual tokens its rows are")
         except (files.FileFault, KeyError, TypeError, ValueError) as fault:
             raise BadInput(f"{source}: not a pruned set ({fault}); make one with `gridprune prune`") from fault
         return made
@@ -224,7 +239,7 @@ def load_pruned(path: str | Path) -> PrunedSet:
 
 
 _ENCODED_TENSORS = ("states", "saliency", "slots")
-_PRUNED_TENSORS = ("rows", "kept", "input_ids", "position_ids", "saliency", "relevance")
+_PRUNED_TENSORS = ("rows", "kept", "input_ids", "position_ids", "saliency", "relevance", "slots")
 _PRUNED_TEXT = ("model", "fingerprint", "question", "method", "positions")
 
 

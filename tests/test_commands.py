@@ -91,6 +91,53 @@ def test_prune_then_generate_equals_ask(run, image, tmp_path):
     assert also.read_bytes() == saved.read_bytes()
 
 
+def test_what_leaves_inside_is_said_everywhere(run, image, tmp_path):
+    options = ("--keep", "0.5", "--region", "0,0,3,7", "--ilp", "0.2", "--ilp-layer", "1")
+    saved, figure = tmp_path / "p.safetensors", tmp_path / "p.png"
+    code, out, err = run("ask", image, QUESTION, *options, "--json", "--save", saved, "--show", figure)
+    record = json.loads(out)
+    assert (code, record["tokens"]["kept"]) == (0, 8) and "8 of 16 visual tokens, 3 from layer 1 on" in err
+    rule = {"name": "region-attention"}
+    stage = {"layer": 1, "rule": rule, "keep": [3], "positions": "original"}
+    assert record["inside"] == {"stages": [stage], "tokens": [8, 3, 3], "mean": 4.67}
+    assert figure.stat().st_size > 0
+    again = json.loads(run("generate", saved, "--json")[1])
+    assert (again["answer"], again["inside"]) == (record["answer"], record["inside"])
+    other = tmp_path / "q.safetensors"
+    assert "3 from layer 1 on" in run("prune", image, QUESTION, *options, "-o", other)[2]
+    assert other.read_bytes() == saved.read_bytes()
+    assert "3 from layer 1 on" in run("show", image, QUESTION, *options, "-o", figure)[2]
+    assert json.loads(run("ask", image, QUESTION, "--json")[1])["inside"] is None
+
+
+def test_methods_inside_the_language_model(run, image):
+    record = json.loads(run("ask", image, QUESTION, "--method", "fastv", "--keep", "0.25", "--layer", "1", "--json")[1])
+    assert record["tokens"]["kept"] == 16 and record["inside"]["tokens"] == [16, 4, 4]
+    record = json.loads(run("ask", image, QUESTION, "--method", "pyramiddrop", "--keep", "0.125", "--json")[1])
+    assert record["inside"]["tokens"] == [16, 8, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--ilp", "0"), "--ilp 0: must be above 0"),
+        (("--ilp", "half"), "--ilp half: neither region nor a share"),
+        (("--ilp", "nan"), "--ilp nan: must be above 0"),
+        (("--ilp-layer", "1"), "--ilp-layer: only with --ilp"),
+        (("--ilp", "0.1", "--ilp-layer", "3"), "--ilp-layer 3: in this model tokens can leave at the layers 1 to 2"),
+        (("--ilp", "region", "--region", "none"), "--ilp region: there is no region"),
+        (("--ilp", "region", "--method", "topk"), "--ilp region: there is no region"),
+        (("--ilp", "0.1", "--method", "fastv"), "--ilp: not with --method fastv"),
+        (("--method", "fastv", "--layer", "0"), "--method fastv: layer must be at least 1"),
+        (("--method", "fastv", "--layer", "5"), "--layer 5: in this model"),
+        (("--layer", "1"), "--method gridprune: method gridprune has no option 'layer'"),
+    ],
+)
+def test_settings_inside_that_make_no_sense(run, image, options, says):
+    code, out, err = run("ask", image, QUESTION, *options)
+    assert (code, out) == (2, "") and says in err and err.count("\n") == 1
+
+
 def test_generate_needs_neither_image_nor_cache_nor_tower(run, image, tmp_path, tiny_llava, monkeypatch):
     from safetensors.torch import load_file, save_file
 

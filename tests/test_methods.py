@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gridprune_cli.pruning.methods import METHODS, make
+from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.methods.gridprune import LITERAL, SALIENCY_SCALES, GridPrune, region_quotas
 from gridprune_cli.pruning.methods.uniform import lattice
 from gridprune_cli.pruning.signals import Signals, View
+from gridprune_cli.pruning.stages import RULES, Sight, plan
 
 MATRIX = [
     ("gridprune", {}),
@@ -25,6 +27,7 @@ MATRIX = [
     ("random", {}),
     ("random", {"seed": 7}),
 ]
+OUTER = [name for name, method in METHODS.items() if not issubclass(method, InnerMethod)]
 TILES = tuple(View(5, 5, (x, y, x + 0.5, y + 0.5)) for y in (0.0, 0.5) for x in (0.0, 0.5))
 LAYOUTS = [(View(8, 8),), (View(1, 17),), (View(13, 1),), (View(7, 11),), (View(1, 1),), (View(5, 5), *TILES)]
 REGIONS = [None, (0, 0, 7, 7), (2, 3, 4, 6), (0, 0, 0, 0), (7, 7, 7, 7)]
@@ -47,7 +50,8 @@ def problems(draw):
 
 
 def test_the_matrix_has_every_method():
-    assert {name for name, _ in MATRIX} == set(METHODS)
+    assert {name for name, _ in MATRIX} == set(OUTER)
+    assert set(METHODS) - set(OUTER) == {"fastv", "pyramiddrop"}
     assert all(method.name == name for name, method in METHODS.items())
 
 
@@ -79,7 +83,7 @@ def test_k_out_of_range_is_an_error(name, options, k):
         make(name, **options).select(Signals((View(8, 8),), torch.zeros(64), torch.zeros(64)), k)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OUTER)
 def test_a_method_needs_what_it_requires_and_no_more(name):
     method, views = make(name), (View(3, 3),)
     known = {signal: torch.rand(9) for signal in method.requires}
@@ -87,6 +91,51 @@ def test_a_method_needs_what_it_requires_and_no_more(name):
     for missing in method.requires:
         with pytest.raises(ValueError, match=missing):
             method.select(Signals(views, **{**known, missing: None}), 4)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(OUTER)))
+def test_inner_methods_give_the_language_model_everything(name):
+    signals = Signals((View(3, 3),))
+    assert make(name).select(signals, 2).tolist() == list(range(9))
+    with pytest.raises(ValueError, match="keep 1 to 9"):
+        make(name).select(signals, 10)
+
+
+def test_fastv_is_one_stage():
+    (stage,) = make("fastv").stages([576, 100], [288, 50], range(1, 32))
+    assert (stage.layer, stage.keep, stage.rule.name, stage.positions) == (2, (288, 50), "attention", "original")
+    assert make("fastv", layer=3).stages([9], [9], range(1, 4))[0].layer == 3
+    assert not any(make(name).stages([9], [9], range(1, 4)) for name in OUTER)
+
+
+def test_pyramiddrop_halves_three_times_as_published():
+    """576 tokens in 32 layers: 288 from layer 8, 144 from 16, 72 from 24 on; 270 in the mean, as the paper has it."""
+    stages = make("pyramiddrop").stages([576], [72], range(1, 32))
+    assert [(stage.layer, stage.keep) for stage in stages] == [(8, (288,)), (16, (144,)), (24, (72,))]
+    assert {(stage.rule.name, stage.positions) for stage in stages} == {("own-attention", "compact")}
+    assert sum(plan(stages, [576], 32).tokens) / 32 == 270
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 3000), st.floats(0, 1), st.integers(3, 80), st.integers(1, 3))
+def test_pyramiddrop_ends_with_k_and_never_grows(count, share, depth, first):
+    k = max(1, round(share * count))
+    stages = make("pyramiddrop").stages([count], [k], range(min(first, depth - 1), depth))
+    layers, left = [stage.layer for stage in stages], [stage.keep[0] for stage in stages]
+    assert left[-1] == k and left == sorted(left, reverse=True) and left[0] <= count
+    assert layers == sorted(layers) and first <= layers[0] + (depth <= first) and layers[-1] < depth
+    for number, keep in enumerate(left, 1):
+        assert abs(keep - count * (k / count) ** (number / 3)) <= 0.5 + 1e-6
+
+
+def test_rules_pick_by_attention():
+    within = torch.tensor([False, True, False, True, False])
+    sight = Sight(torch.arange(5), within, torch.tensor([0.4, 0.1, 0.2, 0.0, 0.2]))
+    assert RULES["attention"]().pick(sight, 2).tolist() == [0, 2]
+    assert RULES["own-attention"]().pick(sight, 0).tolist() == []
+    assert RULES["region"]().pick(sight, 2).tolist() == [1, 3]
+    assert [RULES["region-attention"]().pick(sight, k).tolist() for k in (1, 2, 4)] == [[1], [1, 3], [0, 1, 2, 3]]
+    assert {rule.name for rule in RULES.values()} == set(RULES)
 
 
 def test_unknown_names_and_options_name_the_known_ones():
@@ -111,6 +160,7 @@ def test_unknown_names_and_options_name_the_known_ones():
         ("gridprune", "saliency_scale", "log"),
         ("gridprune", "relevance_sign", 0),
         ("topk-relevance", "relevance_sign", 2),
+        ("fastv", "layer", 0),
     ],
 )
 def test_options_out_of_range_are_errors(name, option, value):

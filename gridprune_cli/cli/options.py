@@ -104,7 +104,11 @@ def pruning(
     tokens: Annotated[int | None, _option("How many visual tokens to keep, instead of --keep.", _PRUNING)] = None,
     method: Annotated[
         str,
-        _option("gridprune, random, uniform, topk or topk-relevance.", _PRUNING, envvar="GRIDPRUNE_METHOD"),
+        _option(
+            "gridprune, random, uniform, topk, topk-relevance, fastv or pyramiddrop.",
+            _PRUNING,
+            envvar="GRIDPRUNE_METHOD",
+        ),
     ] = "gridprune",
     region: Annotated[
         str | None,
@@ -124,6 +128,19 @@ def pruning(
     share_budget: Annotated[
         bool, _option("Several images share one budget, without regions.", _PRUNING, "--share-budget")
     ] = False,
+    ilp: Annotated[
+        str | None,
+        _option(
+            "What stays inside the language model: a share of all visual tokens, the region's first, or region.",
+            _PRUNING,
+            metavar="SHARE|region",
+            show_default="everything",
+        ),
+    ] = None,
+    ilp_layer: Annotated[
+        int | None,
+        _option("Layer, from 0, at whose input the others leave.", _PRUNING, show_default="2, Qwen3-VL 3"),
+    ] = None,
     literal: Annotated[
         bool, _option("GridPrune as published: T = 1, saliency unscaled, no region.", _PRUNING, "--literal")
     ] = False,
@@ -139,6 +156,7 @@ def pruning(
         float | None, _option("Share of the kept tokens that come from the contextual region.", _PAPERS)
     ] = None,
     relevance_sign: Annotated[int | None, _option("1, or -1 to turn the relevance round.", _PAPERS)] = None,
+    layer: Annotated[int | None, _option("Layer of the method fastv, from 0.", _PAPERS)] = None,
     seed: Annotated[int | None, _option("Seed of the method random.", _PAPERS)] = None,
 ) -> "Pruning":
     """What to keep."""
@@ -153,6 +171,7 @@ def pruning(
         "saliency_scale": saliency_scale,
         "region_share": region_share,
         "relevance_sign": relevance_sign,
+        "layer": layer,
         "seed": seed,
     }
     if method != "gridprune" and (literal or region not in (None, "none")):
@@ -173,6 +192,8 @@ def pruning(
         positions=positions,
         query=query,
         share_budget=share_budget,
+        ilp=ilp,
+        ilp_layer=ilp_layer,
     )
 
 

@@ -43,7 +43,7 @@ def prune(
         say(note)
     for note in pipeline.remarks(pruning):
         say(note)
-    say(f"{output}: {len(pruned.kept)} of {pruned.count} visual tokens, {size(len(data))}")
+    say(f"{output}: {pruned.counts}, {size(len(data))}")
 
 
 prune.examples = (  # type: ignore[attr-defined]

@@ -44,7 +44,7 @@ def show(
         draw_figure(source, pruned, None, output)
     for note in (*(f"{image}: {note}" for note in encoded.notes), *pipeline.remarks(pruning)):
         say(note)
-    say(f"{len(pruned.kept)} of {pruned.count} visual tokens, region {pruned.images[0].region or 'none'}")
+    say(f"{pruned.counts}, region {pruned.images[0].region or 'none'}")
 
 
 show.examples = (  # type: ignore[attr-defined]
@@ -70,6 +70,7 @@ def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Fig
     from gridprune_cli.images import load_image
 
     (origin,) = pruned.images
+    kept = f"{len(pruned.kept)} of {pruned.count} tokens"
     return Figure(
         image=load_image(source).image,
         views=origin.views,
@@ -79,7 +80,7 @@ def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Fig
         region=origin.region,
         question=pruned.question,
         answer=answer,
-        details=f"{len(pruned.kept)} of {pruned.count} tokens · {pruned.method['name']}",
+        details=" · ".join(filter(None, (kept, pruned.method["name"], str(pruned.inside or "")))),
     )
 
 

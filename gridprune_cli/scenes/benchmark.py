@@ -116,6 +116,22 @@ def swept() -> dict[str, Pruning]:
     return rows
 
 
+def inside(depth: int) -> dict[str, Pruning]:
+    """Pruning inside a language model of `depth` layers, at each layer at which tokens can leave."""
+    rows = {"all tokens": Pruning(keep=1.0, method=make("uniform"))}
+    for layer in range(1, depth):
+        rows[f"ilp region, layer {layer}"] = Pruning(keep=1.0, ilp="region", ilp_layer=layer)
+        for keep in KEEPS:
+            rows[f"ilp @ {keep}, layer {layer}"] = Pruning(keep=1.0, ilp=keep, ilp_layer=layer)
+            rows[f"ilp, no region @ {keep}, layer {layer}"] = Pruning(
+                keep=1.0, region="none", ilp=keep, ilp_layer=layer
+            )
+    for keep in KEEPS:
+        rows[f"fastv @ {keep}"] = Pruning(keep=keep, method=make("fastv"))
+        rows[f"pyramiddrop @ {keep}"] = Pruning(keep=keep, method=make("pyramiddrop"))
+    return rows
+
+
 def run(pipeline: Pipeline, rows: Mapping[str, Pruning], first_seed: int, count: int) -> dict:
     """Every row's share of right answers, overall and per kind of question, with clustered standard errors."""
     right: dict[str, list[bool]] = {name: [] for name in rows}
@@ -181,15 +197,17 @@ def markdown(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=SPLITS, help="default: heldout for reported rows, tune for swept ones")
-    parser.add_argument("--rows", choices=("reported", "swept"), default="reported")
+    parser.add_argument("--split", choices=SPLITS, help="default: heldout for reported rows, else tune")
+    parser.add_argument("--rows", choices=("reported", "swept", "inside"), default="reported")
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--model", default="scenes")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     args = parser.parse_args()
     torch.manual_seed(0)
-    rows, split = (reported(), "heldout") if args.rows == "reported" else (swept(), "tune")
-    results = run(Pipeline(args.model), rows, SPLITS[args.split or split], args.questions)
+    pipeline = Pipeline(args.model)
+    rows = {"reported": reported, "swept": swept, "inside": lambda: inside(pipeline.family.depth)}[args.rows]()
+    split = "heldout" if args.rows == "reported" else "tune"
+    results = run(pipeline, rows, SPLITS[args.split or split], args.questions)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     print(markdown(results))

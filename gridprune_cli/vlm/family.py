@@ -21,7 +21,7 @@ import torch
 from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from gridprune_cli.errors import BadInput
@@ -79,6 +79,8 @@ class Family(ABC):
             model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, self.device)
             if "tower" in missing:
                 model.set_attn_implementation({"vision_config": NAME})
+            if "language" in missing and model.config.get_text_config()._attn_implementation == "sdpa":
+                model.set_attn_implementation({"text_config": NAME})
             self._loaded |= dict.fromkeys(missing, model)
         return self._loaded[parts[0]]
 
@@ -228,6 +230,21 @@ class Family(ABC):
     def extras(self, ids: Tensor) -> dict[str, Tensor]:
         """What else `generate` needs for prompts `(B, L)`."""
         return {}
+
+    @cached_property
+    def depth(self) -> int:
+        """How many layers the language model has."""
+        config = AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True)
+        return config.get_text_config().num_hidden_layers
+
+    @property
+    def first_inner(self) -> int:
+        """The first layer at whose input visual tokens can leave: one layer must have seen them."""
+        return 1
+
+    def rotary(self, states: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The position embeddings that a layer gets for places `(B, n)` in a text."""
+        return self.load("language").get_submodule(self.words).rotary_emb(states, positions)
 
 
 def _without_video(kind: Any) -> Any:

@@ -25,10 +25,18 @@ class Qwen3VL(Qwen2VL):
     def _states(self, out: Any) -> Tensor:
         return torch.cat([out.pooler_output[0], *(level[0] for level in out.deepstack_features)], dim=1)
 
+    @property
+    def _levels(self) -> int:
+        return len(self.checkpoint.config["vision_config"]["deepstack_visual_indexes"])
+
     def split(self, states: Tensor) -> tuple[Tensor, ...]:
         """States `(N, (1 + levels) * D)` as the tokens' own rows and those of each level, `(N, D)` each."""
-        levels = len(self.checkpoint.config["vision_config"]["deepstack_visual_indexes"])
-        return states.chunk(1 + levels, dim=1)
+        return states.chunk(1 + self._levels, dim=1)
+
+    @property
+    def first_inner(self) -> int:
+        """Deepstack rows are added behind the first layers, for every token that was there at the start."""
+        return self._levels
 
     @cached_property
     def relevance(self) -> WordRelevance:

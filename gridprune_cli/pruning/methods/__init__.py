@@ -4,7 +4,9 @@ from dataclasses import fields
 from typing import Any
 
 from gridprune_cli.pruning.methods.base import Method
+from gridprune_cli.pruning.methods.fastv import FastV
 from gridprune_cli.pruning.methods.gridprune import GridPrune
+from gridprune_cli.pruning.methods.pyramiddrop import PyramidDrop
 from gridprune_cli.pruning.methods.random import Random
 from gridprune_cli.pruning.methods.topk import TopK
 from gridprune_cli.pruning.methods.topk_relevance import TopKRelevance
@@ -16,6 +18,8 @@ METHODS: dict[str, type[Method]] = {
     TopKRelevance.name: TopKRelevance,
     Uniform.name: Uniform,
     Random.name: Random,
+    FastV.name: FastV,
+    PyramidDrop.name: PyramidDrop,
 }
 
 

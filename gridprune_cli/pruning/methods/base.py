@@ -1,6 +1,7 @@
 """What every pruning method is: options, the signals it needs, and a rule that picks tokens."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.signals import Signals
+from gridprune_cli.pruning.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,26 @@ class Method(ABC):
     @abstractmethod
     def _pick(self, signals: Signals, k: int) -> Tensor:
         """`select` for 1 <= k < N."""
+
+    def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
+        """What leaves inside the language model, for `InnerMethod`: nothing here."""
+        return ()
+
+
+@dataclass(frozen=True)
+class InnerMethod(Method):
+    """A method that gives the language model all tokens, and drops them inside of it."""
+
+    def _pick(self, signals: Signals, k: int) -> Tensor:
+        """All of them."""
+        return torch.arange(signals.count)
+
+    @abstractmethod
+    def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
+        """The stages, in the order of their layers, for images of `counts` tokens, N each, and `budgets`, K each.
+
+        Tokens can leave at `layers`, which ends with the model's last one.
+        """
 
 
 def values(signals: Signals, name: str) -> Tensor:
