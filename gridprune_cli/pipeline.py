@@ -26,6 +26,7 @@ from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm import open_model
 from gridprune_cli.vlm.checkpoint import EMBEDDED
 from gridprune_cli.vlm.family import Encoding
+from gridprune_cli.vlm.words import WordRelevance, keywords
 
 SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
 POSITIONS = ("original", "compact")
@@ -71,6 +72,10 @@ class Pruning:
             raise BadInput(f"--keep {self.keep}: must be above 0 and at most 1")
         if self.tokens is not None and self.tokens < 1:
             raise BadInput(f"--tokens {self.tokens}: must be at least 1")
+        if self.share_budget and self.method.one_picture:
+            raise BadInput(
+                f"--share-budget: not with --method {self.method.name}, which splits the budget of one image"
+            )
         if self.positions not in POSITIONS:
             raise BadInput(f"--positions {self.positions}: not one of {', '.join(POSITIONS)}")
         if self.ilp is not None and self.ilp != "region":
@@ -240,11 +245,17 @@ class Pipeline:
         if pruning.share_budget and len(images) > 1:
             signals = [replace(own, region=None) for own in signals]
             joined = _join(signals)
-            kept = pruning.method.select(joined, pruning.count(sum(counts)))
+            states = torch.cat([image.states for image in images])
+            kept, states = _select(pruning.method, joined, pruning.count(sum(counts)), states)
             parts = [kept]
         else:
-            parts = [pruning.method.select(s, pruning.count(s.count)) for s in signals]
+            chosen = [
+                _select(pruning.method, own, pruning.count(own.count), image.states)
+                for own, image in zip(signals, images, strict=True)
+            ]
+            parts = [part for part, _ in chosen]
             kept = torch.cat([first + part for first, part in zip(firsts, parts, strict=True)])
+            states = torch.cat([own for _, own in chosen])
         slots = torch.cat(
             [torch.where(i.slots < 0, i.slots, i.slots + first) for i, first in zip(images, firsts, strict=True)]
         ).long()
@@ -257,7 +268,7 @@ class Pipeline:
         owner = torch.repeat_interleave(torch.arange(len(images)), torch.tensor(counts))
         leaving = self._inside(pruning, signals, parts)
         return PrunedSet(
-            rows=self._rows(torch.cat([image.states for image in images]), slots[stays]),
+            rows=self._rows(states, slots[stays]),
             kept=kept,
             input_ids=ids,
             position_ids=self.family.positions(full, images)[..., mask] if original else torch.arange(len(ids)),
@@ -304,8 +315,18 @@ class Pipeline:
         return plan(stages, [len(part) for part in kept], layers.stop)
 
     def _signals(self, image: EncodedImage, query: str, pruning: Pruning) -> Signals:
-        relevance = self.family.relevance(image.states, query) if "relevance" in pruning.method.requires else None
-        return Signals(image.views, relevance, image.saliency.float(), self._region(pruning, image, relevance))
+        family, needs = self.family, pruning.method.requires
+        relevance = family.relevance(image.states, query) if "relevance" in needs else None
+        return Signals(
+            image.views,
+            relevance,
+            image.saliency.float(),
+            self._region(pruning, image, relevance),
+            image.states.to(family.device) if "states" in needs else None,
+            family.own_rows(image.states).to(family.device) if "rows" in needs else None,
+            family.vocabulary.vectors(keywords(query)) if "words" in needs else None,
+            isinstance(family.relevance, WordRelevance),
+        )
 
     def _region(self, pruning: Pruning, image: EncodedImage, relevance: Tensor | None) -> Box | None:
         if not isinstance(pruning.method, GridPrune) or relevance is None or pruning.region == "none":
@@ -356,6 +377,8 @@ class Pipeline:
                 self.family.load(*(("tower",) if pictures else ()), "projector", "language")
                 if "relevance" in pruning.method.requires:
                     self.family.relevance.load()
+                if "words" in pruning.method.requires:
+                    self.family.vocabulary.load()
             with _timed(ms, "encode"):
                 new = iter(self.encode(pictures) if pictures else [])
                 images = [hit or next(new) for hit in found]
@@ -414,9 +437,23 @@ class Pipeline:
 
 def _join(signals: Sequence[Signals]) -> Signals:
     """The signals of several images as those of one, without a region: images have no place in one picture."""
-    relevance = None if signals[0].relevance is None else torch.cat([s.need("relevance") for s in signals])
+    first = signals[0]
+    parts = {
+        name: torch.cat([own.need(name) for own in signals])
+        for name in ("relevance", "saliency", "states", "rows")
+        if getattr(first, name) is not None
+    }
     views = tuple(view for own in signals for view in own.views)
-    return Signals(views, relevance, torch.cat([s.need("saliency") for s in signals]))
+    return Signals(views, **parts, words=first.words, by_words=first.by_words)
+
+
+def _select(method: Method, signals: Signals, k: int, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Kept (K,), and the states (N, C) with those of kept tokens that others were merged into."""
+    kept = method.select(signals, k)
+    weights = method.merge(signals, kept)
+    if weights is None:
+        return kept, states
+    return kept, states.index_copy(0, kept, torch.sparse.mm(weights, states.float()).to(states.dtype))
 
 
 def _ilp(

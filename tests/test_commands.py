@@ -126,7 +126,7 @@ def test_methods_inside_the_language_model(run, image):
         (("--ilp-layer", "1"), "--ilp-layer: only with --ilp"),
         (("--ilp", "0.1", "--ilp-layer", "3"), "--ilp-layer 3: in this model tokens can leave at the layers 1 to 2"),
         (("--ilp", "region", "--region", "none"), "--ilp region: there is no region"),
-        (("--ilp", "region", "--method", "topk"), "--ilp region: there is no region"),
+        (("--ilp", "region", "--method", "fastervlm"), "--ilp region: there is no region"),
         (("--ilp", "0.1", "--method", "fastv"), "--ilp: not with --method fastv"),
         (("--method", "fastv", "--layer", "0"), "--method fastv: layer must be at least 1"),
         (("--method", "fastv", "--layer", "5"), "--layer 5: in this model"),
@@ -201,9 +201,12 @@ def test_show_draws_a_png_and_a_coarse_picture(run, image, tmp_path):
         (["--keep", "1.5"], "--keep 1.5"),
         (["--tokens", "99"], "--tokens 99"),
         (["--method", "magic"], "unknown method 'magic'"),
-        (["--method", "topk", "--zone", "2"], "method topk has no option 'zone'"),
-        (["--method", "topk", "--region", "0,0,1,1"], "--region: only for --method gridprune"),
-        (["--method", "topk", "--literal"], "--literal: only for --method gridprune"),
+        (["--method", "fastervlm", "--zone", "2"], "method fastervlm has no option 'zone'"),
+        (["--method", "fastervlm", "--region", "0,0,1,1"], "--region: only for --method gridprune"),
+        (["--method", "fastervlm", "--literal"], "--literal: only for --method gridprune"),
+        (["--method", "vispruner", "--method-option", "step=2.5"], "--method vispruner: step must be a whole number"),
+        (["--method", "vispruner", "--method-option", "pace=2"], "method vispruner has no option 'pace'"),
+        (["--method", "hired", "--method-option", "base_share"], "--method-option base_share: not NAME=VALUE"),
         (["--literal", "--region", "auto"], "not with --literal"),
         (["--region", "7,0,1,1"], "--region"),
         (["--save", "no/folder/p.safetensors"], "--save no/folder/p.safetensors"),
@@ -428,6 +431,16 @@ def test_query_and_prompt_options_do_what_they_say(run, image, tmp_path):
     assert filled.input_ids.equal(plain.input_ids)
     code, _, err = run("ask", image, QUESTION, "--prompt-template", "no place for anything")
     assert code == 2 and "{question}" in err
+
+
+def test_method_options_reach_the_method(run, image):
+    options = ("--method-option", "step=3", "--method-option", "important_share=0.25")
+    code, out, _ = run("ask", image, QUESTION, "--method", "vispruner", *options, "--json")
+    assert code == 0 and json.loads(out)["options"] == {"important_share": 0.25, "step": 3}
+    code, out, _ = run("ask", image, QUESTION, "--method", "holov", "--method-option", "crops=runs", "--json")
+    assert code == 0 and json.loads(out)["options"] == {"crops": "runs"}
+    code, out, _ = run("ask", image, QUESTION, "--method", "mmtok", "--alpha", "2", "--json")
+    assert code == 0 and json.loads(out)["options"]["alpha"] == 2
 
 
 def test_generation_options_reach_transformers(run, image):

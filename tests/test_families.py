@@ -13,6 +13,7 @@ from transformers import ProcessorMixin
 
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pruning.methods import METHODS
 from gridprune_cli.pruning.methods import make as make_method
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm import FAMILIES
@@ -161,6 +162,20 @@ def test_parts_need_no_weights_but_their_own(family, noise, tmp_path, method):
     assert torch.equal(encoded.states, whole.states) and torch.equal(encoded.saliency, whole.saliency)
     again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
     assert generate(Pipeline(str(halves["language"]), dtype="float32").family, [again], 6)[0].ids == expected
+
+
+def test_every_method_runs(family, noise):
+    """Exactly K rows, whatever the views, and finite ones; the same again from disk."""
+    folder, _, _ = family
+    pipeline = Pipeline(str(folder), dtype="float32")
+    images = [pipeline.encode([noise(size)])[0] for size in ((210, 70), (31, 29))]
+    for name in METHODS:
+        for image in images:
+            pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.4, method=make_method(name)))
+            assert len(pruned.kept) == int(0.4 * image.count + 0.5) and bool((pruned.kept.diff() > 0).all())
+            assert torch.isfinite(pruned.rows).all()
+        again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
+        assert torch.equal(again.rows, pruned.rows)
 
 
 def test_bfloat16_runs(family, noise):

@@ -140,5 +140,5 @@ def test_bfloat16_runs(tiny_llava, noise):
     pipeline = Pipeline(str(tiny_llava), dtype="bfloat16")
     encoded = pipeline.encode([noise((224, 224))])[0]
     assert encoded.states.dtype == torch.bfloat16
-    pruned = pipeline.prune(encoded, QUESTIONS[0], Pruning(tokens=3, method=make("topk")))
+    pruned = pipeline.prune(encoded, QUESTIONS[0], Pruning(tokens=3, method=make("fastervlm")))
     assert len(generate(pipeline.family, [pruned], 5)[0].ids) == 5

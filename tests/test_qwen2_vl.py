@@ -97,7 +97,7 @@ def test_positions_are_those_of_transformers(kind, noise, names):
     kinds = (ids == fresh.family.image_token).int()[None]
     expected = plain(folder).model.get_rope_index(ids[None], mm_token_type_ids=kinds, image_grid_thw=grids)[0]
     assert torch.equal(found, expected[:, 0])
-    pruned = fresh.prune(images, QUESTION, Pruning(keep=0.4, method=make_method("topk")))
+    pruned = fresh.prune(images, QUESTION, Pruning(keep=0.4, method=make_method("fastervlm")))
     assert pruned.position_ids.shape == (3, len(pruned.input_ids))
     assert not fresh.family._loaded
 

@@ -105,11 +105,16 @@ def pruning(
     method: Annotated[
         str,
         _option(
-            "gridprune, random, uniform, topk, topk-relevance, fastv or pyramiddrop.",
+            "gridprune, topk-relevance, fastervlm, visionzip, vispruner, divprune, scope, holov, cdpruner, mmtok, "
+            "trim, hired, uniform, random, fastv or pyramiddrop.",
             _PRUNING,
             envvar="GRIDPRUNE_METHOD",
         ),
     ] = "gridprune",
+    method_option: Annotated[
+        list[str] | None,
+        _option("Option of the method, as step=4; can be given several times.", _PRUNING, metavar="NAME=VALUE"),
+    ] = None,
     region: Annotated[
         str | None,
         _option(
@@ -179,6 +184,7 @@ def pruning(
     if literal and region not in (None, "none"):
         raise BadInput("--region: not with --literal, since GridPrune as published has no region")
     options = (LITERAL if literal else {}) | {name: value for name, value in given.items() if value is not None}
+    options |= _named(method_option or [], "--method-option")
     try:
         made = make(method, **options)
     except ValueError as fault:
@@ -223,11 +229,20 @@ def generation(
         return {}
     from transformers import GenerationConfig
 
+    options = _named(generation, "--generation")
+    for name in options:
+        if not hasattr(GenerationConfig(), name):
+            raise BadInput(f"--generation {name}={options[name]}: no option that transformers' generate knows")
+    return options
+
+
+def _named(given: list[str], flag: str) -> dict[str, Any]:
+    """Options that are given as NAME=VALUE. A value that is no JSON is a text."""
     options = {}
-    for given in generation:
-        name, equals, value = given.partition("=")
-        if not equals or not hasattr(GenerationConfig(), name):
-            raise BadInput(f"--generation {given}: no NAME=VALUE with a name that transformers' generate knows")
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise BadInput(f"{flag} {pair}: not NAME=VALUE")
         try:
             options[name] = json.loads(value)
         except ValueError:

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline, Pruning
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import METHODS, make
 from gridprune_cli.pruning.methods.gridprune import LITERAL
 from gridprune_cli.pruning.methods.random import Random
 from gridprune_cli.pruning.region import contextual_region
@@ -95,8 +95,11 @@ def reported() -> dict[str, Pruning]:
         rows[f"gridprune, no region @ {keep}"] = Pruning(keep=keep, region="none")
         literal = make("gridprune", **LITERAL)
         rows[f"gridprune, literal @ {keep}"] = Pruning(keep=keep, method=literal, region="none")
-        for name in ("topk-relevance", "topk", "uniform", "random"):
-            rows[f"{name} @ {keep}"] = Pruning(keep=keep, method=make(name))
+        for name in METHODS:
+            if name != "gridprune":
+                rows[f"{name} @ {keep}"] = Pruning(keep=keep, method=make(name))
+        for name in ("cdpruner", "trim"):  # which turn relevance round, as published
+            rows[f"{name}, sign 1 @ {keep}"] = Pruning(keep=keep, method=make(name, relevance_sign=1))
     rows["gridprune, compact positions @ 0.11"] = Pruning(positions="compact")
     return rows
 

@@ -107,7 +107,12 @@ class Family(ABC):
     @cached_property
     def relevance(self) -> ClipRelevance | WordRelevance:
         """Gives the relevance `(N,)` of states `(N, C)` to a question."""
-        return ClipRelevance(self.clip, self.dtype, self.device) if self.clip else WordRelevance(self)
+        return ClipRelevance(self.clip, self.dtype, self.device) if self.clip else self.vocabulary
+
+    @cached_property
+    def vocabulary(self) -> WordRelevance:
+        """The language model's words."""
+        return WordRelevance(self)
 
     @property
     def lacks_clip(self) -> bool:
@@ -149,6 +154,10 @@ class Family(ABC):
     def project(self, states: Tensor) -> Tensor:
         """Rows that the language model receives `(K, D)` for states `(K, C)`, row by row."""
         return states
+
+    def own_rows(self, states: Tensor) -> Tensor:
+        """The rows `(K, D)` of states `(K, C)` that stand where words do."""
+        return self.project(states)
 
     def separator(self) -> Tensor:
         """The row `(D,)` of a separator."""

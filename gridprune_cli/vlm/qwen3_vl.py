@@ -5,7 +5,6 @@ deepstack rows side by side, `(N, (1 + levels) * D)`.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.qwen2_vl import Qwen2VL
-from gridprune_cli.vlm.words import WordRelevance
 
 
 class Qwen3VL(Qwen2VL):
@@ -38,20 +36,11 @@ class Qwen3VL(Qwen2VL):
         """Deepstack rows are added behind the first layers, for every token that was there at the start."""
         return self._levels
 
-    @cached_property
-    def relevance(self) -> WordRelevance:
-        return _OwnRows(self)
+    def own_rows(self, states: Tensor) -> Tensor:
+        """Without the deepstack rows, which never stand where words do."""
+        return self.split(states)[0]
 
     def features(self, batch: Sequence[PrunedSet]) -> Any:
         images = [self.split(pruned.rows.to(self.device, self.dtype)) for pruned in batch]
         rows, *levels = (list(parts) for parts in zip(*images, strict=True))
         return BaseModelOutputWithDeepstackFeatures(pooler_output=rows, deepstack_features=levels)
-
-
-class _OwnRows(WordRelevance):
-    """Relevance of the tokens' own rows; deepstack rows never stand where words do."""
-
-    family: Qwen3VL
-
-    def __call__(self, states: Tensor, question: str) -> Tensor:
-        return super().__call__(self.family.split(states)[0], question)

@@ -14,10 +14,14 @@ from gridprune_cli.pruning.stages import Stage
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A method's options. `requires` names the signals that it looks at."""
+    """A method's options. `requires` names the signals that it looks at.
+
+    one_picture  whether it splits the budget of a single picture, so that several can't share one
+    """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
+    one_picture: ClassVar[bool] = False
 
     def select(self, signals: Signals, k: int) -> Tensor:
         """Kept: sorted unique indices, (k,) int64 on the CPU. All tokens where k is N, whatever the signals.
@@ -33,6 +37,17 @@ class Method(ABC):
     @abstractmethod
     def _pick(self, signals: Signals, k: int) -> Tensor:
         """`select` for 1 <= k < N."""
+
+    def merge(self, signals: Signals, kept: Tensor) -> Tensor | None:
+        """What `select` gave as kept (K,) is made of: sparse weights (K, N) of the tokens' states, float32 on the CPU.
+
+        None where every kept token is itself alone.
+        """
+        return None if len(kept) == signals.count else self._merge(signals, kept)
+
+    def _merge(self, signals: Signals, kept: Tensor) -> Tensor | None:
+        """`merge` for K < N."""
+        return None
 
     def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
         """What leaves inside the language model, for `InnerMethod`: nothing here."""
@@ -58,6 +73,17 @@ class InnerMethod(Method):
 def values(signals: Signals, name: str) -> Tensor:
     """A signal, (N,) float64 on the CPU: what is kept must not depend on the dtype's rounding or the device."""
     return signals.need(name).cpu().double()
+
+
+def signed_relevance(signals: Signals, sign: int) -> Tensor:
+    """Relevance times its sign, (N,) float64. Sign 0 stands for -1 with CLIP's relevance and 1 with that of words."""
+    return values(signals, "relevance") * (sign or (1 if signals.by_words else -1))
+
+
+def weights(kept: Tensor, own: Tensor, rest: Tensor, into: Tensor, share: Tensor, count: int) -> Tensor:
+    """Sparse weights (K, N): `own` (K,) of the kept tokens, and `share` (R,) of `rest` (R,) in places `into` (R,)."""
+    places = torch.stack([torch.cat([torch.arange(len(kept)), into]), torch.cat([kept, rest])])
+    return torch.sparse_coo_tensor(places, torch.cat([own, share]).float(), (len(kept), count)).coalesce()
 
 
 def check_sign(sign: int) -> None:
