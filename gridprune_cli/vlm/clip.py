@@ -19,6 +19,7 @@ from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.loading import load_part
 
 # all of the vision tower but its last layer norm
+_TEXTS = 4096  # questions whose vectors are kept
 _WITHOUT = tuple(f"vision_model.{name}" for name in ("embeddings", "pre_layrnorm", "encoder"))
 
 
@@ -28,6 +29,7 @@ class ClipRelevance:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._texts: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, Tensor] | None = None  # states, and their patches in CLIP's space
 
     @cached_property
     def model(self) -> Any:
@@ -47,6 +49,12 @@ class ClipRelevance:
 
         Raises BadInput where the states are no states of this CLIP's tower.
         """
+        if self._last is None or self._last[0] is not states:  # an image is often asked about several times in a row
+            self._last = states, self._patches(states)
+        return (self._last[1] @ self._text(question).T).mean(1).cpu()
+
+    def _patches(self, states: Tensor) -> Tensor:
+        """Unit vectors `(N, D)` of patch states."""
         head = self.model.vision_model.post_layernorm
         if states.shape[1] != len(head.weight):
             raise BadInput(
@@ -54,7 +62,7 @@ class ClipRelevance:
                 f"{states.shape[1]}; name the CLIP that the model's tower was taken from"
             )
         patches = self.model.visual_projection(head(states.to(self.device, self.dtype)))
-        return (normalize(patches.float(), dim=-1) @ self._text(question).T).mean(1).cpu()
+        return normalize(patches.float(), dim=-1)
 
     def _text(self, question: str) -> Tensor:
         """Unit vectors `(pieces, D)` of a question; kept, since one question is often asked of many images.
@@ -71,5 +79,7 @@ class ClipRelevance:
                 for i in range(0, max(1, len(ids)), room)
             ]
             vectors = torch.cat([self.model.get_text_features(piece).pooler_output for piece in pieces])
+            if len(self._texts) == _TEXTS:
+                del self._texts[next(iter(self._texts))]
             self._texts[question] = normalize(vectors.float(), dim=-1)
         return self._texts[question]

@@ -24,6 +24,7 @@ class WordRelevance:
 
     def __init__(self, family: "Family"):
         self.family = family
+        self._last: tuple[Tensor, Tensor] | None = None  # states, and the unit vectors of their rows
 
     @cached_property
     def embedding(self) -> Any:
@@ -46,5 +47,6 @@ class WordRelevance:
         family = self.family
         ids = family.processor.tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids[0]
         words = normalize(self.embedding(ids.to(family.device)).float(), dim=-1)
-        tokens = normalize(family.project(states).to(family.device).float(), dim=-1)
-        return (tokens @ words.T).mean(1).cpu()
+        if self._last is None or self._last[0] is not states:  # an image is often asked about several times in a row
+            self._last = states, normalize(family.project(states).to(family.device).float(), dim=-1)
+        return (self._last[1] @ words.T).mean(1).cpu()
