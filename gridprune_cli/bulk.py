@@ -10,9 +10,10 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from gridprune_cli.tokens import EncodedImage, PrunedSet
 
 _MOST_PIXELS = 100_000_000  # held decoded at once; about 300 MB
 _MOST_BYTES = 1 << 29  # of rows of pruned sets that wait for their turn
+_GROUP = 4  # batches of questions among which those of like length are put together
 _WORKERS = 16  # threads at most; more would wait for one another
 
 T = TypeVar("T")
@@ -105,6 +107,8 @@ class Bulk:
         self.pipeline = pipeline
         self._images = Batches(images, "images", notice)
         self._questions = Batches(questions, "questions", notice)
+        self._loading = Lock()  # not while generating: transformers sets torch's dtype for the whole process meanwhile
+        self._seeing = False  # whether the tower is loaded
 
     # ---- encode ------------------------------------------------------------------------------------------------------
 
@@ -154,8 +158,10 @@ class Bulk:
         """Runs the tower on the pictures among `reads`, each once, and hands what it gives to the writer."""
         pictures = {read.found.sha256: read.found for read in reads if isinstance(read.found, Picture)}
         new = [picture for sha256, picture in pictures.items() if sha256 not in latest]
-        if new:
-            self.pipeline.family.load("tower")  # what fails here would fail for every picture
+        if new and not self._seeing:
+            with self._loading:
+                self.pipeline.family.load("tower")  # what fails here would fail for every picture
+            self._seeing = True
         results: dict[str, EncodedImage | GridpruneError] = dict(latest)
         writes = {}
         for picture, result in zip(new, self._images.run(new, self.pipeline.see), strict=True):
@@ -183,8 +189,11 @@ class Bulk:
 
         An image that several questions are about is read once. One that fails fails its questions.
         """
-        if any("relevance" in ask.pruning.method.requires for ask in asks):
+        queries = [ask.pruning.query or ask.question for ask in asks if "relevance" in ask.pruning.method.requires]
+        if queries:
             self.pipeline.family.relevance.load()  # what fails here would fail for every question
+            with suppress(Exception):  # a question that can't be read is told when its turn comes
+                self.pipeline.family.relevance.read(queries)
         users: dict[Source, list[int]] = {}
         for index, ask in enumerate(asks):
             for source in dict.fromkeys(ask.sources):
@@ -229,14 +238,18 @@ class Bulk:
         self, sets: Sequence[PrunedSet], *, max_new_tokens: int = 128, **options: Any
     ) -> Iterator[tuple[int, str | GridpruneError]]:
         """Answers from pruned sets, those of like length together: index of the set, and its answer. In no order."""
-        family = self.pipeline.family
-        family.load("language")  # what fails here would fail for every set
+        self.pipeline.family.load("language")  # what fails here would fail for every set
         order = sorted(range(len(sets)), key=lambda index: len(sets[index].input_ids))
+        yield from zip(order, self._texts([sets[index] for index in order], max_new_tokens, options), strict=True)
 
+    def _texts(
+        self, sets: Sequence[PrunedSet], max_new_tokens: int, options: dict[str, Any]
+    ) -> Iterator[str | GridpruneError]:
         def work(batch: Sequence[PrunedSet]) -> list[str]:
-            return [made.text for made in generate(family, batch, max_new_tokens, **options)]
+            with self._loading:
+                return [made.text for made in generate(self.pipeline.family, batch, max_new_tokens, **options)]
 
-        yield from zip(order, self._questions.run([sets[index] for index in order], work), strict=True)
+        return self._questions.run(sets, work)
 
     def answer(
         self,
@@ -263,28 +276,44 @@ class Bulk:
         max_new_tokens: int,
         options: dict[str, Any],
     ) -> Iterator[tuple[int, Reply | GridpruneError]]:
-        waiting: list[tuple[int, Pruned]] = []
-        size = 0
+        with ExitStack() as stack:
+            worker = ThreadPoolExecutor(1)  # generates while this thread prunes
+            stack.callback(worker.shutdown, cancel_futures=True)
+            flying: deque[tuple[list[tuple[int, Pruned]], Future[list[str | GridpruneError]]]] = deque()
+            waiting: list[tuple[int, Pruned]] = []
 
-        def flush() -> Iterator[tuple[int, Reply | GridpruneError]]:
-            sets = [made.pruned for _, made in waiting]
-            for at, text in self.generate(sets, max_new_tokens=max_new_tokens, **options):
-                index, made = waiting[at]
-                if isinstance(text, GridpruneError):
-                    yield index, text
-                else:
-                    yield index, Reply(text, made.pruned.to_json(), made.hit, made.notes)
+            def texts(sets: Sequence[PrunedSet]) -> list[str | GridpruneError]:
+                return list(self._texts(sets, max_new_tokens, options))
 
-        for index, pruned in self.prune(asks, system=system, template=template):
-            if isinstance(pruned, GridpruneError):
-                yield index, pruned
-                continue
-            waiting.append((index, pruned))
-            size += pruned.pruned.rows.nbytes
-            if size > _MOST_BYTES:
-                yield from flush()
-                waiting, size = [], 0
-        yield from flush()
+            def send() -> None:
+                waiting.sort(key=lambda own: len(own[1].pruned.input_ids))
+                size = self._questions.size
+                for start in range(0, len(waiting), size):
+                    batch = waiting[start : start + size]
+                    flying.append((batch, worker.submit(texts, [made.pruned for _, made in batch])))
+                waiting.clear()
+
+            def receive() -> Iterator[tuple[int, Reply | GridpruneError]]:
+                batch, future = flying.popleft()
+                for (index, made), text in zip(batch, future.result(), strict=True):
+                    if isinstance(text, GridpruneError):
+                        yield index, text
+                    else:
+                        yield index, Reply(text, made.pruned.to_json(), made.hit, made.notes)
+
+            for index, pruned in self.prune(asks, system=system, template=template):
+                if isinstance(pruned, GridpruneError):
+                    yield index, pruned
+                    continue
+                waiting.append((index, pruned))
+                held = sum(made.pruned.rows.nbytes for _, made in waiting)
+                if len(waiting) >= _GROUP * self._questions.size or held > _MOST_BYTES:
+                    send()
+                while flying and (len(flying) > _GROUP or flying[0][1].done()):
+                    yield from receive()
+            send()
+            while flying:
+                yield from receive()
 
 
 def in_order(pairs: Iterable[tuple[int, T]]) -> Iterator[T]:

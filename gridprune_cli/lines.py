@@ -69,8 +69,7 @@ def parse(line: bytes, place: str) -> Item:
         return Item(ident, fault=f"{place}: question is no text; ask something")
     extra = {name: given for name, given in value.items() if name not in _OWN}
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
-        fault = f"{place}: keep {keep!r}: must be above 0 and at most 1"
-        return Item(ident, images, question, None, extra, fault)
+        return Item(ident, images, question, None, extra, f"{place}: keep {keep!r}: must be above 0 and at most 1")
     return Item(ident, images, question, keep, extra)
 
 
@@ -227,13 +226,15 @@ def windows(lines: Iterable[T], most: int) -> Iterator[list[T]]:
         try:
             got = queue.get(timeout=_GRACE if window else None)
         except Empty:
-            got = ()  # nothing for now
-        if isinstance(got, tuple) and got:
-            window.append(got[0])
-        if window and (not got or isinstance(got, BaseException) or len(window) == most):
             yield window
             window = []
-        if got is None:
-            return
+            continue
+        if isinstance(got, tuple):
+            window.append(got[0])
+        if window and (len(window) == most or not isinstance(got, tuple)):
+            yield window
+            window = []
         if isinstance(got, BaseException):
             raise got
+        if got is None:
+            return

@@ -72,7 +72,7 @@ def generate(
                     warn(str(told))
                     if json:
                         emit_json({"file": str(path), "error": str(told), "error_type": type(answer).__name__})
-                elif json:
+                elif json and not isinstance(pruned, GridpruneError):
                     emit_json(pruned.to_json() | {"file": str(path), "answer": answer})
                 else:
                     print(answer, flush=True)

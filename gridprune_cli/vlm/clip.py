@@ -6,6 +6,7 @@ h_i is the patch's penultimate-layer state, LN_post and W_v CLIP's own image hea
 CLIP applies that head to the CLS token only).
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +20,8 @@ from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.loading import load_part
 
 # all of the vision tower but its last layer norm
-_TEXTS = 4096  # questions whose vectors are kept
+_TEXTS = 8192  # questions whose vectors are kept
+_BATCH = 64  # and that are read at once
 _WITHOUT = tuple(f"vision_model.{name}" for name in ("embeddings", "pre_layrnorm", "encoder"))
 
 
@@ -65,21 +67,35 @@ class ClipRelevance:
         return normalize(patches.float(), dim=-1)
 
     def _text(self, question: str) -> Tensor:
-        """Unit vectors `(pieces, D)` of a question; kept, since one question is often asked of many images.
+        """Unit vectors `(pieces, D)` of a question; kept, since one question is often asked of many images."""
+        if question not in self._texts:
+            self.read([question])
+        return self._texts[question]
+
+    @torch.inference_mode()
+    def read(self, questions: Iterable[str]) -> None:
+        """Reads questions that will be asked, those of one length together.
 
         A question longer than the text tower takes is read in pieces of its full length; the cosines of the pieces are
         averaged, so no word is dropped.
         """
-        if question not in self._texts:
-            ids = self.tokenizer(question, add_special_tokens=False).input_ids
-            room = self.model.config.text_config.max_position_embeddings - 2
-            first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-            pieces = [
-                torch.tensor([[first, *ids[i : i + room], last]], device=self.device)
-                for i in range(0, max(1, len(ids)), room)
-            ]
-            vectors = torch.cat([self.model.get_text_features(piece).pooler_output for piece in pieces])
-            if len(self._texts) == _TEXTS:
-                del self._texts[next(iter(self._texts))]
-            self._texts[question] = normalize(vectors.float(), dim=-1)
-        return self._texts[question]
+        room = self.model.config.text_config.max_position_embeddings - 2
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        lengths: dict[int, list[tuple[str, list[int]]]] = {}
+        for question in dict.fromkeys(questions):
+            if question not in self._texts:
+                ids = self.tokenizer(question, add_special_tokens=False).input_ids
+                for i in range(0, max(1, len(ids)), room):
+                    piece = [first, *ids[i : i + room], last]
+                    lengths.setdefault(len(piece), []).append((question, piece))
+        vectors: dict[str, list[Tensor]] = {}
+        for pieces in lengths.values():
+            for start in range(0, len(pieces), _BATCH):
+                part = pieces[start : start + _BATCH]
+                ids = torch.tensor([piece for _, piece in part], device=self.device)
+                read = normalize(self.model.get_text_features(ids).pooler_output.float(), dim=-1)
+                for (question, _), vector in zip(part, read, strict=True):
+                    vectors.setdefault(question, []).append(vector)
+        self._texts |= {question: torch.stack(own) for question, own in vectors.items()}
+        for question in list(self._texts)[:-_TEXTS]:
+            del self._texts[question]

@@ -6,6 +6,7 @@ e_t are the language model's embeddings of the question's tokens, x_i the projec
 table is loaded. GridPrune (arXiv 2511.10081) does not say what it does for such models; this is ours.
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,9 @@ class WordRelevance:
     def load(self) -> None:
         """Loads it now."""
         _ = self.embedding
+
+    def read(self, questions: Iterable[str]) -> None:
+        """Nothing: to look words up takes no time."""
 
     @torch.inference_mode()
     def __call__(self, states: Tensor, question: str) -> Tensor:
