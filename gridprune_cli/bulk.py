@@ -44,11 +44,14 @@ class Ask:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What came of an `Ask`: its pruned set, whether no image of it went through the tower, notes on the images."""
+    """What came of an `Ask`: its pruned set, whether no image of it went through the tower, and notes on its images.
+
+    A note is the image's name, and what a user should know of it.
+    """
 
     pruned: PrunedSet
     hit: bool
-    notes: tuple[str, ...]
+    notes: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Reply:
     text: str
     record: dict[str, Any]
     hit: bool
-    notes: tuple[str, ...]
+    notes: tuple[tuple[str, str], ...]
 
 
 class Batches:
@@ -169,7 +172,7 @@ class Bulk:
             if isinstance(result, EncodedImage):
                 latest[picture.sha256] = result
                 writes[picture.sha256] = writer.submit(self.pipeline.keep, result)
-        for sha256 in list(latest)[: -4 * self._images.size]:
+        for sha256 in list(latest)[: -3 * self._images.size]:
             del latest[sha256]
         done = []
         for read in reads:
@@ -229,7 +232,7 @@ class Bulk:
             pruned = self.pipeline.prune(encoded, ask.question, ask.pruning, system=system, template=template)
         except Exception as fault:
             return _told(fault)
-        notes = tuple(dict.fromkeys(f"{image.name}: {note}" for image in encoded for note in image.notes))
+        notes = tuple(dict.fromkeys((image.name, note) for image in encoded for note in image.notes))
         return Pruned(pruned, all(hit for _, hit in images), notes)
 
     # ---- generate ----------------------------------------------------------------------------------------------------

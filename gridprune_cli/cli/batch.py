@@ -103,6 +103,7 @@ def work(
     from gridprune_cli.bulk import Ask
     from gridprune_cli.lines import windows
 
+    told: set[str] = set()  # a note that fits many images is made once
     for window in windows(reader, most):
         asks = [
             Ask(
@@ -120,6 +121,11 @@ def work(
                 if fail_fast:
                     raise result
                 warn(str(result))
+            else:
+                for name, note in result.notes:
+                    if note not in told:
+                        say(f"{name}: {note}")
+                        told.add(note)
             yield item, result
 
 
