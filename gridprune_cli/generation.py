@@ -92,12 +92,23 @@ def generate(
         )
     end = time.perf_counter()
     first = clock.first or end
+    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
+    stops = set(ends if isinstance(ends, list) else [ends])
+    answers = [_until(stops, answer) for answer in out[:, length:].tolist()]
     return [
         Generated(
             tokenizer.decode(answer, skip_special_tokens=True).strip(),
-            tuple(answer.tolist()),
+            tuple(answer),
             1e3 * (first - start),
             1e3 * (end - first),
         )
-        for answer in out[:, length:]
+        for answer in answers
     ]
+
+
+def _until(stops: set[int | None], answer: list[int]) -> list[int]:
+    """The answer with its first end token, without what filled it up to the longest of its batch."""
+    for i, token in enumerate(answer):
+        if token in stops:
+            return answer[: i + 1]
+    return answer

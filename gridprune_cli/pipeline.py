@@ -1,7 +1,8 @@
 """encode -> prune -> generate, with the cache between: what the commands call, and users of the package."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -31,7 +32,6 @@ from gridprune_cli.vlm.words import WordRelevance, keywords
 SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
 POSITIONS = ("original", "compact")
 ILP_LAYER = 2  # at whose input tokens leave the language model, where nothing else is said
-_MOST_PIXELS = 100_000_000  # held decoded at once; about 300 MB
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,22 @@ class Pipeline:
 
     def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
         """Runs the tower on pictures, whatever the cache holds, and stores what it gives."""
-        encodings = self.family.encode([picture.image for picture in pictures])
-        return [self._keep(picture, encoding) for picture, encoding in zip(pictures, encodings, strict=True)]
+        made = self.see(pictures)
+        for encoded in made:
+            self.keep(encoded)
+        return made
 
-    def _keep(self, picture: Picture, encoding: Encoding) -> EncodedImage:
+    def see(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
+        """Runs the tower on pictures, and stores nothing."""
+        encodings = self.family.encode([picture.image for picture in pictures])
+        return [self._encoded(picture, encoding) for picture, encoding in zip(pictures, encodings, strict=True)]
+
+    def keep(self, encoded: EncodedImage) -> None:
+        """Stores an encoded image, where there is a cache."""
+        if self.store is not None:
+            self.store.put(self.family.encoder, encoded.key, encoded.to_bytes())
+
+    def _encoded(self, picture: Picture, encoding: Encoding) -> EncodedImage:
         encoded = EncodedImage(
             key=self.key(picture.sha256),
             model=self.model,
@@ -196,8 +208,6 @@ class Pipeline:
         )
         if not (torch.isfinite(encoded.states).all() and torch.isfinite(encoded.saliency).all()):
             raise GridpruneError(f"{picture.name}: the tower gave values that are not finite; try --dtype float32")
-        if self.store is not None:
-            self.store.put(self.family.encoder, encoded.key, encoded.to_bytes())
         return encoded
 
     def _remarks(self, picture: Picture) -> tuple[str, ...]:
@@ -390,49 +400,25 @@ class Pipeline:
         return Answer(made.text, pruned, notes, tuple(hit is not None for hit in found), ms)
 
     def encode_all(
-        self, sources: Iterable[Source], *, batch: int = 16, refresh: bool = False
+        self,
+        sources: Iterable[Source],
+        *,
+        batch: int = 16,
+        refresh: bool = False,
+        notice: Callable[[str], None] = warnings.warn,
     ) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
         """Encodes many pictures in batches into the cache: (name, what came of it, whether it was a hit), in turn.
 
         A picture that can't be read or encoded gives its error in place of an encoded image, and the rest goes on.
-        Raises GridpruneError where the cache can't be written, since then all of it would be for nothing.
+        Where memory runs out, `notice` is told, and batches are smaller from then on. Raises GridpruneError where the
+        cache can't be written, since then all of it would be for nothing.
         """
-        waiting: list[Picture] = []
-        for source in sources:
-            try:
-                image, name, data = identify(source)
-                if any(picture.sha256 == image for picture in waiting):  # the same file again: soon a hit
-                    yield from self._encode_batch(waiting)
-                    waiting = []
-                if not refresh and (found := self.look_up(image, name)):
-                    yield name, found, True
-                    continue
-                waiting.append(load_image(data, name))
-            except BadInput as fault:
-                yield "-" if isinstance(source, bytes) else str(source), fault, False
-            pixels = sum(picture.image.width * picture.image.height for picture in waiting)
-            if len(waiting) == batch or pixels > _MOST_PIXELS:
-                yield from self._encode_batch(waiting)
-                waiting = []
-        yield from self._encode_batch(waiting)
+        from gridprune_cli.bulk import Bulk  # which stands on this module
 
-    def _encode_batch(self, pictures: list[Picture]) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
-        if not pictures:
-            return
-        try:
-            encoded: list[EncodedImage | GridpruneError] = list(self.encode(pictures))
-        except GridpruneError:  # one of them is at fault: find out which
-            encoded = [self._encode_or_fault(picture) for picture in pictures]
-        if self.store is not None and not self.store.writable:
-            raise GridpruneError(f"{self.store.root}: the cache can't be written, so nothing was encoded into it")
-        for picture, result in zip(pictures, encoded, strict=True):
-            yield picture.name, result, False
-
-    def _encode_or_fault(self, picture: Picture) -> EncodedImage | GridpruneError:
-        try:
-            return self.encode([picture])[0]
-        except GridpruneError as fault:
-            return fault if picture.name in str(fault) else type(fault)(f"{picture.name}: {fault}")
+        for found in Bulk(self, images=batch, notice=notice).encode(sources, refresh=refresh):
+            if self.store is not None and not self.store.writable:
+                raise GridpruneError(f"{self.store.root}: the cache can't be written, so nothing was encoded into it")
+            yield found
 
 
 def _join(signals: Sequence[Signals]) -> Signals:

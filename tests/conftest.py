@@ -1,6 +1,8 @@
 """Every test runs without network, without the user's settings and cache, and without forced colours."""
 
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,26 @@ def noise():
         return Picture(Image.fromarray(pixels), hashlib.sha256(pixels.tobytes()).hexdigest(), f"noise {seed}", ())
 
     return make
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tiny_llava):
+    """Calls `gridprune` with the tiny model: (exit code, stdout, stderr)."""
+    from gridprune_cli.cli.app import main
+
+    monkeypatch.setenv("GRIDPRUNE_MODEL", str(tiny_llava))
+    monkeypatch.setenv("GRIDPRUNE_MAX_NEW_TOKENS", "4")
+
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["gridprune", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

@@ -1,6 +1,5 @@
 """The commands, called as a user calls them: what goes to stdout, what to stderr, and the exit code."""
 
-import io
 import json
 import shutil
 import subprocess
@@ -9,32 +8,10 @@ import sys
 import pytest
 from PIL import Image
 
-from gridprune_cli.cli.app import main
 from gridprune_cli.scenes.scene import draw, make_scene
 from gridprune_cli.vlm import FAMILIES
 
 QUESTION = "What colour is the star?"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tiny_llava):
-    """Calls `gridprune` with the tiny model: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("GRIDPRUNE_MODEL", str(tiny_llava))
-    monkeypatch.setenv("GRIDPRUNE_MAX_NEW_TOKENS", "4")
-
-    def call(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["gridprune", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -5,8 +5,10 @@ puts the options of a group in the place of one parameter of a command.
 """
 
 import functools
+import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +26,13 @@ CacheDir = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices.")]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Do one share of N alone, I from 0 to N-1. An image's name alone decides which, whatever else is given.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, envvar="GRIDPRUNE_MAX_NEW_TOKENS", help="Longest answer, in tokens.")]
 
 
@@ -51,6 +60,22 @@ def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Calla
         return run
 
     return decorate
+
+
+def in_shard(shard: str | None) -> Callable[[str], bool] | None:
+    """Whether a name belongs to a share as given by --shard; None where all is to be done."""
+    if shard is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", shard, re.ASCII)
+    if not match or not int(match[1]) < int(match[2]):
+        raise BadInput(f"--shard {shard}: not I/N with I from 0 to N-1, as in 0/4")
+    share, shares = int(match[1]), int(match[2])
+
+    def mine(name: str) -> bool:
+        hashed = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+        return int.from_bytes(hashed[:8], "big") % shares == share
+
+    return mine
 
 
 def _option(text: str, panel: str, *names: str, **settings: Any) -> Any:

@@ -13,6 +13,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ from gridprune_cli.vlm.loading import load_part
 from gridprune_cli.vlm.words import WordRelevance
 
 PARTS = ("tower", "projector", "language")
+_PREPARED = "gridprune_prepared"  # attribute of a picture
 
 
 @dataclass(frozen=True)
@@ -138,16 +140,25 @@ class Family(ABC):
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
         """Runs the tower on pictures. Loads the tower, and the projector where states are stored projected."""
 
+    def prepare(self, picture: Image) -> None:
+        """Does the processor's work ahead of `encode`, on the CPU. For worker threads, while the tower runs."""
+        with suppress(Exception):  # `encode` meets it again, and knows what to say of it
+            picture.__dict__[_PREPARED] = self._process(picture)  # goes when the picture goes
+
     def process(self, picture: Image) -> tuple[dict[str, Tensor], str]:
         """The processor's model inputs for one picture, on the device, and the placeholder that it becomes."""
-        known = self.processor.tokenizer.init_kwargs
-        settings = self.processor._merge_kwargs(tokenizer_init_kwargs=known, return_tensors="pt")["images_kwargs"]
-        data, (placeholder,) = self.processor._process_images([picture], **settings)
+        data, placeholder = picture.__dict__.pop(_PREPARED, None) or self._process(picture)
         inputs = {}
         for name, value in data.items():
             tensor = torch.as_tensor(value)
             inputs[name] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
         return inputs, placeholder
+
+    def _process(self, picture: Image) -> tuple[dict[str, Any], str]:
+        known = self.processor.tokenizer.init_kwargs
+        settings = self.processor._merge_kwargs(tokenizer_init_kwargs=known, return_tensors="pt")["images_kwargs"]
+        data, (placeholder,) = self.processor._process_images([picture], **settings)
+        return data, placeholder
 
     # ---- pruning -----------------------------------------------------------------------------------------------------
 

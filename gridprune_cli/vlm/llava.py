@@ -25,8 +25,7 @@ class Llava(Family):
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
-        pixels = self.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
-        states, saliency = self.see(pixels.to(self.device, self.dtype))
+        states, saliency = self.see(torch.cat([self.process(picture)[0]["pixel_values"] for picture in pictures]))
         side = round(states.shape[1] ** 0.5)
         placeholder = self.processor.image_token * (side * side)
         return [

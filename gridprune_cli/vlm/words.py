@@ -7,6 +7,7 @@ table is loaded. GridPrune (arXiv 2511.10081) does not say what it does for such
 """
 
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ class WordRelevance:
 
     def __init__(self, family: "Family"):
         self.family = family
+        self._last: tuple[Tensor, Tensor] | None = None  # states, and the unit vectors of their rows
 
     @cached_property
     def embedding(self) -> Any:
@@ -59,6 +61,9 @@ class WordRelevance:
         """Loads it now."""
         _ = self.embedding
 
+    def read(self, questions: Iterable[str]) -> None:
+        """Nothing: to look words up takes no time."""
+
     @torch.inference_mode()
     def vectors(self, text: str) -> Tensor:
         """The embeddings `(M, D)` of a text's tokens, on the model's device."""
@@ -69,5 +74,6 @@ class WordRelevance:
     def __call__(self, states: Tensor, question: str) -> Tensor:
         """Mean cosines of visual tokens, given as states `(N, C)`, with the question's words: `(N,)` float32, CPU."""
         words = normalize(self.vectors(question).float(), dim=-1)
-        tokens = normalize(self.family.own_rows(states).to(self.family.device).float(), dim=-1)
-        return (tokens @ words.T).mean(1).cpu()
+        if self._last is None or self._last[0] is not states:  # an image is often asked about several times in a row
+            self._last = states, normalize(self.family.own_rows(states).to(self.family.device).float(), dim=-1)
+        return (self._last[1] @ words.T).mean(1).cpu()
