@@ -26,7 +26,7 @@ from gridprune_cli.store import Store, entry_key
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm import open_model
 from gridprune_cli.vlm.checkpoint import EMBEDDED
-from gridprune_cli.vlm.family import Encoding
+from gridprune_cli.vlm.family import Encoding, Family
 from gridprune_cli.vlm.words import WordRelevance, keywords
 
 SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
@@ -127,7 +127,8 @@ class Answer:
 class Pipeline:
     """A model with its cache. Parts of the model are loaded when they are first needed, and only those.
 
-    model     `scenes`, a folder, or a hub name, `owner/name` or `owner/name@revision`
+    model     `scenes`, a folder, or a hub name, `owner/name` or `owner/name@revision`; or a family that was opened
+              already, and then only `store` counts of the rest
     revision  branch, tag or commit of a hub model
     clip      the CLIP that the model's tower was taken from, a folder or hub name, where it is not found by itself
     store     None means no cache
@@ -137,7 +138,7 @@ class Pipeline:
 
     def __init__(
         self,
-        model: str = "scenes",
+        model: str | Family = "scenes",
         *,
         revision: str | None = None,
         clip: str | None = None,
@@ -145,9 +146,12 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "auto",
     ):
-        placed = place(device, dtype)
         self.store = store
-        self.family = open_model(model, placed.dtype, placed.device, revision=revision, clip=clip, store=store)
+        if isinstance(model, Family):
+            self.family = model
+        else:
+            placed = place(device, dtype)
+            self.family = open_model(model, placed.dtype, placed.device, revision=revision, clip=clip, store=store)
         self.model = self.family.checkpoint.name
 
     def __enter__(self) -> "Pipeline":

@@ -1,6 +1,7 @@
 """The commands, called as a user calls them: what goes to stdout, what to stderr, and the exit code."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -431,3 +432,51 @@ def test_generation_options_reach_transformers(run, image):
 def test_a_streamed_answer_is_the_answer(run, image):
     code, out, _ = run("ask", image, QUESTION, "--stream")
     assert code == 0 and out.split() == run("ask", image, QUESTION, "--no-stream")[1].split()
+
+
+def test_bench_prints_a_table(run, image):
+    code, out, err = run("bench", image, QUESTION, "--keep", "0.25", "--repeat", "1", "--new-tokens", "2")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert "float32" in lines[0] and str(image) in lines[0]
+    cells = {line.split("  ")[0]: line.split() for line in lines[2:-2]}
+    assert cells["visual tokens"][2:] == ["16", "4", "4.00"]
+    assert {"load", "encode", "select", "prefill", "decode, a token", "keys and values"} <= set(cells)
+    assert re.search(r"The prefill is [\d.]+ times faster with [\d.]+ times fewer operations", lines[-2])
+
+
+def test_bench_json_names_what_was_measured(run, image):
+    code, out, _ = run("bench", image, QUESTION, "--json", "--repeat", "2", "--new-tokens", "3", "--tokens", "2")
+    record = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert (record["image"], record["question"], record["method"]) == (str(image), QUESTION, "gridprune")
+    assert (record["dtype"], record["repeat"], record["new_tokens"]) == ("float32", 2, 3)
+    assert (record["full"]["tokens"], record["pruned"]["tokens"]) == (16, 2)
+
+
+def test_bench_measures_shapes_and_needs_no_picture(run, monkeypatch):
+    from test_shapes import shrunk
+
+    from gridprune_cli.vlm import shapes
+
+    monkeypatch.setitem(shapes.SHAPES, "llava-1.5-7b", shrunk("llava-1.5-7b"))
+    code, out, _ = run("bench", "--shape", "llava-1.5-7b", "--layers", "1", "--repeat", "1", "--new-tokens", "2")
+    assert code == 0 and "random weights, 1 of 3 layers" in out and "a scene of 672 x 672 pixels" in out
+    assert re.search(r"visual tokens +576 +63 ", out) and "\nload" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--layers", "2"), "--layers: only with --shape"),
+        (("--shape", "llava"), "--shape llava: not one of"),
+        (("--shape", "qwen2.5-vl-7b", "--layers", "29"), "--layers 29"),
+        (("--new-tokens", "1"), "--new-tokens"),
+        (("--repeat", "0"), "--repeat"),
+        (("no-such-file.png",), "no-such-file.png"),
+        (("--keep", "0"), "--keep"),
+    ],
+)
+def test_bench_refuses(run, arguments, told):
+    code, out, err = run("bench", *arguments)
+    assert (code, out) == (2, "") and told in err and err.count("\n") == 1

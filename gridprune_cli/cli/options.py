@@ -88,22 +88,28 @@ _PROMPT = "Prompt and answer"
 _PAPERS = "What the papers leave open"
 
 
+Model = Annotated[
+    str,
+    _option(
+        "Model: `scenes`, a folder with a checkpoint, or a hub name, OWNER/NAME or OWNER/NAME@REVISION.",
+        _MODEL,
+        envvar="GRIDPRUNE_MODEL",
+    ),
+]
+Revision = Annotated[str | None, _option("Branch, tag or commit of a hub model.", _MODEL)]
+Clip = Annotated[
+    str | None, _option("CLIP that the model's tower was taken from, for relevance: a folder or hub name.", _MODEL)
+]
+Device = Annotated[str, _option("auto, cpu, cuda, ...", _MODEL, envvar="GRIDPRUNE_DEVICE")]
+Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16.", _MODEL, envvar="GRIDPRUNE_DTYPE")]
+
+
 def pipeline(
-    model: Annotated[
-        str,
-        _option(
-            "Model: `scenes`, a folder with a checkpoint, or a hub name, OWNER/NAME or OWNER/NAME@REVISION.",
-            _MODEL,
-            envvar="GRIDPRUNE_MODEL",
-        ),
-    ] = "scenes",
-    revision: Annotated[str | None, _option("Branch, tag or commit of a hub model.", _MODEL)] = None,
-    clip: Annotated[
-        str | None,
-        _option("CLIP that the model's tower was taken from, for relevance: a folder or hub name.", _MODEL),
-    ] = None,
-    device: Annotated[str, _option("auto, cpu, cuda, ...", _MODEL, envvar="GRIDPRUNE_DEVICE")] = "auto",
-    dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", _MODEL, envvar="GRIDPRUNE_DTYPE")] = "auto",
+    model: Model = "scenes",
+    revision: Revision = None,
+    clip: Clip = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     cache_dir: CacheDir = None,
     cache_limit: Annotated[
         str | None,
