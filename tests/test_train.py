@@ -20,6 +20,7 @@ def short(monkeypatch):
     monkeypatch.setattr(train, "LANGUAGE", train.Plan(3, 2, 4, 4, 1e-3, ((0.5, 32), (0.5, 256))))
     again = train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 256),), start=3, neighbours=True)
     monkeypatch.setattr(train, "LANGUAGE_AGAIN", again)
+    monkeypatch.setattr(train, "LANGUAGE_LAST", train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 64),), start=4, neighbours=True))
 
 
 def run(folder):
@@ -51,7 +52,7 @@ def test_a_run_that_was_stopped_ends_where_another_would(short, tmp_path, monkey
             assert torch.allclose(x.float(), y.float(), atol=1e-6), name
     logs = [(tmp_path / name / "work/log.jsonl").read_text().splitlines() for name in ("whole", "stopped")]
     steps = [[(line["stage"], line["step"]) for line in map(json.loads, log)] for log in logs]
-    assert steps[0] == steps[1] and len(steps[0]) == 9
+    assert steps[0] == steps[1] and len(steps[0]) == 10
     assert ran.count(("Tower", 0, 0)) == 1 and ran.count(("Language", 0, 0)) == 1  # it went on, it did not start again
 
 

@@ -9,8 +9,9 @@ Two stages, as for LLaVA, each resumable from the work folder:
    objects preferred; the last steps see all of them. A second, shorter pass (`tower-again`) starts from a lower rate.
 2. `language`: the tower is frozen, and projector and Llama learn to answer eight questions packed behind one image,
    each blind to the others. Training starts with few visual tokens, so that the question's words are not drowned
-   before attention has learned where to look, and ends with all of them. From the second pass on (`language-again`),
-   what comes late is asked more often. No token is ever dropped by a pruning method: pruning stays training-free.
+   before attention has learned where to look, and ends with all of them. The later passes (`language-again`,
+   `language-last`) ask more often what comes late. No token is ever dropped by a pruning method: pruning stays
+   training-free.
 """
 
 import argparse
@@ -106,7 +107,19 @@ LANGUAGE_AGAIN = Plan(
     1.2e-3,
     ((0.82, 64), (0.18, N)),
     start=500,
+    stop=1300,
     kinds=(*KINDS, "character", "count", "place", "relation", "relation"),
+    neighbours=True,
+)
+LANGUAGE_LAST = Plan(
+    1600,
+    24,
+    16_000,
+    TRAIN + 50_000,
+    8e-4,
+    ((0.78, 64), (0.22, N)),
+    start=1800,
+    kinds=(*KINDS, "character", "count", "count", "place", "relation", "relation"),
     neighbours=True,
 )
 
@@ -566,6 +579,7 @@ def train(out: Path, work: Path, seed: int, device: torch.device) -> None:
     language.whiten()
     optimise("language", language, pool, LANGUAGE, work, device)
     optimise("language-again", language, pool, LANGUAGE_AGAIN, work, device)
+    optimise("language-last", language, pool, LANGUAGE_LAST, work, device)
     language.llava.model.language_model.set_attn_implementation("sdpa")
     built.save(out, language.llava, tower.clip)
 
