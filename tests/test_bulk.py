@@ -128,6 +128,19 @@ def test_encoding_in_bulk_gives_what_encoding_alone_gives(pipeline, pictures, ti
     assert all(hit is False for _, _, hit in Bulk(pipeline, notice=silent).encode(pictures, refresh=True))
 
 
+def test_what_else_is_in_a_batch_leaves_an_image_s_saliency_alone(noise):
+    """To the last bit, as far as the tower's own products leave its states alone: so entries are the same files."""
+    pipeline = Pipeline("scenes", dtype="float32")
+    pictures = [noise((224, 224), seed) for seed in range(6)]
+    single = [pipeline.see([picture])[0] for picture in pictures]
+    for size in (2, 5, 6):
+        together = [encoded for i in range(0, 6, size) for encoded in pipeline.see(pictures[i : i + size])]
+        for alone, encoded in zip(single, together, strict=True):
+            assert torch.allclose(encoded.states, alone.states, atol=1e-4)
+            if torch.equal(encoded.states, alone.states):
+                assert torch.equal(encoded.saliency, alone.saliency)
+
+
 def test_the_same_file_many_times_goes_through_the_tower_once(pipeline, pictures, monkeypatch):
     seen = []
     see = pipeline.family.encode
@@ -276,9 +289,9 @@ def test_answers_in_bulk_are_the_answers_of_ask(pipeline, pictures, tiny_llava, 
     assert sum(not reply.hit for reply in replies) == len(pictures)  # the first question about each
 
 
-def test_an_image_is_read_once_for_all_its_questions(pipeline, pictures, monkeypatch):
+def test_an_image_is_read_once_for_all_its_questions(pipeline, pictures, tiny_llava, monkeypatch):
     list(Bulk(pipeline, notice=silent).encode(pictures))
-    got = []
+    pipeline, got = Pipeline(str(tiny_llava), store=open_store(), dtype="float32"), []
     get = pipeline.store.get
     monkeypatch.setattr(pipeline.store, "get", lambda encoder, key: got.append(key) or get(encoder, key))
     replies = list(Bulk(pipeline, notice=silent).answer(asks(pictures), max_new_tokens=2))

@@ -49,8 +49,6 @@ def encode(
     start = time.perf_counter()
     with pipeline, progress("encoding", len(images)) as step:
         for name, result, hit in pipeline.encode_all(images, batch=batch_size, refresh=refresh, notice=say):
-            rate = (done + failed + 1) / (time.perf_counter() - start)
-            step(1, f"{rate:.1f} images/s, {hits} hits")
             if isinstance(result, GridpruneError):
                 failed += 1
                 warn(str(result))
@@ -64,6 +62,7 @@ def encode(
                 line = {"image": name, "key": result.key, "tokens": result.count, "cache": "hit" if hit else "miss"}
             if json:
                 emit_json(line)
+            step(1, f"{(done + failed) / (time.perf_counter() - start):.1f} images/s, {hits} hits")
     rate = done / (time.perf_counter() - start)
     say(f"{done} images, {hits} of them cached already, {size(size_of_new)} new, {rate:.1f} images/s")
     if failed:

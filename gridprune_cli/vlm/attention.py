@@ -29,7 +29,9 @@ def _watched(
         step = max(1, _SCORES // (key.shape[0] * key.shape[1] * key.shape[2]))  # queries
         for start in range(0, queries.shape[2], step):
             part = queries[:, :, start : start + step]
-            scores = (part @ key.transpose(-1, -2) * kwargs["scaling"]).float()
+            # a product of matrices with one row rounds by what else is in the batch; an image's entry must not
+            product = (part * key).sum(-1)[:, :, None] if module.gridprune_cls else part @ key.transpose(-1, -2)
+            scores = (product * kwargs["scaling"]).float()
             if attention_mask is not None:  # true where a query may look
                 scores = scores.masked_fill(~attention_mask[:, :, start : start + part.shape[2]], -torch.inf)
             total += scores.softmax(-1).mean(1).sum(1)
