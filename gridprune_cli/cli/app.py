@@ -10,6 +10,7 @@ from gridprune_cli.cli import cache
 from gridprune_cli.cli.ask import ask
 from gridprune_cli.cli.encode import encode
 from gridprune_cli.cli.env import env
+from gridprune_cli.cli.evaluate import evaluate
 from gridprune_cli.cli.generate import generate
 from gridprune_cli.cli.models import models
 from gridprune_cli.cli.output import printable, set_quiet
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 for command in (ask, encode, prune, generate, show, models, env):
     app.command(epilog=getattr(command, "examples", None))(command)
+app.command("eval", epilog=evaluate.examples)(evaluate)  # type: ignore[attr-defined]
 app.add_typer(cache.app, name="cache")
 
 
