@@ -12,6 +12,7 @@ from gridprune_cli.cli.batch import batch
 from gridprune_cli.cli.bench import bench
 from gridprune_cli.cli.encode import encode
 from gridprune_cli.cli.env import env
+from gridprune_cli.cli.evaluate import evaluate
 from gridprune_cli.cli.generate import generate
 from gridprune_cli.cli.models import models
 from gridprune_cli.cli.output import printable, set_quiet
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for command in (ask, batch, encode, prune, generate, show, bench, models, env):
     app.command(epilog=getattr(command, "examples", None))(command)
+app.command("eval", epilog=evaluate.examples)(evaluate)  # type: ignore[attr-defined]
 app.add_typer(cache.app, name="cache")
 
 
