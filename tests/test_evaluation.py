@@ -112,11 +112,11 @@ def test_ids_are_unique_and_a_file_is_not_empty(questions):
 
 
 def test_methods_take_the_options_of_ask():
-    cells = read_cells(["gridprune, gridprune --region 0,1,3,4 --zone 2,topk", "random --seed=3"], "0.5,1.0,0.25")
+    cells = read_cells(["gridprune, gridprune --region 0,1,3,4 --zone 2,fastervlm", "random --seed=3"], "0.5,1.0,0.25")
     assert [(cell.name, cell.pruning.keep) for cell in cells[:4]] == [
         ("gridprune", 0.5),
         ("gridprune --region 0,1,3,4 --zone 2", 0.5),
-        ("topk", 0.5),
+        ("fastervlm", 0.5),
         ("random --seed=3", 0.5),
     ]
     assert {cell.pruning.keep for cell in cells} == {0.5, 0.25}  # all tokens are always there
@@ -130,12 +130,12 @@ def test_methods_take_the_options_of_ask():
     [
         ("gridprune --literal --region auto", "0.5", "--methods gridprune --literal --region auto: --region"),
         ("sharpest", "0.5", "--methods sharpest: .*unknown method"),
-        ("topk --keep 0.3", "0.5", "--methods topk --keep 0.3: shares go to eval's own --keep"),
+        ("fastervlm --keep 0.3", "0.5", "--methods fastervlm --keep 0.3: shares go to eval's own --keep"),
         ("", "0.5", "--methods: names none"),
-        ("topk", "half", "'half' is no number"),
-        ("topk", "0", "--keep 0.0: must be above 0"),
-        ("topk", "nan", "--keep nan"),
-        ("topk", "0.5,0.5", "topk at 0.5 is named twice"),
+        ("fastervlm", "half", "'half' is no number"),
+        ("fastervlm", "0", "--keep 0.0: must be above 0"),
+        ("fastervlm", "nan", "--keep nan"),
+        ("fastervlm", "0.5,0.5", "fastervlm at 0.5 is named twice"),
     ],
 )
 def test_cells_that_are_none(run, tmp_path, methods, keep, said):
@@ -145,7 +145,7 @@ def test_cells_that_are_none(run, tmp_path, methods, keep, said):
 
 
 def test_an_unknown_option_of_a_method_is_a_usage_error(run, tmp_path):
-    code, _, err = run("eval", "scenes:1", "-o", tmp_path / "out", "--methods", "topk --sharp 3")
+    code, _, err = run("eval", "scenes:1", "-o", tmp_path / "out", "--methods", "fastervlm --sharp 3")
     assert code == 2 and "--sharp" in err and err.count("\n") == 1
 
 
@@ -426,7 +426,7 @@ def test_eval_writes_the_report_with_the_pictures_of_show(finished):
 def test_without_the_extra_all_but_the_report_is_written(run, questions, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    code, out, err = run("eval", questions, "-o", tmp_path / "out", "--methods", "topk", "--keep", "0.5")
+    code, out, err = run("eval", questions, "-o", tmp_path / "out", "--methods", "fastervlm", "--keep", "0.5")
     assert code == 0 and out.startswith("| method |")
     assert "no report.html: matplotlib missing; pip install 'gridprune[report]'" in err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
