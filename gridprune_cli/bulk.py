@@ -229,7 +229,11 @@ class Bulk:
                 return image
             encoded.append(image)
         try:
-            pruned = self.pipeline.prune(encoded, ask.question, ask.pruning, system=system, template=template)
+            with self._loading:
+                localized = self.pipeline.localize(list(ask.sources), ask.question, ask.pruning)
+            pruned = self.pipeline.prune(
+                encoded, ask.question, ask.pruning, system=system, template=template, localized=localized
+            )
         except Exception as fault:
             return _told(fault)
         notes = tuple(dict.fromkeys((image.name, note) for image in encoded for note in image.notes))

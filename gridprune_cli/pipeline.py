@@ -14,6 +14,7 @@ from gridprune_cli.device import place
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image
+from gridprune_cli.localize import LONGEST, RELEVANCE, TEMPLATE, VLM, Localized, read_answer
 from gridprune_cli.pruning.methods import Method, make
 from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.methods.gridprune import GridPrune
@@ -25,7 +26,7 @@ from gridprune_cli.scenes.scene import looks_like_scene
 from gridprune_cli.store import Store, entry_key
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm import open_model
-from gridprune_cli.vlm.checkpoint import EMBEDDED
+from gridprune_cli.vlm.checkpoint import EMBEDDED, EMBEDDED_LOCALIZER
 from gridprune_cli.vlm.family import Encoding, Family
 from gridprune_cli.vlm.words import WordRelevance, keywords
 
@@ -43,6 +44,8 @@ class Pruning:
     method     how to choose them
     region     "auto" (found from the relevance), "none", or a box; only methods with zones heed it
     positions  "original": kept tokens keep their place in the prompt; "compact": they are numbered on
+    localizer  what finds the region "auto": "relevance", "vlm" (the embedded model's own), or a model by name
+    localizer_template  how such a model is asked, a text with `{question}`; "" is our own (`localize.TEMPLATE`)
     query      what relevance is measured against, where that is not the question
     share_budget  several images share one K instead of each having its own; then there is no region
     ilp        what stays inside the language model: "region", exactly the tokens inside the contextual region, or a
@@ -54,6 +57,8 @@ class Pruning:
     tokens: int | None = None
     method: Method = field(default_factory=lambda: make("gridprune"))
     region: str | Box = "auto"
+    localizer: str = RELEVANCE
+    localizer_template: str = ""
     positions: str = "original"
     query: str | None = None
     share_budget: bool = False
@@ -76,6 +81,8 @@ class Pruning:
             raise BadInput(
                 f"--share-budget: not with --method {self.method.name}, which splits the budget of one image"
             )
+        if self.localizer_template and "{question}" not in self.localizer_template:
+            raise BadInput("--localizer-template: needs {question}, where the question goes")
         if self.positions not in POSITIONS:
             raise BadInput(f"--positions {self.positions}: not one of {', '.join(POSITIONS)}")
         if self.ilp is not None and self.ilp != "region":
@@ -98,6 +105,10 @@ class Pruning:
         if self.tokens > full:
             raise BadInput(f"--tokens {self.tokens}: the image has {full} visual tokens")
         return self.tokens
+
+    def heeds_region(self, images: int) -> bool:
+        """Whether there is a region of each image to heed."""
+        return isinstance(self.method, GridPrune) and self.region != "none" and not (self.share_budget and images > 1)
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,7 @@ class Pipeline:
     revision  branch, tag or commit of a hub model
     clip      the CLIP that the model's tower was taken from, a folder or hub name, where it is not found by itself
     store     None means no cache
+    flag      the option that errors name
 
     Raises BadInput for a model, device or dtype that can't be used, GridpruneError where the hub can't be asked.
     """
@@ -145,13 +157,18 @@ class Pipeline:
         store: Store | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        flag: str = "--model",
     ):
         self.store = store
         if isinstance(model, Family):
             self.family = model
         else:
             placed = place(device, dtype)
-            self.family = open_model(model, placed.dtype, placed.device, revision=revision, clip=clip, store=store)
+            self.family = open_model(
+                model, placed.dtype, placed.device, revision=revision, clip=clip, store=store, flag=flag
+            )
+        self._placed = {"device": device, "dtype": dtype}
+        self._localizers: dict[str, Pipeline] = {}
         self.model = self.family.checkpoint.name
 
     def __enter__(self) -> "Pipeline":
@@ -219,19 +236,80 @@ class Pipeline:
             return ()
         return ("no scene: the embedded model knows only its own scenes; name a real one, as in --model FOLDER",)
 
-    def remarks(self, pruning: Pruning) -> tuple[str, ...]:
-        """What a user should know of how this model prunes."""
+    def remarks(self, pruning: Pruning, pruned: PrunedSet) -> tuple[str, ...]:
+        """What a user should know of how this model pruned."""
+        out = []
         if self.family.lacks_clip and "relevance" in pruning.method.requires:
-            return (
-                "the CLIP of this model's tower was not found, so relevance makes do with words; name it as --clip",
+            out.append(
+                "the CLIP of this model's tower was not found, so relevance makes do with words; name it as --clip"
             )
-        return ()
+        for image in pruned.images:
+            if image.localizer and not image.localizer.get("parsed", True):
+                out.append(
+                    f"{image.name}: the localiser {image.localizer['name']} answered {image.localizer['answer']!r}, "
+                    "which is no region; the one of the relevance was taken"
+                )
+        return tuple(out)
+
+    def _prepare(self, given: Sequence[tuple[str, str, bytes]]) -> list[EncodedImage | Picture]:
+        """What there is of pictures, as `identify` gives them: encoded, or decoded. Loads what then is needed."""
+        found = [self.look_up(image, name) or load_image(data, name) for image, name, data in given]
+        self.family.load(*(("tower",) if any(isinstance(f, Picture) for f in found) else ()), "projector", "language")
+        return found
+
+    def _finish(self, found: Sequence[EncodedImage | Picture]) -> list[EncodedImage]:
+        """Encodes what `_prepare` did not find."""
+        pictures = [f for f in found if isinstance(f, Picture)]
+        new = iter(self.encode(pictures) if pictures else [])
+        return [next(new) if isinstance(f, Picture) else f for f in found]
 
     def encode_one(self, source: Source) -> tuple[EncodedImage, bool]:
         """An encoded image, and whether it came from the cache. Raises BadInput for a picture that can't be read."""
         image, name, data = identify(source)
         found = self.look_up(image, name)
         return (found, True) if found else (self.encode([load_image(data, name)])[0], False)
+
+    # ---- localise ----------------------------------------------------------------------------------------------------
+
+    def localize(self, sources: Source | list[Source], question: str, pruning: Pruning) -> list[Localized] | None:
+        """Asks the localiser of `pruning` for the region of each picture, for `prune`. None where it names no model.
+
+        Its encoded images are kept in the same cache. Raises BadInput for a localiser that can't be used.
+        """
+        sources = sources if isinstance(sources, list) else [sources]
+        localizer = self.localizer(pruning, len(sources))
+        if localizer is None:
+            return None
+        images = localizer._finish(localizer._prepare([identify(source) for source in sources]))
+        return localizer.name_regions(images, [question] * len(images), pruning)
+
+    def localizer(self, pruning: Pruning, images: int = 1) -> "Pipeline | None":
+        """The model that is asked for regions, or None where `pruning` asks none. Raises BadInput as `__init__`."""
+        name = pruning.localizer
+        if name == RELEVANCE or pruning.region != "auto" or not pruning.heeds_region(images):
+            return None
+        if name == VLM and self.model != EMBEDDED:
+            raise BadInput(
+                f"--localizer {VLM}: it knows only the embedded model's scenes; name a model, as in --localizer FOLDER"
+            )
+        if name not in self._localizers:
+            model = EMBEDDED_LOCALIZER if name == VLM else name
+            self._localizers[name] = Pipeline(model, store=self.store, **self._placed, flag="--localizer")
+        return self._localizers[name]
+
+    def name_regions(
+        self, images: Sequence[EncodedImage], questions: Sequence[str], pruning: Pruning
+    ) -> list[Localized]:
+        """This model's answers, as a localiser, to the question about each image. It is given all tokens."""
+        bare = "{question}" if pruning.localizer == VLM else TEMPLATE
+        template = pruning.localizer_template or bare
+        whole = Pruning(keep=1.0, method=make("uniform"))
+        sets = [
+            self.prune(image, template.replace("{question}", question), whole)
+            for image, question in zip(images, questions, strict=True)
+        ]
+        answers = [made.text for made in generate(self.family, sets, LONGEST)]
+        return [Localized(pruning.localizer, answer, read_answer(answer)) for answer in answers]
 
     # ---- prune -------------------------------------------------------------------------------------------------------
 
@@ -243,17 +321,25 @@ class Pipeline:
         *,
         system: str | None = None,
         template: str | None = None,
+        localized: Sequence[Localized] | None = None,
     ) -> PrunedSet:
         """Chooses the tokens that the question needs, of one image or several.
 
         Each image has its own budget, or all share one where `pruning` says so. `system` is a system message,
-        `template` a prompt with `{image}` and `{question}` in place of the model's chat template. Raises BadInput where
-        the pruning does not fit the images, or the prompt the model.
+        `template` a prompt with `{image}` and `{question}` in place of the model's chat template. `localized` is what
+        `localize` gave, where `pruning` names a model as localiser. Raises BadInput where the pruning does not fit the
+        images, or the prompt the model.
         """
         images = [images] if isinstance(images, EncodedImage) else list(images)
         pruning = pruning or Pruning()
         check_question(question)
-        signals = [self._signals(image, pruning.query or question, pruning) for image in images]
+        if localized is None and self.localizer(pruning, len(images)):
+            raise BadInput(f"--localizer {pruning.localizer}: must be asked before; pass what Pipeline.localize gives")
+        said: list[Localized | None] = [*localized] if localized else [None] * len(images)
+        signals = [
+            self._signals(image, pruning.query or question, pruning, own)
+            for image, own in zip(images, said, strict=True)
+        ]
         counts = [image.count for image in images]
         firsts = [sum(counts[:i]) for i in range(len(counts))]
         if pruning.share_budget and len(images) > 1:
@@ -296,6 +382,7 @@ class Pipeline:
                     views=image.views,
                     region=own.region,
                     zones=_zones(pruning.method, own, kept[owner[kept] == n] - first),
+                    localizer=_found_by(pruning, own, said[n]),
                 )
                 for n, (image, own, first) in enumerate(zip(images, signals, firsts, strict=True))
             ),
@@ -328,25 +415,29 @@ class Pipeline:
                 )
         return plan(stages, [len(part) for part in kept], layers.stop)
 
-    def _signals(self, image: EncodedImage, query: str, pruning: Pruning) -> Signals:
+    def _signals(self, image: EncodedImage, query: str, pruning: Pruning, said: Localized | None) -> Signals:
         family, needs = self.family, pruning.method.requires
         relevance = family.relevance(image.states, query) if "relevance" in needs else None
         return Signals(
             image.views,
             relevance,
             image.saliency.float(),
-            self._region(pruning, image, relevance),
+            self._region(pruning, image, relevance, said),
             image.states.to(family.device) if "states" in needs else None,
             family.own_rows(image.states).to(family.device) if "rows" in needs else None,
             family.vocabulary.vectors(keywords(query)) if "words" in needs else None,
             isinstance(family.relevance, WordRelevance),
         )
 
-    def _region(self, pruning: Pruning, image: EncodedImage, relevance: Tensor | None) -> Box | None:
+    def _region(
+        self, pruning: Pruning, image: EncodedImage, relevance: Tensor | None, said: Localized | None
+    ) -> Box | None:
         if not isinstance(pruning.method, GridPrune) or relevance is None or pruning.region == "none":
             return None
         if isinstance(pruning.region, tuple):
             return pruning.region
+        if said and said.box:
+            return said.box
         return contextual_region(relevance * pruning.method.relevance_sign, image.views)
 
     def _rows(self, states: Tensor, slots: Tensor) -> Tensor:
@@ -377,31 +468,30 @@ class Pipeline:
         **options: Any,
     ) -> Answer:
         """encode, prune and generate, timed. A picture in the cache is not decoded, and the tower is not loaded."""
-        ms = dict.fromkeys(("load", "encode", "select", "prefill", "decode", "total"), 0.0)
+        ms = dict.fromkeys(("load", "localize", "encode", "select", "prefill", "decode", "total"), 0.0)
         with _timed(ms, "total"):
             check_question(question)
             pruning = pruning or Pruning()
             given = [identify(source) for source in (sources if isinstance(sources, list) else [sources])]
+            localizer, localized = self.localizer(pruning, len(given)), None
             with _timed(ms, "load"):
-                found = [self.look_up(image, name) for image, name, _ in given]
-                # a bad picture is told before any model is loaded
-                pictures = [
-                    load_image(data, name) for (_, name, data), hit in zip(given, found, strict=True) if hit is None
-                ]
-                self.family.load(*(("tower",) if pictures else ()), "projector", "language")
+                found = self._prepare(given)
                 if "relevance" in pruning.method.requires:
                     self.family.relevance.load()
                 if "words" in pruning.method.requires:
                     self.family.vocabulary.load()
+                shown = localizer._prepare(given) if localizer else []
+            if localizer:
+                with _timed(ms, "localize"):
+                    localized = localizer.name_regions(localizer._finish(shown), [question] * len(shown), pruning)
             with _timed(ms, "encode"):
-                new = iter(self.encode(pictures) if pictures else [])
-                images = [hit or next(new) for hit in found]
+                images = self._finish(found)
             with _timed(ms, "select"):
-                pruned = self.prune(images, question, pruning, system=system, template=template)
+                pruned = self.prune(images, question, pruning, system=system, template=template, localized=localized)
             made = generate(self.family, [pruned], max_new_tokens, **options)[0]
         ms |= {"prefill": made.prefill, "decode": made.decode}
         notes = tuple(dict.fromkeys(f"{image.name}: {note}" for image in images for note in image.notes))
-        return Answer(made.text, pruned, notes, tuple(hit is not None for hit in found), ms)
+        return Answer(made.text, pruned, notes, tuple(isinstance(hit, EncodedImage) for hit in found), ms)
 
     def encode_all(
         self,
@@ -459,6 +549,13 @@ def _ilp(
         assert own.region is not None
         budgets.append(int(inside(own.views, own.region)[part].sum()))
     return Region(), tuple(budgets)
+
+
+def _found_by(pruning: Pruning, signals: Signals, said: Localized | None) -> dict[str, Any] | None:
+    """Which localiser found the region, and what it answered. None where there is no region, or it was given."""
+    if said:
+        return said.to_json()
+    return {"name": RELEVANCE} if signals.region and pruning.region == "auto" else None
 
 
 def _zones(method: Method, signals: Signals, kept: Tensor) -> dict[str, Any] | None:

@@ -115,6 +115,7 @@ class Origin:
     views: tuple[View, ...]
     region: Box | None
     zones: dict[str, Any] | None  # rows, cols and budgets, where the method has zones
+    localizer: dict[str, Any] | None = None  # what found the region; of a model its answer, and whether that was a box
 
     @property
     def count(self) -> int:
@@ -130,7 +131,15 @@ class Origin:
     @classmethod
     def from_header(cls, parts: dict[str, Any]) -> "Origin":
         region = tuple(parts["region"]) if parts["region"] else None
-        return cls(parts["key"], parts["image"], parts["name"], _views(parts["views"]), region, parts["zones"])
+        return cls(
+            parts["key"],
+            parts["image"],
+            parts["name"],
+            _views(parts["views"]),
+            region,
+            parts["zones"],
+            parts.get("localizer"),
+        )
 
 
 @dataclass(frozen=True)
@@ -198,6 +207,7 @@ class PrunedSet:
             "tokens": {"full": self.count, "kept": len(self.kept), "separators": len(self.rows) - len(self.kept)},
             "grid": each("grid"),
             "region": each("region"),
+            "localizer": each("localizer"),
             "zones": each("zones"),
             "key": each("key"),
             "positions": self.positions,

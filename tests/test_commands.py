@@ -36,11 +36,11 @@ def test_ask_json_has_what_the_contract_names(run, image):
     record = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     names = ["image", "question", "answer", "model", "method", "keep", "tokens", "grid"]
-    names += ["region", "zones", "cache", "key", "positions", "ms"]
+    names += ["region", "localizer", "zones", "cache", "key", "positions", "ms"]
     assert set(names) <= set(record)
     assert record["tokens"] == {"full": 16, "kept": 8, "separators": 0} and record["grid"] == [4, 4]
     assert record["zones"]["rows"] == record["zones"]["cols"] == 2 and sum(record["zones"]["budgets"]) == 8
-    assert set(record["ms"]) == {"load", "encode", "select", "prefill", "decode", "total"}
+    assert set(record["ms"]) == {"load", "localize", "encode", "select", "prefill", "decode", "total"}
     assert (record["image"], record["question"], record["cache"]) == (str(image), QUESTION, "miss")
     assert len(record["region"]) == 4 and record["positions"] == "original"
 

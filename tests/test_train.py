@@ -2,13 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from transformers import CLIPModel, LlavaForConditionalGeneration
+from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcessor
 
 from gridprune_cli.scenes import train
 from gridprune_cli.scenes.model import IMAGE, WIDTH
-from gridprune_cli.scenes.scene import make_scene, questions
+from gridprune_cli.scenes.scene import covering, draw, make_scene, neighbour, questions
 
 
 @pytest.fixture
@@ -18,9 +19,11 @@ def short(monkeypatch):
     monkeypatch.setattr(train, "TOWER", train.Plan(3, 2, 4, 0, 1e-3, ((0.5, 128), (0.5, 256))))
     monkeypatch.setattr(train, "TOWER_AGAIN", train.Plan(2, 2, 4, 0, 1e-3, ((1.0, 128),), start=3))
     monkeypatch.setattr(train, "LANGUAGE", train.Plan(3, 2, 4, 4, 1e-3, ((0.5, 32), (0.5, 256))))
-    again = train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 256),), start=3, neighbours=True)
-    monkeypatch.setattr(train, "LANGUAGE_AGAIN", again)
-    monkeypatch.setattr(train, "LANGUAGE_LAST", train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 64),), start=4, neighbours=True))
+    closely = {"led": ((2, 2), (3, 4)), "closely": True}
+    monkeypatch.setattr(train, "LANGUAGE_AGAIN", train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 256),), start=3, **closely))
+    monkeypatch.setattr(train, "LANGUAGE_LAST", train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 64),), start=4, **closely))
+    plan = train.Plan(3, 2, 4, 0, 1e-3, ((0.5, 72), (0.5, 144)), led=((1, 2),), closely=True)
+    monkeypatch.setattr(train, "LOCALIZER", plan)
 
 
 def run(folder):
@@ -63,6 +66,60 @@ def test_the_towers_of_both_checkpoints_are_one(short, tmp_path):
     mine = llava.model.vision_tower.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert not list((tmp_path / "work").glob("*.tmp"))
+
+
+def test_the_localizer_starts_from_the_towers_first_layers(short, tmp_path):
+    train.train(tmp_path / "out", tmp_path / "work", 0, torch.device("cpu"), "localizer")
+    llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    processor = LlavaProcessor.from_pretrained(tmp_path / "out")
+    saved = torch.load(tmp_path / "work/tower-again.pt", weights_only=True)["model"]
+    for name, mine in llava.model.vision_tower.encoder.layers[3].named_parameters():
+        theirs = saved[f"clip.vision_model.encoder.layers.3.{name}"]
+        assert torch.allclose(mine, theirs, atol=0.02), name  # three steps move it little
+    picture, _ = draw(make_scene(0))
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is the red star?"}]}],
+        add_generation_prompt=True,
+    )
+    inputs = processor(images=picture, text=prompt, return_tensors="pt")
+    assert int((inputs["input_ids"] == IMAGE).sum()) == 144
+    assert llava(**inputs).logits.isfinite().all()
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "work/log.jsonl").read_text().splitlines()]
+    assert stages.count("localizer") == 3 and "language" not in stages
+
+
+def test_the_localizer_sees_the_owners_and_pixels_of_its_own_size():
+    scene = make_scene(3)
+    picture, owner = draw(scene)
+    seen = train.seen_owners(scene).reshape(12, 12)
+    for row in range(12):
+        for col in range(12):
+            if seen[row, col] >= 0:  # three quarters of the size: the object is within a pixel of that patch
+                y, x = int(row * 56 / 3), int(col * 56 / 3)
+                assert (owner[max(0, y - 1) : y + 20, max(0, x - 1) : x + 20] == seen[row, col] + 1).mean() > 0.2
+    assert {o - 1 for o in set(owner.flatten().tolist()) if o} <= set(seen.flatten().tolist())
+    processor = train.built.make_processor(168, train.built.make_localizer_tokenizer()).image_processor
+    pixels = train.normalise(train.shrink(np.asarray(picture)[None]), torch.device("cpu"))
+    assert torch.equal(pixels, processor([picture], return_tensors="pt")["pixel_values"])
+
+
+def test_extents_are_the_boxes_of_the_object_its_like_and_its_neighbours():
+    for seed in range(20):
+        scene = make_scene(seed)
+        table = train.extents(scene)
+        assert table.shape == (8, len(train.LOCALIZER_HEADS))
+        assert all(
+            (column < classes).all() for column, (classes, _) in zip(table.T, train.LOCALIZER_HEADS, strict=True)
+        )
+        for i, (row, o) in enumerate(zip(table, scene.objects, strict=False)):
+            assert tuple(row[3:7]) == covering(scene, (i,))
+            x0, y0, x1, y1 = (o.box[0] // 28, o.box[1] // 28, (o.box[2] - 1) // 28, (o.box[3] - 1) // 28)
+            assert tuple(row[3:7]) == (x0, y0, x1, y1)
+            same = tuple(j for j, p in enumerate(scene.objects) if p.shape == o.shape)
+            assert tuple(row[11:15]) == covering(scene, same)
+            for d, direction in enumerate(train.DIRECTIONS):
+                j, told = neighbour(scene, i, direction), tuple(row[19 + 4 * d : 23 + 4 * d])
+                assert told == ((train.IGNORE,) * 4 if j is None else (8,) * 4 if j < 0 else covering(scene, (j,)))
 
 
 def test_a_plan_shows_the_tokens_and_rates_it_says():

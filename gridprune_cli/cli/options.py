@@ -154,6 +154,18 @@ def pruning(
             show_default="auto, where the method has regions",
         ),
     ] = None,
+    localizer: Annotated[
+        str | None,
+        _option(
+            "What finds the region: relevance; vlm, a small model that comes with `scenes`; or a model's name.",
+            _PRUNING,
+            show_default="relevance",
+        ),
+    ] = None,
+    localizer_template: Annotated[
+        str | None,
+        _option("Text with {question} that asks the localiser for [x0,y0,x1,y1].", _PRUNING, show_default="our own"),
+    ] = None,
     positions: Annotated[
         str,
         _option("original: kept tokens keep their place; compact: they are numbered on.", _PRUNING),
@@ -212,6 +224,10 @@ def pruning(
     }
     if method != "gridprune" and (literal or region not in (None, "none")):
         raise BadInput(f"{'--literal' if literal else '--region'}: only for --method gridprune, not for {method}")
+    if localizer not in (None, "relevance") and (method != "gridprune" or literal or region not in (None, "auto")):
+        raise BadInput(f"--localizer {localizer}: only for --method gridprune with --region auto, and not --literal")
+    if localizer_template and localizer in (None, "relevance"):
+        raise BadInput("--localizer-template: only with a --localizer that is a model")
     if literal and region not in (None, "none"):
         raise BadInput("--region: not with --literal, since GridPrune as published has no region")
     options = (LITERAL if literal else {}) | {name: value for name, value in given.items() if value is not None}
@@ -226,6 +242,8 @@ def pruning(
         tokens=tokens,
         method=made,
         region=box,
+        localizer=localizer or "relevance",
+        localizer_template=localizer_template or "",
         positions=positions,
         query=query,
         share_budget=share_budget,

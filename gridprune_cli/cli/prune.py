@@ -62,8 +62,9 @@ def prune(
     check_target(output, "--output")
     sources, asked = read_inputs(images, question)
     with pipeline:
+        localized = pipeline.localize(sources, asked, pruning)
         found = [pipeline.encode_one(source) for source in sources]
-    pruned = pipeline.prune([image for image, _ in found], asked, pruning, **prompt)
+    pruned = pipeline.prune([image for image, _ in found], asked, pruning, **prompt, localized=localized)
     data = pruned.to_bytes()
     write_atomic(output, data, sync=True)
     if json:
@@ -72,7 +73,7 @@ def prune(
         emit_json(pruned.to_json() | {"cache": cache, "file": str(output), "bytes": len(data)})
     for note in [f"{image.name}: {note}" for image, _ in found for note in image.notes]:
         say(note)
-    for note in pipeline.remarks(pruning):
+    for note in pipeline.remarks(pruning, pruned):
         say(note)
     say(f"{output}: {pruned.counts}, {size(len(data))}")
 

@@ -36,15 +36,18 @@ def show(
     check_target(output, "--output")
     (source,), asked = read_inputs([image], question)
     with pipeline:
+        localized = pipeline.localize(source, asked, pruning)
         encoded, _ = pipeline.encode_one(source)
-    pruned = pipeline.prune(encoded, asked, pruning)
+    pruned = pipeline.prune(encoded, asked, pruning, localized=localized)
     if output is None:
         print(coarse(figure_of(source, pruned, None), colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     else:
         draw_figure(source, pruned, None, output)
-    for note in (*(f"{image}: {note}" for note in encoded.notes), *pipeline.remarks(pruning)):
+    for note in (*(f"{image}: {note}" for note in encoded.notes), *pipeline.remarks(pruning, pruned)):
         say(note)
-    say(f"{pruned.counts}, region {pruned.images[0].region or 'none'}")
+    (origin,) = pruned.images
+    named = f", named by {origin.localizer['name']}" if origin.localizer and origin.localizer.get("parsed") else ""
+    say(f"{pruned.counts}, region {origin.region or 'none'}{named}")
 
 
 show.examples = (  # type: ignore[attr-defined]

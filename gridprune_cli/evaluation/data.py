@@ -15,7 +15,7 @@ from gridprune_cli.images import Source
 from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene, questions
 
 PER_SCENE = 4  # questions
-SCENES = 1000  # questions, where none are counted
+SCENES = 2000  # questions, where none are counted
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,8 @@ def prune(pipeline: Pipeline, plan: Plan, cell: Cell, item: Item, encoded: Encod
     """The pruned set of a question under a cell that is settled for the image."""
     asked = f"{item.question}\n{plan.suffix}" if plan.suffix else item.question
     pruning = replace(cell.pruning, query=cell.pruning.query or item.question)
-    return pipeline.prune(encoded, asked, pruning, **plan.prompt)
+    localized = pipeline.localize(plan.data.find(item.image), item.question, pruning)
+    return pipeline.prune(encoded, asked, pruning, **plan.prompt, localized=localized)
 
 
 def _batches(plan: Plan) -> list[list[Item]]:

@@ -3,3 +3,4 @@
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+LOCALIZER = Path(__file__).parent / "localizer"

@@ -3,14 +3,17 @@
     <folder>/        LlavaForConditionalGeneration with tokenizer, processor and chat template
     <folder>/clip/   CLIPModel: the same vision tower, and the text tower that gives the relevance
 
-Both are plain transformers checkpoints; nothing of this package is needed to load them.
+The localiser is a third one, in a folder of its own: a smaller LlavaForConditionalGeneration that sees the picture at
+three quarters of its size and answers a question with the box `[x0,y0,x1,y1]` of what it asks for.
+
+All are plain transformers checkpoints; nothing of this package is needed to load them.
 """
 
 import re
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -21,11 +24,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gridprune_cli.scenes.scene import _PHRASES, CHARACTERS, COLOURS, DIRECTIONS, PLACES, SHAPES, SIZE
+from gridprune_cli.scenes.scene import _PHRASES, CELLS, CHARACTERS, COLOURS, DIRECTIONS, PLACES, SHAPES, SIZE
 
 WIDTH = 192
 PATCH = 14
 GRID = SIZE // PATCH  # 16 x 16 visual tokens
+LOCALIZER_SIZE = 168  # pixels, to which the localiser's processor scales a picture
+LOCALIZER_GRID = LOCALIZER_SIZE // PATCH  # 12 x 12 visual tokens
 PAD, BOS, UNK, EOS, IMAGE = range(5)  # token ids
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
@@ -65,11 +70,35 @@ def make_tokenizer(*, close: bool) -> PreTrainedTokenizerFast:
     )
 
 
-def make_processor() -> LlavaProcessor:
-    side = {"height": SIZE, "width": SIZE}
+def make_localizer_tokenizer() -> PreTrainedTokenizerFast:
+    """The word tokenizer, with each corner of a box a token: `[2,3,5,6]` is `[2,3,` and `5,6]`.
+
+    Two tokens name a box, as in Kosmos-2 (arXiv 2306.14824 §2): one for its first cell and one for its last.
+    """
+    spots = [f"{x},{y}" for y in range(CELLS) for x in range(CELLS)]
+    words = [*vocabulary(), *(f"[{spot}," for spot in spots), *(f"{spot}]" for spot in spots)]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    words_or_corners = Regex(r"\[\d,\d,|\d,\d\]|\w+|[^\w\s]+")
+    core.pre_tokenizer = pre_tokenizers.Split(words_or_corners, behavior="removed", invert=True)
+    core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        unk_token="<unk>",
+        eos_token="</s>",
+        extra_special_tokens=["<image>"],
+        model_max_length=512,
+        padding_side="left",
+    )
+
+
+def make_processor(size: int = SIZE, tokenizer: PreTrainedTokenizerFast | None = None) -> LlavaProcessor:
+    side = {"height": size, "width": size}
     return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=side),
-        tokenizer=make_tokenizer(close=False),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=side),
+        tokenizer=tokenizer or make_tokenizer(close=False),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLS
@@ -121,6 +150,24 @@ def llava_config() -> LlavaConfig:
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
+
+
+def localizer_config() -> LlavaConfig:
+    """The main model's in small: 4 of 7 tower layers, 4 of 6 narrower language model layers, 144 of 256 tokens."""
+    config = llava_config()
+    config.vision_config.num_hidden_layers = 4
+    config.vision_config.image_size = LOCALIZER_SIZE
+    config.vision_feature_layer = -1  # no layer is run for nothing
+    config.image_seq_length = LOCALIZER_GRID * LOCALIZER_GRID
+    config.text_config.vocab_size = len(make_localizer_tokenizer())
+    config.text_config.num_hidden_layers = 4
+    config.text_config.intermediate_size = 384
+    return config
+
+
+def save_localizer(folder: Path, llava: LlavaForConditionalGeneration) -> None:
+    llava.to(torch.bfloat16).save_pretrained(folder)
+    make_processor(LOCALIZER_SIZE, make_localizer_tokenizer()).save_pretrained(folder)
 
 
 def save(folder: Path, llava: LlavaForConditionalGeneration, clip: CLIPModel) -> None:

@@ -32,6 +32,8 @@ CHARACTERS = "0123456789ACEFHJKLMPRTUX"  # letters that look like a digit (B, I,
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
+CELLS = 8  # along each side of CROP's grid, on which boxes are told
+
 _OVERSAMPLE = 2  # objects are drawn larger and scaled down, for smooth edges
 
 
@@ -99,23 +101,42 @@ def _near(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
     return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
 
 
+def covering(scene: Scene, asked: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """The inclusive box on the 8 x 8 grid that covers the objects asked for; all of the grid where there are none.
+
+    To say that something is nowhere, one must have looked everywhere.
+    """
+    if not asked:
+        return 0, 0, CELLS - 1, CELLS - 1
+    x0, y0, x1, y1 = zip(*(scene.objects[i].box for i in asked), strict=True)
+    cell = SIZE // CELLS
+    return min(x0) // cell, min(y0) // cell, (max(x1) - 1) // cell, (max(y1) - 1) // cell
+
+
+def pixel_owners(scene: Scene) -> np.ndarray:
+    """Which object each pixel shows: `(224, 224)` uint8, 0 for background, i + 1 for object i."""
+    owner = np.zeros((SIZE, SIZE), np.uint8)
+    for i, obj in enumerate(scene.objects):
+        x0, y0, x1, y1 = obj.box
+        owner[y0:y1, x0:x1][np.asarray(_shape_mask(obj.shape, x1 - x0)) > 127] = i + 1
+    return owner
+
+
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
 def draw(scene: Scene) -> tuple[Image.Image, np.ndarray]:
-    """The picture, and which object each pixel shows: `(224, 224)` uint8, 0 for background, i + 1 for object i."""
+    """The picture, and which object each pixel shows, as `pixel_owners` tells it."""
     rng = np.random.default_rng(scene.seed)
     picture = _background(rng)
     _distract(rng, picture)
-    owner = np.zeros((SIZE, SIZE), np.uint8)
-    for i, obj in enumerate(scene.objects):
+    for obj in scene.objects:
         mask = _shape_mask(obj.shape, obj.box[2] - obj.box[0])
         tint = tuple(int(v) for v in np.clip(np.array(COLOURS[obj.colour]) + rng.integers(-12, 13, 3), 0, 255))
         picture.paste(tint, obj.box[:2], mask)
         _write(picture, obj, tint)
-        owner[obj.box[1] : obj.box[3], obj.box[0] : obj.box[2]][np.asarray(mask) > 127] = i + 1
     pixels = np.asarray(picture, np.float32) + rng.normal(0, rng.uniform(2, 8), (SIZE, SIZE, 1)).astype(np.float32)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), owner
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), pixel_owners(scene)
 
 
 def _background(rng: np.random.Generator) -> Image.Image:

@@ -12,6 +12,10 @@ Two stages, as for LLaVA, each resumable from the work folder:
    before attention has learned where to look, and ends with all of them. The later passes (`language-again`,
    `language-last`) ask more often what comes late. No token is ever dropped by a pruning method: pruning stays
    training-free.
+
+With `--part localizer` the second stage is another one: `localizer` starts from the tower's first layers and trains a
+small LLaVA model, tower and all, to answer questions with boxes on CROP's 8 x 8 grid. Linear heads read each object's
+properties, its box and those of its like and its neighbours from every patch of it; they too are dropped afterwards.
 """
 
 import argparse
@@ -20,13 +24,14 @@ import math
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, CLIPModel, LlavaForConditionalGeneration
@@ -35,6 +40,7 @@ from transformers.masking_utils import sdpa_mask
 
 from gridprune_cli.scenes import model as built
 from gridprune_cli.scenes.scene import (
+    CELLS,
     CHARACTERS,
     COLOURS,
     DIRECTIONS,
@@ -44,13 +50,16 @@ from gridprune_cli.scenes.scene import (
     TRAIN,
     Question,
     Scene,
+    covering,
     draw,
     make_scene,
     neighbour,
+    pixel_owners,
     questions,
 )
 
 N = built.GRID * built.GRID
+LOCALIZER_N = built.LOCALIZER_GRID * built.LOCALIZER_GRID
 IGNORE = -100
 MOST = 8  # objects in a scene
 SAVE_EVERY = 200  # steps
@@ -62,8 +71,9 @@ class Plan:
     """Sizes of a stage. `tokens` gives (share of the steps, visual tokens shown) in turn.
 
     Steps are counted from `start`, so that a stage which goes on with another's scenes takes them in new order and
-    asks new questions. A stage may stop before the end of its schedule, after `stop` steps. With `neighbours`,
-    the stage teaches what lies next to an object more closely, see `Language`.
+    asks new questions. A stage may stop before the end of its schedule, after `stop` steps. `led` are layers of the
+    language model, with how many heads of each, whose attention is pulled to the patches asked for at a question's last
+    token. `closely` pulls it at the answer's first token too, and not to the neighbour that a relation asks for.
     """
 
     steps: int
@@ -75,7 +85,8 @@ class Plan:
     start: int = 0
     stop: int | None = None
     kinds: tuple[str, ...] = KINDS
-    neighbours: bool = False
+    led: tuple[tuple[int, int], ...] = ((2, 2),)
+    closely: bool = False
 
     @property
     def last(self) -> int:
@@ -109,7 +120,8 @@ LANGUAGE_AGAIN = Plan(
     start=500,
     stop=1300,
     kinds=(*KINDS, "character", "count", "place", "relation", "relation"),
-    neighbours=True,
+    led=((2, 2), (3, 4)),
+    closely=True,
 )
 LANGUAGE_LAST = Plan(
     1600,
@@ -120,7 +132,19 @@ LANGUAGE_LAST = Plan(
     ((0.78, 64), (0.22, N)),
     start=1800,
     kinds=(*KINDS, "character", "count", "count", "place", "relation", "relation"),
-    neighbours=True,
+    led=((2, 2), (3, 4)),
+    closely=True,
+)
+LOCALIZER = Plan(
+    2400,
+    24,
+    50_000,
+    TRAIN,
+    1.2e-3,
+    ((0.8, 72), (0.2, LOCALIZER_N)),
+    kinds=(*KINDS, "character", "count", "place", "relation", "relation"),
+    led=((1, 2), (2, 3)),
+    closely=True,
 )
 
 
@@ -130,10 +154,16 @@ LANGUAGE_LAST = Plan(
 def _render(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels `(224, 224, 3)` and, per patch, the object it shows `(256,)`: -1 none, -2 too little of one to tell."""
     picture, owner = draw(make_scene(seed))
-    patches = owner.reshape(built.GRID, built.PATCH, built.GRID, built.PATCH).swapaxes(1, 2).reshape(N, -1)
+    return np.asarray(picture), patch_owners(owner)
+
+
+def patch_owners(owner: np.ndarray) -> np.ndarray:
+    """Per patch `(n * n,)` the object it shows, -1 none, -2 too little of one to tell; from one per pixel."""
+    side = len(owner) // built.PATCH
+    patches = owner.reshape(side, built.PATCH, side, built.PATCH).swapaxes(1, 2).reshape(side * side, -1)
     cover = np.stack([(patches == i + 1).mean(1) for i in range(MOST)])  # (objects, patches)
     best, share = cover.argmax(0), cover.max(0)
-    return np.asarray(picture), np.where(share >= 0.25, best, np.where(share > 0.03, -2, -1)).astype(np.int8)
+    return np.where(share >= 0.25, best, np.where(share > 0.03, -2, -1)).astype(np.int8)
 
 
 class Pool:
@@ -176,8 +206,8 @@ def normalise(pixels: np.ndarray, device: torch.device) -> Tensor:
 
 def some_patches(owners: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` random patches of each scene, in order, objects preferred: `(B, N)` owners to `(B, count)` indices."""
-    if count == N:
-        return torch.arange(N).expand(len(owners), N)
+    if count == owners.shape[1]:
+        return torch.arange(count).expand(len(owners), count)
     luck = torch.rand(owners.shape, generator=generator) + 0.7 * (owners != -1)
     return luck.topk(count, dim=1).indices.sort(1).values
 
@@ -217,8 +247,8 @@ def properties(scene: Scene) -> np.ndarray:
     return out
 
 
-# (classes, weight); the first three have one class more, for background
-HEADS = (
+Heads = tuple[tuple[int, float], ...]  # (classes, weight); the first three have one class more, for background
+HEADS: Heads = (
     (len(COLOURS) + 1, 1.0),
     (len(SHAPES) + 1, 1.0),
     (len(CHARACTERS) + 1, 1.5),
@@ -226,6 +256,31 @@ HEADS = (
     *(((MOST, 0.3),) * 3),
     *(((len(COLOURS) + 1, 0.3), (len(SHAPES) + 1, 0.3)) * 4),
 )
+
+
+def read_off(logits: Tensor, heads: Heads, table: Tensor, shown: Tensor) -> Tensor:
+    """The heads' loss: `logits` `(B, n, classes of all heads)` of patches that show the objects `shown` `(B, n)`.
+
+    `table` `(B, 8, heads)` has each object's classes.
+    """
+    target = table.gather(1, shown.clamp(min=0)[..., None].expand(-1, -1, len(heads)))
+    target[shown < 0] = IGNORE
+    for head in range(3):
+        target[..., head][shown == -1] = heads[head][0] - 1
+    loss = torch.zeros((), device=logits.device)
+    for i, part in enumerate(logits.float().split([classes for classes, _ in heads], -1)):
+        if (target[..., i] != IGNORE).any():
+            loss = loss + heads[i][1] * F.cross_entropy(part.flatten(0, 1), target[..., i].flatten())
+    return loss
+
+
+def embed(vision: Any, pixels: Tensor, chosen: Tensor | None = None) -> Tensor:
+    """What a vision tower's first layer is given: `(B, 1 + n, D)`, CLS first; only of the chosen patches `(B, n)`."""
+    x = vision.embeddings(pixels)
+    if chosen is not None and chosen.shape[1] < x.shape[1] - 1:
+        index = torch.cat([torch.zeros_like(chosen[:, :1]), chosen + 1], 1)
+        x = x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return vision.pre_layrnorm(x)
 
 
 class Tower(nn.Module):
@@ -242,11 +297,7 @@ class Tower(nn.Module):
     def states(self, pixels: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Penultimate-layer states `(B, 1 + n, D)`, CLS first, and last-layer states; only of the chosen patches."""
         vision = self.clip.vision_model
-        x = vision.embeddings(pixels)
-        if chosen is not None and chosen.shape[1] < N:
-            index = torch.cat([torch.zeros_like(chosen[:, :1]), chosen + 1], 1)
-            x = x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-        x = vision.pre_layrnorm(x)
+        x = embed(vision, pixels, chosen)
         for layer in vision.encoder.layers[:-1]:
             x = layer(x, None)
         return x, vision.encoder.layers[-1](x, None)
@@ -272,15 +323,7 @@ class Tower(nn.Module):
 
         shown = owners.gather(1, chosen)  # (B, n)
         table = torch.from_numpy(np.stack([properties(s) for s in scenes]))
-        target = table.gather(1, shown.clamp(min=0)[..., None].expand(-1, -1, len(HEADS)))
-        target[shown < 0] = IGNORE
-        for head in range(3):
-            target[..., head][shown == -1] = HEADS[head][0] - 1
-        target = target.to(device)
-        dense = torch.zeros((), device=device)
-        for i, part in enumerate(self.heads(states[:, 1:]).float().split([c for c, _ in HEADS], -1)):
-            if (target[..., i] != IGNORE).any():
-                dense = dense + HEADS[i][1] * F.cross_entropy(part.flatten(0, 1), target[..., i].flatten())
+        dense = read_off(self.heads(states[:, 1:]), HEADS, table.to(device), shown.to(device))
 
         asked = [[q for q in questions(s, 5, rng) if q.asked][:4] for s in scenes]
         flat = [(b, q) for b, group in enumerate(asked) for q in group]
@@ -329,7 +372,7 @@ class Packed:
     positions: Tensor  # (B, L), as if every question stood alone behind all of the image's tokens
     mask: Tensor  # (B, 1, L, L), true where a token may look
     labels: Tensor  # (B, L), the next token where it belongs to an answer
-    rows: Tensor  # (B, Q), the last token of each prompt
+    rows: Tensor  # (B, Q), the last token of each prompt, and with `closely` then the first of each answer
     asked: Tensor  # (B, Q, n), shares of the visual tokens asked for
 
 
@@ -340,7 +383,7 @@ def pack(
     tokenizer: Any,
     rng: random.Random,
     *,
-    neighbours: bool = False,
+    closely: bool = False,
 ) -> Packed:
     n = chosen.shape[1]
     prefix = tokenizer("USER:").input_ids
@@ -362,16 +405,18 @@ def pack(
         for j, (prompt, answer) in enumerate(group):
             end = at + len(prompt) + len(answer)
             ids[b, at:end] = torch.tensor(prompt + answer)
-            positions[b, at:end] = len(prefix) + N + torch.arange(end - at)
+            positions[b, at:end] = len(prefix) + owners.shape[1] + torch.arange(end - at)
             segment[b, at:end] = j + 1
             labels[b, at + len(prompt) - 1 : end - 1] = torch.tensor(answer)
             rows[b, j] = at + len(prompt) - 1
             wanted = groups[b][j].asked
-            wanted = wanted[:1] if neighbours and groups[b][j].kind == "relation" else wanted
+            wanted = wanted[:1] if closely and groups[b][j].kind == "relation" else wanted
             asked[b, j] = asked_patches(owners[b].gather(0, chosen[b]), wanted)
             at = end
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     mask = same & torch.ones(length, length, dtype=torch.bool).tril() | torch.eye(length, dtype=torch.bool)
+    if closely:  # an answer's second token is read off where the first was
+        rows, asked = torch.cat([rows, rows + 1], 1), asked.repeat(1, 2, 1)
     return Packed(ids, positions, mask[:, None], labels, rows, asked)
 
 
@@ -390,13 +435,74 @@ def next_to(groups: list[list[Question]], scenes: list[Scene]) -> Tensor:
     return torch.from_numpy(out)
 
 
+@torch.no_grad()
+def whiten(projector: Any, states: Tensor) -> None:
+    """Starts the projector as a whitening of the tower's states `(M, D)`, and nearly linear.
+
+    What tells characters apart is a small part of a state's variance. From a random start, the language model would
+    see next to nothing of it, and take thousands of steps to dig it out. And GELU bends around 0: in the bends, a
+    quarter of what the states know of an object's neighbours would get lost to a linear reader. Moved up by three
+    standard deviations, the states meet it where it is straight. They stay there because the first layer does not
+    learn: one direction of the states has thousands of times the variance of the others, so that the smallest step
+    would swing everything.
+    """
+    states = states.double()
+    values, vectors = torch.linalg.eigh(states.T.cov())
+    whitening = (vectors * (values + 1e-3 * values.mean()).rsqrt()) @ vectors.T
+    projector.linear_1.weight.copy_(whitening)
+    projector.linear_1.bias.copy_(3 - whitening @ states.mean(0))
+    projector.linear_1.requires_grad_(False)
+    nn.init.orthogonal_(projector.linear_2.weight, 0.7)
+    projector.linear_2.bias.copy_(-3 * projector.linear_2.weight.sum(1))
+
+
+def look_at(seen: Tensor, asked: Tensor) -> Tensor:
+    """How little attention `seen` `(B, heads, Q, n)` falls on the visual tokens `asked` for `(B, Q, n)`."""
+    hit = (seen * (asked > 0)[:, None]).sum(-1)
+    known = (asked.sum(-1) > 0)[:, None].expand_as(hit)
+    return -hit[known].clamp(min=1e-6).log().mean()
+
+
+def answer_losses(
+    llava: LlavaForConditionalGeneration, features: Tensor, packed: Packed, plan: Plan
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Losses of the packed questions' answers, and of where the led heads look, from tower states `(B, n, D)`.
+
+    Also what the led heads of the last of their layers gave, `(B, heads, Q, D / heads)`.
+    """
+    core, device = llava.model, features.device
+    embeds = core.get_input_embeddings()(packed.ids.to(device))
+    image = (packed.ids == built.IMAGE).to(device)
+    projected = core.multi_modal_projector(features).to(embeds.dtype)
+    embeds = embeds.masked_scatter(image[..., None], projected)
+    led = [(core.language_model.layers[layer].self_attn, heads) for layer, heads in plan.led]
+    for attention, _ in led:
+        attention.rows = packed.rows.to(device)
+    hidden = core.language_model(
+        inputs_embeds=embeds,
+        attention_mask=packed.mask.to(device),
+        position_ids=packed.positions.to(device),
+        use_cache=False,
+    ).last_hidden_state
+    labelled = packed.labels != IGNORE
+    logits = llava.lm_head(hidden[labelled.to(device)]).float()
+    answer = F.cross_entropy(logits, packed.labels[labelled].to(device))
+
+    first, n = int(image[0].int().argmax()), packed.asked.shape[2]
+    looked = torch.cat([attention.seen[:, :heads] for attention, heads in led], 1)  # (B, heads, Q, L)
+    told = led[-1][0].told[:, : led[-1][1]].float()
+    for attention, _ in led:
+        attention.rows = attention.seen = attention.told = None
+    look = 0.3 * look_at(looked[..., first : first + n], packed.asked.to(device))
+    return {"answer": answer, "look": look}, told
+
+
 class Language(nn.Module):
     """The LLaVA model, its tower frozen and read through stored features.
 
-    Two heads of layer 2 are led to the patches asked for, at a question's last token. What an object's patches know of
-    its neighbours on four sides is too much for these two to carry: where a plan teaches neighbours, four heads of
-    layer 3 are led there too, at the answer's first token as well, and each tells the neighbour on one side through a
-    linear layer that is dropped afterwards.
+    What an object's patches know of its neighbours on four sides is too much for two heads to carry: where a plan goes
+    closely, four heads of layer 3 are led there too, and each tells the neighbour on one side through a linear layer
+    that is dropped afterwards.
     """
 
     def __init__(self) -> None:
@@ -406,31 +512,10 @@ class Language(nn.Module):
         self.llava = LlavaForConditionalGeneration(config)
         self.llava.model.language_model.set_attn_implementation("scenes_probe")
         self.llava.model.vision_tower.requires_grad_(False)
-        self.llava.model.multi_modal_projector.linear_1.requires_grad_(False)  # stays what `whiten` makes it
         self.tokenizer = built.make_tokenizer(close=False)
         self.features = np.empty((0, N, built.WIDTH), np.float16)  # of the scenes, (scenes, N, D)
         sizes = (config.text_config.hidden_size // config.text_config.num_attention_heads, sum(NEIGHBOUR))
         self.tell = nn.Parameter(torch.zeros(len(DIRECTIONS), *sizes))
-
-    @torch.no_grad()
-    def whiten(self) -> None:
-        """Starts the projector as a whitening of the tower's states, and nearly linear.
-
-        What tells characters apart is a small part of a state's variance. From a random start, the language model
-        would see next to nothing of it, and take thousands of steps to dig it out. And GELU bends around 0: in the
-        bends, a quarter of what the states know of an object's neighbours would get lost to a linear reader. Moved up
-        by three standard deviations, the states meet it where it is straight. They stay there because this layer does
-        not learn: one direction of the states has thousands of times the variance of the others, so that the smallest
-        step would swing everything.
-        """
-        states = torch.from_numpy(np.array(self.features[:1000])).flatten(0, 1).double()
-        values, vectors = torch.linalg.eigh(states.T.cov())
-        whitening = (vectors * (values + 1e-3 * values.mean()).rsqrt()) @ vectors.T
-        projector = self.llava.model.multi_modal_projector
-        projector.linear_1.weight.copy_(whitening)
-        projector.linear_1.bias.copy_(3 - whitening @ states.mean(0))
-        nn.init.orthogonal_(projector.linear_2.weight, 0.7)
-        projector.linear_2.bias.copy_(-3 * projector.linear_2.weight.sum(1))
 
     def losses(self, pool: Pool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
         rng = random.Random(f"language-{plan.first_seed}-{step}")
@@ -438,47 +523,108 @@ class Language(nn.Module):
         owners = torch.from_numpy(pool.owners[index]).long()
         chosen = some_patches(owners, plan.tokens_at(step), torch.Generator().manual_seed(step))
         groups = [questions(pool.scene(int(i)), 8, rng, plan.kinds) for i in index]
-        packed = pack(groups, chosen, owners, self.tokenizer, rng, neighbours=plan.neighbours)
+        packed = pack(groups, chosen, owners, self.tokenizer, rng, closely=plan.closely)
         features = torch.from_numpy(self.features[index]).float()
         features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).to(device)
 
-        core = self.llava.model
-        embeds = core.get_input_embeddings()(packed.ids.to(device))
-        image = (packed.ids == built.IMAGE).to(device)
-        projected = core.multi_modal_projector(features).to(embeds.dtype)
-        embeds = embeds.masked_scatter(image[..., None], projected)
-        layers = core.language_model.layers
-        led = [(layers[2].self_attn, 2), (layers[3].self_attn, 4)] if plan.neighbours else [(layers[2].self_attn, 2)]
-        rows, asked = packed.rows.to(device), packed.asked.to(device)  # (B, Q), (B, Q, n)
-        if plan.neighbours:
-            rows, asked = torch.cat([rows, rows + 1], 1), torch.cat([asked, asked], 1)
-        for attention, _ in led:
-            attention.rows = rows
-        hidden = core.language_model(
-            inputs_embeds=embeds,
-            attention_mask=packed.mask.to(device),
-            position_ids=packed.positions.to(device),
-            use_cache=False,
-        ).last_hidden_state
-        labelled = packed.labels != IGNORE
-        logits = self.llava.lm_head(hidden[labelled.to(device)]).float()
-        answer = F.cross_entropy(logits, packed.labels[labelled].to(device))
-
-        first = int(image[0].int().argmax())
-        looked = torch.cat([attention.seen[:, :heads] for attention, heads in led], 1)  # (B, heads, Q, L)
-        looked = looked[..., first : first + asked.shape[2]]
-        hit = (looked * (asked > 0)[:, None]).sum(-1)
-        known = (asked.sum(-1) > 0)[:, None].expand_as(hit)
-        losses = {"answer": answer, "look": -0.3 * hit[known].clamp(min=1e-6).log().mean()}
-        if plan.neighbours:
+        losses, told = answer_losses(self.llava, features, packed, plan)
+        if plan.closely:
             truth = next_to(groups, [pool.scene(int(i)) for i in index]).repeat(1, 2, 1, 1).to(device)  # (B, Q, 4, 2)
-            told = torch.einsum("bhqd,hdc->bqhc", layers[3].self_attn.told[:, :4].float(), self.tell)
-            for i, part in enumerate(told.split(NEIGHBOUR, -1)):
+            scores = torch.einsum("bhqd,hdc->bqhc", told, self.tell)
+            for i, part in enumerate(scores.split(NEIGHBOUR, -1)):
                 which = "tell colour" if i == 0 else "tell shape"
                 losses[which] = F.cross_entropy(part.flatten(0, 2), truth[..., i].flatten(), ignore_index=IGNORE)
-        for attention, _ in led:
-            attention.rows = attention.seen = attention.told = None
         return losses
+
+
+# ---- the localiser ---------------------------------------------------------------------------------------------------
+
+_CELL = (CELLS, 0.5), (CELLS, 0.2), (CELLS + 1, 0.1)  # of the box's four sides, weights as in `extents`
+LOCALIZER_HEADS: Heads = (*HEADS[:3], *(_CELL[:1] * 4), *(_CELL[1:2] * 12), *(_CELL[2:] * 16))
+
+
+def extents(scene: Scene) -> np.ndarray:
+    """Class numbers of each object, `(8, heads)`, `IGNORE` where unknown; the columns of `LOCALIZER_HEADS`.
+
+    Boxes, as `covering` gives them: of the object; of all objects of its colour, of its shape, of both; of the next
+    object in each direction, the last class for none.
+    """
+    told = properties(scene)
+    out = np.full((MOST, len(LOCALIZER_HEADS)), IGNORE)
+    for i, o in enumerate(scene.objects):
+        row = [*told[i, :3], *covering(scene, (i,))]
+        for what in ("colour", "shape", "name"):
+            like = [j for j, p in enumerate(scene.objects) if getattr(p, what) == getattr(o, what)]
+            row += covering(scene, tuple(like))
+        for direction in DIRECTIONS:
+            j = neighbour(scene, i, direction)
+            row += [IGNORE] * 4 if j is None else [CELLS] * 4 if j < 0 else covering(scene, (j,))
+        out[i] = row
+    return out
+
+
+def shrink(pixels: np.ndarray) -> np.ndarray:
+    """Pictures `(B, 224, 224, 3)` at the localiser's size, as its image processor makes them."""
+    side = (built.LOCALIZER_SIZE, built.LOCALIZER_SIZE)
+    return np.stack([np.asarray(Image.fromarray(p).resize(side, Image.Resampling.BICUBIC)) for p in pixels])
+
+
+def seen_owners(scene: Scene) -> np.ndarray:
+    """The object that each of the localiser's patches shows, `(144,)`, as `patch_owners` tells it."""
+    place = (np.arange(built.LOCALIZER_SIZE) + 0.5) * built.SIZE / built.LOCALIZER_SIZE
+    return patch_owners(pixel_owners(scene)[np.ix_(place.astype(int), place.astype(int))])
+
+
+class Localizer(nn.Module):
+    """The localiser with the parts that only training needs. Tower and language model learn together."""
+
+    def __init__(self, tower: Tower) -> None:
+        super().__init__()
+        config = built.localizer_config()
+        config.text_config._attn_implementation = "scenes_probe"
+        self.llava = LlavaForConditionalGeneration(config)
+        self.llava.model.language_model.set_attn_implementation("scenes_probe")
+        self.llava.model.vision_tower.set_attn_implementation("eager")
+        self.heads = nn.Linear(built.WIDTH, sum(classes for classes, _ in LOCALIZER_HEADS))
+        self.tokenizer = built.make_localizer_tokenizer()
+        self._inherit(tower)
+
+    def _inherit(self, tower: Tower) -> None:
+        """Starts from the first layers of the main model's tower, its positions scaled to fewer patches."""
+        weights = tower.clip.vision_model.state_dict()
+        name = "embeddings.position_embedding.weight"
+        grid = weights[name][1:].T.reshape(1, -1, built.GRID, built.GRID)
+        side = (built.LOCALIZER_GRID, built.LOCALIZER_GRID)
+        grid = F.interpolate(grid, side, mode="bicubic", align_corners=False).flatten(2)[0].T
+        weights[name] = torch.cat([weights[name][:1], grid])
+        mine = self.llava.model.vision_tower
+        mine.load_state_dict({key: weights[key] for key in mine.state_dict()})
+
+    def states(self, pixels: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Last-layer states `(B, n, D)` of the chosen patches `(B, n)`, or of all."""
+        x = embed(self.llava.model.vision_tower, pixels, chosen)
+        for layer in self.llava.model.vision_tower.encoder.layers:
+            x = layer(x, None)
+        return x[:, 1:]
+
+    def losses(self, pool: Pool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+        rng = random.Random(f"localizer-{plan.first_seed}-{step}")
+        generator = torch.Generator().manual_seed(step)
+        index = pool.batch(step, plan)
+        scenes = [pool.scene(int(i)) for i in index]
+        shown = torch.from_numpy(np.stack([seen_owners(s) for s in scenes])).long()
+        chosen = some_patches(shown, plan.tokens_at(step), generator)
+        groups = []
+        for scene in scenes:
+            boxes = [(q, covering(scene, q.asked)) for q in questions(scene, 8, rng, plan.kinds)]
+            groups.append([replace(q, answer="[{},{},{},{}]".format(*box)) for q, box in boxes])
+        packed = pack(groups, chosen, shown, self.tokenizer, rng, closely=plan.closely)
+        pixels = normalise(shrink(pool.pixels[index]), device)
+        pixels = pixels + 0.05 * torch.randn(len(pixels), 1, 1, 1, generator=generator).to(device)
+        states = self.states(pixels, chosen.to(device))
+        table = torch.from_numpy(np.stack([extents(s) for s in scenes])).to(device)
+        dense = read_off(self.heads(states), LOCALIZER_HEADS, table, shown.gather(1, chosen).to(device))
+        return {"dense": 0.5 * dense} | answer_losses(self.llava, states, packed, plan)[0]
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -512,7 +658,9 @@ class Log:
             self.sums.clear()
 
 
-def optimise(name: str, model: Tower | Language, pool: Pool, plan: Plan, work: Path, device: torch.device) -> None:
+def optimise(
+    name: str, model: Tower | Language | Localizer, pool: Pool, plan: Plan, work: Path, device: torch.device
+) -> None:
     """Runs a stage to its end, saving its state every `SAVE_EVERY` steps and starting from the state that it finds."""
     state = work / f"{name}.pt"
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -563,7 +711,7 @@ def store_features(tower: Tower, pool: Pool, path: Path, device: torch.device) -
     return np.load(path, mmap_mode="r")
 
 
-def train(out: Path, work: Path, seed: int, device: torch.device) -> None:
+def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "model") -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     tower = Tower().to(device)
@@ -572,11 +720,15 @@ def train(out: Path, work: Path, seed: int, device: torch.device) -> None:
     optimise("tower-again", tower, scenes, TOWER_AGAIN, work, device)
     tower.clip.to(torch.bfloat16).to(torch.float32)  # what ships is 16-bit: the language model learns from just that
     torch.manual_seed(seed)
+    if part == "localizer":
+        train_localizer(out, work, tower, scenes, device)
+        return
     language = Language().to(device)
     language.llava.model.vision_tower.load_state_dict(tower.clip.vision_model.state_dict())
     pool = Pool(work, LANGUAGE.first_seed, LANGUAGE.scenes)
     language.features = store_features(tower, pool, work / "features.npy", device)
-    language.whiten()
+    states = torch.from_numpy(np.array(language.features[:1000])).flatten(0, 1)
+    whiten(language.llava.model.multi_modal_projector, states)
     optimise("language", language, pool, LANGUAGE, work, device)
     optimise("language-again", language, pool, LANGUAGE_AGAIN, work, device)
     optimise("language-last", language, pool, LANGUAGE_LAST, work, device)
@@ -584,15 +736,26 @@ def train(out: Path, work: Path, seed: int, device: torch.device) -> None:
     built.save(out, language.llava, tower.clip)
 
 
+def train_localizer(out: Path, work: Path, tower: Tower, pool: Pool, device: torch.device) -> None:
+    localizer = Localizer(tower).to(device)
+    with torch.no_grad():
+        states = localizer.states(normalise(shrink(pool.pixels[:256]), device))
+    whiten(localizer.llava.model.multi_modal_projector, states.flatten(0, 1))
+    optimise("localizer", localizer, pool, LOCALIZER, work, device)
+    localizer.llava.set_attn_implementation("sdpa")
+    built.save_localizer(out, localizer.llava)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model from nothing.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the two checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoints")
+    parser.add_argument("--part", choices=("model", "localizer"), default="model")
     parser.add_argument("--work", type=Path, default=Path("scenes-work"), help="folder for scenes, states and the log")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_flush_denormal(True)  # a CPU slows down several times over as probabilities shrink to denormal numbers
-    train(args.out, args.work, args.seed, torch.device(args.device))
+    train(args.out, args.work, args.seed, torch.device(args.device), args.part)
 
 
 if __name__ == "__main__":

@@ -35,20 +35,21 @@ def open_model(
     revision: str | None = None,
     clip: str | None = None,
     store: "Store | None" = None,
+    flag: str = "--model",
 ) -> "Family":
     """The adapter of a model by name, and its CLIP's. A hub model is fetched where it is not here; nothing is loaded.
 
-    Raises BadInput for unknown names and families, and GridpruneError where the hub can't be asked.
+    Raises BadInput, naming the flag, for unknown names and families, and GridpruneError where the hub can't be asked.
     """
     from importlib import import_module
 
-    checkpoint = find(model, revision, store=store)
+    checkpoint = find(model, revision, flag=flag, store=store)
     if checkpoint.family not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise BadInput(f"--model {model}: model type {checkpoint.family!r} is not supported (supported: {known})")
+        raise BadInput(f"{flag} {model}: model type {checkpoint.family!r} is not supported (supported: {known})")
     module = import_module(f"gridprune_cli.vlm.{checkpoint.family}")
     kind = getattr(module, FAMILIES[checkpoint.family])
-    return kind(checkpoint.complete(), dtype, device, find_clip(checkpoint, clip))
+    return kind(checkpoint.complete(flag), dtype, device, find_clip(checkpoint, clip))
 
 
 __all__ = ["FAMILIES", "Checkpoint", "find", "open_model"]

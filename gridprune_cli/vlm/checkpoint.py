@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.scenes import CHECKPOINT
+from gridprune_cli.scenes import CHECKPOINT, LOCALIZER
 from gridprune_cli.vlm import hub
 from gridprune_cli.vlm.identity import identify_folder
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gridprune_cli.store import Store
 
 EMBEDDED = "scenes"
+EMBEDDED_LOCALIZER = "scenes-localizer"
 
 CLIP_TOWER = "clip_vision_model"
 _KNOWN_TOWERS = {  # the CLIP on the hub that towers were taken from: what their config says
@@ -93,10 +94,11 @@ def find(model: str, revision: str | None = None, *, flag: str = "--model", stor
     Of a hub model only config.json is fetched; `complete` fetches the rest. Raises BadInput, naming the flag, where
     there is no such model, and GridpruneError where the hub can't be asked.
     """
-    folder = CHECKPOINT if model == EMBEDDED else Path(model).expanduser()
+    embedded = {EMBEDDED: CHECKPOINT, EMBEDDED_LOCALIZER: LOCALIZER}.get(model)
+    folder = embedded or Path(model).expanduser()
     repo, _, named = model.partition("@")
     commit = None
-    if model != EMBEDDED and hub.is_name(repo) and not folder.exists():
+    if embedded is None and hub.is_name(repo) and not folder.exists():
         if revision and named and revision != named:
             raise BadInput(f"--revision {revision}: {flag} {model} names another one")
         revision = revision or named or None
