@@ -124,7 +124,7 @@ LANGUAGE_AGAIN = Plan(
     closely=True,
 )
 LANGUAGE_LAST = Plan(
-    1600,
+    1200,
     24,
     16_000,
     TRAIN + 50_000,
