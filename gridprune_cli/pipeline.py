@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from gridprune_cli.device import place
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image
+from gridprune_cli.pruning.compress import cell_weights, cells, pool, ratio_budget, ratios
 from gridprune_cli.pruning.methods import Method, make
 from gridprune_cli.pruning.methods.gridprune import GridPrune
-from gridprune_cli.pruning.region import contextual_region, parse_box
+from gridprune_cli.pruning.region import contextual_region, inside, parse_box
 from gridprune_cli.pruning.signals import Box, Signals
 from gridprune_cli.pruning.slots import staying
 from gridprune_cli.scenes.scene import looks_like_scene
@@ -27,6 +29,7 @@ from gridprune_cli.vlm.family import Encoding
 
 SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
 POSITIONS = ("original", "compact")
+PLC = ("off", "pool", "trained")
 _MOST_PIXELS = 100_000_000  # held decoded at once; about 300 MB
 
 
@@ -41,6 +44,10 @@ class Pruning:
     positions  "original": kept tokens keep their place in the prompt; "compact": they are numbered on
     query      what relevance is measured against, where that is not the question
     share_budget  several images share one K instead of each having its own; then there is no region
+    plc        "pool" makes each row outside the region the mean of its cell, "trained" has the checkpoint's compressor
+               make the rows of that, "off" leaves rows as they are
+    inside_ratio, outside_ratio  visual tokens per row, inside and outside of the region, instead of the method's own
+               split of K; both together take the place of `keep` and `tokens`
     """
 
     keep: float = 0.11
@@ -50,6 +57,9 @@ class Pruning:
     positions: str = "original"
     query: str | None = None
     share_budget: bool = False
+    plc: str = "off"
+    inside_ratio: float | None = None
+    outside_ratio: float | None = None
 
     def __post_init__(self) -> None:
         """Reads a region that is given as text or a list. Raises BadInput for values out of range."""
@@ -65,6 +75,24 @@ class Pruning:
             raise BadInput(f"--tokens {self.tokens}: must be at least 1")
         if self.positions not in POSITIONS:
             raise BadInput(f"--positions {self.positions}: not one of {', '.join(POSITIONS)}")
+        if self.plc not in PLC:
+            raise BadInput(f"--plc {self.plc}: not one of {', '.join(PLC)}")
+        given = {"--inside-ratio": self.inside_ratio, "--outside-ratio": self.outside_ratio}
+        for flag, ratio in given.items():
+            if ratio is None:
+                continue
+            if not (ratio >= 1 and isfinite(ratio)):
+                raise BadInput(f"{flag} {ratio}: must be at least 1, in visual tokens per row")
+            if self.plc == "off":
+                raise BadInput(f"{flag}: only with --plc pool or --plc trained")
+            if self.share_budget or self.region == "none" or not isinstance(self.method, GridPrune):
+                raise BadInput(f"{flag}: needs a region; leave out what takes it away")
+        if self.inside_ratio and self.outside_ratio and self.inside_ratio > self.outside_ratio:
+            raise BadInput(f"--inside-ratio {self.inside_ratio}: must not be above --outside-ratio")
+
+    @property
+    def needs_relevance(self) -> bool:
+        return "relevance" in self.method.requires or self.plc == "trained"
 
     def count(self, full: int) -> int:
         """K for an image of `full` tokens. Raises BadInput where more are asked for than there are."""
@@ -182,7 +210,7 @@ class Pipeline:
 
     def remarks(self, pruning: Pruning) -> tuple[str, ...]:
         """What a user should know of how this model prunes."""
-        if self.family.lacks_clip and "relevance" in pruning.method.requires:
+        if self.family.lacks_clip and pruning.needs_relevance:
             return (
                 "the CLIP of this model's tower was not found, so relevance makes do with words; name it as --clip",
             )
@@ -221,7 +249,7 @@ class Pipeline:
             joined = _join(signals)
             kept = pruning.method.select(joined, pruning.count(sum(counts)))
         else:
-            parts = [pruning.method.select(s, pruning.count(s.count)) for s in signals]
+            parts = [_select(s, pruning) for s in signals]
             kept = torch.cat([first + part for first, part in zip(firsts, parts, strict=True)])
         slots = torch.cat(
             [torch.where(i.slots < 0, i.slots, i.slots + first) for i, first in zip(images, firsts, strict=True)]
@@ -233,8 +261,10 @@ class Pipeline:
         ids = full[mask]
         original = pruning.positions == "original"
         owner = torch.repeat_interleave(torch.arange(len(images)), torch.tensor(counts))
+        own = [kept[owner[kept] == n] - first for n, first in enumerate(firsts)]
+        states = [self._compressed(*parts, pruning.plc) for parts in zip(images, signals, own, strict=True)]
         return PrunedSet(
-            rows=self._rows(torch.cat([image.states for image in images]), slots[stays]),
+            rows=self._rows(torch.cat(states), slots[stays]),
             kept=kept,
             input_ids=ids,
             position_ids=self.family.positions(full, images)[..., mask] if original else torch.arange(len(ids)),
@@ -246,20 +276,22 @@ class Pipeline:
                     image=image.image,
                     name=image.name,
                     views=image.views,
-                    region=own.region,
-                    zones=_zones(pruning.method, own, kept[owner[kept] == n] - first),
+                    region=known.region,
+                    zones=_zones(pruning.method, known, mine),
+                    ratios=None if pruning.plc == "off" else ratios(mine, _within(known)),
                 )
-                for n, (image, own, first) in enumerate(zip(images, signals, firsts, strict=True))
+                for image, known, mine in zip(images, signals, own, strict=True)
             ),
             model=self.model,
             fingerprint=self.family.fingerprint,
             question=question,
             method={"name": pruning.method.name, **asdict(pruning.method)},
             positions=pruning.positions,
+            plc=pruning.plc,
         )
 
     def _signals(self, image: EncodedImage, query: str, pruning: Pruning) -> Signals:
-        relevance = self.family.relevance(image.states, query) if "relevance" in pruning.method.requires else None
+        relevance = self.family.relevance(image.states, query) if pruning.needs_relevance else None
         return Signals(image.views, relevance, image.saliency.float(), self._region(pruning, image, relevance))
 
     def _region(self, pruning: Pruning, image: EncodedImage, relevance: Tensor | None) -> Box | None:
@@ -268,6 +300,20 @@ class Pipeline:
         if isinstance(pruning.region, tuple):
             return pruning.region
         return contextual_region(relevance * pruning.method.relevance_sign, image.views)
+
+    @torch.inference_mode()
+    def _compressed(self, image: EncodedImage, signals: Signals, kept: Tensor, plc: str) -> Tensor:
+        """The states `(N, C)` of an image, those of kept tokens as compression leaves them."""
+        k = len(kept)
+        if plc == "off" or k in (0, image.count):  # with nothing dropped there is nothing to compress
+            return image.states
+        within = _within(signals)
+        cell = cells(image.views, kept, within)
+        rows = pool(image.states, cell, cell_weights(cell, image.saliency, k), k)
+        if plc == "trained":
+            parts = (image.states.float(), signals.need("relevance"), within, rows.float(), within[kept])
+            rows = self.family.compressor(*(part[None] for part in parts))[0].to(rows.dtype)
+        return image.states.index_put((kept,), rows)
 
     def _rows(self, states: Tensor, slots: Tensor) -> Tensor:
         """The rows `(S, D)` of slots `(S,)`: projected states, and the family's separator between them."""
@@ -303,13 +349,15 @@ class Pipeline:
             pruning = pruning or Pruning()
             given = [identify(source) for source in (sources if isinstance(sources, list) else [sources])]
             with _timed(ms, "load"):
+                if pruning.plc == "trained":
+                    _ = self.family.compressor
                 found = [self.look_up(image, name) for image, name, _ in given]
                 # a bad picture is told before any model is loaded
                 pictures = [
                     load_image(data, name) for (_, name, data), hit in zip(given, found, strict=True) if hit is None
                 ]
                 self.family.load(*(("tower",) if pictures else ()), "projector", "language")
-                if "relevance" in pruning.method.requires:
+                if pruning.needs_relevance:
                     self.family.relevance.load()
             with _timed(ms, "encode"):
                 new = iter(self.encode(pictures) if pictures else [])
@@ -365,6 +413,21 @@ class Pipeline:
             return self.encode([picture])[0]
         except GridpruneError as fault:
             return fault if picture.name in str(fault) else type(fault)(f"{picture.name}: {fault}")
+
+
+def _select(signals: Signals, pruning: Pruning) -> Tensor:
+    """Kept of one image."""
+    k, method = pruning.count(signals.count), pruning.method
+    if signals.region is not None and (pruning.inside_ratio or pruning.outside_ratio):
+        within = int(_within(signals).sum())
+        k, share = ratio_budget(k, within, signals.count, pruning.inside_ratio, pruning.outside_ratio)
+        method = replace(method, region_share=share)  # type: ignore[call-arg]
+    return method.select(signals, k)
+
+
+def _within(signals: Signals) -> Tensor:
+    """(N,) bool: which tokens lie in the region; none without one."""
+    return inside(signals.views, signals.region) if signals.region else torch.zeros(signals.count, dtype=torch.bool)
 
 
 def _join(signals: Sequence[Signals]) -> Signals:

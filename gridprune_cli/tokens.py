@@ -114,6 +114,7 @@ class Origin:
     views: tuple[View, ...]
     region: Box | None
     zones: dict[str, Any] | None  # rows, cols and budgets, where the method has zones
+    ratios: dict[str, float | None] | None = None  # visual tokens per row inside and outside, where compressed
 
     @property
     def count(self) -> int:
@@ -129,7 +130,8 @@ class Origin:
     @classmethod
     def from_header(cls, parts: dict[str, Any]) -> "Origin":
         region = tuple(parts["region"]) if parts["region"] else None
-        return cls(parts["key"], parts["image"], parts["name"], _views(parts["views"]), region, parts["zones"])
+        views, zones, ratios = _views(parts["views"]), parts["zones"], parts.get("ratios")
+        return cls(parts["key"], parts["image"], parts["name"], views, region, zones, ratios)
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class PrunedSet:
     question: str
     method: dict[str, Any]  # name and options
     positions: str  # "original" or "compact"
+    plc: str = "off"  # how rows were compressed: "off", "pool" or "trained"
 
     @property
     def count(self) -> int:
@@ -166,7 +169,7 @@ class PrunedSet:
 
     def to_bytes(self) -> bytes:
         header = {"kind": "pruned", "schema": SCHEMA, "images": [asdict(image) for image in self.images]}
-        header |= {name: getattr(self, name) for name in _PRUNED_TEXT}
+        header |= {name: getattr(self, name) for name in (*_PRUNED_TEXT, "plc")}
         tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
         return files.encode(tensors, header)
 
@@ -190,6 +193,8 @@ class PrunedSet:
             "zones": each("zones"),
             "key": each("key"),
             "positions": self.positions,
+            "plc": self.plc,
+            "ratios": each("ratios"),
         }
 
     @classmethod
@@ -205,6 +210,7 @@ class PrunedSet:
             made = cls(
                 **({"relevance": None} | loaded),
                 **{name: header[name] for name in _PRUNED_TEXT},
+                plc=header.get("plc", "off"),  # sets from before there was compression don't say
                 images=tuple(Origin.from_header(parts) for parts in header["images"]),
             )
             if len(made.rows) < len(made.kept) or made.position_ids.shape[-1] != len(made.input_ids):

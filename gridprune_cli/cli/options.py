@@ -124,6 +124,27 @@ def pruning(
     share_budget: Annotated[
         bool, _option("Several images share one budget, without regions.", _PRUNING, "--share-budget")
     ] = False,
+    plc: Annotated[
+        str,
+        _option(
+            "Compression before the language model: pool (rows outside the region are means of their cells), trained "
+            "(by the checkpoint's compressor) or off.",
+            _PRUNING,
+            envvar="GRIDPRUNE_PLC",
+        ),
+    ] = "off",
+    inside_ratio: Annotated[
+        float | None,
+        _option(
+            "With --plc: visual tokens per row inside the region; with --outside-ratio too, instead of --keep.",
+            _PRUNING,
+            show_default="the method's split",
+        ),
+    ] = None,
+    outside_ratio: Annotated[
+        float | None,
+        _option("With --plc: visual tokens per row outside.", _PRUNING, show_default="the method's split"),
+    ] = None,
     literal: Annotated[
         bool, _option("GridPrune as published: T = 1, saliency unscaled, no region.", _PRUNING, "--literal")
     ] = False,
@@ -173,6 +194,9 @@ def pruning(
         positions=positions,
         query=query,
         share_budget=share_budget,
+        plc=plc,
+        inside_ratio=inside_ratio,
+        outside_ratio=outside_ratio,
     )
 
 

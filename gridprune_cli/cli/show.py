@@ -70,6 +70,7 @@ def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Fig
     from gridprune_cli.images import load_image
 
     (origin,) = pruned.images
+    compressed = "" if pruned.plc == "off" else f" · plc {pruned.plc}"
     return Figure(
         image=load_image(source).image,
         views=origin.views,
@@ -79,7 +80,7 @@ def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Fig
         region=origin.region,
         question=pruned.question,
         answer=answer,
-        details=f"{len(pruned.kept)} of {pruned.count} tokens · {pruned.method['name']}",
+        details=f"{len(pruned.kept)} of {pruned.count} tokens · {pruned.method['name']}{compressed}",
     )
 
 

@@ -97,6 +97,9 @@ def reported() -> dict[str, Pruning]:
         rows[f"gridprune, literal @ {keep}"] = Pruning(keep=keep, method=literal, region="none")
         for name in ("topk-relevance", "topk", "uniform", "random"):
             rows[f"{name} @ {keep}"] = Pruning(keep=keep, method=make(name))
+    for plc in ("pool", "trained"):
+        for keep in (0.11, 0.05):
+            rows[f"gridprune, plc {plc} @ {keep}"] = Pruning(keep=keep, plc=plc)
     rows["gridprune, compact positions @ 0.11"] = Pruning(positions="compact")
     return rows
 
