@@ -192,7 +192,7 @@ class Bulk:
 
         An image that several questions are about is read once. One that fails fails its questions.
         """
-        queries = [ask.pruning.query or ask.question for ask in asks if "relevance" in ask.pruning.method.requires]
+        queries = [ask.pruning.query or ask.question for ask in asks if ask.pruning.needs_relevance]
         if queries:
             self.pipeline.family.relevance.load()  # what fails here would fail for every question
             with suppress(Exception):  # a question that can't be read is told when its turn comes

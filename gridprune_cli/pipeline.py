@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image
 from gridprune_cli.localize import LONGEST, RELEVANCE, TEMPLATE, VLM, Localized, read_answer
+from gridprune_cli.pruning.compress import cell_weights, cells, pool, ratio_budget, ratios
 from gridprune_cli.pruning.methods import Method, make
 from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.methods.gridprune import GridPrune
@@ -33,6 +35,7 @@ from gridprune_cli.vlm.words import WordRelevance, keywords
 SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
 POSITIONS = ("original", "compact")
 ILP_LAYER = 2  # at whose input tokens leave the language model, where nothing else is said
+PLC = ("off", "pool", "trained")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class Pruning:
     ilp        what stays inside the language model: "region", exactly the tokens inside the contextual region, or a
                share of the image's N tokens, those inside first; None: everything
     ilp_layer  the layer, from 0, at whose input the others leave; None: `ILP_LAYER`, or the first that the model allows
+    plc        "pool" makes each row outside the region the mean of its cell, "trained" has the checkpoint's compressor
+               make the rows of that, "off" leaves rows as they are
+    inside_ratio, outside_ratio  visual tokens per row, inside and outside of the region, instead of the method's own
+               split of K; both together take the place of `keep` and `tokens`
     """
 
     keep: float = 0.11
@@ -64,6 +71,9 @@ class Pruning:
     share_budget: bool = False
     ilp: float | str | None = None
     ilp_layer: int | None = None
+    plc: str = "off"
+    inside_ratio: float | None = None
+    outside_ratio: float | None = None
 
     def __post_init__(self) -> None:
         """Reads a region that is given as text or a list. Raises BadInput for values out of range."""
@@ -97,6 +107,24 @@ class Pruning:
             raise BadInput(f"--ilp: not with --method {self.method.name}, which prunes there by itself")
         if self.ilp is None and self.ilp_layer is not None:
             raise BadInput("--ilp-layer: only with --ilp, which says what stays")
+        if self.plc not in PLC:
+            raise BadInput(f"--plc {self.plc}: not one of {', '.join(PLC)}")
+        given = {"--inside-ratio": self.inside_ratio, "--outside-ratio": self.outside_ratio}
+        for flag, ratio in given.items():
+            if ratio is None:
+                continue
+            if not (ratio >= 1 and isfinite(ratio)):
+                raise BadInput(f"{flag} {ratio}: must be at least 1, in visual tokens per row")
+            if self.plc == "off":
+                raise BadInput(f"{flag}: only with --plc pool or --plc trained")
+            if self.share_budget or self.region == "none" or not isinstance(self.method, GridPrune):
+                raise BadInput(f"{flag}: needs a region; leave out what takes it away")
+        if self.inside_ratio and self.outside_ratio and self.inside_ratio > self.outside_ratio:
+            raise BadInput(f"--inside-ratio {self.inside_ratio}: must not be above --outside-ratio")
+
+    @property
+    def needs_relevance(self) -> bool:
+        return "relevance" in self.method.requires or self.plc == "trained"
 
     def count(self, full: int) -> int:
         """K for an image of `full` tokens. Raises BadInput where more are asked for than there are."""
@@ -236,10 +264,10 @@ class Pipeline:
             return ()
         return ("no scene: the embedded model knows only its own scenes; name a real one, as in --model FOLDER",)
 
-    def remarks(self, pruning: Pruning, pruned: PrunedSet) -> tuple[str, ...]:
-        """What a user should know of how this model pruned."""
+    def remarks(self, pruning: Pruning, pruned: PrunedSet | None = None) -> tuple[str, ...]:
+        """What a user should know of how this model prunes, and pruned this set."""
         out = []
-        if self.family.lacks_clip and "relevance" in pruning.method.requires:
+        if self.family.lacks_clip and pruning.needs_relevance:
             out.append(
                 "the CLIP of this model's tower was not found, so relevance makes do with words; name it as --clip"
             )
@@ -345,17 +373,15 @@ class Pipeline:
         if pruning.share_budget and len(images) > 1:
             signals = [replace(own, region=None) for own in signals]
             joined = _join(signals)
-            states = torch.cat([image.states for image in images])
-            kept, states = _select(pruning.method, joined, pruning.count(sum(counts)), states)
+            kept = pruning.method.select(joined, pruning.count(sum(counts)))
+            states = _merged(pruning.method, joined, kept, torch.cat([image.states for image in images]))
             parts = [kept]
         else:
-            chosen = [
-                _select(pruning.method, own, pruning.count(own.count), image.states)
-                for own, image in zip(signals, images, strict=True)
-            ]
-            parts = [part for part, _ in chosen]
+            parts = [_choose(own, pruning) for own in signals]
             kept = torch.cat([first + part for first, part in zip(firsts, parts, strict=True)])
-            states = torch.cat([own for _, own in chosen])
+            states = torch.cat(
+                [_merged(pruning.method, *own) for own in zip(signals, parts, [i.states for i in images], strict=True)]
+            )
         slots = torch.cat(
             [torch.where(i.slots < 0, i.slots, i.slots + first) for i, first in zip(images, firsts, strict=True)]
         ).long()
@@ -366,6 +392,10 @@ class Pipeline:
         ids = full[mask]
         original = pruning.positions == "original"
         owner = torch.repeat_interleave(torch.arange(len(images)), torch.tensor(counts))
+        chosen = [kept[owner[kept] == n] - first for n, first in enumerate(firsts)]
+        if pruning.plc != "off":  # takes the place of what the method merges
+            pairs = zip(images, signals, chosen, strict=True)
+            states = torch.cat([self._compressed(*own, pruning.plc) for own in pairs])
         leaving = self._inside(pruning, signals, parts)
         return PrunedSet(
             rows=self._rows(states, slots[stays]),
@@ -380,11 +410,12 @@ class Pipeline:
                     image=image.image,
                     name=image.name,
                     views=image.views,
-                    region=own.region,
-                    zones=_zones(pruning.method, own, kept[owner[kept] == n] - first),
-                    localizer=_found_by(pruning, own, said[n]),
+                    region=known.region,
+                    zones=_zones(pruning.method, known, mine),
+                    localizer=_found_by(pruning, known, named),
+                    ratios=None if pruning.plc == "off" else ratios(mine, _within(known)),
                 )
-                for n, (image, own, first) in enumerate(zip(images, signals, firsts, strict=True))
+                for image, known, mine, named in zip(images, signals, chosen, said, strict=True)
             ),
             model=self.model,
             fingerprint=self.family.fingerprint,
@@ -393,6 +424,7 @@ class Pipeline:
             positions=pruning.positions,
             slots=slots[stays] if leaving else None,
             inside=leaving,
+            plc=pruning.plc,
         )
 
     def _inside(self, pruning: Pruning, signals: Sequence[Signals], kept: Sequence[Tensor]) -> Inside | None:
@@ -417,7 +449,7 @@ class Pipeline:
 
     def _signals(self, image: EncodedImage, query: str, pruning: Pruning, said: Localized | None) -> Signals:
         family, needs = self.family, pruning.method.requires
-        relevance = family.relevance(image.states, query) if "relevance" in needs else None
+        relevance = family.relevance(image.states, query) if pruning.needs_relevance else None
         return Signals(
             image.views,
             relevance,
@@ -439,6 +471,20 @@ class Pipeline:
         if said and said.box:
             return said.box
         return contextual_region(relevance * pruning.method.relevance_sign, image.views)
+
+    @torch.inference_mode()
+    def _compressed(self, image: EncodedImage, signals: Signals, kept: Tensor, plc: str) -> Tensor:
+        """The states `(N, C)` of an image, those of kept tokens as compression leaves them."""
+        k = len(kept)
+        if plc == "off" or k in (0, image.count):  # with nothing dropped there is nothing to compress
+            return image.states
+        within = _within(signals)
+        cell = cells(image.views, kept, within)
+        rows = pool(image.states, cell, cell_weights(cell, image.saliency, k), k)
+        if plc == "trained":
+            parts = (image.states.float(), signals.need("relevance"), within, rows.float(), within[kept])
+            rows = self.family.compressor(*(part[None] for part in parts))[0].to(rows.dtype)
+        return image.states.index_put((kept,), rows)
 
     def _rows(self, states: Tensor, slots: Tensor) -> Tensor:
         """The rows `(S, D)` of slots `(S,)`: projected states, and the family's separator between them."""
@@ -475,8 +521,10 @@ class Pipeline:
             given = [identify(source) for source in (sources if isinstance(sources, list) else [sources])]
             localizer, localized = self.localizer(pruning, len(given)), None
             with _timed(ms, "load"):
+                if pruning.plc == "trained":
+                    _ = self.family.compressor
                 found = self._prepare(given)
-                if "relevance" in pruning.method.requires:
+                if pruning.needs_relevance:
                     self.family.relevance.load()
                 if "words" in pruning.method.requires:
                     self.family.vocabulary.load()
@@ -515,6 +563,21 @@ class Pipeline:
             yield found
 
 
+def _choose(signals: Signals, pruning: Pruning) -> Tensor:
+    """Kept of one image."""
+    k, method = pruning.count(signals.count), pruning.method
+    if signals.region is not None and (pruning.inside_ratio or pruning.outside_ratio):
+        within = int(_within(signals).sum())
+        k, share = ratio_budget(k, within, signals.count, pruning.inside_ratio, pruning.outside_ratio)
+        method = replace(method, region_share=share)  # type: ignore[call-arg]
+    return method.select(signals, k)
+
+
+def _within(signals: Signals) -> Tensor:
+    """(N,) bool: which tokens lie in the region; none without one."""
+    return inside(signals.views, signals.region) if signals.region else torch.zeros(signals.count, dtype=torch.bool)
+
+
 def _join(signals: Sequence[Signals]) -> Signals:
     """The signals of several images as those of one, without a region: images have no place in one picture."""
     first = signals[0]
@@ -527,13 +590,12 @@ def _join(signals: Sequence[Signals]) -> Signals:
     return Signals(views, **parts, words=first.words, by_words=first.by_words)
 
 
-def _select(method: Method, signals: Signals, k: int, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Kept (K,), and the states (N, C) with those of kept tokens that others were merged into."""
-    kept = method.select(signals, k)
+def _merged(method: Method, signals: Signals, kept: Tensor, states: Tensor) -> Tensor:
+    """The states (N, C), with those of kept tokens that a method merges others into."""
     weights = method.merge(signals, kept)
     if weights is None:
-        return kept, states
-    return kept, states.index_copy(0, kept, torch.sparse.mm(weights, states.float()).to(states.dtype))
+        return states
+    return states.index_copy(0, kept, torch.sparse.mm(weights, states.float()).to(states.dtype))
 
 
 def _ilp(

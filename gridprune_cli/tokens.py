@@ -116,6 +116,7 @@ class Origin:
     region: Box | None
     zones: dict[str, Any] | None  # rows, cols and budgets, where the method has zones
     localizer: dict[str, Any] | None = None  # what found the region; of a model its answer, and whether that was a box
+    ratios: dict[str, float | None] | None = None  # visual tokens per row inside and outside, where compressed
 
     @property
     def count(self) -> int:
@@ -131,14 +132,16 @@ class Origin:
     @classmethod
     def from_header(cls, parts: dict[str, Any]) -> "Origin":
         region = tuple(parts["region"]) if parts["region"] else None
+        views, zones = _views(parts["views"]), parts["zones"]
         return cls(
             parts["key"],
             parts["image"],
             parts["name"],
-            _views(parts["views"]),
+            views,
             region,
-            parts["zones"],
+            zones,
             parts.get("localizer"),
+            parts.get("ratios"),
         )
 
 
@@ -172,6 +175,7 @@ class PrunedSet:
     positions: str  # "original" or "compact"
     slots: Tensor | None = None
     inside: Inside | None = None
+    plc: str = "off"  # how rows were compressed: "off", "pool" or "trained"
 
     @property
     def count(self) -> int:
@@ -185,7 +189,7 @@ class PrunedSet:
 
     def to_bytes(self) -> bytes:
         header = {"kind": "pruned", "schema": SCHEMA, "images": [asdict(image) for image in self.images]}
-        header |= {name: getattr(self, name) for name in _PRUNED_TEXT}
+        header |= {name: getattr(self, name) for name in (*_PRUNED_TEXT, "plc")}
         header["inside"] = self.inside.to_json() if self.inside else None
         tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
         return files.encode(tensors, header)
@@ -212,6 +216,8 @@ class PrunedSet:
             "key": each("key"),
             "positions": self.positions,
             "inside": self.inside.to_json() if self.inside else None,
+            "plc": self.plc,
+            "ratios": each("ratios"),
         }
 
     @classmethod
@@ -228,6 +234,7 @@ class PrunedSet:
                 **({"relevance": None} | loaded),
                 inside=Inside.from_json(header["inside"]) if header.get("inside") else None,
                 **{name: header[name] for name in _PRUNED_TEXT},
+                plc=header.get("plc", "off"),  # sets from before there was compression don't say
                 images=tuple(Origin.from_header(parts) for parts in header["images"]),
             )
             if len(made.rows) < len(made.kept) or made.position_ids.shape[-1] != len(made.input_ids):

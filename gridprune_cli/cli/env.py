@@ -27,6 +27,7 @@ def env(
         ("model", *_setting("MODEL", _default(options.pipeline, "model"))),
         ("keep", *_setting("KEEP", _default(options.pruning, "keep"))),
         ("method", *_setting("METHOD", _default(options.pruning, "method"))),
+        ("plc", *_setting("PLC", _default(options.pruning, "plc"))),
         ("max-new-tokens", *_setting("MAX_NEW_TOKENS", _default(ask, "max_new_tokens"))),
         ("cache-dir", root, _origin_of_root(cache_dir)),
         ("cache-limit", *_setting("CACHE_LIMIT", store.DEFAULT_LIMIT)),

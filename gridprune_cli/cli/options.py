@@ -189,6 +189,27 @@ def pruning(
         int | None,
         _option("Layer, from 0, at whose input the others leave.", _PRUNING, show_default="2, Qwen3-VL 3"),
     ] = None,
+    plc: Annotated[
+        str,
+        _option(
+            "Compression before the language model: pool (rows outside the region are means of their cells), trained "
+            "(by the checkpoint's compressor) or off.",
+            _PRUNING,
+            envvar="GRIDPRUNE_PLC",
+        ),
+    ] = "off",
+    inside_ratio: Annotated[
+        float | None,
+        _option(
+            "With --plc: visual tokens per row inside the region; with --outside-ratio too, instead of --keep.",
+            _PRUNING,
+            show_default="the method's split",
+        ),
+    ] = None,
+    outside_ratio: Annotated[
+        float | None,
+        _option("With --plc: visual tokens per row outside.", _PRUNING, show_default="the method's split"),
+    ] = None,
     literal: Annotated[
         bool, _option("GridPrune as published: T = 1, saliency unscaled, no region.", _PRUNING, "--literal")
     ] = False,
@@ -249,6 +270,9 @@ def pruning(
         share_budget=share_budget,
         ilp=ilp,
         ilp_layer=ilp_layer,
+        plc=plc,
+        inside_ratio=inside_ratio,
+        outside_ratio=outside_ratio,
     )
 
 

@@ -74,6 +74,7 @@ def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Fig
 
     (origin,) = pruned.images
     kept = f"{len(pruned.kept)} of {pruned.count} tokens"
+    compressed = "" if pruned.plc == "off" else f"plc {pruned.plc}"
     return Figure(
         image=load_image(source).image,
         views=origin.views,
@@ -83,7 +84,7 @@ def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Fig
         region=origin.region,
         question=pruned.question,
         answer=answer,
-        details=" · ".join(filter(None, (kept, pruned.method["name"], str(pruned.inside or "")))),
+        details=" · ".join(filter(None, (kept, pruned.method["name"], compressed, str(pruned.inside or "")))),
     )
 
 

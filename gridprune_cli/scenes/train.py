@@ -1,6 +1,6 @@
 """Trains the embedded model from nothing: `python -m gridprune_cli.scenes.train --out FOLDER`.
 
-Two stages, as for LLaVA, each resumable from the work folder:
+Two stages, as for LLaVA, and a third for compression, each resumable from the work folder:
 
 1. `tower`: vision and text tower, no language model. Three losses: linear heads that read each object's properties
    from every patch of it (they are dropped afterwards); for a question, a softmax over patches of
@@ -12,6 +12,8 @@ Two stages, as for LLaVA, each resumable from the work folder:
    before attention has learned where to look, and ends with all of them. The later passes (`language-again`,
    `language-last`) ask more often what comes late. No token is ever dropped by a pruning method: pruning stays
    training-free.
+3. `compressor`: all of that is frozen, and the compressor of `--plc trained` learns to make rows from which the
+   language model answers right. Tokens are chosen as for any answer: relevance, contextual region, gridprune.
 
 With `--part localizer` the second stage is another one: `localizer` starts from the tower's first layers and trains a
 small LLaVA model, tower and all, to answer questions with boxes on CROP's 8 x 8 grid. Linear heads read each object's
@@ -38,6 +40,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, CLIPModel, 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gridprune_cli.pruning.compress import cell_weights, cells
+from gridprune_cli.pruning.compress import pool as pool_states
+from gridprune_cli.pruning.methods.gridprune import GridPrune
+from gridprune_cli.pruning.region import contextual_region, inside
+from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.scenes import model as built
 from gridprune_cli.scenes.scene import (
     CELLS,
@@ -57,6 +64,7 @@ from gridprune_cli.scenes.scene import (
     pixel_owners,
     questions,
 )
+from gridprune_cli.vlm.compressor import Compressor, save_compressor
 
 N = built.GRID * built.GRID
 LOCALIZER_N = built.LOCALIZER_GRID * built.LOCALIZER_GRID
@@ -146,6 +154,7 @@ LOCALIZER = Plan(
     led=((1, 2), (2, 3)),
     closely=True,
 )
+COMPRESSOR = Plan(500, 128, 4_000, TRAIN + 50_000, 2e-3, ((0.1, 28), (0.1, 13)) * 5)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -627,6 +636,68 @@ class Localizer(nn.Module):
         return {"dense": 0.5 * dense} | answer_losses(self.llava, states, packed, plan)[0]
 
 
+# ---- stage 3: compressor ---------------------------------------------------------------------------------------------
+
+
+class Compression(nn.Module):
+    """The compressor, before a language model that is frozen. Questions come one by one: each has its own rows."""
+
+    def __init__(self, llava: LlavaForConditionalGeneration, clip: CLIPModel) -> None:
+        super().__init__()
+        self.compressor = Compressor(built.WIDTH)
+        self.frozen = (llava.requires_grad_(False), clip.requires_grad_(False))  # a tuple: no part of what is saved
+        self.tokenizers = (built.make_tokenizer(close=False), built.make_tokenizer(close=True))
+        self.features = np.empty((0, N, built.WIDTH), np.float16)  # of the scenes, (scenes, N, D)
+        self.saliency = np.empty((0, N), np.float32)
+
+    @torch.no_grad()
+    def relevance(self, states: Tensor, texts: list[str]) -> Tensor:
+        """Cosines `(B, N)` of states `(B, N, D)` with a question each, as `ClipRelevance` has them."""
+        clip = self.frozen[1]
+        tokens = self.tokenizers[1](texts, padding=True, return_tensors="pt").to(states.device)
+        text = F.normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
+        patches = clip.visual_projection(clip.vision_model.post_layernorm(states))
+        return torch.einsum("bnd,bd->bn", F.normalize(patches.float(), dim=-1), text)
+
+    def losses(self, pool: Pool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+        rng = random.Random(f"compressor-{plan.first_seed}-{step}")
+        index = pool.batch(step, plan)
+        asked = [questions(pool.scene(int(i)), 1, rng) for i in index]
+        states = torch.from_numpy(self.features[index]).float().to(device)
+        saliency = torch.from_numpy(self.saliency[index])
+        with torch.autocast(device.type, enabled=False):  # so that what is chosen is what will be
+            relevance = self.relevance(states, [question.text for (question,) in asked])
+        view, k, method = (View(built.GRID, built.GRID),), plan.tokens_at(step), GridPrune()
+        chosen, pooled, within = [], [], []
+        for b, cosines in enumerate(relevance.cpu()):
+            region = contextual_region(cosines, view)
+            kept = method.select(Signals(view, cosines, saliency[b], region), k)
+            within.append(inside(view, region))
+            cell = cells(view, kept, within[-1])
+            pooled.append(pool_states(states[b].cpu(), cell, cell_weights(cell, saliency[b], k), k))
+            chosen.append(kept)
+        kept, inner = torch.stack(chosen), torch.stack(within)
+        rows = self.compressor(
+            states, relevance, inner.to(device), torch.stack(pooled).to(device), inner.gather(1, kept).to(device)
+        )
+
+        llava = self.frozen[0]
+        owners = torch.from_numpy(pool.owners[index]).long()
+        packed = pack(asked, kept, owners, self.tokenizers[0], rng)
+        embeds = llava.get_input_embeddings()(packed.ids.to(device))
+        image = (packed.ids == built.IMAGE).to(device)
+        projected = llava.model.multi_modal_projector(rows).to(embeds.dtype)
+        hidden = llava.model.language_model(
+            inputs_embeds=embeds.masked_scatter(image[..., None], projected),
+            attention_mask=packed.mask.to(device),
+            position_ids=packed.positions.to(device),
+            use_cache=False,
+        ).last_hidden_state
+        labelled = packed.labels != IGNORE
+        logits = llava.lm_head(hidden[labelled.to(device)]).float()
+        return {"answer": F.cross_entropy(logits, packed.labels[labelled].to(device))}
+
+
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
@@ -659,7 +730,12 @@ class Log:
 
 
 def optimise(
-    name: str, model: Tower | Language | Localizer, pool: Pool, plan: Plan, work: Path, device: torch.device
+    name: str,
+    model: Tower | Language | Localizer | Compression,
+    pool: Pool,
+    plan: Plan,
+    work: Path,
+    device: torch.device,
 ) -> None:
     """Runs a stage to its end, saving its state every `SAVE_EVERY` steps and starting from the state that it finds."""
     state = work / f"{name}.pt"
@@ -711,6 +787,23 @@ def store_features(tower: Tower, pool: Pool, path: Path, device: torch.device) -
     return np.load(path, mmap_mode="r")
 
 
+@torch.no_grad()
+def store_saliency(tower: Tower, pool: Pool, path: Path, device: torch.device) -> np.ndarray:
+    """Saliency of a pool, `(scenes, N)` float32, on disk: attention of CLS in the penultimate layer."""
+    if not path.exists():
+        seen: list[Tensor] = []
+        attention = tower.clip.vision_model.encoder.layers[-2].self_attn
+        hook = attention.register_forward_hook(lambda _, __, out: seen.append(out[1][:, :, 0, 1:].float().mean(1)))
+        with _progress() as bar, torch.autocast(device.type, torch.bfloat16):
+            for at in bar.track(range(0, pool.count, 64), description="saliency"):
+                tower.states(normalise(pool.pixels[at : at + 64], device))
+        hook.remove()
+        partial = path.with_suffix(".tmp.npy")
+        np.save(partial, torch.cat(seen).cpu().numpy())
+        partial.replace(path)
+    return np.load(path)
+
+
 def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "model") -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -734,6 +827,13 @@ def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "m
     optimise("language-last", language, pool, LANGUAGE_LAST, work, device)
     language.llava.model.language_model.set_attn_implementation("sdpa")
     built.save(out, language.llava, tower.clip)
+    torch.manual_seed(seed)
+    pool = Pool(work, COMPRESSOR.first_seed, COMPRESSOR.scenes)
+    compression = Compression(language.llava.float(), tower.clip.float()).to(device)
+    compression.features = store_features(tower, pool, work / "compressor-features.npy", device)
+    compression.saliency = store_saliency(tower, pool, work / "compressor-saliency.npy", device)
+    optimise("compressor", compression, pool, COMPRESSOR, work, device)
+    save_compressor(compression.compressor, out)
 
 
 def train_localizer(out: Path, work: Path, tower: Tower, pool: Pool, device: torch.device) -> None:

@@ -31,6 +31,7 @@ from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm.attention import NAME
 from gridprune_cli.vlm.checkpoint import CLIP_TOWER, Checkpoint
 from gridprune_cli.vlm.clip import ClipRelevance
+from gridprune_cli.vlm.compressor import FILE, Compressor, load_compressor
 from gridprune_cli.vlm.fit import fingerprint
 from gridprune_cli.vlm.loading import load_part
 from gridprune_cli.vlm.words import WordRelevance
@@ -169,6 +170,13 @@ class Family(ABC):
     def own_rows(self, states: Tensor) -> Tensor:
         """The rows `(K, D)` of states `(K, C)` that stand where words do."""
         return self.project(states)
+
+    @cached_property
+    def compressor(self) -> Compressor:
+        """The trained compressor beside the checkpoint. Raises BadInput where there is none."""
+        if not (self.checkpoint.folder / FILE).is_file():
+            raise BadInput(f"--plc trained: {self.checkpoint.name} has no {FILE}; use --plc pool")
+        return load_compressor(self.checkpoint.folder)
 
     def separator(self) -> Tensor:
         """The row `(D,)` of a separator."""
