@@ -109,8 +109,7 @@ class Pruning:
             raise BadInput("--ilp-layer: only with --ilp, which says what stays")
         if self.plc not in PLC:
             raise BadInput(f"--plc {self.plc}: not one of {', '.join(PLC)}")
-        given = {"--inside-ratio": self.inside_ratio, "--outside-ratio": self.outside_ratio}
-        for flag, ratio in given.items():
+        for flag, ratio in (("--inside-ratio", self.inside_ratio), ("--outside-ratio", self.outside_ratio)):
             if ratio is None:
                 continue
             if not (ratio >= 1 and isfinite(ratio)):
@@ -271,7 +270,7 @@ class Pipeline:
             out.append(
                 "the CLIP of this model's tower was not found, so relevance makes do with words; name it as --clip"
             )
-        for image in pruned.images:
+        for image in pruned.images if pruned else ():
             if image.localizer and not image.localizer.get("parsed", True):
                 out.append(
                     f"{image.name}: the localiser {image.localizer['name']} answered {image.localizer['answer']!r}, "
@@ -586,8 +585,7 @@ def _join(signals: Sequence[Signals]) -> Signals:
         for name in ("relevance", "saliency", "states", "rows")
         if getattr(first, name) is not None
     }
-    views = tuple(view for own in signals for view in own.views)
-    return Signals(views, **parts, words=first.words, by_words=first.by_words)
+    return replace(first, views=tuple(view for own in signals for view in own.views), region=None, **parts)
 
 
 def _merged(method: Method, signals: Signals, kept: Tensor, states: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def test_with_everything_kept_rows_stay_as_they_are(pipeline, noise):
 
 def test_an_image_that_keeps_nothing_is_left_out(llava, noise):
     images = [llava.encode([noise((100, 80), seed)])[0] for seed in range(3)]
-    pruning = Pruning(tokens=2, share_budget=True, method=make_method("topk"), plc="pool")
+    pruning = Pruning(tokens=2, share_budget=True, method=make_method("fastervlm"), plc="pool")
     pooled = llava.prune(images, QUESTION, pruning)
     assert len(pooled.kept) == len(pooled.rows) == 2 and torch.isfinite(pooled.rows).all()
     ratios = [origin.ratios for origin in pooled.images]
@@ -126,7 +126,7 @@ def test_ratios_split_the_budget(llava, noise):
         ({"plc": "pool", "inside_ratio": 4.0, "outside_ratio": 2.0}, "must not be above --outside-ratio"),
         ({"plc": "pool", "inside_ratio": 2.0, "region": "none"}, "--inside-ratio: needs a region"),
         ({"plc": "pool", "inside_ratio": 2.0, "share_budget": True}, "--inside-ratio: needs a region"),
-        ({"plc": "pool", "inside_ratio": 2.0, "method": make_method("topk")}, "--inside-ratio: needs a region"),
+        ({"plc": "pool", "inside_ratio": 2.0, "method": make_method("fastervlm")}, "--inside-ratio: needs a region"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, message):

@@ -36,10 +36,10 @@ class Cell:
 
     def settled(self, key: str) -> "Cell":
         """This cell for one image: a method with a seed gets the image's own, since one draw for all would be luck."""
-        method = self.pruning.method
+        method: Any = self.pruning.method
         if not hasattr(method, "seed"):
             return self
-        seeded: Any = replace(method, seed=(method.seed + int(key[:8], 16)) % 2**32)
+        seeded = replace(method, seed=(method.seed + int(key[:8], 16)) % 2**32)
         return replace(self, pruning=replace(self.pruning, method=seeded))
 
 

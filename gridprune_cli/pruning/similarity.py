@@ -15,14 +15,26 @@ def cosines(a: Tensor, b: Tensor | None = None) -> Tensor:
     A row of zeros has cosine 0 with every row. Values are rounded to multiples of 2^-32: what a matrix product's own
     rounding adds depends on where a row stands in it, and must not decide between tokens that are equal.
     """
-    one = _unit(a)
-    product = one @ (one if b is None else _unit(b)).T
-    return (product * _GRAIN).round_().div_(_GRAIN).cpu()
+    product = _gram(_unit(a)) if b is None else _unit(a) @ _unit(b).T
+    return product.mul_(_GRAIN).round_().div_(_GRAIN).cpu()
 
 
 def _unit(rows: Tensor) -> Tensor:
     """Rows of length 1 in float64, where they lie; on the CPU where their device has no float64."""
     return normalize((rows.cpu() if rows.device.type == "mps" else rows).double(), dim=-1)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """`rows @ rows.T` in strips, up to the diagonal only: the rest is the same again."""
+    count = len(rows)
+    product = rows.new_empty(count, count)
+    height = max(128, -(-count // 4))
+    for start in range(0, count, height):
+        end = min(start + height, count)
+        strip = rows[start:end] @ rows[:end].T
+        product[start:end, :end] = strip
+        product[:end, start:end] = strip.T
+    return product
 
 
 def cover(likeness: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
@@ -31,10 +43,10 @@ def cover(likeness: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
     Next comes, among tokens not yet taken, the j with the highest `weight_j * sum_r max(0, likeness_rj - best_r)`, ties
     to the lower index. `best_r` is the highest likeness of a taken token to r, and 0 at first. weight (N,) >= 0.
 
-    After a choice only the rows that it covers better matter. Likeness is rounded to a power of two so small, and so
-    large, that all sums are exact: the gains are the same as if they were summed anew each time.
+    After a choice only the rows that it covers better matter, since a gain is the sum of max(likeness_rj, best_r) less
+    that of best_r. All are whole numbers, so that the gains are the same as if they were summed anew each time.
     """
-    likeness = _summable(likeness)
+    likeness = _whole(likeness)
     best = torch.zeros(len(likeness), dtype=torch.float64)
     gain = likeness.clamp(min=0).sum(0)
     weight = torch.ones_like(gain) if weight is None else weight
@@ -47,15 +59,15 @@ def cover(likeness: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
         column = likeness[:, token]
         better = (column > best).nonzero()[:, 0]
         old, new = best[better], column[better]
-        gain -= (likeness[better].clamp(old[:, None], new[:, None]) - old[:, None]).sum(0)
+        rows = likeness.index_select(0, better)
+        torch.maximum(rows, old[:, None], out=rows)
+        torch.minimum(rows, new[:, None], out=rows)
+        gain -= rows.sum(0) - old.sum()
         best[better] = new
     return order
 
 
-def _summable(values: Tensor) -> Tensor:
-    """`values` (R, N), rounded so that float64 holds any sum along R exactly."""
+def _whole(values: Tensor) -> Tensor:
+    """`values` (R, N), scaled by a power of two and rounded: whole numbers that float64 sums along R exactly."""
     high = float(values.abs().max()) * len(values)
-    if high == 0:
-        return values
-    grain = 2.0 ** (ceil(log2(high)) - 51)
-    return (values / grain).round_().mul_(grain)
+    return (values * 2.0 ** (51 - ceil(log2(high)))).round_() if high > 0 else values

@@ -83,7 +83,8 @@ def signed_relevance(signals: Signals, sign: int) -> Tensor:
 def weights(kept: Tensor, own: Tensor, rest: Tensor, into: Tensor, share: Tensor, count: int) -> Tensor:
     """Sparse weights (K, N): `own` (K,) of the kept tokens, and `share` (R,) of `rest` (R,) in places `into` (R,)."""
     places = torch.stack([torch.cat([torch.arange(len(kept)), into]), torch.cat([kept, rest])])
-    return torch.sparse_coo_tensor(places, torch.cat([own, share]).float(), (len(kept), count)).coalesce()
+    shares = torch.cat([own, share]).float()
+    return torch.sparse_coo_tensor(places, shares, (len(kept), count), check_invariants=False).coalesce()
 
 
 def check_sign(sign: int) -> None:

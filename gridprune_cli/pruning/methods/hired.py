@@ -49,7 +49,8 @@ class HiRED(Method):
         if len(views) == 1 or not whole:
             return top(saliency, k)
         base = views[whole[0]]
-        parts, boxes = [], []
+        parts: list[Tensor] = []
+        boxes: list[tuple[float, float, float, float]] = []
         for n, view in enumerate(views):
             if n == whole[0]:
                 parts.append(torch.zeros(view.count, dtype=torch.long))

@@ -51,7 +51,7 @@ class VisionZip(Method):
         others = torch.ones(signals.count, dtype=torch.bool)
         others[dominant] = False
         rest = others.nonzero()[:, 0]
-        targets = rest[:: max(1, len(rest) // max(1, contextual))][:contextual]
+        targets = rest[:: max(1, len(rest) // max(1, contextual))][:contextual].clone()
         others[targets] = False
         return dominant, targets, others.nonzero()[:, 0]
 

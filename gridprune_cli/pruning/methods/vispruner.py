@@ -46,7 +46,9 @@ class VisPruner(Method):
         rest = by_saliency[important:]
         while (surplus := len(rest) - (k - important)) > 0 and len(rest) > 1:
             even, odd = rest[::2], rest[1::2]
-            closest = likeness[even].index_select(1, odd).amax(1)
+            ban = torch.full_like(likeness[0], -torch.inf)
+            ban[odd] = 0
+            closest = likeness.index_select(0, even).add_(ban).amax(1)
             likest_first = closest.argsort(descending=True, stable=True)
             rest = torch.cat([even[likest_first[min(self.step, surplus) :]], odd])
         return torch.cat([by_saliency[:important], rest[: k - important]]).sort().values
