@@ -77,8 +77,7 @@ class Pruning:
             raise BadInput(f"--positions {self.positions}: not one of {', '.join(POSITIONS)}")
         if self.plc not in PLC:
             raise BadInput(f"--plc {self.plc}: not one of {', '.join(PLC)}")
-        given = {"--inside-ratio": self.inside_ratio, "--outside-ratio": self.outside_ratio}
-        for flag, ratio in given.items():
+        for flag, ratio in (("--inside-ratio", self.inside_ratio), ("--outside-ratio", self.outside_ratio)):
             if ratio is None:
                 continue
             if not (ratio >= 1 and isfinite(ratio)):
