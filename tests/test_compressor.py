@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from gridprune_cli.errors import GridpruneError
-from gridprune_cli.vlm.compressor import FILE, QUERIES, Compressor, load_compressor, save_compressor
+from gridprune_cli.vlm.compressor import FILE, HEAD, QUERIES, Compressor, load_compressor, save_compressor
 
-WIDTH = 12
+WIDTH = 2 * HEAD
 
 
 def inputs(batch=2, count=30, rows=24, seed=0):
@@ -26,7 +26,7 @@ def trained():
     torch.manual_seed(0)
     compressor = Compressor(WIDTH).eval()
     for parameter in compressor.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.5
+        parameter.data = torch.randn_like(parameter) * 0.2
     return compressor
 
 
@@ -51,7 +51,7 @@ def test_a_row_looks_at_its_own_side_alone(trained):
 def test_it_is_attention_written_out(trained):
     states, relevance, within, pooled, inside = inputs(batch=1)
     found = trained(states, relevance, within, pooled, inside)[0]
-    heads, outside = 6, 0
+    heads, outside = 2, 0
     tokens = torch.cat([trained.norm_tokens(states[0]), 10 * relevance[0][:, None]], 1)
     told = trained.tell(tokens)
     for j in range(pooled.shape[1]):

@@ -38,7 +38,6 @@ def slow_states(image, kept, region):
         if token in cells or within[token] or not near:
             continue
         cells[min(near, key=lambda a: (places[a][1] - row) ** 2 + (places[a][2] - col) ** 2)].append(token)
-    assert max(map(len, cells.values())) > 1
     rows = []
     for anchor in kept:
         weight = image.saliency[cells[anchor]].double()
@@ -46,7 +45,7 @@ def slow_states(image, kept, region):
     return torch.stack(rows).to(image.states.dtype)
 
 
-@pytest.mark.parametrize("region", ["auto", "none"])
+@pytest.mark.parametrize("region", [(0, 0, 3, 7), "none"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_rows_of_a_set_are_means_of_their_cells(pipeline, noise, count, region):
     """And nothing else changes: K, what is kept, prompt, positions and separators are those of a set without."""
@@ -156,7 +155,7 @@ def with_compressor(tiny_llava, tmp_path):
     torch.manual_seed(0)
     compressor = Compressor(pipeline.family.checkpoint.tower["hidden_size"])
     for parameter in compressor.parameters():
-        parameter.data = (torch.randn_like(parameter) * 0.3).bfloat16().float()
+        parameter.data = (torch.randn_like(parameter) * 0.2).bfloat16().float()
     save_compressor(compressor, folder)
     return pipeline, compressor.eval()
 

@@ -13,7 +13,8 @@ Two stages, as for LLaVA, and a third for compression, each resumable from the w
    `language-last`) ask more often what comes late. No token is ever dropped by a pruning method: pruning stays
    training-free.
 3. `compressor`: all of that is frozen, and the compressor of `--plc trained` learns to make rows from which the
-   language model answers right. Tokens are chosen as for any answer: relevance, contextual region, gridprune.
+   language model answers right. Tokens are chosen as for any answer: relevance, contextual region, gridprune. The
+   scenes are new to tower and language model, which know those that they learned from too well.
 
 With `--part localizer` the second stage is another one: `localizer` starts from the tower's first layers and trains a
 small LLaVA model, tower and all, to answer questions with boxes on CROP's 8 x 8 grid. Linear heads read each object's
@@ -154,7 +155,7 @@ LOCALIZER = Plan(
     led=((1, 2), (2, 3)),
     closely=True,
 )
-COMPRESSOR = Plan(500, 128, 4_000, TRAIN + 50_000, 2e-3, ((0.1, 28), (0.1, 13)) * 5)
+COMPRESSOR = Plan(500, 128, 4_000, TRAIN + 66_000, 2e-3, ((0.1, 28), (0.1, 13)) * 5)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -788,20 +789,23 @@ def store_features(tower: Tower, pool: Pool, path: Path, device: torch.device) -
 
 
 @torch.no_grad()
-def store_saliency(tower: Tower, pool: Pool, path: Path, device: torch.device) -> np.ndarray:
-    """Saliency of a pool, `(scenes, N)` float32, on disk: attention of CLS in the penultimate layer."""
-    if not path.exists():
-        seen: list[Tensor] = []
+def store_encodings(tower: Tower, pool: Pool, work: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """States of a pool, as `store_features` has them, and saliency `(scenes, N)`: the penultimate layer's, of CLS."""
+    paths = [work / f"compressor-{name}.npy" for name in ("features", "saliency")]
+    if not paths[1].exists():  # written last
+        features, seen = [], []
         attention = tower.clip.vision_model.encoder.layers[-2].self_attn
         hook = attention.register_forward_hook(lambda _, __, out: seen.append(out[1][:, :, 0, 1:].float().mean(1)))
         with _progress() as bar, torch.autocast(device.type, torch.bfloat16):
-            for at in bar.track(range(0, pool.count, 64), description="saliency"):
-                tower.states(normalise(pool.pixels[at : at + 64], device))
+            for at in bar.track(range(0, pool.count, 64), description="encoding scenes"):
+                states, _ = tower.states(normalise(pool.pixels[at : at + 64], device))
+                features.append(states[:, 1:].half().cpu())
         hook.remove()
-        partial = path.with_suffix(".tmp.npy")
-        np.save(partial, torch.cat(seen).cpu().numpy())
-        partial.replace(path)
-    return np.load(path)
+        for path, parts in zip(paths, (features, seen), strict=True):
+            partial = path.with_suffix(".tmp.npy")
+            np.save(partial, torch.cat(parts).cpu().numpy())
+            partial.replace(path)
+    return np.load(paths[0], mmap_mode="r"), np.load(paths[1])
 
 
 def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "model") -> None:
@@ -830,8 +834,7 @@ def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "m
     torch.manual_seed(seed)
     pool = Pool(work, COMPRESSOR.first_seed, COMPRESSOR.scenes)
     compression = Compression(language.llava.float(), tower.clip.float()).to(device)
-    compression.features = store_features(tower, pool, work / "compressor-features.npy", device)
-    compression.saliency = store_saliency(tower, pool, work / "compressor-saliency.npy", device)
+    compression.features, compression.saliency = store_encodings(tower, pool, work, device)
     optimise("compressor", compression, pool, COMPRESSOR, work, device)
     save_compressor(compression.compressor, out)
 

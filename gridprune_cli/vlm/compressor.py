@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from gridprune_cli.errors import GridpruneError
 
 FILE = "compressor.safetensors"
-HEADS = 6
+HEAD = 32  # width of an attention head
 QUERIES = 16
 _SPREAD = 10.0  # relevance is a cosine; times this it is about as large as a state's normed features
 
 
 class Compressor(nn.Module):
     """One layer of cross-attention and one of a feed-forward network, each added to its input, `width` wide.
+
+    `width`, that of a state, is a multiple of 32, the width of an attention head.
 
     The last weights of both start as zero, so that an untrained compressor gives back what pooling gave.
     """
@@ -53,7 +55,7 @@ class Compressor(nn.Module):
         turn = ((~inside).long().cumsum(1) - 1).clamp(min=0) % QUERIES
         asked = self.ask(self.norm_rows(pooled)) + self.queries[turn] * ~inside[..., None]
         key, value = self.tell(tokens).chunk(2, dim=-1)
-        asked, key, value = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (asked, key, value))
+        asked, key, value = (x.unflatten(-1, (-1, HEAD)).transpose(1, 2) for x in (asked, key, value))
         same = (inside[:, :, None] == within[:, None])[:, None]  # (B, 1, K, N)
         seen = F.scaled_dot_product_attention(asked, key, value, attn_mask=same)
         rows = pooled + self.out(seen.transpose(1, 2).flatten(2))
