@@ -94,13 +94,13 @@ class Done:
             return
         self._file = _open(str(path))
         start = self._file.read(len(_START))
-        if start != _START[: len(start)]:
-            raise self._foreign(1)
         self._end = _whole(self._file)
+        if not self._end and start != _START[: len(start)]:
+            raise self._foreign(1)
+        self._file.seek(0)
+        self._next = self._read()  # what is no result is told before anything is changed
         if self._end < os.path.getsize(path):
             os.truncate(path, self._end)
-        self._file.seek(0)
-        self._next = self._read()
 
     def take(self, ident: Any) -> bool:
         """Whether a line of this id is done. Each line that was written counts for one that is asked for."""

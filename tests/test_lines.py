@@ -95,13 +95,23 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     assert Done(long).take(1) and os.path.getsize(long) == len('{"id": 1, "answer": "yes"}\n')
 
 
-@pytest.mark.parametrize("text", ["hello", "\x89PNG", '{"image": "a.png", "question": "What?"}\n', '{"id": 1}\n'])
+@pytest.mark.parametrize(
+    "text", ["hello", "\x89PNG", "[]\nhello", '{"image": "a.png", "question": "What?"}\n', '{"id": 1}\n']
+)
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, text):
     path = tmp_path / "out.jsonl"
     path.write_text(text)
     with pytest.raises(BadInput, match="line 1 is no result"):
         Done(path)
     assert path.read_text() == text
+
+
+def test_results_that_jq_has_written_again_are_results(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text('{"id":1,"answer":"yes"}\n{"answer":"no","id":"b"}\n{"id":3')
+    done = Done(path)
+    assert [done.take(ident) for ident in (1, "b", 3)] == [True, True, False]
+    assert path.read_text().endswith('"b"}\n')
 
 
 def test_what_is_written_while_it_is_read_is_not_taken_for_done(tmp_path):
