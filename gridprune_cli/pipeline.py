@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gridprune_cli.device import place
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image
@@ -190,10 +189,7 @@ class Pipeline:
         if isinstance(model, Family):
             self.family = model
         else:
-            placed = place(device, dtype)
-            self.family = open_model(
-                model, placed.dtype, placed.device, revision=revision, clip=clip, store=store, flag=flag
-            )
+            self.family = open_model(model, dtype, device, revision=revision, clip=clip, store=store, flag=flag)
         self._placed = {"device": device, "dtype": dtype}
         self._localizers: dict[str, Pipeline] = {}
         self.model = self.family.checkpoint.name

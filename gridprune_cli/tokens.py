@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gridprune_cli import files
+from gridprune_cli import files, store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.files import RawTensor
 from gridprune_cli.pruning.signals import Box, View
 from gridprune_cli.pruning.stages import Inside
 
-SCHEMA = 1
+SCHEMA = 1  # of a pruned set; an encoded image has the store's, which refuses any other
 
 _DTYPES = {
     torch.float64: "F64",
@@ -65,7 +65,7 @@ class EncodedImage:
     def to_bytes(self) -> bytes:
         header = {
             "kind": "encoded",
-            "schema": SCHEMA,
+            "schema": store.SCHEMA,
             "key": self.key,
             "model": self.model,
             "image": self.image,

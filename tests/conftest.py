@@ -38,6 +38,25 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls `gridprune` in this process, as a user calls it: (exit code, stdout, stderr)."""
+    from gridprune_cli.cli.app import main
+
+    def call(*arguments: object, stdin: bytes = b"") -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gridprune", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
 def noise():
     """Makes pictures of random pixels: `noise((width, height), seed=0)`."""
     import hashlib
@@ -55,23 +74,8 @@ def noise():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tiny_llava):
+def run(monkeypatch, command, tiny_llava):
     """Calls `gridprune` with the tiny model: (exit code, stdout, stderr)."""
-    from gridprune_cli.cli.app import main
-
     monkeypatch.setenv("GRIDPRUNE_MODEL", str(tiny_llava))
     monkeypatch.setenv("GRIDPRUNE_MAX_NEW_TOKENS", "4")
-
-    def call(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["gridprune", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+    return command

@@ -422,9 +422,10 @@ def test_method_options_reach_the_method(run, image):
 
 
 def test_generation_options_reach_transformers(run, image):
-    greedy = run("ask", image, QUESTION)[1]
-    assert run("ask", image, QUESTION, "--generation", "num_beams=1")[1] == greedy
-    assert run("ask", image, QUESTION, "--generation", "repetition_penalty=50.0")[1] != greedy
+    long = ("--max-new-tokens", 24)
+    greedy = run("ask", image, QUESTION, *long)[1]
+    assert run("ask", image, QUESTION, *long, "--generation", "num_beams=1")[1] == greedy
+    assert run("ask", image, QUESTION, *long, "--generation", "repetition_penalty=50.0")[1] != greedy
     code, _, err = run("ask", image, QUESTION, "--generation", "warmth=2")
     assert code == 2 and "--generation warmth=2" in err
 

@@ -41,7 +41,7 @@ def subject(
     from gridprune_cli.device import place
     from gridprune_cli.vlm.shapes import build, find_shape
 
-    placed, found = place(device, dtype), find_shape(shape)
+    placed, found = place(device, dtype, shape), find_shape(shape)
     return lambda: Pipeline(build(found, placed.dtype, placed.device, layers))
 
 

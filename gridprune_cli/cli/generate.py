@@ -31,7 +31,7 @@ def generate(
             show_default="the one that made the set",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(envvar="GRIDPRUNE_DEVICE", help="auto, cpu, cuda, ...")] = "auto",
+    device: Annotated[str, typer.Option(envvar="GRIDPRUNE_DEVICE", help=options.DEVICE)] = "auto",
     dtype: Annotated[str, typer.Option(envvar="GRIDPRUNE_DTYPE", help="auto, float32, bfloat16 or float16.")] = "auto",
     batch_size: Annotated[
         int, typer.Option(min=1, help="Sets that are answered at once; halved if memory runs out.")

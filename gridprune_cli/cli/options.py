@@ -20,6 +20,8 @@ from gridprune_cli.errors import BadInput
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline, Pruning
 
+DEVICE = "auto, cpu, cuda, ..., or map: the language model over all GPUs."
+
 CacheDir = Annotated[
     Path | None,
     typer.Option(envvar="GRIDPRUNE_CACHE_DIR", help="Folder of the cache.", rich_help_panel="Model and cache"),

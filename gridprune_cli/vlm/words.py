@@ -68,7 +68,8 @@ class WordRelevance:
     def vectors(self, text: str) -> Tensor:
         """The embeddings `(M, D)` of a text's tokens, on the model's device."""
         ids = self.family.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-        return self.embedding(ids.to(self.family.device))
+        # the table may lie on another device, where the language model is spread over several
+        return self.embedding(ids.to(self.family.device)).to(self.family.device)
 
     @torch.inference_mode()
     def __call__(self, states: Tensor, question: str) -> Tensor:
