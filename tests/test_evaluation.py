@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -180,8 +180,8 @@ def test_each_image_is_encoded_once_and_every_answer_can_be_made_again(tiny, que
     monkeypatch.undo()
     for line in lines:
         options = dict(line["options"])
-        own = {name: options.pop(name) for name in ("region", "positions", "share_budget")}
         assert options.pop("query") is None
+        own = {name: options.pop(name) for name in [f.name for f in fields(Pruning)] if name in options}
         pruning = Pruning(keep=line["keep"], method=make(line["method"], **options), query=line["question"], **own)
         asked = f"{line['question']}\nAnswer with a word."
         answer = tiny.ask(questions.parent / line["image"], asked, pruning, max_new_tokens=3)
