@@ -293,10 +293,10 @@ def _read_samples(path: Path, plan: Plan) -> Rows:
                     break
                 try:
                     line = json.loads(text)
-                    place = (line["cell"], line["keep"], line["id"])
-                    if place not in places:
-                        raise ValueError(f"no answer of this run: {place}")
-                    rows[place] = _row(line)
+                    where = (line["cell"], line["keep"], line["id"])
+                    if where not in places:
+                        raise ValueError(f"no answer of this run: {where}")
+                    rows[where] = _row(line)
                 except (ValueError, KeyError, TypeError) as fault:
                     raise BadInput(f"{path}:{number}: damaged ({fault}); remove the folder and start again") from fault
                 whole += len(text)
