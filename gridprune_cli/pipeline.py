@@ -576,7 +576,7 @@ def _within(signals: Signals) -> Tensor:
 def _join(signals: Sequence[Signals]) -> Signals:
     """The signals of several images as those of one, without a region: images have no place in one picture."""
     first = signals[0]
-    parts = {
+    parts: dict[str, Any] = {
         name: torch.cat([own.need(name) for own in signals])
         for name in ("relevance", "saliency", "states", "rows")
         if getattr(first, name) is not None

@@ -145,7 +145,7 @@ LANGUAGE_LAST = Plan(
     closely=True,
 )
 LOCALIZER = Plan(
-    2400,
+    1600,
     24,
     50_000,
     TRAIN,
