@@ -78,11 +78,16 @@ class Family(ABC):
         missing = [part for part in parts if part not in self._loaded]
         if missing:
             without = [path for part in PARTS if part not in missing for path in self.modules[part]]
+            without += self.unread()
             model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, self.device)
             if "tower" in missing:
                 model.set_attn_implementation({"vision_config": NAME})
             self._loaded |= dict.fromkeys(missing, model)
         return self._loaded[parts[0]]
+
+    def unread(self) -> list[str]:
+        """Dotted paths of what no part needs, such as layers behind the one whose states are stored."""
+        return []
 
     @cached_property
     def processor(self) -> Any:
