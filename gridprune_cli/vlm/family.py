@@ -91,6 +91,7 @@ class Family(ABC):
         for group in (missing - apart, apart):
             if group:
                 without = [path for part in PARTS if part not in group for path in self.modules[part]]
+                without += self.unread()
                 device = None if group == apart else self.device
                 model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, device)
                 if "tower" in group:
@@ -99,6 +100,10 @@ class Family(ABC):
                     model.set_attn_implementation({"text_config": NAME})
                 self._loaded |= dict.fromkeys(group, model)
         return self._loaded[parts[0]]
+
+    def unread(self) -> list[str]:
+        """Dotted paths of what no part needs, such as layers behind the one whose states are stored."""
+        return []
 
     @cached_property
     def processor(self) -> Any:
