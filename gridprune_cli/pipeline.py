@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gridprune_cli.device import place
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image
@@ -120,9 +119,8 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "auto",
     ):
-        placed = place(device, dtype)
         self.store = store
-        self.family = open_model(model, placed.dtype, placed.device, revision=revision, clip=clip, store=store)
+        self.family = open_model(model, dtype, device, revision=revision, clip=clip, store=store)
         self.model = self.family.checkpoint.name
 
     def __enter__(self) -> "Pipeline":

@@ -26,7 +26,7 @@ def generate(
             show_default="the one that made the set",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(envvar="GRIDPRUNE_DEVICE", help="auto, cpu, cuda, ...")] = "auto",
+    device: Annotated[str, typer.Option(envvar="GRIDPRUNE_DEVICE", help=options.DEVICE)] = "auto",
     dtype: Annotated[str, typer.Option(envvar="GRIDPRUNE_DTYPE", help="auto, float32, bfloat16 or float16.")] = "auto",
     max_new_tokens: options.MaxNewTokens = 128,
     json: options.Json = False,

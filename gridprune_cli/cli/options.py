@@ -18,6 +18,8 @@ from gridprune_cli.errors import BadInput
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline, Pruning
 
+DEVICE = "auto, cpu, cuda, ..., or map: the language model over all GPUs."
+
 CacheDir = Annotated[
     Path | None,
     typer.Option(envvar="GRIDPRUNE_CACHE_DIR", help="Folder of the cache.", rich_help_panel="Model and cache"),
@@ -77,7 +79,7 @@ def pipeline(
         str | None,
         _option("CLIP that the model's tower was taken from, for relevance: a folder or hub name.", _MODEL),
     ] = None,
-    device: Annotated[str, _option("auto, cpu, cuda, ...", _MODEL, envvar="GRIDPRUNE_DEVICE")] = "auto",
+    device: Annotated[str, _option(DEVICE, _MODEL, envvar="GRIDPRUNE_DEVICE")] = "auto",
     dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", _MODEL, envvar="GRIDPRUNE_DTYPE")] = "auto",
     cache_dir: CacheDir = None,
     cache_limit: Annotated[

@@ -65,21 +65,34 @@ class Family(ABC):
     batched: ClassVar[bool] = False  # whether `generate` takes features as one tensor (1, N, D), not a list of (N, D)
     version: ClassVar[int] = 1  # part of every cache key: raise it when `encode` changes what it gives
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str, clip: Checkpoint | None = None):
-        self.checkpoint, self.dtype, self.device, self.clip = checkpoint, dtype, device, clip
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: str,
+        clip: Checkpoint | None = None,
+        spread: bool = False,
+    ):
+        self.checkpoint, self.dtype, self.device, self.clip, self.spread = checkpoint, dtype, device, clip, spread
         self._loaded: dict[str, Any] = {}
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
     def load(self, *parts: str) -> Any:
-        """A model that holds the first of these parts. Parts are read once, and those asked for together in one go."""
-        missing = [part for part in parts if part not in self._loaded]
-        if missing:
-            without = [path for part in PARTS if part not in missing for path in self.modules[part]]
-            model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, self.device)
-            if "tower" in missing:
-                model.set_attn_implementation({"vision_config": NAME})
-            self._loaded |= dict.fromkeys(missing, model)
+        """A model that holds the first of these parts. Parts are read once, and those asked for together in one go.
+
+        But a language model that is spread over devices is read by itself: the other parts are to lie on one.
+        """
+        missing = {part for part in parts if part not in self._loaded}
+        apart = {"language"} & missing if self.spread else set()
+        for group in (missing - apart, apart):
+            if group:
+                without = [path for part in PARTS if part not in group for path in self.modules[part]]
+                device = None if group == apart else self.device
+                model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, device)
+                if "tower" in group:
+                    model.set_attn_implementation({"vision_config": NAME})
+                self._loaded |= dict.fromkeys(group, model)
         return self._loaded[parts[0]]
 
     @cached_property

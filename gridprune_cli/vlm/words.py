@@ -45,6 +45,7 @@ class WordRelevance:
         """Mean cosines of visual tokens, given as states `(N, C)`, with the question's words: `(N,)` float32, CPU."""
         family = self.family
         ids = family.processor.tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids[0]
-        words = normalize(self.embedding(ids.to(family.device)).float(), dim=-1)
+        # the table may lie on another device, where the language model is spread over several
+        words = normalize(self.embedding(ids.to(family.device)).to(family.device, torch.float32), dim=-1)
         tokens = normalize(family.project(states).to(family.device).float(), dim=-1)
         return (tokens @ words.T).mean(1).cpu()
