@@ -1,6 +1,8 @@
 """Every test runs without network, without the user's settings and cache, and without forced colours."""
 
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,25 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_families import make
 
     return make("llava", tmp_path_factory.mktemp("tiny") / "llava")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls `gridprune` in this process, as a user calls it: (exit code, stdout, stderr)."""
+    from gridprune_cli.cli.app import main
+
+    def call(*arguments: object, stdin: bytes = b"") -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gridprune", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture
