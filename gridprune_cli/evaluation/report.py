@@ -41,16 +41,18 @@ def lacking() -> str:
 def losses(plan: Plan, rows: Rows) -> tuple[list[Cell], list[Item]]:
     """The cells at the keep nearest to the default, and the questions on which they lose most against all tokens.
 
-    Most first; of two that lose the same, the one that was asked first. Only questions that lose at all.
+    Most first: what the method that was named first loses counts before what all lose together, since a weak method
+    loses everywhere. Of equal ones, the one that was asked first. Only questions that lose at all.
     """
     keeps = {cell.pruning.keep for cell in plan.cells if cell.name != FULL.name}
     shown = min(keeps, key=lambda keep: (abs(keep - _USUAL_KEEP), keep), default=None)
     cells = [cell for cell in plan.cells[1:] if cell.pruning.keep == shown]
 
-    def lost(item: Item) -> float:
-        return sum(rows[place(FULL, item)].score - rows[place(cell, item)].score for cell in cells)
+    def lost(item: Item) -> tuple[float, float]:
+        each = [rows[place(FULL, item)].score - rows[place(cell, item)].score for cell in cells]
+        return max(each[0], 0.0), sum(max(loss, 0.0) for loss in each)
 
-    worst = sorted((item for item in plan.data.items if lost(item) > 1e-9), key=lost, reverse=True)
+    worst = sorted((item for item in plan.data.items if cells and lost(item)[1] > 0), key=lost, reverse=True)
     return cells, worst[:LOSSES]
 
 
@@ -105,8 +107,7 @@ def _curves(cells: list[dict[str, Any]]) -> str:
     """Score against keep, a line a method with its standard errors, and all tokens as a level. SVG."""
     full = cells[0]
     axes, svg = _plot(7.5, 4.5)
-    axes.axhline(100 * full["score"], color="#333333", linewidth=1)
-    axes.annotate(full["name"], (1, 100 * full["score"]), xycoords=("axes fraction", "data"), va="bottom", ha="right")
+    axes.axhline(100 * full["score"], color="#333333", linewidth=1, label=full["name"])
     for n, name in enumerate(_methods(cells)):
         own = sorted((cell for cell in cells[1:] if cell["name"] == name), key=lambda cell: cell["keep"])
         axes.errorbar(
@@ -124,8 +125,7 @@ def _curves(cells: list[dict[str, Any]]) -> str:
     axes.set(xscale="log", xlabel="visual tokens kept, %", ylabel="score, %")
     axes.set_xticks(keeps, [f"{keep:g}" for keep in keeps])
     axes.set_xticks([], minor=True)
-    if keeps:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return svg()
 
 

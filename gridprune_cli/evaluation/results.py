@@ -127,7 +127,7 @@ def markdown(results: dict[str, Any]) -> str:
     told = [cell for cell in cells if "region" in cell]
     for cell in told:
         if cell["region"] not in [other["region"] for other in told[: told.index(cell)]]:
-            lines.append(region_line(cell))
+            lines += ["", region_line(cell)]
     return "\n".join(lines) + "\n"
 
 

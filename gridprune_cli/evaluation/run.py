@@ -36,10 +36,10 @@ class Cell:
 
     def settled(self, key: str) -> "Cell":
         """This cell for one image: a method with a seed gets the image's own, since one draw for all would be luck."""
-        method = self.pruning.method
+        method: Any = self.pruning.method
         if not hasattr(method, "seed"):
             return self
-        seeded: Any = replace(method, seed=(method.seed + int(key[:8], 16)) % 2**32)
+        seeded = replace(method, seed=(method.seed + int(key[:8], 16)) % 2**32)
         return replace(self, pruning=replace(self.pruning, method=seeded))
 
 
@@ -292,10 +292,10 @@ def _read_samples(path: Path, plan: Plan) -> Rows:
                     break
                 try:
                     line = json.loads(text)
-                    place = (line["cell"], line["keep"], line["id"])
-                    if place not in places:
-                        raise ValueError(f"no answer of this run: {place}")
-                    rows[place] = _row(line)
+                    where = (line["cell"], line["keep"], line["id"])
+                    if where not in places:
+                        raise ValueError(f"no answer of this run: {where}")
+                    rows[where] = _row(line)
                 except (ValueError, KeyError, TypeError) as fault:
                     raise BadInput(f"{path}:{number}: damaged ({fault}); remove the folder and start again") from fault
                 whole += len(text)
