@@ -311,6 +311,7 @@ def test_an_interrupted_batch_leaves_whole_lines_and_says_how_to_go_on(folder, r
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     done.stdin.writelines(lines[:5])
     done.stdin.flush()
