@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from gridprune_cli.scenes import benchmark_localizers, model
-from gridprune_cli.scenes.scene import HELDOUT, covering, draw, make_scene
+from gridprune_cli.scenes.scene import covering, draw, make_scene
 
 boxes = st.tuples(*[st.integers(0, 7)] * 4).map(
     lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3]))
