@@ -1,6 +1,7 @@
-"""How long GridPrune takes to select, on one thread: `python -m benchmarks.selection`.
+"""How long selecting takes, on one thread: `python -m benchmarks.selection`.
 
-Every step counts: signals checked, region found, budgets, selection. Medians of 200 runs on random signals.
+First GridPrune, then all methods. Every step counts: signals checked, region found, budgets, selection. Random signals;
+medians of 200 runs, and of 15 for the methods that compare all tokens with each other.
 """
 
 from collections.abc import Callable
@@ -9,29 +10,29 @@ from time import perf_counter
 
 import torch
 
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import METHODS, make
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.signals import Signals, View
+from gridprune_cli.pruning.similarity import cosines
 
 HALF = 0.5
 TILES = tuple(View(24, 24, (x, y, x + HALF, y + HALF)) for y in (0.0, HALF) for x in (0.0, HALF))
 CASES = ((64, (View(24, 24),)), (320, (View(24, 24), *TILES)))
 RUNS = 200
+STATE, ROW, WORDS = 1024, 4096, 8  # widths of LLaVA-1.5-7B, and words of a question
 
 
-def milliseconds(work: Callable[[], object]) -> float:
+def milliseconds(work: Callable[[], object], runs: int = RUNS) -> float:
     """Median time of one call, after a few to warm up."""
     times = []
-    for _ in range(RUNS + 20):
+    for _ in range(runs + runs // 10 + 1):
         start = perf_counter()
         work()
         times.append((perf_counter() - start) * 1000)
-    return median(times[20:])
+    return median(times[-runs:])
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def gridprune() -> None:
     method = make("gridprune")
     print(f"{'kept':>12}  {'no region':>10}  {'find region':>11}  {'region + select':>15}   ms")
     for k, views in CASES:
@@ -50,6 +51,42 @@ def main() -> None:
 
         row = [milliseconds(work) for work in (plain, find, full)]
         print(f"{f'{k} of {count}':>12}  {row[0]:>10.2f}  {row[1]:>11.2f}  {row[2]:>15.2f}")
+
+
+def methods() -> None:
+    """Each method as a whole, and without the cosines, which are matrix products of the widths of the model."""
+    k, views = CASES[0]
+    count = sum(view.count for view in views)
+    vectors = {"states": torch.randn(count, STATE), "rows": torch.randn(count, ROW), "words": torch.randn(WORDS, ROW)}
+    signals = Signals(views, torch.rand(count) * 0.2, torch.rand(count), None, **vectors)
+    print(f"\n{f'{k} of {count}':>16}  {'cosines':>8}  {'the rest':>8}  {'all':>8}   ms")
+    for name in METHODS:
+        method = make(name)
+        products = {
+            "mmtok": lambda: (cosines(vectors["words"], vectors["rows"]), cosines(vectors["states"])),
+            "visionzip": lambda: cosines(vectors["states"][k:], vectors["states"][:10]),
+        }
+        of = next((part for part in ("rows", "states") if part in method.requires), None)
+        runs = RUNS if of is None else 15
+
+        def product(name: str = name, of: str | None = of, known: dict = products) -> None:
+            if name in known:
+                known[name]()
+            elif of:
+                cosines(vectors[of])
+
+        def whole(method: object = method) -> None:
+            method.merge(signals, method.select(signals, k))
+
+        alike, everything = milliseconds(product, runs), milliseconds(whole, runs)
+        print(f"{name:>16}  {alike:>8.2f}  {everything - alike:>8.2f}  {everything:>8.2f}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    gridprune()
+    methods()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""From pruned sets to text: the language model alone, driven through transformers' own `generate`."""
+"""From pruned sets to text: the language model alone, driven through transformers' own `generate`.
+
+What leaves inside the language model does so in `inner.py`.
+"""
 
 import time
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ from torch.nn.functional import pad
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from gridprune_cli.errors import BadInput
+from gridprune_cli.inner import prune_inside
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.family import Family
 
@@ -38,6 +42,23 @@ class _Clock(LogitsProcessor):
         return scores
 
 
+def prompts(family: Family, batch: Sequence[PrunedSet]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids `(B, L)`, mask `(B, L)` and positions `(B, L)` or `(3, B, L)` of the prompts, padded on the left."""
+    length = max(len(pruned.input_ids) for pruned in batch)
+    tokenizer = family.processor.tokenizer
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def left(rows: list[Tensor], value: int) -> Tensor:
+        return torch.stack([pad(row, (length - row.shape[-1], 0), value=value) for row in rows]).to(family.device)
+
+    ids = left([pruned.input_ids for pruned in batch], filler)
+    axes = max(pruned.position_ids.dim() for pruned in batch)  # compact positions are (L,) beside (3, L)
+    places = [p.position_ids if p.position_ids.dim() == axes else p.position_ids.expand(3, -1) for p in batch]
+    positions = left(places, 0)  # (B, L) or (B, 3, L)
+    mask = left([torch.ones_like(pruned.input_ids) for pruned in batch], 0)  # else a pad id in a prompt would be masked
+    return ids, mask, positions if positions.dim() == 2 else positions.transpose(0, 1)
+
+
 @torch.inference_mode()
 def generate(
     family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, *, stream: bool = False, **options: Any
@@ -54,38 +75,40 @@ def generate(
                 "name that one, or prune again"
             )
     model = family.load("language")
-    length = max(len(pruned.input_ids) for pruned in batch)
-    tokenizer = family.processor.tokenizer
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-    def left(rows: list[Tensor], value: int) -> Tensor:
-        return torch.stack([pad(row, (length - row.shape[-1], 0), value=value) for row in rows]).to(family.device)
-
-    ids = left([pruned.input_ids for pruned in batch], filler)
-    axes = max(pruned.position_ids.dim() for pruned in batch)  # compact positions are (L,) beside (3, L)
-    places = [p.position_ids if p.position_ids.dim() == axes else p.position_ids.expand(3, -1) for p in batch]
-    positions = left(places, 0)  # (B, L) or (B, 3, L)
-    mask = left([torch.ones_like(pruned.input_ids) for pruned in batch], 0)  # else a pad id in a prompt would be masked
+    ids, mask, positions = prompts(family, batch)
+    length, tokenizer = ids.shape[1], family.processor.tokenizer
     clock, start = _Clock(), time.perf_counter()
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions if positions.dim() == 2 else positions.transpose(0, 1),
-        mm_encoder_outputs={"image": family.features(batch)},
-        **family.extras(ids),
-        max_new_tokens=max_new_tokens,
-        logits_processor=LogitsProcessorList([clock]),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-        **{"do_sample": False} | options,
-    )
+    with prune_inside(family, model, batch, ids, mask):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            mm_encoder_outputs={"image": family.features(batch)},
+            **family.extras(ids),
+            max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList([clock]),
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+            **{"do_sample": False} | options,
+        )
     end = time.perf_counter()
     first = clock.first or end
+    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
+    stops = set(ends if isinstance(ends, list) else [ends])
+    answers = [_until(stops, answer) for answer in out[:, length:].tolist()]
     return [
         Generated(
             tokenizer.decode(answer, skip_special_tokens=True).strip(),
-            tuple(answer.tolist()),
+            tuple(answer),
             1e3 * (first - start),
             1e3 * (end - first),
         )
-        for answer in out[:, length:]
+        for answer in answers
     ]
+
+
+def _until(stops: set[int | None], answer: list[int]) -> list[int]:
+    """The answer with its first end token, without what filled it up to the longest of its batch."""
+    for i, token in enumerate(answer):
+        if token in stops:
+            return answer[: i + 1]
+    return answer

@@ -4,9 +4,10 @@ import hashlib
 import io
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -27,6 +28,8 @@ SUFFIXES = (
 )
 
 Source = str | Path | bytes  # a path, or the bytes of an image file
+
+_switch, _restore, _decoding = threading.Lock(), ExitStack(), 0  # of `_strict`
 
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
@@ -148,14 +151,25 @@ def _below(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _strict() -> Iterator[None]:
-    """Pillow's settings are the whole process's: another library may have told it to let cut files pass."""
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        with warnings.catch_warnings():
+    """Pillow's settings are the whole process's: another library may have told it to let cut files pass.
+
+    Threads may decode at the same time: the first of them sets, the last sets back.
+    """
+    global _decoding
+    with _switch:
+        if not _decoding:
+            _restore.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # what matters is raised or noted; the rest would fill stderr
-            yield
+            _restore.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES)
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        _decoding += 1
+    try:
+        yield
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+        with _switch:
+            _decoding -= 1
+            if not _decoding:
+                _restore.close()
 
 
 def _check_size(image: Image.Image, name: str) -> None:

@@ -1,34 +1,41 @@
 """encode -> prune -> generate, with the cache between: what the commands call, and users of the package."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gridprune_cli.device import place
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image
 from gridprune_cli.localize import LONGEST, RELEVANCE, TEMPLATE, VLM, Localized, read_answer
+from gridprune_cli.pruning.compress import cell_weights, cells, pool, ratio_budget, ratios
 from gridprune_cli.pruning.methods import Method, make
+from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.methods.gridprune import GridPrune
-from gridprune_cli.pruning.region import contextual_region, parse_box
+from gridprune_cli.pruning.region import contextual_region, inside, parse_box
 from gridprune_cli.pruning.signals import Box, Signals
 from gridprune_cli.pruning.slots import staying
+from gridprune_cli.pruning.stages import Inside, Region, RegionAttention, Rule, Stage, plan
+from gridprune_cli.scenes import LOCALIZER
 from gridprune_cli.scenes.scene import looks_like_scene
 from gridprune_cli.store import Store, entry_key
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm import open_model
 from gridprune_cli.vlm.checkpoint import EMBEDDED, EMBEDDED_LOCALIZER
-from gridprune_cli.vlm.family import Encoding
+from gridprune_cli.vlm.family import Encoding, Family
+from gridprune_cli.vlm.words import WordRelevance, keywords
 
 SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
 POSITIONS = ("original", "compact")
-_MOST_PIXELS = 100_000_000  # held decoded at once; about 300 MB
+ILP_LAYER = 2  # at whose input tokens leave the language model, where nothing else is said
+PLC = ("off", "pool", "trained")
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,13 @@ class Pruning:
     localizer_template  how such a model is asked, a text with `{question}`; "" is our own (`localize.TEMPLATE`)
     query      what relevance is measured against, where that is not the question
     share_budget  several images share one K instead of each having its own; then there is no region
+    ilp        what stays inside the language model: "region", exactly the tokens inside the contextual region, or a
+               share of the image's N tokens, those inside first; None: everything
+    ilp_layer  the layer, from 0, at whose input the others leave; None: `ILP_LAYER`, or the first that the model allows
+    plc        "pool" makes each row outside the region the mean of its cell, "trained" has the checkpoint's compressor
+               make the rows of that, "off" leaves rows as they are
+    inside_ratio, outside_ratio  visual tokens per row, inside and outside of the region, instead of the method's own
+               split of K; both together take the place of `keep` and `tokens`
     """
 
     keep: float = 0.11
@@ -55,6 +69,11 @@ class Pruning:
     positions: str = "original"
     query: str | None = None
     share_budget: bool = False
+    ilp: float | str | None = None
+    ilp_layer: int | None = None
+    plc: str = "off"
+    inside_ratio: float | None = None
+    outside_ratio: float | None = None
 
     def __post_init__(self) -> None:
         """Reads a region that is given as text or a list. Raises BadInput for values out of range."""
@@ -68,10 +87,43 @@ class Pruning:
             raise BadInput(f"--keep {self.keep}: must be above 0 and at most 1")
         if self.tokens is not None and self.tokens < 1:
             raise BadInput(f"--tokens {self.tokens}: must be at least 1")
+        if self.share_budget and self.method.one_picture:
+            raise BadInput(
+                f"--share-budget: not with --method {self.method.name}, which splits the budget of one image"
+            )
         if self.localizer_template and "{question}" not in self.localizer_template:
             raise BadInput("--localizer-template: needs {question}, where the question goes")
         if self.positions not in POSITIONS:
             raise BadInput(f"--positions {self.positions}: not one of {', '.join(POSITIONS)}")
+        if self.ilp is not None and self.ilp != "region":
+            try:
+                share = float(self.ilp)
+            except ValueError as fault:
+                raise BadInput(f"--ilp {self.ilp}: neither region nor a share") from fault
+            if not 0 < share <= 1:
+                raise BadInput(f"--ilp {self.ilp}: must be above 0 and at most 1, or region")
+            object.__setattr__(self, "ilp", share)
+        if self.ilp is not None and isinstance(self.method, InnerMethod):
+            raise BadInput(f"--ilp: not with --method {self.method.name}, which prunes there by itself")
+        if self.ilp is None and self.ilp_layer is not None:
+            raise BadInput("--ilp-layer: only with --ilp, which says what stays")
+        if self.plc not in PLC:
+            raise BadInput(f"--plc {self.plc}: not one of {', '.join(PLC)}")
+        for flag, ratio in (("--inside-ratio", self.inside_ratio), ("--outside-ratio", self.outside_ratio)):
+            if ratio is None:
+                continue
+            if not (ratio >= 1 and isfinite(ratio)):
+                raise BadInput(f"{flag} {ratio}: must be at least 1, in visual tokens per row")
+            if self.plc == "off":
+                raise BadInput(f"{flag}: only with --plc pool or --plc trained")
+            if self.share_budget or self.region == "none" or not isinstance(self.method, GridPrune):
+                raise BadInput(f"{flag}: needs a region; leave out what takes it away")
+        if self.inside_ratio and self.outside_ratio and self.inside_ratio > self.outside_ratio:
+            raise BadInput(f"--inside-ratio {self.inside_ratio}: must not be above --outside-ratio")
+
+    @property
+    def needs_relevance(self) -> bool:
+        return "relevance" in self.method.requires or self.plc == "trained"
 
     def count(self, full: int) -> int:
         """K for an image of `full` tokens. Raises BadInput where more are asked for than there are."""
@@ -113,7 +165,8 @@ class Answer:
 class Pipeline:
     """A model with its cache. Parts of the model are loaded when they are first needed, and only those.
 
-    model     `scenes`, a folder, or a hub name, `owner/name` or `owner/name@revision`
+    model     `scenes`, a folder, or a hub name, `owner/name` or `owner/name@revision`; or a family that was opened
+              already, and then only `store` counts of the rest
     revision  branch, tag or commit of a hub model
     clip      the CLIP that the model's tower was taken from, a folder or hub name, where it is not found by itself
     store     None means no cache
@@ -124,7 +177,7 @@ class Pipeline:
 
     def __init__(
         self,
-        model: str = "scenes",
+        model: str | Family = "scenes",
         *,
         revision: str | None = None,
         clip: str | None = None,
@@ -133,11 +186,11 @@ class Pipeline:
         dtype: str = "auto",
         flag: str = "--model",
     ):
-        placed = place(device, dtype)
         self.store = store
-        self.family = open_model(
-            model, placed.dtype, placed.device, revision=revision, clip=clip, store=store, flag=flag
-        )
+        if isinstance(model, Family):
+            self.family = model
+        else:
+            self.family = open_model(model, dtype, device, revision=revision, clip=clip, store=store, flag=flag)
         self._placed = {"device": device, "dtype": dtype}
         self._localizers: dict[str, Pipeline] = {}
         self.model = self.family.checkpoint.name
@@ -168,10 +221,22 @@ class Pipeline:
 
     def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
         """Runs the tower on pictures, whatever the cache holds, and stores what it gives."""
-        encodings = self.family.encode([picture.image for picture in pictures])
-        return [self._keep(picture, encoding) for picture, encoding in zip(pictures, encodings, strict=True)]
+        made = self.see(pictures)
+        for encoded in made:
+            self.keep(encoded)
+        return made
 
-    def _keep(self, picture: Picture, encoding: Encoding) -> EncodedImage:
+    def see(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
+        """Runs the tower on pictures, and stores nothing."""
+        encodings = self.family.encode([picture.image for picture in pictures])
+        return [self._encoded(picture, encoding) for picture, encoding in zip(pictures, encodings, strict=True)]
+
+    def keep(self, encoded: EncodedImage) -> None:
+        """Stores an encoded image, where there is a cache."""
+        if self.store is not None:
+            self.store.put(self.family.encoder, encoded.key, encoded.to_bytes())
+
+    def _encoded(self, picture: Picture, encoding: Encoding) -> EncodedImage:
         encoded = EncodedImage(
             key=self.key(picture.sha256),
             model=self.model,
@@ -188,8 +253,6 @@ class Pipeline:
         )
         if not (torch.isfinite(encoded.states).all() and torch.isfinite(encoded.saliency).all()):
             raise GridpruneError(f"{picture.name}: the tower gave values that are not finite; try --dtype float32")
-        if self.store is not None:
-            self.store.put(self.family.encoder, encoded.key, encoded.to_bytes())
         return encoded
 
     def _remarks(self, picture: Picture) -> tuple[str, ...]:
@@ -197,14 +260,14 @@ class Pipeline:
             return ()
         return ("no scene: the embedded model knows only its own scenes; name a real one, as in --model FOLDER",)
 
-    def remarks(self, pruning: Pruning, pruned: PrunedSet) -> tuple[str, ...]:
-        """What a user should know of how this model pruned."""
+    def remarks(self, pruning: Pruning, pruned: PrunedSet | None = None) -> tuple[str, ...]:
+        """What a user should know of how this model prunes, and pruned this set."""
         out = []
-        if self.family.lacks_clip and "relevance" in pruning.method.requires:
+        if self.family.lacks_clip and pruning.needs_relevance:
             out.append(
                 "the CLIP of this model's tower was not found, so relevance makes do with words; name it as --clip"
             )
-        for image in pruned.images:
+        for image in pruned.images if pruned else ():
             if image.localizer and not image.localizer.get("parsed", True):
                 out.append(
                     f"{image.name}: the localiser {image.localizer['name']} answered {image.localizer['answer']!r}, "
@@ -252,6 +315,10 @@ class Pipeline:
         if name == VLM and self.model != EMBEDDED:
             raise BadInput(
                 f"--localizer {VLM}: it knows only the embedded model's scenes; name a model, as in --localizer FOLDER"
+            )
+        if name == VLM and not LOCALIZER.exists():
+            raise BadInput(
+                f"--localizer {VLM}: its weights don't ship yet; docs/method.md says how to make them, or leave it out"
             )
         if name not in self._localizers:
             model = EMBEDDED_LOCALIZER if name == VLM else name
@@ -304,11 +371,17 @@ class Pipeline:
         counts = [image.count for image in images]
         firsts = [sum(counts[:i]) for i in range(len(counts))]
         if pruning.share_budget and len(images) > 1:
+            signals = [replace(own, region=None) for own in signals]
             joined = _join(signals)
             kept = pruning.method.select(joined, pruning.count(sum(counts)))
+            states = _merged(pruning.method, joined, kept, torch.cat([image.states for image in images]))
+            parts = [kept]
         else:
-            parts = [pruning.method.select(s, pruning.count(s.count)) for s in signals]
+            parts = [_choose(own, pruning) for own in signals]
             kept = torch.cat([first + part for first, part in zip(firsts, parts, strict=True)])
+            states = torch.cat(
+                [_merged(pruning.method, *own) for own in zip(signals, parts, [i.states for i in images], strict=True)]
+            )
         slots = torch.cat(
             [torch.where(i.slots < 0, i.slots, i.slots + first) for i, first in zip(images, firsts, strict=True)]
         ).long()
@@ -319,8 +392,13 @@ class Pipeline:
         ids = full[mask]
         original = pruning.positions == "original"
         owner = torch.repeat_interleave(torch.arange(len(images)), torch.tensor(counts))
+        chosen = [kept[owner[kept] == n] - first for n, first in enumerate(firsts)]
+        if pruning.plc != "off":  # takes the place of what the method merges
+            pairs = zip(images, signals, chosen, strict=True)
+            states = torch.cat([self._compressed(*own, pruning.plc) for own in pairs])
+        leaving = self._inside(pruning, signals, parts)
         return PrunedSet(
-            rows=self._rows(torch.cat([image.states for image in images]), slots[stays]),
+            rows=self._rows(states, slots[stays]),
             kept=kept,
             input_ids=ids,
             position_ids=self.family.positions(full, images)[..., mask] if original else torch.arange(len(ids)),
@@ -332,22 +410,56 @@ class Pipeline:
                     image=image.image,
                     name=image.name,
                     views=image.views,
-                    region=own.region,
-                    zones=_zones(pruning.method, own, kept[owner[kept] == n] - first),
-                    localizer=_found_by(pruning, own, said[n]),
+                    region=known.region,
+                    zones=_zones(pruning.method, known, mine),
+                    localizer=_found_by(pruning, known, named),
+                    ratios=None if pruning.plc == "off" else ratios(mine, _within(known)),
                 )
-                for n, (image, own, first) in enumerate(zip(images, signals, firsts, strict=True))
+                for image, known, mine, named in zip(images, signals, chosen, said, strict=True)
             ),
             model=self.model,
             fingerprint=self.family.fingerprint,
             question=question,
             method={"name": pruning.method.name, **asdict(pruning.method)},
             positions=pruning.positions,
+            slots=slots[stays] if leaving else None,
+            inside=leaving,
+            plc=pruning.plc,
         )
 
+    def _inside(self, pruning: Pruning, signals: Sequence[Signals], kept: Sequence[Tensor]) -> Inside | None:
+        """What leaves inside the language model, given the kept tokens of each image, or of all in one."""
+        if pruning.ilp is None and not isinstance(pruning.method, InnerMethod):
+            return None
+        layers = range(self.family.first_inner, self.family.depth)
+        counts = [sum(s.count for s in signals)] if len(kept) < len(signals) else [s.count for s in signals]
+        stages = pruning.method.stages(counts, [pruning.count(n) for n in counts], layers)
+        flag = "--layer"
+        if pruning.ilp is not None:
+            flag = "--ilp-layer"
+            layer = max(ILP_LAYER, layers.start) if pruning.ilp_layer is None else pruning.ilp_layer
+            stages = (Stage(layer, *_ilp(pruning.ilp, signals, counts, kept), pruning.positions),)
+        for stage in stages:
+            if stage.layer not in layers:
+                raise BadInput(
+                    f"{flag} {stage.layer}: in this model tokens can leave at the layers {layers.start} to "
+                    f"{layers.stop - 1}"
+                )
+        return plan(stages, [len(part) for part in kept], layers.stop)
+
     def _signals(self, image: EncodedImage, query: str, pruning: Pruning, said: Localized | None) -> Signals:
-        relevance = self.family.relevance(image.states, query) if "relevance" in pruning.method.requires else None
-        return Signals(image.views, relevance, image.saliency.float(), self._region(pruning, image, relevance, said))
+        family, needs = self.family, pruning.method.requires
+        relevance = family.relevance(image.states, query) if pruning.needs_relevance else None
+        return Signals(
+            image.views,
+            relevance,
+            image.saliency.float(),
+            self._region(pruning, image, relevance, said),
+            image.states.to(family.device) if "states" in needs else None,
+            family.own_rows(image.states).to(family.device) if "rows" in needs else None,
+            family.vocabulary.vectors(keywords(query)) if "words" in needs else None,
+            isinstance(family.relevance, WordRelevance),
+        )
 
     def _region(
         self, pruning: Pruning, image: EncodedImage, relevance: Tensor | None, said: Localized | None
@@ -359,6 +471,20 @@ class Pipeline:
         if said and said.box:
             return said.box
         return contextual_region(relevance * pruning.method.relevance_sign, image.views)
+
+    @torch.inference_mode()
+    def _compressed(self, image: EncodedImage, signals: Signals, kept: Tensor, plc: str) -> Tensor:
+        """The states `(N, C)` of an image, those of kept tokens as compression leaves them."""
+        k = len(kept)
+        if plc == "off" or k in (0, image.count):  # with nothing dropped there is nothing to compress
+            return image.states
+        within = _within(signals)
+        cell = cells(image.views, kept, within)
+        rows = pool(image.states, cell, cell_weights(cell, image.saliency, k), k)
+        if plc == "trained":
+            parts = (image.states.float(), signals.need("relevance"), within, rows.float(), within[kept])
+            rows = self.family.compressor(*(part[None] for part in parts))[0].to(rows.dtype)
+        return image.states.index_put((kept,), rows)
 
     def _rows(self, states: Tensor, slots: Tensor) -> Tensor:
         """The rows `(S, D)` of slots `(S,)`: projected states, and the family's separator between them."""
@@ -395,9 +521,13 @@ class Pipeline:
             given = [identify(source) for source in (sources if isinstance(sources, list) else [sources])]
             localizer, localized = self.localizer(pruning, len(given)), None
             with _timed(ms, "load"):
+                if pruning.plc == "trained":
+                    _ = self.family.compressor
                 found = self._prepare(given)
-                if "relevance" in pruning.method.requires:
+                if pruning.needs_relevance:
                     self.family.relevance.load()
+                if "words" in pruning.method.requires:
+                    self.family.vocabulary.load()
                 shown = localizer._prepare(given) if localizer else []
             if localizer:
                 with _timed(ms, "localize"):
@@ -412,56 +542,74 @@ class Pipeline:
         return Answer(made.text, pruned, notes, tuple(isinstance(hit, EncodedImage) for hit in found), ms)
 
     def encode_all(
-        self, sources: Iterable[Source], *, batch: int = 16, refresh: bool = False
+        self,
+        sources: Iterable[Source],
+        *,
+        batch: int = 16,
+        refresh: bool = False,
+        notice: Callable[[str], None] = warnings.warn,
     ) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
         """Encodes many pictures in batches into the cache: (name, what came of it, whether it was a hit), in turn.
 
         A picture that can't be read or encoded gives its error in place of an encoded image, and the rest goes on.
-        Raises GridpruneError where the cache can't be written, since then all of it would be for nothing.
+        Where memory runs out, `notice` is told, and batches are smaller from then on. Raises GridpruneError where the
+        cache can't be written, since then all of it would be for nothing.
         """
-        waiting: list[Picture] = []
-        for source in sources:
-            try:
-                image, name, data = identify(source)
-                if any(picture.sha256 == image for picture in waiting):  # the same file again: soon a hit
-                    yield from self._encode_batch(waiting)
-                    waiting = []
-                if not refresh and (found := self.look_up(image, name)):
-                    yield name, found, True
-                    continue
-                waiting.append(load_image(data, name))
-            except BadInput as fault:
-                yield "-" if isinstance(source, bytes) else str(source), fault, False
-            pixels = sum(picture.image.width * picture.image.height for picture in waiting)
-            if len(waiting) == batch or pixels > _MOST_PIXELS:
-                yield from self._encode_batch(waiting)
-                waiting = []
-        yield from self._encode_batch(waiting)
+        from gridprune_cli.bulk import Bulk  # which stands on this module
 
-    def _encode_batch(self, pictures: list[Picture]) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
-        if not pictures:
-            return
-        try:
-            encoded: list[EncodedImage | GridpruneError] = list(self.encode(pictures))
-        except GridpruneError:  # one of them is at fault: find out which
-            encoded = [self._encode_or_fault(picture) for picture in pictures]
-        if self.store is not None and not self.store.writable:
-            raise GridpruneError(f"{self.store.root}: the cache can't be written, so nothing was encoded into it")
-        for picture, result in zip(pictures, encoded, strict=True):
-            yield picture.name, result, False
+        for found in Bulk(self, images=batch, notice=notice).encode(sources, refresh=refresh):
+            if self.store is not None and not self.store.writable:
+                raise GridpruneError(f"{self.store.root}: the cache can't be written, so nothing was encoded into it")
+            yield found
 
-    def _encode_or_fault(self, picture: Picture) -> EncodedImage | GridpruneError:
-        try:
-            return self.encode([picture])[0]
-        except GridpruneError as fault:
-            return fault if picture.name in str(fault) else type(fault)(f"{picture.name}: {fault}")
+
+def _choose(signals: Signals, pruning: Pruning) -> Tensor:
+    """Kept of one image."""
+    k, method = pruning.count(signals.count), pruning.method
+    if signals.region is not None and (pruning.inside_ratio or pruning.outside_ratio):
+        within = int(_within(signals).sum())
+        k, share = ratio_budget(k, within, signals.count, pruning.inside_ratio, pruning.outside_ratio)
+        method = replace(method, region_share=share)  # type: ignore[call-arg]
+    return method.select(signals, k)
+
+
+def _within(signals: Signals) -> Tensor:
+    """(N,) bool: which tokens lie in the region; none without one."""
+    return inside(signals.views, signals.region) if signals.region else torch.zeros(signals.count, dtype=torch.bool)
 
 
 def _join(signals: Sequence[Signals]) -> Signals:
     """The signals of several images as those of one, without a region: images have no place in one picture."""
-    relevance = None if signals[0].relevance is None else torch.cat([s.need("relevance") for s in signals])
-    views = tuple(view for own in signals for view in own.views)
-    return Signals(views, relevance, torch.cat([s.need("saliency") for s in signals]))
+    first = signals[0]
+    parts: dict[str, Any] = {
+        name: torch.cat([own.need(name) for own in signals])
+        for name in ("relevance", "saliency", "states", "rows")
+        if getattr(first, name) is not None
+    }
+    return replace(first, views=tuple(view for own in signals for view in own.views), region=None, **parts)
+
+
+def _merged(method: Method, signals: Signals, kept: Tensor, states: Tensor) -> Tensor:
+    """The states (N, C), with those of kept tokens that a method merges others into."""
+    weights = method.merge(signals, kept)
+    if weights is None:
+        return states
+    return states.index_copy(0, kept, torch.sparse.mm(weights, states.float()).to(states.dtype))
+
+
+def _ilp(
+    what: float | str, signals: Sequence[Signals], counts: Sequence[int], kept: Sequence[Tensor]
+) -> tuple[Rule, tuple[int, ...]]:
+    """The rule and the budgets of inner pruning. Raises BadInput where it is the region's, and an image has none."""
+    if isinstance(what, float):
+        return RegionAttention(), tuple(max(1, int(what * count + 0.5)) for count in counts)
+    budgets = []
+    if any(own.region is None for own in signals):
+        raise BadInput("--ilp region: there is no region; give one as --region, or a share as --ilp")
+    for own, part in zip(signals, kept, strict=True):
+        assert own.region is not None
+        budgets.append(int(inside(own.views, own.region)[part].sum()))
+    return Region(), tuple(budgets)
 
 
 def _found_by(pruning: Pruning, signals: Signals, said: Localized | None) -> dict[str, Any] | None:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gridprune_cli import files
+from gridprune_cli import files, store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.files import RawTensor
 from gridprune_cli.pruning.signals import Box, View
+from gridprune_cli.pruning.stages import Inside
 
-SCHEMA = 1
+SCHEMA = 1  # of a pruned set; an encoded image has the store's, which refuses any other
 
 _DTYPES = {
     torch.float64: "F64",
@@ -64,7 +65,7 @@ class EncodedImage:
     def to_bytes(self) -> bytes:
         header = {
             "kind": "encoded",
-            "schema": SCHEMA,
+            "schema": store.SCHEMA,
             "key": self.key,
             "model": self.model,
             "image": self.image,
@@ -115,6 +116,7 @@ class Origin:
     region: Box | None
     zones: dict[str, Any] | None  # rows, cols and budgets, where the method has zones
     localizer: dict[str, Any] | None = None  # what found the region; of a model its answer, and whether that was a box
+    ratios: dict[str, float | None] | None = None  # visual tokens per row inside and outside, where compressed
 
     @property
     def count(self) -> int:
@@ -130,14 +132,16 @@ class Origin:
     @classmethod
     def from_header(cls, parts: dict[str, Any]) -> "Origin":
         region = tuple(parts["region"]) if parts["region"] else None
+        views, zones = _views(parts["views"]), parts["zones"]
         return cls(
             parts["key"],
             parts["image"],
             parts["name"],
-            _views(parts["views"]),
+            views,
             region,
-            parts["zones"],
+            zones,
             parts.get("localizer"),
+            parts.get("ratios"),
         )
 
 
@@ -153,6 +157,8 @@ class PrunedSet:
     input_ids    (L,)         the prompt's token ids, with S image tokens
     position_ids (L,) or (3, L) for models with rotary positions in three axes
     relevance, saliency (N,)  the signals behind the choice, for `show`
+    slots        (S,)         which visual token each row stands for, -1 for a separator; needed only with `inside`
+    inside                    what leaves inside the language model
     """
 
     rows: Tensor
@@ -167,15 +173,24 @@ class PrunedSet:
     question: str
     method: dict[str, Any]  # name and options
     positions: str  # "original" or "compact"
+    slots: Tensor | None = None
+    inside: Inside | None = None
+    plc: str = "off"  # how rows were compressed: "off", "pool" or "trained"
 
     @property
     def count(self) -> int:
         """N, the visual tokens before pruning."""
         return sum(image.count for image in self.images)
 
+    @property
+    def counts(self) -> str:
+        """How many visual tokens stay, in words."""
+        return f"{len(self.kept)} of {self.count} visual tokens" + (f", {self.inside}" if self.inside else "")
+
     def to_bytes(self) -> bytes:
         header = {"kind": "pruned", "schema": SCHEMA, "images": [asdict(image) for image in self.images]}
-        header |= {name: getattr(self, name) for name in _PRUNED_TEXT}
+        header |= {name: getattr(self, name) for name in (*_PRUNED_TEXT, "plc")}
+        header["inside"] = self.inside.to_json() if self.inside else None
         tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
         return files.encode(tensors, header)
 
@@ -200,6 +215,9 @@ class PrunedSet:
             "zones": each("zones"),
             "key": each("key"),
             "positions": self.positions,
+            "inside": self.inside.to_json() if self.inside else None,
+            "plc": self.plc,
+            "ratios": each("ratios"),
         }
 
     @classmethod
@@ -214,11 +232,15 @@ class PrunedSet:
             loaded: dict[str, Any] = {name: _tensor(tensors[name]) for name in _PRUNED_TENSORS if name in tensors}
             made = cls(
                 **({"relevance": None} | loaded),
+                inside=Inside.from_json(header["inside"]) if header.get("inside") else None,
                 **{name: header[name] for name in _PRUNED_TEXT},
+                plc=header.get("plc", "off"),  # sets from before there was compression don't say
                 images=tuple(Origin.from_header(parts) for parts in header["images"]),
             )
             if len(made.rows) < len(made.kept) or made.position_ids.shape[-1] != len(made.input_ids):
                 raise ValueError("its tensors do not fit each other")
+            if made.inside and (made.slots is None or len(made.slots) != len(made.rows)):
+                raise ValueError("it does not say which visual tokens its rows are")
         except (files.FileFault, KeyError, TypeError, ValueError) as fault:
             raise BadInput(f"{source}: not a pruned set ({fault}); make one with `gridprune prune`") from fault
         return made
@@ -234,7 +256,7 @@ def load_pruned(path: str | Path) -> PrunedSet:
 
 
 _ENCODED_TENSORS = ("states", "saliency", "slots")
-_PRUNED_TENSORS = ("rows", "kept", "input_ids", "position_ids", "saliency", "relevance")
+_PRUNED_TENSORS = ("rows", "kept", "input_ids", "position_ids", "saliency", "relevance", "slots")
 _PRUNED_TEXT = ("model", "fingerprint", "question", "method", "positions")
 
 

@@ -1,6 +1,8 @@
 """Every test runs without network, without the user's settings and cache, and without forced colours."""
 
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,25 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls `gridprune` in this process, as a user calls it: (exit code, stdout, stderr)."""
+    from gridprune_cli.cli.app import main
+
+    def call(*arguments: object, stdin: bytes = b"") -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gridprune", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
 def noise():
     """Makes pictures of random pixels: `noise((width, height), seed=0)`."""
     import hashlib
@@ -50,3 +71,11 @@ def noise():
         return Picture(Image.fromarray(pixels), hashlib.sha256(pixels.tobytes()).hexdigest(), f"noise {seed}", ())
 
     return make
+
+
+@pytest.fixture
+def run(monkeypatch, command, tiny_llava):
+    """Calls `gridprune` with the tiny model: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("GRIDPRUNE_MODEL", str(tiny_llava))
+    monkeypatch.setenv("GRIDPRUNE_MAX_NEW_TOKENS", "4")
+    return command

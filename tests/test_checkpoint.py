@@ -97,7 +97,7 @@ def test_an_unknown_family_is_refused_before_its_weights_are_fetched(monkeypatch
     monkeypatch.setattr(hub, "hf_hub_download", lambda *args, **options: str(tmp_path / "config.json"))
     monkeypatch.setattr(hub, "snapshot_download", lambda *args, **options: pytest.fail("fetched"))
     with pytest.raises(BadInput, match="model type 'bert' is not supported"):
-        open_model("some/bert", None, "cpu")
+        open_model("some/bert", "auto", "cpu")
 
 
 def test_only_what_holds_no_code_is_fetched(monkeypatch, hub_cache, tiny_llava):
@@ -125,6 +125,20 @@ def test_only_what_holds_no_code_is_fetched(monkeypatch, hub_cache, tiny_llava):
     files = ["config.json", "tokenizer.model", "chat_template.jinja", "merges.txt", "model-00001-of-00002.safetensors"]
     code = ["pytorch_model.bin", "model.pt", "model.pth", "modeling.py", "tf_model.h5", "weights.pkl", "model.ckpt"]
     assert list(filter_repo_objects(files + code, allow_patterns=asked["allow_patterns"])) == files
+
+
+@pytest.mark.parametrize(
+    ("said", "stored"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16", "text_config": {"dtype": "float32"}}, "float16"),
+        ({"text_config": {"torch_dtype": "bfloat16"}}, "bfloat16"),
+        ({}, "float32"),
+    ],
+)
+def test_the_dtype_of_a_checkpoint(said, stored, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"} | said))
+    assert find(str(tmp_path)).stored == stored
 
 
 def test_the_options_of_the_commands_reach_the_model(hub_cache, tiny_llava):
@@ -173,7 +187,7 @@ def test_failures_are_one_line_that_says_what_to_do(case, call, monkeypatch, hub
     monkeypatch.setattr(hub, call, fail)
     words = words.replace("v9", SHA) if call == "snapshot_download" else words
     with pytest.raises(GridpruneError, match=rf"^--model some/llava: .*{words}") as told:
-        open_model("some/llava", None, "cpu", revision="v9")
+        open_model("some/llava", "auto", "cpu", revision="v9")
     assert told.value.exit_code == code and "\n" not in str(told.value)
 
 

@@ -1,7 +1,7 @@
 """The commands, called as a user calls them: what goes to stdout, what to stderr, and the exit code."""
 
-import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,32 +9,10 @@ import sys
 import pytest
 from PIL import Image
 
-from gridprune_cli.cli.app import main
 from gridprune_cli.scenes.scene import draw, make_scene
 from gridprune_cli.vlm import FAMILIES
 
 QUESTION = "What colour is the star?"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tiny_llava):
-    """Calls `gridprune` with the tiny model: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("GRIDPRUNE_MODEL", str(tiny_llava))
-    monkeypatch.setenv("GRIDPRUNE_MAX_NEW_TOKENS", "4")
-
-    def call(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["gridprune", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture
@@ -89,6 +67,53 @@ def test_prune_then_generate_equals_ask(run, image, tmp_path):
     also = tmp_path / "q.safetensors"
     run("ask", image, QUESTION, "--keep", "0.3", "--save", also)
     assert also.read_bytes() == saved.read_bytes()
+
+
+def test_what_leaves_inside_is_said_everywhere(run, image, tmp_path):
+    options = ("--keep", "0.5", "--region", "0,0,3,7", "--ilp", "0.2", "--ilp-layer", "1")
+    saved, figure = tmp_path / "p.safetensors", tmp_path / "p.png"
+    code, out, err = run("ask", image, QUESTION, *options, "--json", "--save", saved, "--show", figure)
+    record = json.loads(out)
+    assert (code, record["tokens"]["kept"]) == (0, 8) and "8 of 16 visual tokens, 3 from layer 1 on" in err
+    rule = {"name": "region-attention"}
+    stage = {"layer": 1, "rule": rule, "keep": [3], "positions": "original"}
+    assert record["inside"] == {"stages": [stage], "tokens": [8, 3, 3], "mean": 4.67}
+    assert figure.stat().st_size > 0
+    again = json.loads(run("generate", saved, "--json")[1])
+    assert (again["answer"], again["inside"]) == (record["answer"], record["inside"])
+    other = tmp_path / "q.safetensors"
+    assert "3 from layer 1 on" in run("prune", image, QUESTION, *options, "-o", other)[2]
+    assert other.read_bytes() == saved.read_bytes()
+    assert "3 from layer 1 on" in run("show", image, QUESTION, *options, "-o", figure)[2]
+    assert json.loads(run("ask", image, QUESTION, "--json")[1])["inside"] is None
+
+
+def test_methods_inside_the_language_model(run, image):
+    record = json.loads(run("ask", image, QUESTION, "--method", "fastv", "--keep", "0.25", "--layer", "1", "--json")[1])
+    assert record["tokens"]["kept"] == 16 and record["inside"]["tokens"] == [16, 4, 4]
+    record = json.loads(run("ask", image, QUESTION, "--method", "pyramiddrop", "--keep", "0.125", "--json")[1])
+    assert record["inside"]["tokens"] == [16, 8, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--ilp", "0"), "--ilp 0: must be above 0"),
+        (("--ilp", "half"), "--ilp half: neither region nor a share"),
+        (("--ilp", "nan"), "--ilp nan: must be above 0"),
+        (("--ilp-layer", "1"), "--ilp-layer: only with --ilp"),
+        (("--ilp", "0.1", "--ilp-layer", "3"), "--ilp-layer 3: in this model tokens can leave at the layers 1 to 2"),
+        (("--ilp", "region", "--region", "none"), "--ilp region: there is no region"),
+        (("--ilp", "region", "--method", "fastervlm"), "--ilp region: there is no region"),
+        (("--ilp", "0.1", "--method", "fastv"), "--ilp: not with --method fastv"),
+        (("--method", "fastv", "--layer", "0"), "--method fastv: layer must be at least 1"),
+        (("--method", "fastv", "--layer", "5"), "--layer 5: in this model"),
+        (("--layer", "1"), "--method gridprune: method gridprune has no option 'layer'"),
+    ],
+)
+def test_settings_inside_that_make_no_sense(run, image, options, says):
+    code, out, err = run("ask", image, QUESTION, *options)
+    assert (code, out) == (2, "") and says in err and err.count("\n") == 1
 
 
 def test_generate_needs_neither_image_nor_cache_nor_tower(run, image, tmp_path, tiny_llava, monkeypatch):
@@ -154,9 +179,12 @@ def test_show_draws_a_png_and_a_coarse_picture(run, image, tmp_path):
         (["--keep", "1.5"], "--keep 1.5"),
         (["--tokens", "99"], "--tokens 99"),
         (["--method", "magic"], "unknown method 'magic'"),
-        (["--method", "topk", "--zone", "2"], "method topk has no option 'zone'"),
-        (["--method", "topk", "--region", "0,0,1,1"], "--region: only for --method gridprune"),
-        (["--method", "topk", "--literal"], "--literal: only for --method gridprune"),
+        (["--method", "fastervlm", "--zone", "2"], "method fastervlm has no option 'zone'"),
+        (["--method", "fastervlm", "--region", "0,0,1,1"], "--region: only for --method gridprune"),
+        (["--method", "fastervlm", "--literal"], "--literal: only for --method gridprune"),
+        (["--method", "vispruner", "--method-option", "step=2.5"], "--method vispruner: step must be a whole number"),
+        (["--method", "vispruner", "--method-option", "pace=2"], "method vispruner has no option 'pace'"),
+        (["--method", "hired", "--method-option", "base_share"], "--method-option base_share: not NAME=VALUE"),
         (["--literal", "--region", "auto"], "not with --literal"),
         (["--region", "7,0,1,1"], "--region"),
         (["--save", "no/folder/p.safetensors"], "--save no/folder/p.safetensors"),
@@ -383,10 +411,21 @@ def test_query_and_prompt_options_do_what_they_say(run, image, tmp_path):
     assert code == 2 and "{question}" in err
 
 
+def test_method_options_reach_the_method(run, image):
+    options = ("--method-option", "step=3", "--method-option", "important_share=0.25")
+    code, out, _ = run("ask", image, QUESTION, "--method", "vispruner", *options, "--json")
+    assert code == 0 and json.loads(out)["options"] == {"important_share": 0.25, "step": 3}
+    code, out, _ = run("ask", image, QUESTION, "--method", "holov", "--method-option", "crops=runs", "--json")
+    assert code == 0 and json.loads(out)["options"] == {"crops": "runs"}
+    code, out, _ = run("ask", image, QUESTION, "--method", "mmtok", "--alpha", "2", "--json")
+    assert code == 0 and json.loads(out)["options"]["alpha"] == 2
+
+
 def test_generation_options_reach_transformers(run, image):
-    greedy = run("ask", image, QUESTION)[1]
-    assert run("ask", image, QUESTION, "--generation", "num_beams=1")[1] == greedy
-    assert run("ask", image, QUESTION, "--generation", "repetition_penalty=50.0")[1] != greedy
+    long = ("--max-new-tokens", 24)
+    greedy = run("ask", image, QUESTION, *long)[1]
+    assert run("ask", image, QUESTION, *long, "--generation", "num_beams=1")[1] == greedy
+    assert run("ask", image, QUESTION, *long, "--generation", "repetition_penalty=50.0")[1] != greedy
     code, _, err = run("ask", image, QUESTION, "--generation", "warmth=2")
     assert code == 2 and "--generation warmth=2" in err
 
@@ -394,3 +433,51 @@ def test_generation_options_reach_transformers(run, image):
 def test_a_streamed_answer_is_the_answer(run, image):
     code, out, _ = run("ask", image, QUESTION, "--stream")
     assert code == 0 and out.split() == run("ask", image, QUESTION, "--no-stream")[1].split()
+
+
+def test_bench_prints_a_table(run, image):
+    code, out, err = run("bench", image, QUESTION, "--keep", "0.25", "--repeat", "1", "--new-tokens", "2")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert "float32" in lines[0] and str(image) in lines[0]
+    cells = {line.split("  ")[0]: line.split() for line in lines[2:-2]}
+    assert cells["visual tokens"][2:] == ["16", "4", "4.00"]
+    assert {"load", "encode", "select", "prefill", "decode, a token", "keys and values"} <= set(cells)
+    assert re.search(r"The prefill is [\d.]+ times faster with [\d.]+ times fewer operations", lines[-2])
+
+
+def test_bench_json_names_what_was_measured(run, image):
+    code, out, _ = run("bench", image, QUESTION, "--json", "--repeat", "2", "--new-tokens", "3", "--tokens", "2")
+    record = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert (record["image"], record["question"], record["method"]) == (str(image), QUESTION, "gridprune")
+    assert (record["dtype"], record["repeat"], record["new_tokens"]) == ("float32", 2, 3)
+    assert (record["full"]["tokens"], record["pruned"]["tokens"]) == (16, 2)
+
+
+def test_bench_measures_shapes_and_needs_no_picture(run, monkeypatch):
+    from test_shapes import shrunk
+
+    from gridprune_cli.vlm import shapes
+
+    monkeypatch.setitem(shapes.SHAPES, "llava-1.5-7b", shrunk("llava-1.5-7b"))
+    code, out, _ = run("bench", "--shape", "llava-1.5-7b", "--layers", "1", "--repeat", "1", "--new-tokens", "2")
+    assert code == 0 and "random weights, 1 of 3 layers" in out and "a scene of 672 x 672 pixels" in out
+    assert re.search(r"visual tokens +576 +63 ", out) and "\nload" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--layers", "2"), "--layers: only with --shape"),
+        (("--shape", "llava"), "--shape llava: not one of"),
+        (("--shape", "qwen2.5-vl-7b", "--layers", "29"), "--layers 29"),
+        (("--new-tokens", "1"), "--new-tokens"),
+        (("--repeat", "0"), "--repeat"),
+        (("no-such-file.png",), "no-such-file.png"),
+        (("--keep", "0"), "--keep"),
+    ],
+)
+def test_bench_refuses(run, arguments, told):
+    code, out, err = run("bench", *arguments)
+    assert (code, out) == (2, "") and told in err and err.count("\n") == 1

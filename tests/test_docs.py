@@ -53,9 +53,9 @@ def anchors(page: Path) -> set[str]:
     return found
 
 
-def table_under(heading: str) -> list[list[str]]:
-    """Cells of the table under a heading of method.md, without its head."""
-    section = (DOCS / "method.md").read_text("utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+def table_under(heading: str, page: str = "method.md") -> list[list[str]]:
+    """Cells of the table under a heading, without its head."""
+    section = re.split(rf"^#+ {heading}\n", (DOCS / page).read_text("utf-8"), flags=re.M)[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -127,11 +127,19 @@ def test_the_table_of_methods_and_the_help_name_every_method():
 
     rows = {
         name.strip("`"): {signal for signal in needs.split(", ") if signal}
-        for name, needs, *_ in table_under("Methods")
+        for name, needs, *_ in table_under("Methods", "methods.md")
     }
     assert rows == {name: set(method.requires) for name, method in METHODS.items()}
     (option,) = [p for p in get_command(app).commands["ask"].params if "--method" in p.opts]
     assert set(re.findall(r"[\w-]+", option.help.replace(" or ", " "))) == set(METHODS)
+
+
+def test_the_options_of_methods_are_those_of_the_code():
+    from gridprune_cli.pruning.methods import METHODS
+
+    rows = [[cell.strip("`") for cell in row[:3]] for row in table_under("Options", "methods.md")]
+    others = [method for name, method in METHODS.items() if name != "gridprune"]
+    assert sorted(rows) == sorted([m.name, field.name, str(field.default)] for m in others for field in fields(m))
 
 
 def test_the_defaults_are_those_of_the_code():
@@ -161,9 +169,9 @@ def test_the_examples_in_python_run(tmp_path, tiny_llava, monkeypatch, capsys):
     assert lines[1].startswith("False [") and lines[-1].startswith("left out: no-such-file.png")
 
 
-def test_every_family_is_in_the_table():
+def test_every_family_is_in_both_tables():
     from gridprune_cli.vlm import FAMILIES
 
     text = (DOCS / "families.md").read_text("utf-8")
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    assert re.findall(r"`(\w+)`", " ".join(rows)) == list(FAMILIES)
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == [*FAMILIES, *FAMILIES]

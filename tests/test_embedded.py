@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 
+from gridprune_cli.evaluation.data import open_data
+from gridprune_cli.evaluation.results import summarise
+from gridprune_cli.evaluation.run import Cell, Plan, answers
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.scenes import CHECKPOINT
-from gridprune_cli.scenes.benchmark import clustered_error, markdown, run
 from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene, questions
 
 SAMPLES = Path(__file__).parent.parent / "sample_images"
@@ -68,24 +70,17 @@ def test_the_samples_are_answered_right(pipeline):
     assert sum(right[0.11]) >= 0.85 * len(lines)
 
 
-def test_the_benchmark_on_a_few_scenes(pipeline):
-    rows = {"all tokens": Pruning(keep=1.0), "gridprune": Pruning(), "one token": Pruning(tokens=1)}
-    results = run(pipeline, rows, HELDOUT, 80)
-    table = results["rows"]
-    assert (results["questions"], results["scenes"]) == (80, 20)
-    assert table["all tokens"]["accuracy"] > 0.8 and table["all tokens"]["of full"] == 1.0
-    assert table["gridprune"]["accuracy"] > 0.8 > table["one token"]["accuracy"]
-    assert markdown(results).count("\n| ") == 3  # the rows; the heads of the columns come before
-
-
-def test_clustered_errors():
-    """Against the formula written out: sums of residuals per cluster, squared, over n squared."""
-    import numpy as np
-
-    right, cluster = np.array([1.0, 1, 0, 1, 0, 0]), np.array([7, 7, 7, 3, 3, 9])
-    mean = right.mean()
-    expected = sum(sum(right[i] - mean for i in range(6) if cluster[i] == c) ** 2 for c in (3, 7, 9)) ** 0.5 / 6
-    assert clustered_error(right, cluster) == pytest.approx(expected)
+def test_an_evaluation_on_a_few_scenes(pipeline):
+    cells = (Cell("gridprune", Pruning()), Cell("one token", Pruning(tokens=1)))
+    plan, rows = Plan(open_data("scenes:80"), cells, batch=80), {}
+    for _ in answers(pipeline, plan, rows):
+        pass
+    results = summarise(plan, rows)
+    full, ours, least = (cell["score"] for cell in results["cells"])
+    assert results["images"] == 20 and len(rows) == 240
+    assert full > 0.8 and ours > 0.8 > least
+    region = results["cells"][1]["region"]
+    assert region["contains"] > 0.8 and region["area"] < 0.5 and region["questions"] > 40
 
 
 def test_other_pictures_are_remarked_on(pipeline):

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from importlib import import_module
+from itertools import combinations
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from transformers import ProcessorMixin
 
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pruning.methods import METHODS
 from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm import FAMILIES
 
@@ -50,24 +54,101 @@ def pruned_set(folder, pictures, pruning):
     return pipeline, images, pipeline.prune(images, QUESTION, pruning)
 
 
+def transformers_answer(family, pictures):
+    """Ids of the 24 tokens that transformers' own `generate` answers."""
+    given = inputs(family, pictures)
+    return family[1].generate(**given, max_new_tokens=24, do_sample=False)[0, given["input_ids"].shape[1] :].tolist()
+
+
+def logits(pipeline, pruned):
+    """The logits of the answer's first token from a pruned set."""
+    ids = pruned.input_ids[None]
+    with torch.no_grad():
+        return pipeline.family.load("language")(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            position_ids=pruned.position_ids[..., None, :],
+            mm_encoder_outputs={"image": pipeline.family.features([pruned])},
+            **pipeline.family.extras(ids),
+        ).logits[0, -1]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_keep_everything_is_generate(family, noise, size):
-    folder, whole, _ = family
     picture = noise(SIZES[size])
-    given = inputs(family, [picture])
-    expected = whole.generate(**given, max_new_tokens=24, do_sample=False)[0, given["input_ids"].shape[1] :]
-    pipeline, _, pruned = pruned_set(folder, [picture], Pruning(keep=1.0))
-    assert torch.equal(pruned.input_ids, given["input_ids"][0])
-    assert generate(pipeline.family, [pruned], 24)[0].ids == tuple(expected.tolist())
+    pipeline, _, pruned = pruned_set(family[0], [picture], Pruning(keep=1.0))
+    assert torch.equal(pruned.input_ids, inputs(family, [picture])["input_ids"][0])
+    assert list(generate(pipeline.family, [pruned], 24)[0].ids) == transformers_answer(family, [picture])
 
 
 def test_two_images_are_generate(family, noise):
-    folder, whole, _ = family
     pictures = [noise((100, 80)), noise((60, 90), seed=1)]
-    given = inputs(family, pictures)
-    expected = whole.generate(**given, max_new_tokens=24, do_sample=False)[0, given["input_ids"].shape[1] :]
-    pipeline, _, pruned = pruned_set(folder, pictures, Pruning(keep=1.0))
-    assert generate(pipeline.family, [pruned], 24)[0].ids == tuple(expected.tolist())
+    pipeline, _, pruned = pruned_set(family[0], pictures, Pruning(keep=1.0))
+    assert list(generate(pipeline.family, [pruned], 24)[0].ids) == transformers_answer(family, pictures)
+
+
+def test_answers_by_command(family, noise, command, tmp_path):
+    """`ask` prints what transformers answers, and `prune` with `generate` what `ask` prints.
+
+    Tiny models answer in single letters and digits, so that equal texts are equal tokens.
+    """
+    folder, _, processor = family
+    pictures = [noise((210, 70)), noise((60, 90), seed=1)]
+    paths = [tmp_path / f"{n}.png" for n in range(2)]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.image.save(path)
+    options = ("--model", folder, "--dtype", "float32", "-q")
+    length = ("--max-new-tokens", 24)
+
+    def ask(*images, keep):
+        code, out, err = command("ask", *images, QUESTION, "--keep", keep, "--json", *length, *options)
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+    for count in (1, 2):
+        answer = ask(*paths[:count], keep=1.0)
+        expected = transformers_answer(family, pictures[:count])
+        assert answer["answer"] == processor.tokenizer.decode(expected) and len(expected) == 24
+        assert len(answer["answer"].replace(" ", "")) == 24
+        assert answer["tokens"]["kept"] == answer["tokens"]["full"]
+        assert answer["cache"] == ("miss" if count == 1 else ["hit", "miss"])
+        saved, less = tmp_path / f"{count}.safetensors", ask(*paths[:count], keep=0.3)
+        assert 0 < less["tokens"]["kept"] < less["tokens"]["full"]
+        assert command("prune", *paths[:count], QUESTION, "--keep", 0.3, "-o", saved, *options)[0] == 0
+        code, out, _ = command("generate", saved, "--dtype", "float32", *length)
+        assert (code, out) == (0, less["answer"] + "\n")
+
+
+def test_answers_depend_on_picture_place_and_question(family, noise):
+    """Else that they are those of transformers would mean little."""
+    folder, _, _ = family
+    half = Pruning(keep=0.5, method=make_method("topk"))  # which keeps the same for every question
+    pictures = [noise(SIZES["wide"], seed) for seed in range(2)]
+    pipeline, (image, other), both = pruned_set(folder, pictures, half)
+    pruned = pipeline.prune(image, QUESTION, half)
+    assert len(pruned.rows) > 3
+    slots = torch.nonzero(pruned.input_ids == pipeline.family.image_token)[:, 0]
+    moved = pruned.position_ids.clone()
+    moved[..., slots] = moved[..., slots.roll(1)]
+    sets = {
+        "as it is": pruned,
+        "another picture": pipeline.prune(other, QUESTION, half),
+        "rows in another order": replace(pruned, rows=pruned.rows.flip(0)),
+        "positions in another order": replace(pruned, position_ids=moved),
+        "another question": pipeline.prune(image, QUESTION.replace("left", "right"), half),
+        "two pictures": both,
+        "two pictures the other way round": pipeline.prune([other, image], QUESTION, half),
+    }
+    if pruned.position_ids.dim() == 2:
+        sets["rows as columns"] = replace(pruned, position_ids=pruned.position_ids[[0, 2, 1]])
+    found = {name: logits(pipeline, made) for name, made in sets.items()}
+    for one, two in combinations(found, 2):
+        assert not torch.allclose(found[one], found[two], atol=1e-2), (one, two)
+    answers = {name: generate(pipeline.family, [made], 24)[0].ids for name, made in sets.items()}
+    swapped = answers.pop("two pictures the other way round")
+    assert answers.pop("two pictures") != swapped
+    whole = answers.pop("as it is")
+    assert not [name for name, ids in answers.items() if ids == whole]
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -98,17 +179,10 @@ def test_pruned_equals_masked(family, noise, positions, count, share):
         places = torch.arange(ids.shape[1])[None]
     with torch.no_grad():
         expected = whole(**(given | {"attention_mask": mask, "position_ids": places})).logits[0, -1]
-        pids = pruned.input_ids[None]
-        logits = pipeline.family.load("language")(
-            input_ids=pids,
-            attention_mask=torch.ones_like(pids),
-            position_ids=pruned.position_ids[..., None, :],
-            mm_encoder_outputs={"image": pipeline.family.features([pruned])},
-            **pipeline.family.extras(pids),
-        ).logits[0, -1]
-    assert torch.allclose(logits, expected, atol=1e-4)
-    full = whole(**given).logits[0, -1]
-    assert not torch.allclose(logits, full, atol=1e-3)  # the dropped tokens did matter
+        full = whole(**given).logits[0, -1]
+    found = logits(pipeline, pruned)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found, full, atol=1e-3)  # the dropped tokens did matter
 
 
 def test_batched_answers_equal_single_ones(family, noise):
@@ -163,9 +237,50 @@ def test_parts_need_no_weights_but_their_own(family, noise, tmp_path, method):
     assert generate(Pipeline(str(halves["language"]), dtype="float32").family, [again], 6)[0].ids == expected
 
 
-def test_bfloat16_runs(family, noise):
+def test_every_method_runs(family, noise):
+    """Exactly K rows, whatever the views, and finite ones; the same again from disk."""
     folder, _, _ = family
-    pipeline = Pipeline(str(folder), dtype="bfloat16")
-    encoded = pipeline.encode([noise((100, 80))])[0]
+    pipeline = Pipeline(str(folder), dtype="float32")
+    images = [pipeline.encode([noise(size)])[0] for size in ((210, 70), (31, 29))]
+    for name in (name for name, kind in METHODS.items() if not issubclass(kind, InnerMethod)):
+        for image in images:
+            pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.4, method=make_method(name)))
+            assert len(pruned.kept) == int(0.4 * image.count + 0.5) and bool((pruned.kept.diff() > 0).all())
+            assert torch.isfinite(pruned.rows).all()
+        again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
+        assert torch.equal(again.rows, pruned.rows)
+
+
+def test_bfloat16(family, noise):
+    """The logits of transformers in the same precision, up to its rounding."""
+    folder, _, _ = family
+    pipeline, picture = Pipeline(str(folder), dtype="bfloat16"), noise((100, 80))
+    encoded = pipeline.encode([picture])[0]
     assert encoded.states.dtype == torch.bfloat16
+    whole = pipeline.family.model_class.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        expected = whole(**inputs(family, [picture])).logits[0, -1].float()
+    found = logits(pipeline, pipeline.prune(encoded, QUESTION, Pruning(keep=1.0))).float()
+    assert (found - expected).abs().max() < 2**-5 * expected.abs().max()  # bfloat16 has 8 bits
     assert len(generate(pipeline.family, [pipeline.prune(encoded, QUESTION, Pruning(keep=0.5))], 4)[0].ids) == 4
+
+
+def test_a_language_model_over_several_places(family, noise, monkeypatch):
+    """Spread by accelerate it answers as on one device. Without GPUs, memory and disk are the places."""
+    pytest.importorskip("accelerate", reason="comes with the extra multi-gpu")
+    folder, _, _ = family
+    pictures, pruning = [noise((100, 80)), noise((60, 90), seed=1)], Pruning(keep=0.5)
+    alone, _, expected = pruned_set(folder, pictures, pruning)
+    answer = generate(alone.family, [expected], 12)[0].ids
+    size = sum(weight.nbytes for weight in alone.family.load("language").parameters())
+    for room in (2 * size, size * 3 // 5):
+        places = {"cpu": room, "disk": 1 << 40}
+        monkeypatch.setattr("transformers.integrations.accelerate.get_balanced_memory", lambda *_, p=places, **__: p)
+        pipeline = Pipeline(str(folder), dtype="float32", device="map")
+        pipeline.family.load("tower", "projector", "language")
+        made = pipeline.prune([pipeline.encode([picture])[0] for picture in pictures], QUESTION, pruning)
+        assert torch.equal(made.rows, expected.rows) and torch.equal(made.kept, expected.kept)
+        assert generate(pipeline.family, [made], 12)[0].ids == answer
+        used = set(getattr(pipeline.family.load("language"), "hf_device_map", {"": "cpu"}).values())
+        assert used == ({"cpu"} if room > size else {"cpu", "disk"})
+        assert not hasattr(pipeline.family.load("tower"), "hf_device_map")

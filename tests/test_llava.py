@@ -111,6 +111,30 @@ def test_a_long_question_is_read_to_its_end(tiny_llava, noise):
     assert torch.allclose(both, torch.stack(pieces).mean(0), atol=1e-6)
 
 
+def test_questions_read_together_are_those_read_alone(tiny_llava, noise, monkeypatch):
+    from gridprune_cli.vlm import clip
+
+    pipeline, alone = (Pipeline(str(tiny_llava), dtype="float32") for _ in range(2))
+    states = pipeline.encode([noise((224, 224))])[0].states
+    questions = [*QUESTIONS, "What?", "red star blue cross green circle white square left right What colour is it?"]
+    monkeypatch.setattr(clip, "_BATCH", 2)
+    pipeline.family.relevance.read(questions)
+    for question in questions:
+        together, single = (p.family.relevance(states, question) for p in (pipeline, alone))
+        assert torch.allclose(together, single, atol=1e-6)
+    monkeypatch.setattr(clip, "_TEXTS", 3)  # no more are kept
+    pipeline.family.relevance.read(["Where?"])
+    assert list(pipeline.family.relevance._texts) == [*questions[-2:], "Where?"]
+    assert torch.equal(pipeline.family.relevance(states, QUESTIONS[0]), alone.family.relevance(states, QUESTIONS[0]))
+
+
+def test_layers_behind_the_one_that_is_read_are_not_there(tiny_llava, reference):
+    whole = reference[0].model.vision_tower.encoder.layers
+    tower = Pipeline(str(tiny_llava), dtype="float32").family.load("tower").model.vision_tower
+    assert reference[0].config.vision_feature_layer == -2
+    assert len(tower.encoder.layers) == len(whole) - 1
+
+
 @pytest.mark.parametrize(
     ("size", "box"),
     [((224, 224), (0, 0, 1, 1)), ((448, 224), (0.25, 0, 0.75, 1)), ((100, 400), (0, 0.375, 1, 0.625))],
@@ -140,5 +164,5 @@ def test_bfloat16_runs(tiny_llava, noise):
     pipeline = Pipeline(str(tiny_llava), dtype="bfloat16")
     encoded = pipeline.encode([noise((224, 224))])[0]
     assert encoded.states.dtype == torch.bfloat16
-    pruned = pipeline.prune(encoded, QUESTIONS[0], Pruning(tokens=3, method=make("topk")))
+    pruned = pipeline.prune(encoded, QUESTIONS[0], Pruning(tokens=3, method=make("fastervlm")))
     assert len(generate(pipeline.family, [pruned], 5)[0].ids) == 5

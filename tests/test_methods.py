@@ -4,30 +4,57 @@ import math
 import statistics
 
 import pytest
+import slow_methods as slow
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gridprune_cli.pruning.methods import METHODS, make
+from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.methods.gridprune import LITERAL, SALIENCY_SCALES, GridPrune, region_quotas
 from gridprune_cli.pruning.methods.uniform import lattice
 from gridprune_cli.pruning.signals import Signals, View
+from gridprune_cli.pruning.stages import RULES, Sight, plan
 
+# (method, options, the same written out; None where tests of its own below check it)
 MATRIX = [
-    ("gridprune", {}),
-    ("gridprune", LITERAL),
-    ("gridprune", {"zone": 3, "alpha": 0.5, "temperature": 0.01, "saliency_scale": "rank", "relevance_sign": -1}),
-    ("gridprune", {"zone": 50, "saliency_scale": "max", "region_share": 1.0}),
-    ("topk", {}),
-    ("topk-relevance", {}),
-    ("topk-relevance", {"relevance_sign": -1}),
-    ("uniform", {}),
-    ("random", {}),
-    ("random", {"seed": 7}),
+    ("gridprune", {}, None),
+    ("gridprune", LITERAL, None),
+    ("gridprune", {"zone": 3, "alpha": 0.5, "temperature": 0.01, "saliency_scale": "rank", "relevance_sign": -1}, None),
+    ("gridprune", {"zone": 50, "saliency_scale": "max", "region_share": 1.0}, None),
+    ("topk-relevance", {}, slow.top_relevance),
+    ("topk-relevance", {"relevance_sign": -1}, slow.top_relevance),
+    ("fastervlm", {}, slow.top_saliency),
+    ("visionzip", {}, slow.visionzip),
+    ("visionzip", {"contextual_share": 0.6, "merge_by": "sum"}, slow.visionzip),
+    ("visionzip", {"contextual_share": 1.0}, slow.visionzip),
+    ("vispruner", {}, slow.vispruner),
+    ("vispruner", {"important_share": 0.0, "step": 3}, slow.vispruner),
+    ("vispruner", {"important_share": 1.0}, slow.vispruner),
+    ("divprune", {}, slow.divprune),
+    ("scope", {}, slow.scope),
+    ("scope", {"alpha": 0.0}, slow.scope),
+    ("holov", {}, slow.holov),
+    ("holov", {"crops": "runs"}, slow.holov),
+    ("cdpruner", {}, slow.cdpruner),
+    ("cdpruner", {"relevance_sign": 1}, slow.cdpruner),
+    ("mmtok", {}, slow.mmtok),
+    ("mmtok", {"alpha": 2.0, "text_temperature": 0.1, "vision_temperature": 0.5}, slow.mmtok),
+    ("trim", {}, slow.top_relevance),
+    ("trim", {"relevance_sign": 1, "mean_token": False}, slow.top_relevance),
+    ("hired", {}, slow.hired),
+    ("hired", {"base_share": 0.2}, slow.hired),
+    ("uniform", {}, None),
+    ("random", {}, None),
+    ("random", {"seed": 7}, None),
 ]
+OUTER = [name for name, method in METHODS.items() if not issubclass(method, InnerMethod)]
 TILES = tuple(View(5, 5, (x, y, x + 0.5, y + 0.5)) for y in (0.0, 0.5) for x in (0.0, 0.5))
+MOSAIC = View(6, 9, (-0.02, 0.0, 1.02, 1.0))
 LAYOUTS = [(View(8, 8),), (View(1, 17),), (View(13, 1),), (View(7, 11),), (View(1, 1),), (View(5, 5), *TILES)]
+LAYOUTS += [(View(4, 4), MOSAIC), (*TILES[:2], View(3, 4), View(2, 2))]
 REGIONS = [None, (0, 0, 7, 7), (2, 3, 4, 6), (0, 0, 0, 0), (7, 7, 7, 7)]
+VECTORS = ("states", "rows", "words")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -41,17 +68,40 @@ def problems(draw):
     saliency = saliency * draw(st.sampled_from([0.0, 1 / 576, 1.0]))
     if draw(st.booleans()):  # ties
         relevance, saliency = (relevance * 4).round() / 4, (saliency * 4).round() / 4
+    vectors = {
+        name: torch.randn(length, width, generator=generator, dtype=torch.float64)
+        for name, length, width in (("states", count, 5), ("rows", count, 7), ("words", draw(st.integers(1, 4)), 7))
+    }
+    kind = draw(st.sampled_from(["plain", "alike", "copies", "zeros", "flat"]))
+    if kind == "alike":  # as a tower's states are: most of each is the same
+        vectors = {name: vector * 0.1 + 1 for name, vector in vectors.items()}
+    copied = torch.randint(count, (count,), generator=generator)
+    if kind == "copies":
+        vectors |= {name: vectors[name][copied] for name in ("states", "rows")}
+        if draw(st.booleans()):
+            relevance, saliency = relevance[copied], saliency[copied]
+    if kind == "zeros":
+        for name in ("states", "rows"):
+            vectors[name][:: draw(st.integers(1, 3))] = 0
+    if kind == "flat":  # padding, seen by nobody
+        vectors |= {name: torch.ones_like(vectors[name]) for name in ("states", "rows")}
     dtype = draw(st.sampled_from(DTYPES))
     region = draw(st.sampled_from(REGIONS))
-    return Signals(views, relevance.to(dtype), saliency.to(dtype), region), draw(st.integers(1, count))
+    vectors = {name: vector.to(dtype) for name, vector in vectors.items()}
+    signals = Signals(views, relevance.to(dtype), saliency.to(dtype), region, **vectors, by_words=draw(st.booleans()))
+    return signals, draw(st.integers(1, count))
 
 
 def test_the_matrix_has_every_method():
-    assert {name for name, _ in MATRIX} == set(METHODS)
+    assert {name for name, _, _ in MATRIX} == set(OUTER)
+    assert set(METHODS) - set(OUTER) == {"fastv", "pyramiddrop"}
     assert all(method.name == name for name, method in METHODS.items())
 
 
-@pytest.mark.parametrize(("name", "options"), MATRIX)
+each = pytest.mark.parametrize(("name", "options"), [(name, options) for name, options, _ in MATRIX])
+
+
+@each
 @settings(deadline=None, max_examples=40)
 @given(problems())
 def test_exactly_k_sorted_unique_in_range_and_the_same_again(name, options, problem):
@@ -64,7 +114,17 @@ def test_exactly_k_sorted_unique_in_range_and_the_same_again(name, options, prob
     assert torch.equal(kept, method.select(signals, k))
 
 
-@pytest.mark.parametrize(("name", "options"), MATRIX)
+@pytest.mark.parametrize(("name", "options", "written_out"), [row for row in MATRIX if row[2]])
+@settings(deadline=None, max_examples=40)
+@given(problems())
+def test_each_is_what_its_formula_says(name, options, written_out, problem):
+    signals, k = problem
+    method = make(name, **options)
+    if k < signals.count:
+        assert method.select(signals, k).tolist() == written_out(signals, k, method)
+
+
+@each
 def test_all_tokens_stay_where_k_is_n(name, options):
     """Even without signals: nothing has to be computed to keep everything."""
     for views in LAYOUTS:
@@ -72,21 +132,66 @@ def test_all_tokens_stay_where_k_is_n(name, options):
         assert make(name, **options).select(signals, signals.count).tolist() == list(range(signals.count))
 
 
-@pytest.mark.parametrize(("name", "options"), MATRIX)
+@each
 @pytest.mark.parametrize("k", [0, -1, 65])
 def test_k_out_of_range_is_an_error(name, options, k):
     with pytest.raises(ValueError, match="keep 1 to 64"):
         make(name, **options).select(Signals((View(8, 8),), torch.zeros(64), torch.zeros(64)), k)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OUTER)
 def test_a_method_needs_what_it_requires_and_no_more(name):
     method, views = make(name), (View(3, 3),)
-    known = {signal: torch.rand(9) for signal in method.requires}
+    known = {signal: torch.rand(*((9, 5) if signal in VECTORS else (9,))) for signal in method.requires}
     assert len(method.select(Signals(views, **known), 4)) == 4
     for missing in method.requires:
         with pytest.raises(ValueError, match=missing):
             method.select(Signals(views, **{**known, missing: None}), 4)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(OUTER)))
+def test_inner_methods_give_the_language_model_everything(name):
+    signals = Signals((View(3, 3),))
+    assert make(name).select(signals, 2).tolist() == list(range(9))
+    with pytest.raises(ValueError, match="keep 1 to 9"):
+        make(name).select(signals, 10)
+
+
+def test_fastv_is_one_stage():
+    (stage,) = make("fastv").stages([576, 100], [288, 50], range(1, 32))
+    assert (stage.layer, stage.keep, stage.rule.name, stage.positions) == (2, (288, 50), "attention", "original")
+    assert make("fastv", layer=3).stages([9], [9], range(1, 4))[0].layer == 3
+    assert not any(make(name).stages([9], [9], range(1, 4)) for name in OUTER)
+
+
+def test_pyramiddrop_halves_three_times_as_published():
+    """576 tokens in 32 layers: 288 from layer 8, 144 from 16, 72 from 24 on; 270 in the mean, as the paper has it."""
+    stages = make("pyramiddrop").stages([576], [72], range(1, 32))
+    assert [(stage.layer, stage.keep) for stage in stages] == [(8, (288,)), (16, (144,)), (24, (72,))]
+    assert {(stage.rule.name, stage.positions) for stage in stages} == {("own-attention", "compact")}
+    assert sum(plan(stages, [576], 32).tokens) / 32 == 270
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 3000), st.floats(0, 1), st.integers(3, 80), st.integers(1, 3))
+def test_pyramiddrop_ends_with_k_and_never_grows(count, share, depth, first):
+    k = max(1, round(share * count))
+    stages = make("pyramiddrop").stages([count], [k], range(min(first, depth - 1), depth))
+    layers, left = [stage.layer for stage in stages], [stage.keep[0] for stage in stages]
+    assert left[-1] == k and left == sorted(left, reverse=True) and left[0] <= count
+    assert layers == sorted(layers) and first <= layers[0] + (depth <= first) and layers[-1] < depth
+    for number, keep in enumerate(left, 1):
+        assert abs(keep - count * (k / count) ** (number / 3)) <= 0.5 + 1e-6
+
+
+def test_rules_pick_by_attention():
+    within = torch.tensor([False, True, False, True, False])
+    sight = Sight(torch.arange(5), within, torch.tensor([0.4, 0.1, 0.2, 0.0, 0.2]))
+    assert RULES["attention"]().pick(sight, 2).tolist() == [0, 2]
+    assert RULES["own-attention"]().pick(sight, 0).tolist() == []
+    assert RULES["region"]().pick(sight, 2).tolist() == [1, 3]
+    assert [RULES["region-attention"]().pick(sight, k).tolist() for k in (1, 2, 4)] == [[1], [1, 3], [0, 1, 2, 3]]
+    assert {rule.name for rule in RULES.values()} == set(RULES)
 
 
 def test_unknown_names_and_options_name_the_known_ones():
@@ -111,11 +216,94 @@ def test_unknown_names_and_options_name_the_known_ones():
         ("gridprune", "saliency_scale", "log"),
         ("gridprune", "relevance_sign", 0),
         ("topk-relevance", "relevance_sign", 2),
+        ("fastv", "layer", 0),
+        ("visionzip", "contextual_share", 1.1),
+        ("visionzip", "merge_by", "max"),
+        ("vispruner", "important_share", -0.1),
+        ("vispruner", "step", 0),
+        ("scope", "alpha", -1.0),
+        ("scope", "alpha", math.inf),
+        ("holov", "crops", "tiles"),
+        ("cdpruner", "relevance_sign", 2),
+        ("mmtok", "alpha", -0.5),
+        ("mmtok", "text_temperature", 0.0),
+        ("mmtok", "vision_temperature", math.nan),
+        ("trim", "relevance_sign", -2),
+        ("hired", "base_share", 1.5),
+        # of another kind than the option
+        ("gridprune", "zone", 2.5),
+        ("gridprune", "alpha", "0.5"),
+        ("gridprune", "saliency_scale", 1),
+        ("trim", "mean_token", 1),
+        ("random", "seed", True),
     ],
 )
 def test_options_out_of_range_are_errors(name, option, value):
     with pytest.raises(ValueError, match=option):
         make(name, **{option: value})
+
+
+EQUIVARIANT = ("topk-relevance", "fastervlm", "vispruner", "divprune", "scope", "cdpruner", "mmtok", "trim")
+
+
+@pytest.mark.parametrize("name", EQUIVARIANT)
+@pytest.mark.parametrize("k", [1, 9, 40])
+def test_the_order_of_tokens_does_not_matter(name, k):
+    generator = torch.Generator().manual_seed(k)
+    relevance, saliency = torch.rand(2, 60, generator=generator, dtype=torch.float64)
+    states, rows, words = (torch.randn(n, 50, generator=generator, dtype=torch.float64) for n in (60, 60, 3))
+    order = torch.randperm(60, generator=generator)
+    here = Signals((View(6, 10),), relevance, saliency, None, states, rows, words)
+    there = Signals((View(10, 6),), relevance[order], saliency[order], None, states[order], rows[order], words)
+    assert torch.equal(order[make(name).select(there, k)].sort().values, make(name).select(here, k))
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems(), st.data())
+def test_what_is_merged(problem, data):
+    signals, k = problem
+    method, written_out = data.draw(
+        st.sampled_from(
+            [
+                (make("visionzip"), slow.visionzip_weights),
+                (make("visionzip", merge_by="sum", contextual_share=0.5), slow.visionzip_weights),
+                (make("trim"), slow.trim_weights),
+                (make("trim", mean_token=False), slow.trim_weights),
+            ]
+        )
+    )
+    kept = method.select(signals, k)
+    weights = method.merge(signals, kept)
+    if k == signals.count:
+        assert weights is None
+        return
+    expected = torch.zeros(k, signals.count)
+    for place, (_, parts) in enumerate(sorted(written_out(signals, k, method).items())):
+        for token, share in parts.items():
+            expected[place, token] = share
+    alone = torch.eye(signals.count)[kept]
+    assert torch.allclose(alone if weights is None else weights.to_dense(), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("visionzip", "trim")])
+def test_all_others_merge_nothing(name):
+    vectors = {signal: torch.rand(9, 5) for signal in VECTORS}
+    signals = Signals((View(3, 3),), torch.rand(9), torch.rand(9), **vectors)
+    assert make(name).merge(signals, make(name).select(signals, 4)) is None
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_that_are_none(name):
+    for bad, message in (
+        (torch.rand(9), "shape"),
+        (torch.full((9, 2), math.nan), "finite"),
+        (torch.rand(0, 2), "shape"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} has .*{message}"):
+            Signals((View(3, 3),), **{name: bad})
+    if name != "words":
+        with pytest.raises(ValueError, match="9 tokens"):
+            Signals((View(3, 3),), **{name: torch.rand(8, 2)})
 
 
 # GridPrune
@@ -237,21 +425,6 @@ def test_region_quotas(k, within, count, share, expected):
 
 
 # The others
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_top_k_is_sorting(dtype):
-    generator = torch.Generator().manual_seed(3)
-    relevance, saliency = ((torch.rand(2, 60, generator=generator) * 8).round() / 8).to(dtype)
-    signals = Signals((View(6, 10),), relevance, saliency)
-    for method, score in [
-        (make("topk"), saliency),
-        (make("topk-relevance"), relevance),
-        (make("topk-relevance", relevance_sign=-1), -relevance),
-    ]:
-        ranked = [i for _, i in sorted((-value, i) for i, value in enumerate(score.tolist()))]
-        for k in (1, 7, 30, 59):
-            assert method.select(signals, k).tolist() == sorted(ranked[:k])
 
 
 def test_random_draws_every_token_alike_and_leaves_the_global_generator_alone():

@@ -1,4 +1,4 @@
-"""PaliGemma in particular: its signals against eager attention, where its tokens lie, and its prompt."""
+"""PaliGemma, and what Gemma 3 shares with it: signals against eager attention, where tokens lie; then its prompt."""
 
 import pytest
 import torch
@@ -14,6 +14,12 @@ from gridprune_cli.pipeline import Pipeline, Pruning
 SIZES = {"square": (100, 100), "wide": (210, 70), "tall": (60, 200), "tiny": (31, 29)}
 
 
+@pytest.fixture(scope="module", params=["paligemma", "gemma3"])
+def kind(request, tmp_path_factory):
+    """(model type, a tiny checkpoint of it)."""
+    return request.param, make(request.param, tmp_path_factory.mktemp(request.param))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make("paligemma", tmp_path_factory.mktemp("paligemma"))
@@ -24,26 +30,43 @@ def pipeline(folder):
     return Pipeline(str(folder), dtype="float32")
 
 
+def averages(patches: torch.Tensor) -> torch.Tensor:
+    """(64, C) of 8 x 8 patches to (16, C): token by token, the mean of its square of four."""
+    rows = [
+        torch.stack([patches[(2 * r + dr) * 8 + 2 * c + dc] for dr in (0, 1) for dc in (0, 1)]).mean(0)
+        for r in range(4)
+        for c in range(4)
+    ]
+    return torch.stack(rows)
+
+
+def tokens(name: str, patches: torch.Tensor) -> torch.Tensor:
+    """Visual tokens (16, C) of the tower's patches."""
+    return averages(patches) if name == "gemma3" else patches
+
+
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_signals_equal_an_eager_reference(folder, pipeline, noise, size):
-    whole = PaliGemmaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    picture = noise(size)
+def test_signals_equal_an_eager_reference(kind, noise, size):
+    name, folder = kind
+    pipeline, picture = Pipeline(str(folder), dtype="float32"), noise(size)
+    eager = {"dtype": torch.float32, "attn_implementation": "eager"}
+    whole = pipeline.family.model_class.from_pretrained(folder, **eager).eval()
     pixels = pipeline.family.processor.image_processor(picture.image, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         tower = whole.model.vision_tower(pixels, output_attentions=True)
         rows = whole.model.get_image_features(pixels).pooler_output[0]
     encoded = pipeline.encode([picture])[0]
-    assert torch.allclose(encoded.states, tower.last_hidden_state[0], atol=1e-5)
-    assert torch.allclose(encoded.saliency, tower.attentions[-1][0].mean((0, 1)), atol=1e-6)  # over heads and queries
+    received = tower.attentions[-1][0].mean((0, 1))  # over heads and queries
+    assert torch.allclose(encoded.states, tokens(name, tower.last_hidden_state[0]), atol=1e-5)
+    assert torch.allclose(encoded.saliency, tokens(name, received[:, None])[:, 0], atol=1e-6)
     assert torch.allclose(pipeline.family.project(encoded.states), rows, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_a_token_covers_its_place_in_the_picture(pipeline, size):
+def test_a_token_covers_its_place_in_the_picture(kind, size):
     """What changes when one cell of the picture changes is most of all the token of that cell."""
-    before = Image.new("RGB", size, (90, 90, 90))
+    name, folder = kind
+    pipeline, before = Pipeline(str(folder), dtype="float32"), Image.new("RGB", size, (90, 90, 90))
     (view,) = pipeline.family.encode([before])[0].views
     assert (view.rows, view.cols, view.box) == (4, 4, (0.0, 0.0, 1.0, 1.0))
     tower = pipeline.family.load("tower").model.vision_tower
@@ -53,8 +76,8 @@ def test_a_token_covers_its_place_in_the_picture(pipeline, size):
         after.paste((255, 0, 0), tuple(round(quarters / 4 * side) for quarters, side in cell))
         pixels = [pipeline.family.process(picture)[0]["pixel_values"] for picture in (before, after)]
         with torch.no_grad():
-            change = (tower.embeddings(pixels[1]) - tower.embeddings(pixels[0]))[0].abs().sum(-1)
-        assert change.argmax() == row * 4 + col
+            change = (tower.embeddings(pixels[1]) - tower.embeddings(pixels[0]))[0]
+        assert tokens(name, change).abs().sum(-1).argmax() == row * 4 + col
 
 
 def test_a_batch_of_pictures_is_each_picture(pipeline, noise):

@@ -10,6 +10,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.pruning.methods import METHODS, make
+from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.store import open_store
 from gridprune_cli.tokens import PrunedSet
 
@@ -99,9 +100,51 @@ def test_a_pruned_set_from_disk_answers_the_same(pipeline, image, method, positi
     encoded, _ = pipeline.encode_one(image)
     pruned = pipeline.prune(encoded, QUESTION, Pruning(keep=0.4, method=make(method), positions=positions))
     again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
-    assert len(pruned.kept) == len(pruned.rows) == 6
+    inner = pruned.inside is not None
+    assert len(pruned.kept) == len(pruned.rows) == (16 if inner else 6)
+    assert not inner or pruned.inside.tokens[-1] == 6
     assert generate(pipeline.family, [again], 6)[0].ids == generate(pipeline.family, [pruned], 6)[0].ids
     assert (pruned.images[0].zones is not None) == (method == "gridprune")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("share", [False, True])
+def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share):
+    images = [pipeline.encode([noise((224, 224), seed)])[0] for seed in range(count)]
+    method = make("visionzip", contextual_share=0.5)
+    pruned = pipeline.prune(images, QUESTION, Pruning(tokens=6, method=method, share_budget=share))
+    groups = [images] if share else [[image] for image in images]
+    expected, first = [], 0
+    for group in groups:
+        states = torch.cat([image.states for image in group])
+        views = tuple(view for image in group for view in image.views)
+        signals = Signals(views, saliency=torch.cat([image.saliency for image in group]), states=states)
+        kept = method.select(signals, 6)
+        weights = method.merge(signals, kept).to_dense()
+        assert (weights > 0).sum(1).max() > 1
+        assert torch.equal(pruned.kept[first // len(states) * 6 :][:6], kept + first)
+        expected.append(pipeline.family.project(weights @ states))
+        first += len(states)
+    assert torch.allclose(pruned.rows, torch.cat(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, method, monkeypatch):
+    encoded, _ = pipeline.encode_one(image)
+    given = []
+    method = make(method)
+    monkeypatch.setattr(type(method), "_pick", lambda self, signals, k: given.append(signals) or torch.arange(k))
+    monkeypatch.setattr(type(method), "_merge", lambda self, signals, kept: None)
+    pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=method))
+    (signals,) = given
+    known = {name for name in ("relevance", "states", "rows", "words") if getattr(signals, name) is not None}
+    assert known == method.requires - {"saliency"} and not signals.by_words
+    assert ("language" in pipeline.family._loaded, "projector" in pipeline.family._loaded) == (False, True)
+
+
+def test_one_budget_for_several_images_is_nothing_that_hired_could_split():
+    with pytest.raises(BadInput, match="--share-budget: not with --method hired"):
+        Pruning(method=make("hired"), share_budget=True)
 
 
 def test_positions(pipeline, image):
@@ -194,6 +237,9 @@ def test_a_model_without_a_text_tower_uses_its_own_words(tiny_llava, tmp_path, i
         )
     expected = torch.cosine_similarity(rows[:, None], words[None], dim=-1).mean(1)
     assert torch.allclose(pruned.relevance, expected, atol=1e-5)
+    # so relevance is not turned round
+    pruned = pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=make("trim")))
+    assert pruned.kept.tolist() == sorted(expected.topk(3).indices.tolist())
 
 
 def test_encode_all_goes_on_after_a_bad_image(pipeline, image, tmp_path, noise):

@@ -1,6 +1,5 @@
 """What the Qwen families share: grids, merged patches, positions in three axes."""
 
-from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -97,7 +96,7 @@ def test_positions_are_those_of_transformers(kind, noise, names):
     kinds = (ids == fresh.family.image_token).int()[None]
     expected = plain(folder).model.get_rope_index(ids[None], mm_token_type_ids=kinds, image_grid_thw=grids)[0]
     assert torch.equal(found, expected[:, 0])
-    pruned = fresh.prune(images, QUESTION, Pruning(keep=0.4, method=make_method("topk")))
+    pruned = fresh.prune(images, QUESTION, Pruning(keep=0.4, method=make_method("fastervlm")))
     assert pruned.position_ids.shape == (3, len(pruned.input_ids))
     assert not fresh.family._loaded
 
@@ -129,16 +128,6 @@ def test_several_pictures_encode_as_single_ones(kind, noise):
     for picture, found in zip(pictures, family.encode(pictures), strict=True):
         (alone,) = family.encode([picture])
         assert torch.equal(found.states, alone.states) and torch.equal(found.saliency, alone.saliency)
-
-
-def test_answers_depend_on_picture_and_positions(kind, noise):
-    """Else that they are those of transformers would mean nothing."""
-    pipeline = Pipeline(str(kind[1]), dtype="float32")
-    images = [pipeline.encode([noise(SIZES["wide"], seed)])[0] for seed in range(2)]
-    sets = [pipeline.prune(image, QUESTION, Pruning(keep=1.0)) for image in images]
-    sets.append(replace(sets[0], position_ids=sets[0].position_ids[[0, 2, 1]]))
-    answers = {made.ids for made in generate(pipeline.family, sets, 24)}
-    assert len(answers) == 3 and all(len(set(ids)) > 3 for ids in answers)
 
 
 def test_a_strip_is_refused(kind):

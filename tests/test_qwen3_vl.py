@@ -59,7 +59,7 @@ def test_relevance_is_of_the_tokens_own_rows(encoded):
 
 def test_deepstack_reaches_the_answer(encoded):
     pipeline, image, _ = encoded
-    pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.5, method=make_method("topk")))
+    pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.5, method=make_method("fastervlm")))
     model = pipeline.family.load("language")
 
     def logits(blank):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gridprune_cli import files
+from gridprune_cli import files, store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet, load_pruned
@@ -97,6 +97,17 @@ def test_states_of_another_length_are_refused():
     header["views"] = header["views"][:1]
     with pytest.raises(ValueError, match="for 15 tokens"):
         EncodedImage.from_parts(header, tensors)
+
+
+def test_an_encoded_image_has_the_stores_schema(tmp_path, monkeypatch):
+    """Both are raised at once: what was written is read, and what the other wrote isn't."""
+    image = dataclasses.replace(encoded_image(torch.float32), key="a" * 64)
+    cache = store.Store(tmp_path, None)
+    old = image.to_bytes()
+    monkeypatch.setattr(store, "SCHEMA", 9)
+    for data, found in ((old, False), (image.to_bytes(), True)):
+        cache.put(image.encoder, image.key, data)
+        assert (cache.get(image.encoder, image.key) is not None) == found
 
 
 def of_schema_9(data):

@@ -7,9 +7,12 @@ import pytest
 import torch
 from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcessor
 
+from gridprune_cli.images import Picture
+from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.scenes import train
 from gridprune_cli.scenes.model import IMAGE, WIDTH
 from gridprune_cli.scenes.scene import covering, draw, make_scene, neighbour, questions
+from gridprune_cli.vlm.compressor import load_compressor
 
 
 @pytest.fixture
@@ -19,22 +22,25 @@ def short(monkeypatch):
     monkeypatch.setattr(train, "TOWER", train.Plan(3, 2, 4, 0, 1e-3, ((0.5, 128), (0.5, 256))))
     monkeypatch.setattr(train, "TOWER_AGAIN", train.Plan(2, 2, 4, 0, 1e-3, ((1.0, 128),), start=3))
     monkeypatch.setattr(train, "LANGUAGE", train.Plan(3, 2, 4, 4, 1e-3, ((0.5, 32), (0.5, 256))))
-    monkeypatch.setattr(train, "LANGUAGE_AGAIN", train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 256),), start=3))
-    last = train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 256),), start=4, led=((2, 2), (3, 4)), named_only=True)
-    monkeypatch.setattr(train, "LANGUAGE_LAST", last)
-    plan = train.Plan(3, 2, 4, 0, 1e-3, ((0.5, 72), (0.5, 144)), led=((1, 2),), named_only=True)
+    closely = {"led": ((2, 2), (3, 4)), "closely": True}
+    monkeypatch.setattr(train, "LANGUAGE_AGAIN", train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 256),), start=3, **closely))
+    monkeypatch.setattr(train, "LANGUAGE_LAST", train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 64),), start=4, **closely))
+    plan = train.Plan(3, 2, 4, 0, 1e-3, ((0.5, 72), (0.5, 144)), led=((1, 2),), closely=True)
     monkeypatch.setattr(train, "LOCALIZER", plan)
+    monkeypatch.setattr(train, "COMPRESSOR", train.Plan(3, 2, 4, 4, 1e-3, ((0.5, 28), (0.5, 13))))
 
 
 def run(folder):
     train.train(folder / "out", folder / "work", 0, torch.device("cpu"))
-    return LlavaForConditionalGeneration.from_pretrained(folder / "out"), CLIPModel.from_pretrained(folder / "out/clip")
+    out = folder / "out"
+    models = (LlavaForConditionalGeneration.from_pretrained(out), CLIPModel.from_pretrained(out / "clip"))
+    return *models, load_compressor(out)
 
 
 def test_a_run_that_was_stopped_ends_where_another_would(short, tmp_path, monkeypatch):
-    llava, clip = run(tmp_path / "whole")
+    whole = run(tmp_path / "whole")
     ran: list[tuple[str, int, int]] = []
-    for name in ("Tower", "Language"):
+    for name in ("Tower", "Language", "Compression"):
         kind = getattr(train, name)
         losses = kind.losses
 
@@ -50,17 +56,18 @@ def test_a_run_that_was_stopped_ends_where_another_would(short, tmp_path, monkey
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path / "stopped")
     resumed = run(tmp_path / "stopped")
-    for a, b in zip((llava, clip), resumed, strict=True):
+    for a, b in zip(whole, resumed, strict=True):
         for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
             assert torch.allclose(x.float(), y.float(), atol=1e-6), name
     logs = [(tmp_path / name / "work/log.jsonl").read_text().splitlines() for name in ("whole", "stopped")]
     steps = [[(line["stage"], line["step"]) for line in map(json.loads, log)] for log in logs]
-    assert steps[0] == steps[1] and len(steps[0]) == 10
+    assert steps[0] == steps[1] and len(steps[0]) == 13
+    assert any(weight.any() for weight in (whole[2].out.weight, whole[2].narrow.weight))  # it learned something
     assert ran.count(("Tower", 0, 0)) == 1 and ran.count(("Language", 0, 0)) == 1  # it went on, it did not start again
 
 
 def test_the_towers_of_both_checkpoints_are_one(short, tmp_path):
-    llava, clip = run(tmp_path)
+    llava, clip, _ = run(tmp_path)
     assert llava.dtype == clip.dtype == torch.bfloat16
     theirs = clip.vision_model.state_dict()
     mine = llava.model.vision_tower.state_dict()
@@ -120,6 +127,22 @@ def test_extents_are_the_boxes_of_the_object_its_like_and_its_neighbours():
             for d, direction in enumerate(train.DIRECTIONS):
                 j, told = neighbour(scene, i, direction), tuple(row[19 + 4 * d : 23 + 4 * d])
                 assert told == ((train.IGNORE,) * 4 if j is None else (8,) * 4 if j < 0 else covering(scene, (j,)))
+
+
+def test_the_compressor_learns_from_what_it_will_be_given(short, tmp_path):
+    """Saliency and relevance in training are those of the pipeline, but for the rounding of 16 bit."""
+    run(tmp_path)
+    pipeline = Pipeline(str(tmp_path / "out"), dtype="float32")
+    seed, text = train.COMPRESSOR.first_seed, "Where is the star?"
+    image = pipeline.encode([Picture(draw(make_scene(seed))[0], "0" * 64, "scene", ())])[0]
+    stored = torch.from_numpy(np.load(tmp_path / "work/compressor-saliency.npy")[0])
+    assert torch.allclose(stored, image.saliency, rtol=0.1, atol=1e-4)
+    models = (LlavaForConditionalGeneration, tmp_path / "out"), (CLIPModel, tmp_path / "out/clip")
+    stage = train.Compression(*(kind.from_pretrained(folder, dtype=torch.float32) for kind, folder in models))
+    found = stage.relevance(image.states[None], [text])[0]
+    assert torch.allclose(found, pipeline.family.relevance(image.states, text), atol=1e-5)
+    made = pipeline.prune(image, text, Pruning(plc="trained"))
+    assert made.plc == "trained" and len(made.rows) == 28
 
 
 def test_a_plan_shows_the_tokens_and_rates_it_says():

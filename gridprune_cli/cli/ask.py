@@ -63,9 +63,8 @@ def ask(
         draw_figure(sources[0], answer.pruned, answer.text, show)
     for note in (*answer.notes, *pipeline.remarks(pruning, answer.pruned)):
         say(note)
-    kept, full = len(answer.pruned.kept), answer.pruned.count
     found = "cached" if answer.hit else "encoded"
-    say(f"{kept} of {full} visual tokens, image {found}, {answer.ms['total'] / 1e3:.2f} s")
+    say(f"{answer.pruned.counts}, image {found}, {answer.ms['total'] / 1e3:.2f} s")
 
 
 def read_inputs(images: list[str], question: str) -> tuple[list["Source"], str]:

@@ -24,8 +24,11 @@ def encode(
         ),
     ],
     pipeline: "Pipeline",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the tower at once.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images that go through the tower at once; halved if memory runs out.")
+    ] = 16,
     refresh: Annotated[bool, typer.Option("--refresh", help="Encode again what is cached already.")] = False,
+    shard: options.Shard = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -39,13 +42,13 @@ def encode(
     if paths.count("-") > 1:
         raise BadInput("-: stdin can be read once only")
     listed = [name for path in paths for name in (_names() if path == "-" else [path])]
-    images = find_images(listed)
+    mine = options.in_shard(shard)
+    images = [image for image in find_images(listed) if mine is None or mine(str(image))]
     done = hits = failed = size_of_new = 0
     told: set[str] = set()  # a remark that fits many images is made once
     start = time.perf_counter()
     with pipeline, progress("encoding", len(images)) as step:
-        for name, result, hit in pipeline.encode_all(images, batch=batch_size, refresh=refresh):
-            step()
+        for name, result, hit in pipeline.encode_all(images, batch=batch_size, refresh=refresh, notice=say):
             if isinstance(result, GridpruneError):
                 failed += 1
                 warn(str(result))
@@ -59,6 +62,7 @@ def encode(
                 line = {"image": name, "key": result.key, "tokens": result.count, "cache": "hit" if hit else "miss"}
             if json:
                 emit_json(line)
+            step(1, f"{(done + failed) / (time.perf_counter() - start):.1f} images/s, {hits} hits")
     rate = done / (time.perf_counter() - start)
     say(f"{done} images, {hits} of them cached already, {size(size_of_new)} new, {rate:.1f} images/s")
     if failed:

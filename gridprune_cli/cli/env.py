@@ -21,12 +21,14 @@ def env(
     from gridprune_cli import store
     from gridprune_cli.device import place
 
-    placed = place(_setting("DEVICE", "auto")[0], _setting("DTYPE", "auto")[0])
+    model = _setting("MODEL", _default(options.pipeline, "model"))
+    placed = place(_setting("DEVICE", "auto")[0], _setting("DTYPE", "auto")[0], model[0])
     root = str(store.open_store(cache_dir).root)
     rows = [
-        ("model", *_setting("MODEL", _default(options.pipeline, "model"))),
+        ("model", *model),
         ("keep", *_setting("KEEP", _default(options.pruning, "keep"))),
         ("method", *_setting("METHOD", _default(options.pruning, "method"))),
+        ("plc", *_setting("PLC", _default(options.pruning, "plc"))),
         ("max-new-tokens", *_setting("MAX_NEW_TOKENS", _default(ask, "max_new_tokens"))),
         ("cache-dir", root, _origin_of_root(cache_dir)),
         ("cache-limit", *_setting("CACHE_LIMIT", store.DEFAULT_LIMIT)),

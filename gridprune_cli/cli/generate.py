@@ -1,15 +1,20 @@
 """`gridprune generate`: answers from pruned sets, without image, cache or vision tower."""
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import emit_json, read_stdin
+from gridprune_cli.cli.output import emit_json, progress, read_stdin, say, set_quiet, warn
+from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
+    from gridprune_cli.bulk import Bulk
     from gridprune_cli.tokens import PrunedSet
+
+WINDOW = 128  # files that are held together, to find those of like length
 
 
 def generate(
@@ -26,33 +31,89 @@ def generate(
             show_default="the one that made the set",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(envvar="GRIDPRUNE_DEVICE", help="auto, cpu, cuda, ...")] = "auto",
+    device: Annotated[str, typer.Option(envvar="GRIDPRUNE_DEVICE", help=options.DEVICE)] = "auto",
     dtype: Annotated[str, typer.Option(envvar="GRIDPRUNE_DTYPE", help="auto, float32, bfloat16 or float16.")] = "auto",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Sets that are answered at once; halved if memory runs out.")
+    ] = 32,
     max_new_tokens: options.MaxNewTokens = 128,
     json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Answer from pruned sets. Needs neither the image nor the vision tower."""
+    """Answer from pruned sets, in the order given. Needs neither the images nor the vision tower.
+
+    Of several files, one that can't be answered from is named, and the rest goes on.
+    """
+    from gridprune_cli.bulk import Bulk, in_order
     from gridprune_cli.pipeline import Pipeline
 
-    pipelines: dict[str, Pipeline] = {}
-    sets = [(path, _load(path)) for path in files]  # all are checked before the first is answered
-    for path, pruned in sets:
-        name = model or pruned.model
-        if name not in pipelines:
-            pipelines[name] = Pipeline(name, device=device, dtype=dtype)
-        answer = pipelines[name].generate(pruned, max_new_tokens=max_new_tokens)
-        if json:
-            emit_json(pruned.to_json() | {"file": str(path), "answer": answer})
+    set_quiet(quiet)
+    if files.count(Path("-")) > 1:
+        raise BadInput("-: stdin can be read once only")
+    bulks: dict[str, Bulk] = {}
+
+    def bulk(name: str) -> Bulk:
+        if name not in bulks:
+            bulks[name] = Bulk(Pipeline(name, device=device, dtype=dtype), questions=batch_size, notice=say)
+        return bulks[name]
+
+    failed = 0
+    with progress("answering", len(files)) as step:
+        for start in range(0, len(files), WINDOW):
+            window = files[start : start + WINDOW]
+            sets = [_load(path) for path in window]
+            answers = in_order(_answers(sets, model, bulk, max_new_tokens))
+            for path, pruned, answer in zip(window, sets, answers, strict=True):
+                if isinstance(answer, GridpruneError):
+                    if len(files) == 1:
+                        raise answer
+                    failed += 1
+                    told = answer if str(path) in str(answer) else f"{path}: {answer}"
+                    warn(str(told))
+                    if json:
+                        emit_json({"file": str(path), "error": str(told), "error_type": type(answer).__name__})
+                elif json and not isinstance(pruned, GridpruneError):
+                    emit_json(pruned.to_json() | {"file": str(path), "answer": answer})
+                else:
+                    print(answer, flush=True)
+                step()
+    if failed:
+        warn(f"{failed} of {len(files)} could not be answered from")
+        raise typer.Exit(3)
+
+
+def _answers(
+    sets: "Sequence[PrunedSet | GridpruneError]",
+    model: str | None,
+    bulk: "Callable[[str], Bulk]",
+    max_new_tokens: int,
+) -> "Iterator[tuple[int, str | GridpruneError]]":
+    """Index and answer of every set, model by model. A set that could not be read is its own answer."""
+    groups: dict[str, list[tuple[int, PrunedSet]]] = {}
+    for index, pruned in enumerate(sets):
+        if isinstance(pruned, GridpruneError):
+            yield index, pruned
         else:
-            print(answer, flush=True)
+            groups.setdefault(model or pruned.model, []).append((index, pruned))
+    for name, group in groups.items():
+        try:
+            answers = bulk(name).generate([pruned for _, pruned in group], max_new_tokens=max_new_tokens)
+            for at, answer in answers:
+                yield group[at][0], answer
+        except GridpruneError as fault:  # the model can't be opened or loaded
+            for index, _ in group:
+                yield index, fault
 
 
-def _load(path: Path) -> "PrunedSet":
+def _load(path: Path) -> "PrunedSet | GridpruneError":
     from gridprune_cli.tokens import PrunedSet, load_pruned
 
-    return PrunedSet.from_bytes(read_stdin("a pruned set"), "-") if str(path) == "-" else load_pruned(path)
+    try:
+        return PrunedSet.from_bytes(read_stdin("a pruned set"), "-") if str(path) == "-" else load_pruned(path)
+    except GridpruneError as fault:
+        return fault
 
 
 generate.examples = (  # type: ignore[attr-defined]
-    "Example: `gridprune generate star.safetensors`"
+    "Examples: `gridprune generate star.safetensors`, `gridprune generate pruned/*.safetensors --json`"
 )

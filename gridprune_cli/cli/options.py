@@ -5,8 +5,10 @@ puts the options of a group in the place of one parameter of a command.
 """
 
 import functools
+import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,12 +20,21 @@ from gridprune_cli.errors import BadInput
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline, Pruning
 
+DEVICE = "auto, cpu, cuda, ..., or map: the language model over all GPUs."
+
 CacheDir = Annotated[
     Path | None,
     typer.Option(envvar="GRIDPRUNE_CACHE_DIR", help="Folder of the cache.", rich_help_panel="Model and cache"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per result.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices.")]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Do one share of N alone, I from 0 to N-1. An image's name alone decides which, whatever else is given.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, envvar="GRIDPRUNE_MAX_NEW_TOKENS", help="Longest answer, in tokens.")]
 
 
@@ -53,6 +64,22 @@ def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Calla
     return decorate
 
 
+def in_shard(shard: str | None) -> Callable[[str], bool] | None:
+    """Whether a name belongs to a share as given by --shard; None where all is to be done."""
+    if shard is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", shard, re.ASCII)
+    if not match or not int(match[1]) < int(match[2]):
+        raise BadInput(f"--shard {shard}: not I/N with I from 0 to N-1, as in 0/4")
+    share, shares = int(match[1]), int(match[2])
+
+    def mine(name: str) -> bool:
+        hashed = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+        return int.from_bytes(hashed[:8], "big") % shares == share
+
+    return mine
+
+
 def _option(text: str, panel: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
 
@@ -63,22 +90,28 @@ _PROMPT = "Prompt and answer"
 _PAPERS = "What the papers leave open"
 
 
+Model = Annotated[
+    str,
+    _option(
+        "Model: `scenes`, a folder with a checkpoint, or a hub name, OWNER/NAME or OWNER/NAME@REVISION.",
+        _MODEL,
+        envvar="GRIDPRUNE_MODEL",
+    ),
+]
+Revision = Annotated[str | None, _option("Branch, tag or commit of a hub model.", _MODEL)]
+Clip = Annotated[
+    str | None, _option("CLIP that the model's tower was taken from, for relevance: a folder or hub name.", _MODEL)
+]
+Device = Annotated[str, _option("auto, cpu, cuda, ...", _MODEL, envvar="GRIDPRUNE_DEVICE")]
+Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16.", _MODEL, envvar="GRIDPRUNE_DTYPE")]
+
+
 def pipeline(
-    model: Annotated[
-        str,
-        _option(
-            "Model: `scenes`, a folder with a checkpoint, or a hub name, OWNER/NAME or OWNER/NAME@REVISION.",
-            _MODEL,
-            envvar="GRIDPRUNE_MODEL",
-        ),
-    ] = "scenes",
-    revision: Annotated[str | None, _option("Branch, tag or commit of a hub model.", _MODEL)] = None,
-    clip: Annotated[
-        str | None,
-        _option("CLIP that the model's tower was taken from, for relevance: a folder or hub name.", _MODEL),
-    ] = None,
-    device: Annotated[str, _option("auto, cpu, cuda, ...", _MODEL, envvar="GRIDPRUNE_DEVICE")] = "auto",
-    dtype: Annotated[str, _option("auto, float32, bfloat16 or float16.", _MODEL, envvar="GRIDPRUNE_DTYPE")] = "auto",
+    model: Model = "scenes",
+    revision: Revision = None,
+    clip: Clip = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     cache_dir: CacheDir = None,
     cache_limit: Annotated[
         str | None,
@@ -104,8 +137,17 @@ def pruning(
     tokens: Annotated[int | None, _option("How many visual tokens to keep, instead of --keep.", _PRUNING)] = None,
     method: Annotated[
         str,
-        _option("gridprune, random, uniform, topk or topk-relevance.", _PRUNING, envvar="GRIDPRUNE_METHOD"),
+        _option(
+            "gridprune, topk-relevance, fastervlm, visionzip, vispruner, divprune, scope, holov, cdpruner, mmtok, "
+            "trim, hired, uniform, random, fastv or pyramiddrop.",
+            _PRUNING,
+            envvar="GRIDPRUNE_METHOD",
+        ),
     ] = "gridprune",
+    method_option: Annotated[
+        list[str] | None,
+        _option("Option of the method, as step=4; can be given several times.", _PRUNING, metavar="NAME=VALUE"),
+    ] = None,
     region: Annotated[
         str | None,
         _option(
@@ -117,7 +159,7 @@ def pruning(
     localizer: Annotated[
         str | None,
         _option(
-            "What finds the region: relevance; vlm, a small model that comes with `scenes`; or a model's name.",
+            "What finds the region: relevance, or a model, a folder or hub name, that is asked for a box.",
             _PRUNING,
             show_default="relevance",
         ),
@@ -136,6 +178,40 @@ def pruning(
     share_budget: Annotated[
         bool, _option("Several images share one budget, without regions.", _PRUNING, "--share-budget")
     ] = False,
+    ilp: Annotated[
+        str | None,
+        _option(
+            "What stays inside the language model: a share of all visual tokens, the region's first, or region.",
+            _PRUNING,
+            metavar="SHARE|region",
+            show_default="everything",
+        ),
+    ] = None,
+    ilp_layer: Annotated[
+        int | None,
+        _option("Layer, from 0, at whose input the others leave.", _PRUNING, show_default="2, Qwen3-VL 3"),
+    ] = None,
+    plc: Annotated[
+        str,
+        _option(
+            "Compression before the language model: pool (rows outside the region are means of their cells), trained "
+            "(by the checkpoint's compressor) or off.",
+            _PRUNING,
+            envvar="GRIDPRUNE_PLC",
+        ),
+    ] = "off",
+    inside_ratio: Annotated[
+        float | None,
+        _option(
+            "With --plc: visual tokens per row inside the region; with --outside-ratio too, instead of --keep.",
+            _PRUNING,
+            show_default="the method's split",
+        ),
+    ] = None,
+    outside_ratio: Annotated[
+        float | None,
+        _option("With --plc: visual tokens per row outside.", _PRUNING, show_default="the method's split"),
+    ] = None,
     literal: Annotated[
         bool, _option("GridPrune as published: T = 1, saliency unscaled, no region.", _PRUNING, "--literal")
     ] = False,
@@ -151,6 +227,7 @@ def pruning(
         float | None, _option("Share of the kept tokens that come from the contextual region.", _PAPERS)
     ] = None,
     relevance_sign: Annotated[int | None, _option("1, or -1 to turn the relevance round.", _PAPERS)] = None,
+    layer: Annotated[int | None, _option("Layer of the method fastv, from 0.", _PAPERS)] = None,
     seed: Annotated[int | None, _option("Seed of the method random.", _PAPERS)] = None,
 ) -> "Pruning":
     """What to keep."""
@@ -165,6 +242,7 @@ def pruning(
         "saliency_scale": saliency_scale,
         "region_share": region_share,
         "relevance_sign": relevance_sign,
+        "layer": layer,
         "seed": seed,
     }
     if method != "gridprune" and (literal or region not in (None, "none")):
@@ -176,6 +254,7 @@ def pruning(
     if literal and region not in (None, "none"):
         raise BadInput("--region: not with --literal, since GridPrune as published has no region")
     options = (LITERAL if literal else {}) | {name: value for name, value in given.items() if value is not None}
+    options |= _named(method_option or [], "--method-option")
     try:
         made = make(method, **options)
     except ValueError as fault:
@@ -191,6 +270,11 @@ def pruning(
         positions=positions,
         query=query,
         share_budget=share_budget,
+        ilp=ilp,
+        ilp_layer=ilp_layer,
+        plc=plc,
+        inside_ratio=inside_ratio,
+        outside_ratio=outside_ratio,
     )
 
 
@@ -220,11 +304,20 @@ def generation(
         return {}
     from transformers import GenerationConfig
 
+    options = _named(generation, "--generation")
+    for name in options:
+        if not hasattr(GenerationConfig(), name):
+            raise BadInput(f"--generation {name}={options[name]}: no option that transformers' generate knows")
+    return options
+
+
+def _named(given: list[str], flag: str) -> dict[str, Any]:
+    """Options that are given as NAME=VALUE. A value that is no JSON is a text."""
     options = {}
-    for given in generation:
-        name, equals, value = given.partition("=")
-        if not equals or not hasattr(GenerationConfig(), name):
-            raise BadInput(f"--generation {given}: no NAME=VALUE with a name that transformers' generate knows")
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise BadInput(f"{flag} {pair}: not NAME=VALUE")
         try:
             options[name] = json.loads(value)
         except ValueError:

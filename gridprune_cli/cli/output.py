@@ -1,13 +1,18 @@
 """What every command prints with: data to stdout, everything else to stderr."""
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from gridprune_cli.errors import BadInput
+from gridprune_cli.errors import BadInput, GridpruneError
 
+_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 _quiet = False
 
 
@@ -29,13 +34,67 @@ def warn(message: str) -> None:
 
 
 def emit_json(value: object) -> None:
-    """One value as one line of JSON on stdout, at once."""
+    """One value as one line of JSON on stdout, at once and whole."""
+    text = _json(value, sys.stdout.encoding or "utf-8")
+    with _undisturbed():
+        print(text, flush=True)
+
+
+@contextmanager
+def lines_to(path: Path | None) -> Iterator[Callable[[object], None]]:
+    """Yields what writes a value as a line of JSON, at once and whole: to the end of a file, or to stdout.
+
+    Raises GridpruneError where the file can't be written.
+    """
+    if path is None:
+        yield emit_json
+        return
+
+    def fault(error: OSError) -> GridpruneError:
+        return GridpruneError(f"{path}: can't be written ({error.strerror}); check its folder and the disk")
+
+    def write(value: object) -> None:
+        rest = memoryview(_json(value, "utf-8").encode() + b"\n")
+        try:
+            with _undisturbed():
+                while rest:
+                    rest = rest[os.write(handle, rest) :]
+        except OSError as error:
+            raise fault(error) from error
+
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        raise fault(error) from error
+    try:
+        yield write
+    finally:
+        os.close(handle)
+
+
+def _json(value: object, encoding: str) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(encoding)
     except UnicodeEncodeError:  # a file name that is no text, or a terminal without Unicode
         text = json.dumps(value, allow_nan=False)
-    print(text, flush=True)
+    return text
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of this, so that a line is written whole or not at all."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield
+        return
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -60,19 +119,46 @@ def confirm(question: str, yes: bool) -> bool:
 
 
 @contextmanager
-def progress(description: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, where that is a terminal; yields what to call after each of `total` steps (None: unknown)."""
-    if _quiet or not sys.stderr.isatty():
-        yield lambda: None
+def progress(description: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, where that is a terminal, else a line now and then.
+
+    Yields what to call after each of `total` steps (None: unknown), or with a number of steps, and a text on how it is
+    going.
+    """
+    if _quiet:
+        yield lambda steps=1, status="": None
+        return
+    if not sys.stderr.isatty():
+        yield _spoken(description, total)
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TextColumn
 
     # what goes to stdout must get there: only where both are one terminal may the bar be in its way
     console, one = Console(stderr=True), sys.stdout.isatty()
-    with Progress(console=console, transient=True, redirect_stdout=one) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[status]}", markup=False))
+    with Progress(*columns, console=console, transient=True, redirect_stdout=one) as bar:
+        task = bar.add_task(description, total=total, status="")
+        yield lambda steps=1, status="": bar.update(task, advance=steps, status=status)
+
+
+def _spoken(description: str, total: int | None) -> Callable[..., None]:
+    start = told = time.monotonic()
+    done = 0
+
+    def step(steps: int = 1, status: str = "") -> None:
+        nonlocal told, done
+        done += steps
+        now = time.monotonic()
+        if now - told < _EVERY:
+            return
+        told = now
+        parts = [f"{done} of {total}" if total else str(done), status]
+        if total:
+            parts.append(f"{age((total - done) * (now - start) / done)} left")
+        say(f"{description}: {', '.join(part for part in parts if part)}")
+
+    return step
 
 
 def printable(text: str) -> str:

@@ -2,25 +2,47 @@
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.ask import Images, Question, read_inputs
-from gridprune_cli.cli.output import check_target, emit_json, say, set_quiet, size
+from gridprune_cli.cli.ask import read_inputs
+from gridprune_cli.cli.batch import FailFast, Tally, work
+from gridprune_cli.cli.output import check_target, emit_json, progress, say, set_quiet, size, warn
+from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline, Pruning
 
+_WINDOW = 128  # lines of --batch that are looked at together, to find those of one image
+
 
 @options.takes(pipeline=options.pipeline, pruning=options.pruning, prompt=options.prompt)
 def prune(
-    images: Images,
-    question: Question,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File for the pruned set.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="File for the pruned set; with --batch, the folder for them.", show_default=False
+        ),
+    ],
     pipeline: "Pipeline",
     pruning: "Pruning",
     prompt: dict[str, Any],
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files, or - for stdin.", show_default=False)
+    ] = None,
+    question: Annotated[
+        str | None, typer.Argument(metavar="QUESTION", help="The question, or - for stdin.", show_default=False)
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Lines of questions, as of `batch`, or - for stdin: a file ID.safetensors each."
+        ),
+    ] = None,
+    fail_fast: FailFast = False,
+    shard: options.Shard = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -28,6 +50,15 @@ def prune(
     from gridprune_cli.files import write_atomic
 
     set_quiet(quiet)
+    if batch is not None:
+        if images or question:
+            raise BadInput("--batch: images and questions come from its lines; leave the others out")
+        prune_lines(batch, output, pipeline, pruning, prompt, fail_fast, shard, json)
+        return
+    if fail_fast or shard:
+        raise BadInput(f"{'--fail-fast' if fail_fast else '--shard'}: only with --batch")
+    if not images or question is None:
+        raise BadInput("name an image and a question, or --batch FILE; see `gridprune prune --help`")
     check_target(output, "--output")
     sources, asked = read_inputs(images, question)
     with pipeline:
@@ -44,9 +75,54 @@ def prune(
         say(note)
     for note in pipeline.remarks(pruning, pruned):
         say(note)
-    say(f"{output}: {len(pruned.kept)} of {pruned.count} visual tokens, {size(len(data))}")
+    say(f"{output}: {pruned.counts}, {size(len(data))}")
+
+
+def prune_lines(
+    file: str,
+    folder: Path,
+    pipeline: "Pipeline",
+    pruning: "Pruning",
+    prompt: dict[str, Any],
+    fail_fast: bool,
+    shard: str | None,
+    json: bool,
+) -> None:
+    """Writes a pruned set for every line. One that fails is named, and the rest goes on."""
+    from gridprune_cli.bulk import Bulk, in_order
+    from gridprune_cli.files import write_atomic
+    from gridprune_cli.lines import Reader
+
+    if not folder.is_dir():
+        raise BadInput(f"--output {folder}: with --batch, a folder; make it first")
+    reader = Reader(file, mine=options.in_shard(shard))
+    bulk, tally = Bulk(pipeline, notice=say), Tally()
+    written: set[Path] = set()
+    with pipeline, progress("pruning", reader.count()) as step:
+        made = work(reader, pruning, lambda asks: in_order(bulk.prune(asks, **prompt)), _WINDOW, fail_fast)
+        for item, result in made:
+            path = folder / f"{quote(str(item.id), safe='')}.safetensors"
+            if path in written:
+                result = BadInput(f"{path}: two lines have this id; give each its own")
+                warn(str(result))
+            if isinstance(result, GridpruneError):
+                line = item.echo() | {"error": str(result), "error_type": type(result).__name__}
+            else:
+                data = result.pruned.to_bytes()
+                write_atomic(path, data, sync=False)
+                written.add(path)
+                line = {"id": item.id} | result.pruned.to_json() | item.echo()
+                line |= {"file": str(path), "bytes": len(data)}
+            if json:
+                emit_json(line)
+            step(tally.count(result, reader.skipped), tally.status())
+    say(tally.summary(0))
+    if tally.failed:
+        warn(f"{tally.failed} lines failed")
+        raise typer.Exit(3)
 
 
 prune.examples = (  # type: ignore[attr-defined]
-    'Example: `gridprune prune street.png "Where is the star?" --keep 0.11 -o star.safetensors`'
+    'Examples: `gridprune prune street.png "Where is the star?" --keep 0.11 -o star.safetensors`, '
+    "`gridprune prune --batch questions.jsonl -o pruned/`"
 )

@@ -47,7 +47,7 @@ def show(
         say(note)
     (origin,) = pruned.images
     named = f", named by {origin.localizer['name']}" if origin.localizer and origin.localizer.get("parsed") else ""
-    say(f"{len(pruned.kept)} of {pruned.count} visual tokens, region {origin.region or 'none'}{named}")
+    say(f"{pruned.counts}, region {origin.region or 'none'}{named}")
 
 
 show.examples = (  # type: ignore[attr-defined]
@@ -73,6 +73,8 @@ def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Fig
     from gridprune_cli.images import load_image
 
     (origin,) = pruned.images
+    kept = f"{len(pruned.kept)} of {pruned.count} tokens"
+    compressed = "" if pruned.plc == "off" else f"plc {pruned.plc}"
     return Figure(
         image=load_image(source).image,
         views=origin.views,
@@ -82,7 +84,7 @@ def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Fig
         region=origin.region,
         question=pruned.question,
         answer=answer,
-        details=f"{len(pruned.kept)} of {pruned.count} tokens · {pruned.method['name']}",
+        details=" · ".join(filter(None, (kept, pruned.method["name"], compressed, str(pruned.inside or "")))),
     )
 
 

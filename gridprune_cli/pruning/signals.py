@@ -31,12 +31,20 @@ class Signals:
     relevance  (N,)  how much a token has to do with the question, in -1..1
     saliency   (N,)  how much the vision tower attends to it, >= 0
     region           the contextual region, or None for none
+    states  (N, C)   the tower's states
+    rows    (N, D)   what the language model receives
+    words   (M, D)   the language model's rows of the question's words, without stop words
+    by_words         whether relevance is that of words, not CLIP's
     """
 
     views: tuple[View, ...]
     relevance: Tensor | None = None
     saliency: Tensor | None = None
     region: Box | None = None
+    states: Tensor | None = None
+    rows: Tensor | None = None
+    words: Tensor | None = None
+    by_words: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError where a signal has another length than the views, or values that are not finite."""
@@ -45,6 +53,14 @@ class Signals:
             if value is None:
                 continue
             if value.shape != (self.count,):
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, the views have {self.count} tokens")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} has values that are not finite")
+        for name in ("states", "rows", "words"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if value.dim() != 2 or not value.numel() or (name != "words" and len(value) != self.count):
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, the views have {self.count} tokens")
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name} has values that are not finite")

@@ -19,17 +19,20 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from gridprune_cli.evaluation.data import PER_SCENE
+from gridprune_cli.evaluation.results import clustered_error
 from gridprune_cli.images import Picture
 from gridprune_cli.localize import RELEVANCE, VLM
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.signals import Box
-from gridprune_cli.scenes.benchmark import PER_SCENE, SPLITS, clustered_error
 from gridprune_cli.scenes.scene import (
     CELLS,
+    HELDOUT,
     KINDS,
     SIZE,
+    TUNE,
     Question,
     Scene,
     covering,
@@ -40,6 +43,7 @@ from gridprune_cli.scenes.scene import (
 )
 from gridprune_cli.tokens import EncodedImage
 
+SPLITS = {"heldout": HELDOUT, "tune": TUNE}  # first seeds
 HELD = 0.8  # of the pixels asked for
 ONE = "one object"  # all questions that ask for just one, whatever their kind
 _WHOLE = Pruning(keep=1.0, method=make("uniform"))

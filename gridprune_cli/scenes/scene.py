@@ -222,14 +222,20 @@ def _write(picture: Image.Image, obj: SceneObject, tint: tuple[int, ...]) -> Non
     picture.paste((0, 0, 0) if bright else (255, 255, 255), corner, ink)
 
 
+# (3, 256): of a channel's value, a bit for each colour that it is near to
+_NEAR = sum(
+    (np.abs(np.arange(256)[None] - np.array(colour)[:, None]) <= 22).astype(np.uint32) << bit
+    for bit, colour in enumerate(COLOURS.values())
+)
+
+
 def looks_like_scene(picture: Image.Image) -> bool:
     """Whether a picture can be a scene: of its size, and with a share of its pixels in the palette's plain colours."""
     if picture.size != (SIZE, SIZE):
         return False
-    smooth = np.asarray(picture.convert("RGB").reduce(2), np.int16)  # averages most of the noise away
-    palette = np.array(list(COLOURS.values()), np.int16)
-    near = np.abs(smooth[:, :, None] - palette).max(-1).min(-1) <= 22
-    return bool(near.mean() >= 0.02)
+    smooth = picture.convert("RGB").reduce(2)  # averages most of the noise away
+    red, green, blue = np.moveaxis(np.asarray(smooth), -1, 0)
+    return bool(((_NEAR[0, red] & _NEAR[1, green] & _NEAR[2, blue]) > 0).mean() >= 0.02)
 
 
 # ---- questions -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Trains the embedded model from nothing: `python -m gridprune_cli.scenes.train --out FOLDER`.
 
-Two stages, as for LLaVA, each resumable from the work folder:
+Two stages, as for LLaVA, and a third for compression, each resumable from the work folder:
 
 1. `tower`: vision and text tower, no language model. Three losses: linear heads that read each object's properties
    from every patch of it (they are dropped afterwards); for a question, a softmax over patches of
@@ -9,9 +9,12 @@ Two stages, as for LLaVA, each resumable from the work folder:
    objects preferred; the last steps see all of them. A second, shorter pass (`tower-again`) starts from a lower rate.
 2. `language`: the tower is frozen, and projector and Llama learn to answer eight questions packed behind one image,
    each blind to the others. Training starts with few visual tokens, so that the question's words are not drowned
-   before attention has learned where to look, and goes on to all of them. Two further passes ask more often what
-   comes late (`language-again`, `language-last`). No token is ever dropped by a pruning method: pruning stays
+   before attention has learned where to look, and ends with all of them. The later passes (`language-again`,
+   `language-last`) ask more often what comes late. No token is ever dropped by a pruning method: pruning stays
    training-free.
+3. `compressor`: all of that is frozen, and the compressor of `--plc trained` learns to make rows from which the
+   language model answers right. Tokens are chosen as for any answer: relevance, contextual region, gridprune. The
+   scenes are new to tower and language model, which know those that they learned from too well.
 
 With `--part localizer` the second stage is another one: `localizer` starts from the tower's first layers and trains a
 small LLaVA model, tower and all, to answer questions with boxes on CROP's 8 x 8 grid. Linear heads read each object's
@@ -38,6 +41,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, CLIPModel, 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gridprune_cli.pruning.compress import cell_weights, cells
+from gridprune_cli.pruning.compress import pool as pool_states
+from gridprune_cli.pruning.methods.gridprune import GridPrune
+from gridprune_cli.pruning.region import contextual_region, inside
+from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.scenes import model as built
 from gridprune_cli.scenes.scene import (
     CELLS,
@@ -57,6 +65,7 @@ from gridprune_cli.scenes.scene import (
     pixel_owners,
     questions,
 )
+from gridprune_cli.vlm.compressor import Compressor, save_compressor
 
 N = built.GRID * built.GRID
 LOCALIZER_N = built.LOCALIZER_GRID * built.LOCALIZER_GRID
@@ -71,9 +80,9 @@ class Plan:
     """Sizes of a stage. `tokens` gives (share of the steps, visual tokens shown) in turn.
 
     Steps are counted from `start`, so that a stage which goes on with another's scenes takes them in new order and
-    asks new questions. A stage may stop before the end of its schedule, after `stop` steps. `led` are the layers of the
-    language model, with how many heads of each, whose last-token attention is pulled to the patches asked for; the
-    neighbour that a relation asks for is one of them unless `named_only`.
+    asks new questions. A stage may stop before the end of its schedule, after `stop` steps. `led` are layers of the
+    language model, with how many heads of each, whose attention is pulled to the patches asked for at a question's last
+    token. `closely` pulls it at the answer's first token too, and not to the neighbour that a relation asks for.
     """
 
     steps: int
@@ -86,7 +95,7 @@ class Plan:
     stop: int | None = None
     kinds: tuple[str, ...] = KINDS
     led: tuple[tuple[int, int], ...] = ((2, 2),)
-    named_only: bool = False
+    closely: bool = False
 
     @property
     def last(self) -> int:
@@ -109,32 +118,34 @@ class Plan:
 
 TOWER = Plan(4000, 32, 50_000, TRAIN, 1.2e-3, ((0.85, 128), (0.15, N)))
 TOWER_AGAIN = Plan(2000, 32, 50_000, TRAIN, 6e-4, ((0.8, 128), (0.2, N)), start=4000)
-LANGUAGE = Plan(1300, 24, 16_000, TRAIN + 50_000, 1.5e-3, ((0.35, 32), (0.35, 96), (0.3, N)), stop=1000)
+LANGUAGE = Plan(2200, 24, 16_000, TRAIN + 50_000, 1.5e-3, ((0.2, 32), (0.8, 64)), stop=500)
 LANGUAGE_AGAIN = Plan(
-    1400,
+    1700,
     24,
     16_000,
     TRAIN + 50_000,
-    1.5e-3,
+    1.2e-3,
     ((0.82, 64), (0.18, N)),
-    start=1000,
-    kinds=(*KINDS, "place", "relation", "count"),
+    start=500,
+    stop=1300,
+    kinds=(*KINDS, "character", "count", "place", "relation", "relation"),
+    led=((2, 2), (3, 4)),
+    closely=True,
 )
 LANGUAGE_LAST = Plan(
-    2000,
+    1200,
     24,
     16_000,
     TRAIN + 50_000,
-    1e-3,
-    ((0.85, 64), (0.15, N)),
-    start=2400,
-    kinds=(*KINDS, "character", "count", "relation", "relation", "relation"),
-    # Two heads find an object, but what its patches know of the neighbours on four sides is too much for them to carry.
+    8e-4,
+    ((0.78, 64), (0.22, N)),
+    start=1800,
+    kinds=(*KINDS, "character", "count", "count", "place", "relation", "relation"),
     led=((2, 2), (3, 4)),
-    named_only=True,
+    closely=True,
 )
 LOCALIZER = Plan(
-    2400,
+    1600,
     24,
     50_000,
     TRAIN,
@@ -142,8 +153,9 @@ LOCALIZER = Plan(
     ((0.8, 72), (0.2, LOCALIZER_N)),
     kinds=(*KINDS, "character", "count", "place", "relation", "relation"),
     led=((1, 2), (2, 3)),
-    named_only=True,
+    closely=True,
 )
+COMPRESSOR = Plan(500, 128, 4_000, TRAIN + 66_000, 2e-3, ((0.1, 28), (0.1, 13)) * 5)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -347,13 +359,14 @@ class Tower(nn.Module):
 def _probe(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """sdpa that also leaves behind, for the rows named in `module.rows` `(B, Q)`, attention to all columns."""
+    """sdpa that also leaves behind, for the rows named in `module.rows` `(B, Q)`, attention and what each head gave."""
     if (rows := getattr(module, "rows", None)) is not None:
         picked = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         allowed = mask.expand(-1, query.shape[1], -1, -1)
         allowed = allowed.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, mask.shape[-1]))
         scores = (picked @ key.transpose(-1, -2)).float() * kwargs["scaling"]
         module.seen = scores.masked_fill(~allowed, -1e9).softmax(-1)  # (B, heads, Q, L)
+        module.told = module.seen.to(value.dtype) @ value  # (B, heads, Q, D / heads)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
@@ -369,7 +382,7 @@ class Packed:
     positions: Tensor  # (B, L), as if every question stood alone behind all of the image's tokens
     mask: Tensor  # (B, 1, L, L), true where a token may look
     labels: Tensor  # (B, L), the next token where it belongs to an answer
-    rows: Tensor  # (B, Q), the last token of each prompt
+    rows: Tensor  # (B, Q), the last token of each prompt, and with `closely` then the first of each answer
     asked: Tensor  # (B, Q, n), shares of the visual tokens asked for
 
 
@@ -380,7 +393,7 @@ def pack(
     tokenizer: Any,
     rng: random.Random,
     *,
-    named_only: bool = False,
+    closely: bool = False,
 ) -> Packed:
     n = chosen.shape[1]
     prefix = tokenizer("USER:").input_ids
@@ -407,27 +420,50 @@ def pack(
             labels[b, at + len(prompt) - 1 : end - 1] = torch.tensor(answer)
             rows[b, j] = at + len(prompt) - 1
             wanted = groups[b][j].asked
-            wanted = wanted[:1] if named_only and groups[b][j].kind == "relation" else wanted
+            wanted = wanted[:1] if closely and groups[b][j].kind == "relation" else wanted
             asked[b, j] = asked_patches(owners[b].gather(0, chosen[b]), wanted)
             at = end
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     mask = same & torch.ones(length, length, dtype=torch.bool).tril() | torch.eye(length, dtype=torch.bool)
+    if closely:  # an answer's second token is read off where the first was
+        rows, asked = torch.cat([rows, rows + 1], 1), asked.repeat(1, 2, 1)
     return Packed(ids, positions, mask[:, None], labels, rows, asked)
 
 
+NEIGHBOUR = (len(COLOURS) + 1, len(SHAPES) + 1)  # classes of a neighbour's colour and shape; the last is "nothing"
+
+
+def next_to(groups: list[list[Question]], scenes: list[Scene]) -> Tensor:
+    """Colour and shape of the neighbours of the object that a question names, `(B, Q, 4, 2)`; `IGNORE` where it is
+    open, or the question names no single object."""
+    out = np.full((len(groups), len(groups[0]), len(DIRECTIONS), 2), IGNORE)
+    for b, (group, scene) in enumerate(zip(groups, scenes, strict=True)):
+        table = properties(scene)[:, -2 * len(DIRECTIONS) :].reshape(MOST, len(DIRECTIONS), 2)
+        for j, question in enumerate(group):
+            if question.kind not in ("count", "exists"):
+                out[b, j] = table[question.asked[0]]
+    return torch.from_numpy(out)
+
+
+@torch.no_grad()
 def whiten(projector: Any, states: Tensor) -> None:
-    """Starts the projector's first layer as the one that makes the tower's states `(n, D)` uncorrelated, of variance 1.
+    """Starts the projector as a whitening of the tower's states `(M, D)`, and nearly linear.
 
     What tells characters apart is a small part of a state's variance. From a random start, the language model would
-    see next to nothing of it, and take thousands of steps to dig it out.
+    see next to nothing of it, and take thousands of steps to dig it out. And GELU bends around 0: in the bends, a
+    quarter of what the states know of an object's neighbours would get lost to a linear reader. Moved up by three
+    standard deviations, the states meet it where it is straight. They stay there because the first layer does not
+    learn: one direction of the states has thousands of times the variance of the others, so that the smallest step
+    would swing everything.
     """
     states = states.double()
     values, vectors = torch.linalg.eigh(states.T.cov())
     whitening = (vectors * (values + 1e-3 * values.mean()).rsqrt()) @ vectors.T
-    with torch.no_grad():
-        projector.linear_1.weight.copy_(whitening)
-        projector.linear_1.bias.copy_(-whitening @ states.mean(0))
-        nn.init.xavier_normal_(projector.linear_2.weight)
+    projector.linear_1.weight.copy_(whitening)
+    projector.linear_1.bias.copy_(3 - whitening @ states.mean(0))
+    projector.linear_1.requires_grad_(False)
+    nn.init.orthogonal_(projector.linear_2.weight, 0.7)
+    projector.linear_2.bias.copy_(-3 * projector.linear_2.weight.sum(1))
 
 
 def look_at(seen: Tensor, asked: Tensor) -> Tensor:
@@ -439,8 +475,11 @@ def look_at(seen: Tensor, asked: Tensor) -> Tensor:
 
 def answer_losses(
     llava: LlavaForConditionalGeneration, features: Tensor, packed: Packed, plan: Plan
-) -> dict[str, Tensor]:
-    """Losses of the packed questions' answers, and of where the led heads look, from tower states `(B, n, D)`."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Losses of the packed questions' answers, and of where the led heads look, from tower states `(B, n, D)`.
+
+    Also what the led heads of the last of their layers gave, `(B, heads, Q, D / heads)`.
+    """
     core, device = llava.model, features.device
     embeds = core.get_input_embeddings()(packed.ids.to(device))
     image = (packed.ids == built.IMAGE).to(device)
@@ -461,13 +500,20 @@ def answer_losses(
 
     first, n = int(image[0].int().argmax()), packed.asked.shape[2]
     looked = torch.cat([attention.seen[:, :heads] for attention, heads in led], 1)  # (B, heads, Q, L)
+    told = led[-1][0].told[:, : led[-1][1]].float()
     for attention, _ in led:
-        attention.rows = attention.seen = None
-    return {"answer": answer, "look": 0.3 * look_at(looked[..., first : first + n], packed.asked.to(device))}
+        attention.rows = attention.seen = attention.told = None
+    look = 0.3 * look_at(looked[..., first : first + n], packed.asked.to(device))
+    return {"answer": answer, "look": look}, told
 
 
 class Language(nn.Module):
-    """The LLaVA model, its tower frozen and read through stored features."""
+    """The LLaVA model, its tower frozen and read through stored features.
+
+    What an object's patches know of its neighbours on four sides is too much for two heads to carry: where a plan goes
+    closely, four heads of layer 3 are led there too, and each tells the neighbour on one side through a linear layer
+    that is dropped afterwards.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -478,6 +524,8 @@ class Language(nn.Module):
         self.llava.model.vision_tower.requires_grad_(False)
         self.tokenizer = built.make_tokenizer(close=False)
         self.features = np.empty((0, N, built.WIDTH), np.float16)  # of the scenes, (scenes, N, D)
+        sizes = (config.text_config.hidden_size // config.text_config.num_attention_heads, sum(NEIGHBOUR))
+        self.tell = nn.Parameter(torch.zeros(len(DIRECTIONS), *sizes))
 
     def losses(self, pool: Pool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
         rng = random.Random(f"language-{plan.first_seed}-{step}")
@@ -485,11 +533,18 @@ class Language(nn.Module):
         owners = torch.from_numpy(pool.owners[index]).long()
         chosen = some_patches(owners, plan.tokens_at(step), torch.Generator().manual_seed(step))
         groups = [questions(pool.scene(int(i)), 8, rng, plan.kinds) for i in index]
-        packed = pack(groups, chosen, owners, self.tokenizer, rng, named_only=plan.named_only)
+        packed = pack(groups, chosen, owners, self.tokenizer, rng, closely=plan.closely)
         features = torch.from_numpy(self.features[index]).float()
         features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).to(device)
 
-        return answer_losses(self.llava, features, packed, plan)
+        losses, told = answer_losses(self.llava, features, packed, plan)
+        if plan.closely:
+            truth = next_to(groups, [pool.scene(int(i)) for i in index]).repeat(1, 2, 1, 1).to(device)  # (B, Q, 4, 2)
+            scores = torch.einsum("bhqd,hdc->bqhc", told, self.tell)
+            for i, part in enumerate(scores.split(NEIGHBOUR, -1)):
+                which = "tell colour" if i == 0 else "tell shape"
+                losses[which] = F.cross_entropy(part.flatten(0, 2), truth[..., i].flatten(), ignore_index=IGNORE)
+        return losses
 
 
 # ---- the localiser ---------------------------------------------------------------------------------------------------
@@ -573,15 +628,75 @@ class Localizer(nn.Module):
         for scene in scenes:
             boxes = [(q, covering(scene, q.asked)) for q in questions(scene, 8, rng, plan.kinds)]
             groups.append([replace(q, answer="[{},{},{},{}]".format(*box)) for q, box in boxes])
-        packed = pack(groups, chosen, shown, self.tokenizer, rng, named_only=plan.named_only)
-        # the second corner is read off where the first was
-        packed = replace(packed, rows=torch.cat([packed.rows, packed.rows + 1], 1), asked=packed.asked.repeat(1, 2, 1))
+        packed = pack(groups, chosen, shown, self.tokenizer, rng, closely=plan.closely)
         pixels = normalise(shrink(pool.pixels[index]), device)
         pixels = pixels + 0.05 * torch.randn(len(pixels), 1, 1, 1, generator=generator).to(device)
         states = self.states(pixels, chosen.to(device))
         table = torch.from_numpy(np.stack([extents(s) for s in scenes])).to(device)
         dense = read_off(self.heads(states), LOCALIZER_HEADS, table, shown.gather(1, chosen).to(device))
-        return {"dense": 0.5 * dense} | answer_losses(self.llava, states, packed, plan)
+        return {"dense": 0.5 * dense} | answer_losses(self.llava, states, packed, plan)[0]
+
+
+# ---- stage 3: compressor ---------------------------------------------------------------------------------------------
+
+
+class Compression(nn.Module):
+    """The compressor, before a language model that is frozen. Questions come one by one: each has its own rows."""
+
+    def __init__(self, llava: LlavaForConditionalGeneration, clip: CLIPModel) -> None:
+        super().__init__()
+        self.compressor = Compressor(built.WIDTH)
+        self.frozen = (llava.requires_grad_(False), clip.requires_grad_(False))  # a tuple: no part of what is saved
+        self.tokenizers = (built.make_tokenizer(close=False), built.make_tokenizer(close=True))
+        self.features = np.empty((0, N, built.WIDTH), np.float16)  # of the scenes, (scenes, N, D)
+        self.saliency = np.empty((0, N), np.float32)
+
+    @torch.no_grad()
+    def relevance(self, states: Tensor, texts: list[str]) -> Tensor:
+        """Cosines `(B, N)` of states `(B, N, D)` with a question each, as `ClipRelevance` has them."""
+        clip = self.frozen[1]
+        tokens = self.tokenizers[1](texts, padding=True, return_tensors="pt").to(states.device)
+        text = F.normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
+        patches = clip.visual_projection(clip.vision_model.post_layernorm(states))
+        return torch.einsum("bnd,bd->bn", F.normalize(patches.float(), dim=-1), text)
+
+    def losses(self, pool: Pool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+        rng = random.Random(f"compressor-{plan.first_seed}-{step}")
+        index = pool.batch(step, plan)
+        asked = [questions(pool.scene(int(i)), 1, rng) for i in index]
+        states = torch.from_numpy(self.features[index]).float().to(device)
+        saliency = torch.from_numpy(self.saliency[index])
+        with torch.autocast(device.type, enabled=False):  # so that what is chosen is what will be
+            relevance = self.relevance(states, [question.text for (question,) in asked])
+        view, k, method = (View(built.GRID, built.GRID),), plan.tokens_at(step), GridPrune()
+        chosen, pooled, within = [], [], []
+        for b, cosines in enumerate(relevance.cpu()):
+            region = contextual_region(cosines, view)
+            kept = method.select(Signals(view, cosines, saliency[b], region), k)
+            within.append(inside(view, region))
+            cell = cells(view, kept, within[-1])
+            pooled.append(pool_states(states[b].cpu(), cell, cell_weights(cell, saliency[b], k), k))
+            chosen.append(kept)
+        kept, inner = torch.stack(chosen), torch.stack(within)
+        rows = self.compressor(
+            states, relevance, inner.to(device), torch.stack(pooled).to(device), inner.gather(1, kept).to(device)
+        )
+
+        llava = self.frozen[0]
+        owners = torch.from_numpy(pool.owners[index]).long()
+        packed = pack(asked, kept, owners, self.tokenizers[0], rng)
+        embeds = llava.get_input_embeddings()(packed.ids.to(device))
+        image = (packed.ids == built.IMAGE).to(device)
+        projected = llava.model.multi_modal_projector(rows).to(embeds.dtype)
+        hidden = llava.model.language_model(
+            inputs_embeds=embeds.masked_scatter(image[..., None], projected),
+            attention_mask=packed.mask.to(device),
+            position_ids=packed.positions.to(device),
+            use_cache=False,
+        ).last_hidden_state
+        labelled = packed.labels != IGNORE
+        logits = llava.lm_head(hidden[labelled.to(device)]).float()
+        return {"answer": F.cross_entropy(logits, packed.labels[labelled].to(device))}
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -616,7 +731,12 @@ class Log:
 
 
 def optimise(
-    name: str, model: Tower | Language | Localizer, pool: Pool, plan: Plan, work: Path, device: torch.device
+    name: str,
+    model: Tower | Language | Localizer | Compression,
+    pool: Pool,
+    plan: Plan,
+    work: Path,
+    device: torch.device,
 ) -> None:
     """Runs a stage to its end, saving its state every `SAVE_EVERY` steps and starting from the state that it finds."""
     state = work / f"{name}.pt"
@@ -668,6 +788,26 @@ def store_features(tower: Tower, pool: Pool, path: Path, device: torch.device) -
     return np.load(path, mmap_mode="r")
 
 
+@torch.no_grad()
+def store_encodings(tower: Tower, pool: Pool, work: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """States of a pool, as `store_features` has them, and saliency `(scenes, N)`: the penultimate layer's, of CLS."""
+    paths = [work / f"compressor-{name}.npy" for name in ("features", "saliency")]
+    if not paths[1].exists():  # written last
+        features, seen = [], []
+        attention = tower.clip.vision_model.encoder.layers[-2].self_attn
+        hook = attention.register_forward_hook(lambda _, __, out: seen.append(out[1][:, :, 0, 1:].float().mean(1)))
+        with _progress() as bar, torch.autocast(device.type, torch.bfloat16):
+            for at in bar.track(range(0, pool.count, 64), description="encoding scenes"):
+                states, _ = tower.states(normalise(pool.pixels[at : at + 64], device))
+                features.append(states[:, 1:].half().cpu())
+        hook.remove()
+        for path, parts in zip(paths, (features, seen), strict=True):
+            partial = path.with_suffix(".tmp.npy")
+            np.save(partial, torch.cat(parts).cpu().numpy())
+            partial.replace(path)
+    return np.load(paths[0], mmap_mode="r"), np.load(paths[1])
+
+
 def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "model") -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -691,6 +831,12 @@ def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "m
     optimise("language-last", language, pool, LANGUAGE_LAST, work, device)
     language.llava.model.language_model.set_attn_implementation("sdpa")
     built.save(out, language.llava, tower.clip)
+    torch.manual_seed(seed)
+    pool = Pool(work, COMPRESSOR.first_seed, COMPRESSOR.scenes)
+    compression = Compression(language.llava.float(), tower.clip.float()).to(device)
+    compression.features, compression.saliency = store_encodings(tower, pool, work, device)
+    optimise("compressor", compression, pool, COMPRESSOR, work, device)
+    save_compressor(compression.compressor, out)
 
 
 def train_localizer(out: Path, work: Path, tower: Tower, pool: Pool, device: torch.device) -> None:

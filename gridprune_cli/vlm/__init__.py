@@ -6,8 +6,6 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.vlm.checkpoint import Checkpoint, find, find_clip
 
 if TYPE_CHECKING:
-    import torch
-
     from gridprune_cli.store import Store
     from gridprune_cli.vlm.family import Family
 
@@ -29,7 +27,7 @@ FAMILIES = {
 
 def open_model(
     model: str,
-    dtype: "torch.dtype",
+    dtype: str,
     device: str,
     *,
     revision: str | None = None,
@@ -39,9 +37,12 @@ def open_model(
 ) -> "Family":
     """The adapter of a model by name, and its CLIP's. A hub model is fetched where it is not here; nothing is loaded.
 
-    Raises BadInput, naming the flag, for unknown names and families, and GridpruneError where the hub can't be asked.
+    Raises BadInput, naming the flag, for unknown names and families and a device or dtype that can't be used, and
+    GridpruneError where the hub can't be asked.
     """
     from importlib import import_module
+
+    from gridprune_cli.device import place
 
     checkpoint = find(model, revision, flag=flag, store=store)
     if checkpoint.family not in FAMILIES:
@@ -49,7 +50,8 @@ def open_model(
         raise BadInput(f"{flag} {model}: model type {checkpoint.family!r} is not supported (supported: {known})")
     module = import_module(f"gridprune_cli.vlm.{checkpoint.family}")
     kind = getattr(module, FAMILIES[checkpoint.family])
-    return kind(checkpoint.complete(flag), dtype, device, find_clip(checkpoint, clip))
+    placed = place(device, dtype, model, checkpoint.stored)
+    return kind(checkpoint.complete(flag), placed.dtype, placed.device, find_clip(checkpoint, clip), placed.spread)
 
 
 __all__ = ["FAMILIES", "Checkpoint", "find", "open_model"]

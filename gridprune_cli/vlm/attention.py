@@ -1,7 +1,8 @@
 """Attention weights of one layer, without eager attention anywhere.
 
 An attention function registered with transformers computes sdpa as ever, and for a layer that is being watched also
-what pruning wants to know. Models need not be patched, and layers that nobody watches pay nothing.
+what pruning wants to know. Models need not be patched, and layers that nobody watches pay nothing. Towers and language
+models go through it; where a language model has been set to eager attention, its own weights are read.
 """
 
 from collections.abc import Iterator
@@ -28,12 +29,26 @@ def _watched(
         step = max(1, _SCORES // (key.shape[0] * key.shape[1] * key.shape[2]))  # queries
         for start in range(0, queries.shape[2], step):
             part = queries[:, :, start : start + step]
-            scores = (part @ key.transpose(-1, -2) * kwargs["scaling"]).float()
+            # a product of matrices with one row rounds by what else is in the batch; an image's entry must not
+            product = (part * key).sum(-1)[:, :, None] if module.gridprune_cls else part @ key.transpose(-1, -2)
+            scores = (product * kwargs["scaling"]).float()
             if attention_mask is not None:  # true where a query may look
                 scores = scores.masked_fill(~attention_mask[:, :, start : start + part.shape[2]], -torch.inf)
             total += scores.softmax(-1).mean(1).sum(1)
         record.append(total / queries.shape[2])
+    rows: list[Tensor] | None = getattr(module, "gridprune_rows", None)
+    if rows is not None:
+        rows.append(_last_row(query, key, attention_mask, kwargs["scaling"]))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _last_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention of the last query to each key `(B, keys)`, float32, mean over heads; several heads may share a key."""
+    last = query[:, :, -1].unflatten(1, (key.shape[1], -1))
+    scores = (last @ key.transpose(-1, -2) * scaling).float()
+    if mask is not None:  # without one, the last query looks at all keys
+        scores = scores.masked_fill(~mask[:, :, -1:], -torch.inf)
+    return scores.softmax(-1).mean((1, 2))
 
 
 AttentionInterface.register(NAME, _watched)
@@ -53,3 +68,28 @@ def watch(attention: nn.Module, *, cls: bool) -> Iterator[list[Tensor]]:
         yield record
     finally:
         del attention.gridprune_record, attention.gridprune_cls
+
+
+@contextmanager
+def watch_last(attention: nn.Module) -> Iterator[list[Tensor]]:
+    """Records the last query's attention to each key `(B, keys)`, float32, mean over heads, at each call of a module.
+
+    The language model must run with the attention implementation `NAME`, or eager.
+    """
+    rows: list[Tensor] = []
+    if attention.config._attn_implementation == "eager":  # type: ignore[union-attr]
+
+        def read(_module: nn.Module, _args: Any, out: tuple[Tensor, Tensor]) -> None:
+            rows.append(out[1][:, :, -1].float().mean(1))
+
+        handle = attention.register_forward_hook(read)
+        try:
+            yield rows
+        finally:
+            handle.remove()
+    else:
+        attention.gridprune_rows = rows  # type: ignore[assignment]
+        try:
+            yield rows
+        finally:
+            del attention.gridprune_rows

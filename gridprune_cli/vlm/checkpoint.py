@@ -52,6 +52,14 @@ class Checkpoint:
         return self.config.get("vision_config") or {}
 
     @property
+    def stored(self) -> str:
+        """The dtype of its weights, as its config says; older ones call it `torch_dtype`, and some say it per part."""
+        for config in (self.config, self.config.get("text_config") or {}):
+            if found := config.get("dtype") or config.get("torch_dtype"):
+                return found
+        return "float32"
+
+    @property
     def repo(self) -> str:
         """The name of a hub model."""
         return self.name.partition("@")[0]

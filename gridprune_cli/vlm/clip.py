@@ -6,6 +6,7 @@ h_i is the patch's penultimate-layer state, LN_post and W_v CLIP's own image hea
 CLIP applies that head to the CLS token only).
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,8 @@ from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.loading import load_part
 
 # all of the vision tower but its last layer norm
+_TEXTS = 8192  # questions whose vectors are kept
+_BATCH = 64  # and that are read at once
 _WITHOUT = tuple(f"vision_model.{name}" for name in ("embeddings", "pre_layrnorm", "encoder"))
 
 
@@ -28,6 +31,7 @@ class ClipRelevance:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._texts: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, Tensor] | None = None  # states, and their patches in CLIP's space
 
     @cached_property
     def model(self) -> Any:
@@ -47,6 +51,12 @@ class ClipRelevance:
 
         Raises BadInput where the states are no states of this CLIP's tower.
         """
+        if self._last is None or self._last[0] is not states:  # an image is often asked about several times in a row
+            self._last = states, self._patches(states)
+        return (self._last[1] @ self._text(question).T).mean(1).cpu()
+
+    def _patches(self, states: Tensor) -> Tensor:
+        """Unit vectors `(N, D)` of patch states."""
         head = self.model.vision_model.post_layernorm
         if states.shape[1] != len(head.weight):
             raise BadInput(
@@ -54,22 +64,38 @@ class ClipRelevance:
                 f"{states.shape[1]}; name the CLIP that the model's tower was taken from"
             )
         patches = self.model.visual_projection(head(states.to(self.device, self.dtype)))
-        return (normalize(patches.float(), dim=-1) @ self._text(question).T).mean(1).cpu()
+        return normalize(patches.float(), dim=-1)
 
     def _text(self, question: str) -> Tensor:
-        """Unit vectors `(pieces, D)` of a question; kept, since one question is often asked of many images.
+        """Unit vectors `(pieces, D)` of a question; kept, since one question is often asked of many images."""
+        if question not in self._texts:
+            self.read([question])
+        return self._texts[question]
+
+    @torch.inference_mode()
+    def read(self, questions: Iterable[str]) -> None:
+        """Reads questions that will be asked, those of one length together.
 
         A question longer than the text tower takes is read in pieces of its full length; the cosines of the pieces are
         averaged, so no word is dropped.
         """
-        if question not in self._texts:
-            ids = self.tokenizer(question, add_special_tokens=False).input_ids
-            room = self.model.config.text_config.max_position_embeddings - 2
-            first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-            pieces = [
-                torch.tensor([[first, *ids[i : i + room], last]], device=self.device)
-                for i in range(0, max(1, len(ids)), room)
-            ]
-            vectors = torch.cat([self.model.get_text_features(piece).pooler_output for piece in pieces])
-            self._texts[question] = normalize(vectors.float(), dim=-1)
-        return self._texts[question]
+        room = self.model.config.text_config.max_position_embeddings - 2
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        lengths: dict[int, list[tuple[str, list[int]]]] = {}
+        for question in dict.fromkeys(questions):
+            if question not in self._texts:
+                ids = self.tokenizer(question, add_special_tokens=False).input_ids
+                for i in range(0, max(1, len(ids)), room):
+                    piece = [first, *ids[i : i + room], last]
+                    lengths.setdefault(len(piece), []).append((question, piece))
+        vectors: dict[str, list[Tensor]] = {}
+        for pieces in lengths.values():
+            for start in range(0, len(pieces), _BATCH):
+                part = pieces[start : start + _BATCH]
+                ids = torch.tensor([piece for _, piece in part], device=self.device)
+                read = normalize(self.model.get_text_features(ids).pooler_output.float(), dim=-1)
+                for (question, _), vector in zip(part, read, strict=True):
+                    vectors.setdefault(question, []).append(vector)
+        self._texts |= {question: torch.stack(own) for question, own in vectors.items()}
+        for question in list(self._texts)[:-_TEXTS]:
+            del self._texts[question]

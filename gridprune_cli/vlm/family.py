@@ -13,6 +13,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ import torch
 from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from gridprune_cli.errors import BadInput
@@ -30,11 +31,13 @@ from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm.attention import NAME
 from gridprune_cli.vlm.checkpoint import CLIP_TOWER, Checkpoint
 from gridprune_cli.vlm.clip import ClipRelevance
+from gridprune_cli.vlm.compressor import FILE, Compressor, load_compressor
 from gridprune_cli.vlm.fit import fingerprint
 from gridprune_cli.vlm.loading import load_part
 from gridprune_cli.vlm.words import WordRelevance
 
 PARTS = ("tower", "projector", "language")
+_PREPARED = "gridprune_prepared"  # attribute of a picture
 
 
 @dataclass(frozen=True)
@@ -65,22 +68,42 @@ class Family(ABC):
     batched: ClassVar[bool] = False  # whether `generate` takes features as one tensor (1, N, D), not a list of (N, D)
     version: ClassVar[int] = 1  # part of every cache key: raise it when `encode` changes what it gives
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str, clip: Checkpoint | None = None):
-        self.checkpoint, self.dtype, self.device, self.clip = checkpoint, dtype, device, clip
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: str,
+        clip: Checkpoint | None = None,
+        spread: bool = False,
+    ):
+        self.checkpoint, self.dtype, self.device, self.clip, self.spread = checkpoint, dtype, device, clip, spread
         self._loaded: dict[str, Any] = {}
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
     def load(self, *parts: str) -> Any:
-        """A model that holds the first of these parts. Parts are read once, and those asked for together in one go."""
-        missing = [part for part in parts if part not in self._loaded]
-        if missing:
-            without = [path for part in PARTS if part not in missing for path in self.modules[part]]
-            model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, self.device)
-            if "tower" in missing:
-                model.set_attn_implementation({"vision_config": NAME})
-            self._loaded |= dict.fromkeys(missing, model)
+        """A model that holds the first of these parts. Parts are read once, and those asked for together in one go.
+
+        But a language model that is spread over devices is read by itself: the other parts are to lie on one.
+        """
+        missing = {part for part in parts if part not in self._loaded}
+        apart = {"language"} & missing if self.spread else set()
+        for group in (missing - apart, apart):
+            if group:
+                without = [path for part in PARTS if part not in group for path in self.modules[part]]
+                without += self.unread()
+                device = None if group == apart else self.device
+                model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, device)
+                if "tower" in group:
+                    model.set_attn_implementation({"vision_config": NAME})
+                if "language" in group and model.config.get_text_config()._attn_implementation == "sdpa":
+                    model.set_attn_implementation({"text_config": NAME})
+                self._loaded |= dict.fromkeys(group, model)
         return self._loaded[parts[0]]
+
+    def unread(self) -> list[str]:
+        """Dotted paths of what no part needs, such as layers behind the one whose states are stored."""
+        return []
 
     @cached_property
     def processor(self) -> Any:
@@ -105,7 +128,12 @@ class Family(ABC):
     @cached_property
     def relevance(self) -> ClipRelevance | WordRelevance:
         """Gives the relevance `(N,)` of states `(N, C)` to a question."""
-        return ClipRelevance(self.clip, self.dtype, self.device) if self.clip else WordRelevance(self)
+        return ClipRelevance(self.clip, self.dtype, self.device) if self.clip else self.vocabulary
+
+    @cached_property
+    def vocabulary(self) -> WordRelevance:
+        """The language model's words."""
+        return WordRelevance(self)
 
     @property
     def lacks_clip(self) -> bool:
@@ -131,22 +159,42 @@ class Family(ABC):
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
         """Runs the tower on pictures. Loads the tower, and the projector where states are stored projected."""
 
+    def prepare(self, picture: Image) -> None:
+        """Does the processor's work ahead of `encode`, on the CPU. For worker threads, while the tower runs."""
+        with suppress(Exception):  # `encode` meets it again, and knows what to say of it
+            picture.__dict__[_PREPARED] = self._process(picture)  # goes when the picture goes
+
     def process(self, picture: Image) -> tuple[dict[str, Tensor], str]:
         """The processor's model inputs for one picture, on the device, and the placeholder that it becomes."""
-        known = self.processor.tokenizer.init_kwargs
-        settings = self.processor._merge_kwargs(tokenizer_init_kwargs=known, return_tensors="pt")["images_kwargs"]
-        data, (placeholder,) = self.processor._process_images([picture], **settings)
+        data, placeholder = picture.__dict__.pop(_PREPARED, None) or self._process(picture)
         inputs = {}
         for name, value in data.items():
             tensor = torch.as_tensor(value)
             inputs[name] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
         return inputs, placeholder
 
+    def _process(self, picture: Image) -> tuple[dict[str, Any], str]:
+        known = self.processor.tokenizer.init_kwargs
+        settings = self.processor._merge_kwargs(tokenizer_init_kwargs=known, return_tensors="pt")["images_kwargs"]
+        data, (placeholder,) = self.processor._process_images([picture], **settings)
+        return data, placeholder
+
     # ---- pruning -----------------------------------------------------------------------------------------------------
 
     def project(self, states: Tensor) -> Tensor:
         """Rows that the language model receives `(K, D)` for states `(K, C)`, row by row."""
         return states
+
+    def own_rows(self, states: Tensor) -> Tensor:
+        """The rows `(K, D)` of states `(K, C)` that stand where words do."""
+        return self.project(states)
+
+    @cached_property
+    def compressor(self) -> Compressor:
+        """The trained compressor beside the checkpoint. Raises BadInput where there is none."""
+        if not (self.checkpoint.folder / FILE).is_file():
+            raise BadInput(f"--plc trained: {self.checkpoint.name} has no {FILE}; use --plc pool")
+        return load_compressor(self.checkpoint.folder)
 
     def separator(self) -> Tensor:
         """The row `(D,)` of a separator."""
@@ -228,6 +276,21 @@ class Family(ABC):
     def extras(self, ids: Tensor) -> dict[str, Tensor]:
         """What else `generate` needs for prompts `(B, L)`."""
         return {}
+
+    @cached_property
+    def depth(self) -> int:
+        """How many layers the language model has."""
+        config = AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True)
+        return config.get_text_config().num_hidden_layers
+
+    @property
+    def first_inner(self) -> int:
+        """The first layer at whose input visual tokens can leave: one layer must have seen them."""
+        return 1
+
+    def rotary(self, states: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The position embeddings that a layer gets for places `(B, n)` in a text."""
+        return self.load("language").get_submodule(self.words).rotary_emb(states, positions)
 
 
 def _without_video(kind: Any) -> Any:

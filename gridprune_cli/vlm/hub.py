@@ -62,14 +62,10 @@ def _told(name: str, revision: str | None, flag: str) -> Iterator[None]:
     except RevisionNotFoundError as fault:
         raise BadInput(f"{flag} {name}: no branch, tag or commit {revision}; check --revision") from fault
     except LocalEntryNotFoundError as fault:
+        kind, why = GridpruneError, "the hub can't be reached; check the network"
         if constants.HF_HUB_OFFLINE:
-            raise BadInput(
-                f"{flag} {name}: no such folder, and not whole in the hub's cache; HF_HUB_OFFLINE forbids to fetch it"
-            ) from fault
-        raise GridpruneError(
-            f"{flag} {name}: no such folder, not whole in the hub's cache, and the hub can't be reached; "
-            "check the network"
-        ) from fault
+            kind, why = BadInput, "HF_HUB_OFFLINE forbids to fetch it"
+        raise kind(f"{flag} {name}: no such folder, not whole in the hub's cache, and {why}") from fault
     except EntryNotFoundError as fault:
         raise BadInput(f"{flag} {name}: has no config.json on the hub; it is no model for transformers") from fault
     except HFValidationError as fault:

@@ -25,8 +25,7 @@ class Llava(Family):
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
-        pixels = self.processor.image_processor(list(pictures), return_tensors="pt")["pixel_values"]
-        states, saliency = self.see(pixels.to(self.device, self.dtype))
+        states, saliency = self.see(torch.cat([self.process(picture)[0]["pixel_values"] for picture in pictures]))
         side = round(states.shape[1] ** 0.5)
         placeholder = self.processor.image_token * (side * side)
         return [
@@ -40,6 +39,13 @@ class Llava(Family):
             for i, picture in enumerate(pictures)
         ]
 
+    def unread(self) -> list[str]:
+        layers = self.checkpoint.tower.get("num_hidden_layers")
+        layer = self.checkpoint.config.get("vision_feature_layer")
+        if not isinstance(layers, int) or not isinstance(layer, int):  # not said, or several: then all are built
+            return []
+        return [f"model.vision_tower.encoder.layers.{i}" for i in range(layer % (layers + 1), layers)]
+
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Patch states `(B, N, C)` of the layer that the projector reads, and the saliency `(B, N)` of that layer."""
         model = self.load("tower")
@@ -47,8 +53,9 @@ class Llava(Family):
         if not isinstance(layer, int):
             raise BadInput(f"--model {self.checkpoint.name}: features of several layers ({layer}) are not supported")
         cls = model.config.vision_feature_select_strategy == "default"
+        layer %= model.config.vision_config.num_hidden_layers + 1  # layers behind it may be missing
         # hidden_states[i] is what layer i - 1 gave, so the saliency is that of the layer whose output is used
-        attention = tower.encoder.layers[layer if layer < 0 else layer - 1].self_attn
+        attention = tower.encoder.layers[layer - 1].self_attn
         with watch(attention, cls=cls) as record:
             hidden = tower(pixels, output_hidden_states=True).hidden_states[layer]
         first = int(cls)  # CLS is no visual token

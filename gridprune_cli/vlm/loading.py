@@ -14,9 +14,11 @@ from gridprune_cli.errors import GridpruneError
 
 
 def load_part(
-    cls: type[PreTrainedModel], folder: Path, without: Collection[str], dtype: torch.dtype, device: str, **options: Any
+    cls: type[PreTrainedModel], folder: Path, without: Collection[str], dtype: torch.dtype, device: str | None
 ) -> PreTrainedModel:
     """The model of a folder without the sub-modules named by dotted paths, in evaluation mode on the device.
+
+    Without a device, accelerate divides it over all there are: GPUs first, then memory.
 
     transformers builds a model without memory first and reads only the weights that it then finds a place for, so a
     sub-module that is taken out while building costs neither. The subclass keeps the class's name and module, because
@@ -34,6 +36,7 @@ def load_part(
     if "lm_head" in without:
         made["_tied_weights_keys"] = {}  # tied to a module that isn't there
     part: Any = type(cls.__name__, (cls,), made)
+    options = {"device_map": "auto"} if device is None else {}
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # it reports the weights left out, which is the point
     logging.disable_progress_bar()
@@ -54,7 +57,7 @@ def load_part(
             f"{folder}: {len(missing)} weights that {cls.__name__} needs are missing or of another shape "
             f"(first: {missing[0]}); the checkpoint is incomplete, fetch it again"
         )
-    return model.eval().to(device)
+    return model.eval() if device is None else model.eval().to(device)
 
 
 def _take_out(model: nn.Module, path: str) -> None:

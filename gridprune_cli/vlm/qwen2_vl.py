@@ -80,3 +80,7 @@ class Qwen2VL(Family):
             token, seen = end, seen + view.count
         places[:, token:] = torch.arange(len(ids) - token) + place
         return places
+
+    def rotary(self, states: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """All axes count on as in text."""
+        return super().rotary(states, positions[None], layer)

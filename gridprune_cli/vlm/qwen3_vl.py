@@ -5,7 +5,6 @@ deepstack rows side by side, `(N, (1 + levels) * D)`.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.qwen2_vl import Qwen2VL
-from gridprune_cli.vlm.words import WordRelevance
 
 
 class Qwen3VL(Qwen2VL):
@@ -25,25 +23,24 @@ class Qwen3VL(Qwen2VL):
     def _states(self, out: Any) -> Tensor:
         return torch.cat([out.pooler_output[0], *(level[0] for level in out.deepstack_features)], dim=1)
 
+    @property
+    def _levels(self) -> int:
+        return len(self.checkpoint.config["vision_config"]["deepstack_visual_indexes"])
+
     def split(self, states: Tensor) -> tuple[Tensor, ...]:
         """States `(N, (1 + levels) * D)` as the tokens' own rows and those of each level, `(N, D)` each."""
-        levels = len(self.checkpoint.config["vision_config"]["deepstack_visual_indexes"])
-        return states.chunk(1 + levels, dim=1)
+        return states.chunk(1 + self._levels, dim=1)
 
-    @cached_property
-    def relevance(self) -> WordRelevance:
-        return _OwnRows(self)
+    @property
+    def first_inner(self) -> int:
+        """Deepstack rows are added behind the first layers, for every token that was there at the start."""
+        return self._levels
+
+    def own_rows(self, states: Tensor) -> Tensor:
+        """Without the deepstack rows, which never stand where words do."""
+        return self.split(states)[0]
 
     def features(self, batch: Sequence[PrunedSet]) -> Any:
         images = [self.split(pruned.rows.to(self.device, self.dtype)) for pruned in batch]
         rows, *levels = (list(parts) for parts in zip(*images, strict=True))
         return BaseModelOutputWithDeepstackFeatures(pooler_output=rows, deepstack_features=levels)
-
-
-class _OwnRows(WordRelevance):
-    """Relevance of the tokens' own rows; deepstack rows never stand where words do."""
-
-    family: Qwen3VL
-
-    def __call__(self, states: Tensor, question: str) -> Tensor:
-        return super().__call__(self.family.split(states)[0], question)

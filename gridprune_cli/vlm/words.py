@@ -1,4 +1,4 @@
-"""Relevance from the language model's own words, for towers without a text tower.
+"""The language model's own words, and relevance from them, for towers without a text tower.
 
     r_i = mean_t cos( e_t, x_i )
 
@@ -6,6 +6,8 @@ e_t are the language model's embeddings of the question's tokens, x_i the projec
 table is loaded. GridPrune (arXiv 2511.10081) does not say what it does for such models; this is ours.
 """
 
+import re
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +20,31 @@ from gridprune_cli.vlm.loading import load_part
 if TYPE_CHECKING:
     from gridprune_cli.vlm.family import Family
 
+# in English; of other languages every word counts
+_STOP_WORDS = (
+    "a about also am an and any are as at be been being but by can could did do does doing each for from had has have "
+    "having he her here his how I i if in into is it its just may me might more most must my no nor not of on or other "
+    "our please shall she should so some such than that the their them then there these they this those to too us very "
+    "was we were what when where which who whom whose why will with would you your"
+)
+
+
+def keywords(question: str) -> str:
+    """The question without punctuation and English words that carry no content; as it is where nothing else is left.
+
+    But for the first, only small words are such: an A within a question is a letter.
+    """
+    words = re.findall(r"[\w'-]+", question)
+    content = [word for n, word in enumerate(words) if (word if n else word.lower()) not in _STOP_WORDS.split()]
+    return " ".join(content) or question
+
 
 class WordRelevance:
     """The embedding table of a family's language model. Loaded at first use."""
 
     def __init__(self, family: "Family"):
         self.family = family
+        self._last: tuple[Tensor, Tensor] | None = None  # states, and the unit vectors of their rows
 
     @cached_property
     def embedding(self) -> Any:
@@ -40,11 +61,20 @@ class WordRelevance:
         """Loads it now."""
         _ = self.embedding
 
+    def read(self, questions: Iterable[str]) -> None:
+        """Nothing: to look words up takes no time."""
+
+    @torch.inference_mode()
+    def vectors(self, text: str) -> Tensor:
+        """The embeddings `(M, D)` of a text's tokens, on the model's device."""
+        ids = self.family.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        # the table may lie on another device, where the language model is spread over several
+        return self.embedding(ids.to(self.family.device)).to(self.family.device)
+
     @torch.inference_mode()
     def __call__(self, states: Tensor, question: str) -> Tensor:
         """Mean cosines of visual tokens, given as states `(N, C)`, with the question's words: `(N,)` float32, CPU."""
-        family = self.family
-        ids = family.processor.tokenizer(question, add_special_tokens=False, return_tensors="pt").input_ids[0]
-        words = normalize(self.embedding(ids.to(family.device)).float(), dim=-1)
-        tokens = normalize(family.project(states).to(family.device).float(), dim=-1)
-        return (tokens @ words.T).mean(1).cpu()
+        words = normalize(self.vectors(question).float(), dim=-1)
+        if self._last is None or self._last[0] is not states:  # an image is often asked about several times in a row
+            self._last = states, normalize(self.family.own_rows(states).to(self.family.device).float(), dim=-1)
+        return (self._last[1] @ words.T).mean(1).cpu()

@@ -7,6 +7,7 @@ folder back. The models answer nonsense, but always the same nonsense.
 import json
 from importlib import import_module
 from pathlib import Path
+from string import ascii_letters, digits
 from typing import Any
 
 import torch
@@ -30,11 +31,16 @@ CHATML = (
 
 def make(family: str, folder: Path) -> Path:
     """The tiny checkpoint of a family, in a folder."""
-    return import_module(f"tiny_families.{family}").make(folder)
+    with torch.random.fork_rng():  # a few one-dimensional weights begin at random
+        torch.manual_seed(0)
+        return import_module(f"tiny_families.{family}").make(folder)
 
 
 def wake(model: torch.nn.Module, seed: int = 0, embeddings: float = 1.0) -> None:
-    """Weights large enough that answers depend on every input."""
+    """Weights large enough that answers depend on every input.
+
+    Tied to large embeddings, a model would only say its last word again.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         spread = parameter[0].numel() ** -0.5 if parameter.dim() >= 2 else 0.1
@@ -68,9 +74,17 @@ def tokenizer(special: list[str], **named: str) -> PreTrainedTokenizerFast:
     )
 
 
+def spell(model: Any, words: PreTrainedTokenizerFast) -> None:
+    """Makes answers of full length in single letters and digits alone: their text says which tokens they are."""
+    shown = {words.get_vocab().get(letter) for letter in ascii_letters + digits}
+    size = model.config.get_text_config().vocab_size
+    model.generation_config.suppress_tokens = [token for token in range(size) if token not in shown]
+    model.generation_config.eos_token_id = None
+
+
 def save(folder: Path, model: Any, processor: Any, chat: str | None = None) -> Path:
     """Writes a checkpoint and the parts of its processor; some processors can't save themselves without torchvision."""
-    model.generation_config.eos_token_id = None  # answers of full length show more
+    spell(model, processor.tokenizer)
     model.generation_config.pad_token_id = PAD
     model.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)

@@ -22,6 +22,8 @@ def make(folder: Path, seed: int = 0) -> Path:
     vision = {"num_hidden_layers": 3, "image_size": 112, "patch_size": 14, "vision_use_head": False}
     gemma = small | {"hidden_size": 48, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 16}
     gemma |= {"query_pre_attn_scalar": 16, "sliding_window_pattern": 2, "sliding_window": 512}  # longer than any prompt
+    rope = {"rope_type": "default", "rope_theta": 10.0}  # so small that the places of few tokens matter
+    gemma |= {"rope_parameters": {"full_attention": rope, "sliding_attention": rope}}
     special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     model = Gemma3ForConditionalGeneration(
         Gemma3Config(
@@ -33,7 +35,7 @@ def make(folder: Path, seed: int = 0) -> Path:
             image_token_index=image,
         )
     )
-    wake(model, seed, embeddings=0.2)
+    wake(model, seed, embeddings=0.04)
     images = Gemma3ImageProcessor(size={"height": 112, "width": 112})
     chat = "{{ bos_token }}" + CHATML.replace("IMAGE", named["boi_token"])
     return save(folder, model, Gemma3Processor(images, words, image_seq_length=16), chat)

@@ -29,7 +29,7 @@ def make(folder: Path, layer: int = -1) -> Path:
             vision_feature_layer=layer,
         )
     )
-    wake(model)
+    wake(model, embeddings=0.03)
     images = GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1, max_patches=6)
     processor = _without_video(InternVLProcessor)(
         image_processor=images, tokenizer=words, video_processor=None, image_seq_length=4

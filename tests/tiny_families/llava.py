@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditionalGeneration
 
 from gridprune_cli.scenes import model as built
-from tiny_families import wake
+from tiny_families import spell, wake
 
 
 def make(folder: Path, seed: int = 0) -> Path:
@@ -28,7 +28,7 @@ def make(folder: Path, seed: int = 0) -> Path:
     wake(clip, seed)
     wake(llava, seed + 1)
     llava.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
-    llava.generation_config.eos_token_id = None  # answers of full length show more
+    spell(llava, built.make_tokenizer(close=False))
     llava.save_pretrained(folder)
     clip.save_pretrained(folder / "clip")
     processor = built.make_processor()

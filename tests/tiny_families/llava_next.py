@@ -34,7 +34,7 @@ def make(folder: Path) -> Path:
         )
     )
     wake(clip)
-    wake(model, 1)
+    wake(model, 1, embeddings=0.1)
     model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
     clip.save_pretrained(folder / "clip")
     words.save_pretrained(folder / "clip")

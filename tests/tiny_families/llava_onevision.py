@@ -34,7 +34,7 @@ def make(folder: Path) -> Path:
             vision_aspect_ratio="anyres_max_2",
         )
     )
-    wake(model)
+    wake(model, embeddings=0.3)
     images = LlavaOnevisionImageProcessor(size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS)
     processor = _without_video(LlavaOnevisionProcessor)(
         image_processor=images,

@@ -19,6 +19,7 @@ def make(folder: Path, seed: int = 0) -> Path:
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     vision = {"num_hidden_layers": 3, "image_size": 56, "patch_size": 14, "vision_use_head": False}
     gemma = small | {"hidden_size": 48, "num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 16}
+    gemma |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}  # the places of few tokens matter
     special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     model = PaliGemmaForConditionalGeneration(
         PaliGemmaConfig(
@@ -30,7 +31,7 @@ def make(folder: Path, seed: int = 0) -> Path:
             image_token_index=words.convert_tokens_to_ids("<image>"),
         )
     )
-    wake(model, seed, embeddings=0.2)
+    wake(model, seed, embeddings=0.04)
     images = SiglipImageProcessor(size={"height": 56, "width": 56})
     images.image_seq_length = 16
     return save(folder, model, PaliGemmaProcessor(images, words))

@@ -14,5 +14,4 @@ def make(folder: Path) -> Path:
     vision = VISION | {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "patch_size": 16}
     vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]}
     text = TEXT | {"head_dim": 16, "rope_parameters": ROPE}
-    # tied to larger ones, it would only say the last word again
     return write(folder, kinds, vision, text, embeddings=0.03, tie_word_embeddings=True)

@@ -15,7 +15,7 @@ def make(folder: Path) -> Path:
     model = SmolVLMForConditionalGeneration(
         SmolVLMConfig(**settings(words, patch=7, factor=4), tie_word_embeddings=True)
     )
-    wake(model)
+    wake(model, embeddings=0.03)
     images = SmolVLMImageProcessor(**SIZES)
     processor = _without_video(SmolVLM.processor_class)(images, words, None, image_seq_len=4)
     return save(folder, model, processor, CHAT.replace("IMAGE", "<image>"))

@@ -4,27 +4,55 @@ from dataclasses import fields
 from typing import Any
 
 from gridprune_cli.pruning.methods.base import Method
+from gridprune_cli.pruning.methods.cdpruner import CDPruner
+from gridprune_cli.pruning.methods.divprune import DivPrune
+from gridprune_cli.pruning.methods.fastervlm import FasterVLM
+from gridprune_cli.pruning.methods.fastv import FastV
 from gridprune_cli.pruning.methods.gridprune import GridPrune
+from gridprune_cli.pruning.methods.hired import HiRED
+from gridprune_cli.pruning.methods.holov import HoloV
+from gridprune_cli.pruning.methods.mmtok import MMTok
+from gridprune_cli.pruning.methods.pyramiddrop import PyramidDrop
 from gridprune_cli.pruning.methods.random import Random
-from gridprune_cli.pruning.methods.topk import TopK
+from gridprune_cli.pruning.methods.scope import Scope
 from gridprune_cli.pruning.methods.topk_relevance import TopKRelevance
+from gridprune_cli.pruning.methods.trim import Trim
 from gridprune_cli.pruning.methods.uniform import Uniform
+from gridprune_cli.pruning.methods.visionzip import VisionZip
+from gridprune_cli.pruning.methods.vispruner import VisPruner
 
 METHODS: dict[str, type[Method]] = {
     GridPrune.name: GridPrune,
-    TopK.name: TopK,
     TopKRelevance.name: TopKRelevance,
+    FasterVLM.name: FasterVLM,
+    VisionZip.name: VisionZip,
+    VisPruner.name: VisPruner,
+    DivPrune.name: DivPrune,
+    Scope.name: Scope,
+    HoloV.name: HoloV,
+    CDPruner.name: CDPruner,
+    MMTok.name: MMTok,
+    Trim.name: Trim,
+    HiRED.name: HiRED,
     Uniform.name: Uniform,
     Random.name: Random,
+    FastV.name: FastV,
+    PyramidDrop.name: PyramidDrop,
 }
 
 
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
 def make(name: str, **options: Any) -> Method:
-    """A method by name. Raises ValueError for an unknown name or option, and for a value out of its range."""
+    """A method by name. Raises ValueError for an unknown name or option, and for a value of no use to it."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    known = [field.name for field in fields(METHODS[name])]
-    for option in options:
+    known = {field.name: type(field.default) for field in fields(METHODS[name])}
+    for option, value in options.items():
         if option not in known:
             raise ValueError(f"method {name} has no option {option!r}; its options: {', '.join(known) or 'none'}")
+        kinds = (int, float) if known[option] is float else known[option]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and known[option] is not bool):
+            raise ValueError(f"{option} must be {_KINDS[known[option]]}, not {value!r}")
     return METHODS[name](**options)

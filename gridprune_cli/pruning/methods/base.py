@@ -1,6 +1,7 @@
 """What every pruning method is: options, the signals it needs, and a rule that picks tokens."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,14 +9,19 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.signals import Signals
+from gridprune_cli.pruning.stages import Stage
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A method's options. `requires` names the signals that it looks at."""
+    """A method's options. `requires` names the signals that it looks at.
+
+    one_picture  whether it splits the budget of a single picture, so that several can't share one
+    """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
+    one_picture: ClassVar[bool] = False
 
     def select(self, signals: Signals, k: int) -> Tensor:
         """Kept: sorted unique indices, (k,) int64 on the CPU. All tokens where k is N, whatever the signals.
@@ -32,10 +38,53 @@ class Method(ABC):
     def _pick(self, signals: Signals, k: int) -> Tensor:
         """`select` for 1 <= k < N."""
 
+    def merge(self, signals: Signals, kept: Tensor) -> Tensor | None:
+        """What `select` gave as kept (K,) is made of: sparse weights (K, N) of the tokens' states, float32 on the CPU.
+
+        None where every kept token is itself alone.
+        """
+        return None if len(kept) == signals.count else self._merge(signals, kept)
+
+    def _merge(self, signals: Signals, kept: Tensor) -> Tensor | None:
+        """`merge` for K < N."""
+        return None
+
+    def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
+        """What leaves inside the language model, for `InnerMethod`: nothing here."""
+        return ()
+
+
+@dataclass(frozen=True)
+class InnerMethod(Method):
+    """A method that gives the language model all tokens, and drops them inside of it."""
+
+    def _pick(self, signals: Signals, k: int) -> Tensor:
+        """All of them."""
+        return torch.arange(signals.count)
+
+    @abstractmethod
+    def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
+        """The stages, in the order of their layers, for images of `counts` tokens, N each, and `budgets`, K each.
+
+        Tokens can leave at `layers`, which ends with the model's last one.
+        """
+
 
 def values(signals: Signals, name: str) -> Tensor:
     """A signal, (N,) float64 on the CPU: what is kept must not depend on the dtype's rounding or the device."""
     return signals.need(name).cpu().double()
+
+
+def signed_relevance(signals: Signals, sign: int) -> Tensor:
+    """Relevance times its sign, (N,) float64. Sign 0 stands for -1 with CLIP's relevance and 1 with that of words."""
+    return values(signals, "relevance") * (sign or (1 if signals.by_words else -1))
+
+
+def weights(kept: Tensor, own: Tensor, rest: Tensor, into: Tensor, share: Tensor, count: int) -> Tensor:
+    """Sparse weights (K, N): `own` (K,) of the kept tokens, and `share` (R,) of `rest` (R,) in places `into` (R,)."""
+    places = torch.stack([torch.cat([torch.arange(len(kept)), into]), torch.cat([kept, rest])])
+    shares = torch.cat([own, share]).float()
+    return torch.sparse_coo_tensor(places, shares, (len(kept), count), check_invariants=False).coalesce()
 
 
 def check_sign(sign: int) -> None:

@@ -1,4 +1,4 @@
-"""Top K by saliency: FasterVLM (arXiv 2412.01818), where saliency is the attention of CLS."""
+"""FasterVLM (arXiv 2412.01818): the top K by saliency, where saliency is the attention of CLS."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,10 +11,13 @@ from gridprune_cli.pruning.signals import Signals
 
 
 @dataclass(frozen=True)
-class TopK(Method):
-    """The K tokens of the highest saliency; the question has no say."""
+class FasterVLM(Method):
+    """The K tokens of the highest saliency; the question has no say.
 
-    name: ClassVar[str] = "topk"
+    Departure: the tokens of all views compete for one K; the published code gives each tile the same.
+    """
+
+    name: ClassVar[str] = "fastervlm"
     requires: ClassVar[frozenset[str]] = frozenset({"saliency"})
 
     def _pick(self, signals: Signals, k: int) -> Tensor:

@@ -1,0 +1,257 @@
+"""Full against pruned: one question answered from all visual tokens and from the kept ones, in turn, both measured."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median_low
+from typing import Any
+
+import numpy as np
+import torch
+
+from gridprune_cli.cost import Decoder, kv_bytes, prefill_flops
+from gridprune_cli.errors import BadInput
+from gridprune_cli.generation import generate
+from gridprune_cli.images import Picture
+from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pruning.methods import make
+from gridprune_cli.scenes.scene import SAMPLES, SIZE, draw, make_scene
+from gridprune_cli.tokens import EncodedImage
+from gridprune_cli.vlm.checkpoint import EMBEDDED
+
+_SIDE = 672  # pixels; LLaVA-NeXT makes its full number of tiles of it
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of what was measured several times."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two ways to answer. Times are milliseconds.
+
+    decode         per token after the first
+    answer         select, prefill and decode together
+    tokens         visual tokens
+    prompt         tokens of the whole prompt
+    kv_bytes       of the prompt, by formula
+    prefill_flops  by formula
+    peak_bytes     most memory held while answering, weights among it; None where the system does not tell
+    """
+
+    tokens: int
+    prompt: int
+    select: Spread
+    prefill: Spread
+    decode: Spread
+    answer: Spread
+    kv_bytes: int
+    prefill_flops: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `measure` found. Ratios are full over pruned, of answers that were measured one after the other.
+
+    load        milliseconds to read all of the model; None where it was in memory already, as random weights are
+    encode      milliseconds for the picture, which is done once however many questions there are
+    selecting   the pruned answer's `select` as a share of its `prefill`
+    achieved    measured ratio of the prefills over that of their operations: 1 where time goes with operations
+    """
+
+    load: float | None
+    encode: Spread
+    encode_peak_bytes: int | None
+    full: Side
+    pruned: Side
+    prefill: Spread
+    decode: Spread
+    answer: Spread
+    selecting: Spread
+
+    @property
+    def flops(self) -> float:
+        return self.full.prefill_flops / self.pruned.prefill_flops
+
+    @property
+    def achieved(self) -> float:
+        return self.prefill.median / self.flops
+
+    def to_json(self) -> dict[str, Any]:
+        """Times end in `_ms`."""
+
+        def side(one: Side) -> dict[str, Any]:
+            times = {f"{name}_ms": asdict(getattr(one, name)) for name in ("select", "prefill", "decode", "answer")}
+            return {name: value for name, value in asdict(one).items() if f"{name}_ms" not in times} | times
+
+        return {
+            "load_ms": self.load,
+            "encode_ms": asdict(self.encode),
+            "encode_peak_bytes": self.encode_peak_bytes,
+            "full": side(self.full),
+            "pruned": side(self.pruned),
+            "ratio": {
+                **{name: asdict(getattr(self, name)) for name in ("prefill", "decode", "answer")},
+                "flops": self.flops,
+                "kv": self.full.kv_bytes / self.pruned.kv_bytes,
+            },
+            "achieved": self.achieved,
+            "selecting": asdict(self.selecting),
+        }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One answer: visual tokens, tokens of its prompt, milliseconds, bytes."""
+
+    tokens: int
+    prompt: int
+    select: float
+    prefill: float
+    decode: float  # of all tokens after the first
+    peak: int | None
+
+    @property
+    def answer(self) -> float:
+        return self.select + self.prefill + self.decode
+
+
+def measure(
+    pipeline: Pipeline,
+    picture: Picture,
+    question: str,
+    pruning: Pruning,
+    *,
+    repeat: int,
+    new_tokens: int,
+    step: Callable[[], None] = lambda: None,
+) -> Report:
+    """Encodes a picture and answers from all of its tokens and from the kept ones, `repeat` times each.
+
+    Full and pruned take turns, and so does which of them is first; a first round of everything is not counted, since
+    much is set up in it. `new_tokens` are generated, whatever the model wants to stop at. Each time relevance is
+    measured against a text that was not seen before, since what a text tower makes of a question is kept. The full
+    answer has no relevance to compute. `step` is called after each encoding and answer, 3 * (repeat + 1) times.
+
+    Raises BadInput where `repeat` is below 1 or `new_tokens` below 2, and what `Pipeline` raises.
+    """
+    if repeat < 1 or new_tokens < 2:
+        raise BadInput("--repeat must be at least 1, and --new-tokens 2: the first token is part of the prefill")
+    family = pipeline.family
+    held = {"tower", "projector", "language"} <= family._loaded.keys()
+    start = time.perf_counter()
+    family.load("tower", "projector", "language")
+    if "relevance" in pruning.method.requires:
+        family.relevance.load()
+    load = None if held else _since(start)
+
+    encodes, peaks = [], []
+    for _ in range(repeat + 1):
+        _reset_peak(family.device)
+        start = time.perf_counter()
+        (image,) = pipeline.encode([picture])
+        encodes.append(_since(start))
+        peaks.append(_peak(family.device))
+        step()
+
+    whole = Pruning(keep=1.0, method=make("uniform"), positions=pruning.positions)
+    rounds = []
+    for turn in range(repeat + 1):
+        fresh = replace(pruning, query=f"{pruning.query or question} {turn}")
+        ways = (("full", whole), ("pruned", fresh))
+        runs = {}
+        for name, kept in ways if turn % 2 else reversed(ways):
+            runs[name] = _answer(pipeline, image, question, kept, new_tokens)
+            step()
+        rounds.append(runs)
+    full, pruned = ([runs[name] for runs in rounds[1:]] for name in ("full", "pruned"))
+    decoder = Decoder.of(family.load("language").config)
+
+    def side(runs: Sequence[_Run]) -> Side:
+        prompt = median_low(run.prompt for run in runs)  # separators come and go with the tokens of their row
+        layers = [prompt] * decoder.layers
+        return Side(
+            tokens=runs[0].tokens,
+            prompt=prompt,
+            select=Spread.of([run.select for run in runs]),
+            prefill=Spread.of([run.prefill for run in runs]),
+            decode=Spread.of([run.decode / (new_tokens - 1) for run in runs]),
+            answer=Spread.of([run.answer for run in runs]),
+            kv_bytes=kv_bytes(decoder, layers, family.dtype.itemsize),
+            prefill_flops=prefill_flops(decoder, layers),
+            peak_bytes=_largest([run.peak for run in runs]),
+        )
+
+    def ratio(of: Callable[[_Run], float]) -> Spread:
+        return Spread.of([of(a) / of(b) for a, b in zip(full, pruned, strict=True)])
+
+    return Report(
+        load=load,
+        encode=Spread.of(encodes[1:]),
+        encode_peak_bytes=_largest(peaks[1:]),
+        full=side(full),
+        pruned=side(pruned),
+        prefill=ratio(lambda run: run.prefill),
+        decode=ratio(lambda run: run.decode),
+        answer=ratio(lambda run: run.answer),
+        selecting=Spread.of([run.select / run.prefill for run in pruned]),
+    )
+
+
+def made_picture(model: str) -> Picture:
+    """A picture to measure with: a scene, as it is for the embedded model, else enlarged to 672 x 672 pixels."""
+    side = SIZE if model == EMBEDDED else _SIDE
+    image = draw(make_scene(SAMPLES))[0].resize((side, side))
+    return Picture(image, hashlib.sha256(image.tobytes()).hexdigest(), f"a scene of {side} x {side} pixels")
+
+
+def _answer(pipeline: Pipeline, image: EncodedImage, question: str, pruning: Pruning, new_tokens: int) -> _Run:
+    device = pipeline.family.device
+    _reset_peak(device)
+    start = time.perf_counter()
+    pruned = pipeline.prune(image, question, pruning)
+    select = _since(start)
+    (made,) = generate(pipeline.family, [pruned], new_tokens, min_new_tokens=new_tokens)
+    return _Run(len(pruned.kept), len(pruned.input_ids), select, made.prefill, made.decode, _peak(device))
+
+
+def _since(start: float) -> float:
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _largest(peaks: Sequence[int | None]) -> int | None:
+    known = [peak for peak in peaks if peak is not None]
+    return max(known) if known else None
+
+
+def _reset_peak(device: str) -> None:
+    """Has `_peak` begin anew. On a CPU, Linux does it for the whole process."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        _CLEAR.write_text("5")  # proc(5): the peak of resident memory becomes what it is now
+
+
+def _peak(device: str) -> int | None:
+    """Most bytes held since `_reset_peak`: of tensors on a GPU, else resident; None where the system doesn't tell."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    if not _CLEAR.exists():
+        return None
+    status = _CLEAR.with_name("status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))

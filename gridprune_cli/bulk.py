@@ -1,0 +1,410 @@
+"""Many images and many questions through one pipeline, as fast as its tower and its language model alone allow.
+
+Worker threads read and decode images while the tower runs, and one thread writes behind it. Questions are answered in
+left-padded batches of like length, which gives the answers of one question at a time. Of many millions, only as many
+are held as are being worked on.
+"""
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
+from typing import Any, TypeVar
+
+import torch
+
+from gridprune_cli.errors import GridpruneError
+from gridprune_cli.generation import generate
+from gridprune_cli.images import Picture, Source, identify, load_image
+from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.tokens import EncodedImage, PrunedSet
+
+_MOST_PIXELS = 100_000_000  # held decoded at once; about 300 MB
+_MOST_BYTES = 1 << 29  # of rows of pruned sets that wait for their turn
+_GROUP = 4  # batches of questions among which those of like length are put together
+_WORKERS = 16  # threads at most; more would wait for one another
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question about one picture or several."""
+
+    sources: tuple[Source, ...]
+    question: str
+    pruning: Pruning
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What came of an `Ask`: its pruned set, whether no image of it went through the tower, and notes on its images.
+
+    A note is the image's name, and what a user should know of it.
+    """
+
+    pruned: PrunedSet
+    hit: bool
+    notes: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to an `Ask`, with what `PrunedSet.to_json` says of it; the tensors are gone."""
+
+    text: str
+    record: dict[str, Any]
+    hit: bool
+    notes: tuple[tuple[str, str], ...]
+
+
+class Batches:
+    """Work in batches whose size is halved where memory runs out. What was done stays done.
+
+    `what` names the items in the notice.
+    """
+
+    def __init__(self, size: int, what: str, notice: Callable[[str], None]):
+        self.size, self.what, self.notice = size, what, notice
+
+    def run(self, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> Iterator[R | GridpruneError]:
+        """A result, or a fault, for each item in turn. An item is at fault where `work` fails for it alone."""
+        start = 0
+        while start < len(items):
+            part = items[start : start + self.size]
+            try:
+                made: list[R | GridpruneError] = list(work(part))
+            except Exception as fault:
+                if len(part) == 1:
+                    made = [_told(fault)]
+                elif _lacks_memory(fault):
+                    self.size = len(part) // 2
+                    self.notice(f"memory ran out with {len(part)} {self.what} at once; going on with {self.size}")
+                    continue
+                else:  # one of them is at fault: find out which
+                    made = [result for one in part for result in self.run([one], work)]
+            yield from made
+            start += len(part)
+
+
+class Bulk:
+    """Encodes, prunes and answers in bulk. Batches start at `images` pictures and `questions` questions.
+
+    `notice` is called with a line for the user.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        images: int = 16,
+        questions: int = 32,
+        notice: Callable[[str], None] = warnings.warn,
+    ):
+        self.pipeline = pipeline
+        self._images = Batches(images, "images", notice)
+        self._questions = Batches(questions, "questions", notice)
+        self._loading = Lock()  # not while generating: transformers sets torch's dtype for the whole process meanwhile
+        self._seeing = False  # whether the tower is loaded
+
+    # ---- encode ------------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, sources: Iterable[Source], *, refresh: bool = False
+    ) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
+        """Encodes pictures into the cache: (name, what came of it, whether the tower was spared), in turn.
+
+        What is given was written before, where the cache can be written. A picture that can't be read or encoded gives
+        its fault in place of an encoded image, and the rest goes on.
+        """
+        _ = self.pipeline.family.encoder  # made before the threads ask for it
+        with ExitStack() as stack:
+            readers, writer = ThreadPoolExecutor(_workers()), ThreadPoolExecutor(1)
+            stack.callback(writer.shutdown)  # what is on its way to the disk gets there
+            stack.callback(readers.shutdown, cancel_futures=True)
+            latest: dict[str, EncodedImage] = {}  # by sha256: the same file again, read before it was written
+            waiting: list[_Read] = []
+            done: list[_Done] = []
+            for read in _ahead(readers, partial(self._read, refresh=refresh), sources, 2 * self._images.size):
+                waiting.append(read)
+                pictures = [r.found for r in waiting if isinstance(r.found, Picture)]
+                room = sum(map(_pixels, pictures)) <= _MOST_PIXELS and len(waiting) < 4 * self._images.size
+                if not pictures or len(pictures) >= self._images.size or not room:
+                    now = self._see(waiting, latest, writer)
+                    yield from _written(done)  # while the tower ran
+                    done, waiting = now, []
+            now = self._see(waiting, latest, writer)
+            yield from _written(done + now)
+
+    def _read(self, source: Source, refresh: bool) -> "_Read":
+        """An encoded image from the cache, else a decoded picture, prepared for the tower. Runs in worker threads."""
+        name = "-" if isinstance(source, bytes) else str(source)
+        try:
+            sha256, name, data = identify(source)
+            if not refresh and (hit := self.pipeline.look_up(sha256, name)):
+                return _Read(name, hit)
+            picture = load_image(data, name)
+        except Exception as fault:
+            return _Read(name, _named(name, _told(fault)))
+        self.pipeline.family.prepare(picture.image)
+        return _Read(name, picture)
+
+    def _see(
+        self, reads: Sequence["_Read"], latest: dict[str, EncodedImage], writer: ThreadPoolExecutor
+    ) -> list["_Done"]:
+        """Runs the tower on the pictures among `reads`, each once, and hands what it gives to the writer."""
+        pictures = {read.found.sha256: read.found for read in reads if isinstance(read.found, Picture)}
+        new = [picture for sha256, picture in pictures.items() if sha256 not in latest]
+        if new and not self._seeing:
+            with self._loading:
+                self.pipeline.family.load("tower")  # what fails here would fail for every picture
+            self._seeing = True
+        results: dict[str, EncodedImage | GridpruneError] = dict(latest)
+        writes = {}
+        for picture, result in zip(new, self._images.run(new, self.pipeline.see), strict=True):
+            results[picture.sha256] = result
+            if isinstance(result, EncodedImage):
+                latest[picture.sha256] = result
+                writes[picture.sha256] = writer.submit(self.pipeline.keep, result)
+        for sha256 in list(latest)[: -3 * self._images.size]:
+            del latest[sha256]
+        done = []
+        for read in reads:
+            if isinstance(read.found, Picture):
+                write = writes.pop(read.found.sha256, None)  # the first of equal files is the one that was encoded
+                done.append(_Done(read.name, results[read.found.sha256], write is None, write))
+            else:
+                done.append(_Done(read.name, read.found, True))
+        return done
+
+    # ---- prune -------------------------------------------------------------------------------------------------------
+
+    def prune(
+        self, asks: Sequence[Ask], *, system: str | None = None, template: str | None = None
+    ) -> Iterator[tuple[int, Pruned | GridpruneError]]:
+        """Prunes for every question, image by image: index of the question, and what came of it. In no order.
+
+        An image that several questions are about is read once. One that fails fails its questions.
+        """
+        queries = [ask.pruning.query or ask.question for ask in asks if ask.pruning.needs_relevance]
+        if queries:
+            self.pipeline.family.relevance.load()  # what fails here would fail for every question
+            with suppress(Exception):  # a question that can't be read is told when its turn comes
+                self.pipeline.family.relevance.read(queries)
+        users: dict[Source, list[int]] = {}
+        for index, ask in enumerate(asks):
+            for source in dict.fromkeys(ask.sources):
+                users.setdefault(source, []).append(index)
+        left = {source: len(indices) for source, indices in users.items()}
+        found: dict[Source, tuple[EncodedImage | GridpruneError, bool]] = {}
+        for source, (_, result, hit) in zip(users, self.encode(users), strict=True):
+            found[source] = result, hit
+            for index in users[source]:
+                ask = asks[index]
+                if not all(other in found for other in ask.sources):
+                    continue
+                yield index, self._prune(ask, [found[other] for other in ask.sources], system, template)
+                for other in dict.fromkeys(ask.sources):
+                    found[other] = found[other][0], True
+                    left[other] -= 1
+                    if not left[other]:
+                        del found[other]
+
+    def _prune(
+        self,
+        ask: Ask,
+        images: Sequence[tuple[EncodedImage | GridpruneError, bool]],
+        system: str | None,
+        template: str | None,
+    ) -> Pruned | GridpruneError:
+        encoded = []
+        for image, _ in images:
+            if isinstance(image, GridpruneError):
+                return image
+            encoded.append(image)
+        try:
+            with self._loading:
+                localized = self.pipeline.localize(list(ask.sources), ask.question, ask.pruning)
+            pruned = self.pipeline.prune(
+                encoded, ask.question, ask.pruning, system=system, template=template, localized=localized
+            )
+        except Exception as fault:
+            return _told(fault)
+        notes = tuple(dict.fromkeys((image.name, note) for image in encoded for note in image.notes))
+        return Pruned(pruned, all(hit for _, hit in images), notes)
+
+    # ---- generate ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, sets: Sequence[PrunedSet], *, max_new_tokens: int = 128, **options: Any
+    ) -> Iterator[tuple[int, str | GridpruneError]]:
+        """Answers from pruned sets, those of like length together: index of the set, and its answer. In no order."""
+        self.pipeline.family.load("language")  # what fails here would fail for every set
+        order = sorted(range(len(sets)), key=lambda index: len(sets[index].input_ids))
+        yield from zip(order, self._texts([sets[index] for index in order], max_new_tokens, options), strict=True)
+
+    def _texts(
+        self, sets: Sequence[PrunedSet], max_new_tokens: int, options: dict[str, Any]
+    ) -> Iterator[str | GridpruneError]:
+        def work(batch: Sequence[PrunedSet]) -> list[str]:
+            with self._loading:
+                return [made.text for made in generate(self.pipeline.family, batch, max_new_tokens, **options)]
+
+        return self._questions.run(sets, work)
+
+    def answer(
+        self,
+        asks: Sequence[Ask],
+        *,
+        system: str | None = None,
+        template: str | None = None,
+        max_new_tokens: int = 128,
+        **options: Any,
+    ) -> Iterator[Reply | GridpruneError]:
+        """Encodes, prunes and generates: the answer to every question, or its fault, in turn.
+
+        `options` go to transformers' `generate`.
+        """
+        if asks:
+            self.pipeline.family.load("projector", "language")
+        return in_order(self._answer(asks, system, template, max_new_tokens, options))
+
+    def _answer(
+        self,
+        asks: Sequence[Ask],
+        system: str | None,
+        template: str | None,
+        max_new_tokens: int,
+        options: dict[str, Any],
+    ) -> Iterator[tuple[int, Reply | GridpruneError]]:
+        with ExitStack() as stack:
+            worker = ThreadPoolExecutor(1)  # generates while this thread prunes
+            stack.callback(worker.shutdown, cancel_futures=True)
+            flying: deque[tuple[list[tuple[int, Pruned]], Future[list[str | GridpruneError]]]] = deque()
+            waiting: list[tuple[int, Pruned]] = []
+
+            def texts(sets: Sequence[PrunedSet]) -> list[str | GridpruneError]:
+                return list(self._texts(sets, max_new_tokens, options))
+
+            def send() -> None:
+                waiting.sort(key=lambda own: len(own[1].pruned.input_ids))
+                size = self._questions.size
+                for start in range(0, len(waiting), size):
+                    batch = waiting[start : start + size]
+                    flying.append((batch, worker.submit(texts, [made.pruned for _, made in batch])))
+                waiting.clear()
+
+            def receive() -> Iterator[tuple[int, Reply | GridpruneError]]:
+                batch, future = flying.popleft()
+                for (index, made), text in zip(batch, future.result(), strict=True):
+                    if isinstance(text, GridpruneError):
+                        yield index, text
+                    else:
+                        yield index, Reply(text, made.pruned.to_json(), made.hit, made.notes)
+
+            for index, pruned in self.prune(asks, system=system, template=template):
+                if isinstance(pruned, GridpruneError):
+                    yield index, pruned
+                    continue
+                waiting.append((index, pruned))
+                held = sum(made.pruned.rows.nbytes for _, made in waiting)
+                if len(waiting) >= _GROUP * self._questions.size or held > _MOST_BYTES:
+                    send()
+                while flying and (len(flying) > _GROUP or flying[0][1].done()):
+                    yield from receive()
+            send()
+            while flying:
+                yield from receive()
+
+
+def in_order(pairs: Iterable[tuple[int, T]]) -> Iterator[T]:
+    """Values with indices from 0, in any order: the values in turn, each as soon as those before it are there."""
+    waiting: dict[int, T] = {}
+    following = 0
+    for index, value in pairs:
+        waiting[index] = value
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A source that was read: its name, and what was found."""
+
+    name: str
+    found: EncodedImage | Picture | GridpruneError
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A source that is done with, but perhaps for its write."""
+
+    name: str
+    result: EncodedImage | GridpruneError
+    hit: bool
+    write: "Future[None] | None" = None
+
+
+def _written(done: Iterable[_Done]) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
+    for one in done:
+        if one.write is not None:
+            one.write.result()
+        if isinstance(one.result, EncodedImage):
+            yield one.name, replace(one.result, name=one.name), one.hit
+        else:
+            yield one.name, _named(one.name, one.result), False
+
+
+def _ahead(
+    threads: ThreadPoolExecutor, work: Callable[[Source], _Read], sources: Iterable[Source], most: int
+) -> Iterator[_Read]:
+    """What `work` makes of sources, in turn, up to `most` of them ahead; fewer where pictures are large."""
+    rest = iter(sources)
+    flying: deque[Future[_Read]] = deque()
+    while True:
+        held = sum(_pixels(future.result().found) for future in flying if future.done())
+        while len(flying) < most and held <= _MOST_PIXELS and (source := next(rest, None)) is not None:
+            flying.append(threads.submit(work, source))
+        if not flying:
+            return
+        yield flying.popleft().result()
+
+
+def _pixels(found: EncodedImage | Picture | GridpruneError) -> int:
+    return found.image.width * found.image.height if isinstance(found, Picture) else 0
+
+
+def _workers() -> int:
+    return min(_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def _lacks_memory(fault: Exception) -> bool:
+    """Whether memory ran out: a GPU's, the machine's, or that of torch's allocator on the CPU, which says it so."""
+    return isinstance(fault, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(fault)
+
+
+def _told(fault: Exception) -> GridpruneError:
+    """A failure as one that a user can be told of in a line."""
+    if isinstance(fault, GridpruneError):
+        return fault
+    if _lacks_memory(fault):
+        return GridpruneError("memory ran out for this one alone; use a smaller image, keep less, or --device cpu")
+    told = GridpruneError(f"unexpected {type(fault).__name__}: {(str(fault).splitlines() or [''])[0]}")
+    told.__cause__ = fault
+    return told
+
+
+def _named(name: str, fault: GridpruneError) -> GridpruneError:
+    """The fault, with the name of its picture in front where it does not name it yet."""
+    if name in str(fault):
+        return fault
+    told = type(fault)(f"{name}: {fault}")
+    told.__cause__ = fault.__cause__
+    return told

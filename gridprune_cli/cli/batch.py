@@ -1,0 +1,171 @@
+"""`gridprune batch`: many questions, a line of JSON each, answered."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gridprune_cli.cli import options
+from gridprune_cli.cli.output import check_target, lines_to, progress, say, set_quiet, warn
+from gridprune_cli.errors import BadInput, GridpruneError
+
+if TYPE_CHECKING:
+    from gridprune_cli.bulk import Ask, Pruned, Reply
+    from gridprune_cli.lines import Item, Reader
+    from gridprune_cli.pipeline import Pipeline, Pruning
+
+WINDOW = 16  # batches of questions that are looked at together, to find those of one image and of like length
+
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="End at the first line that fails.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions that are answered at once; halved if memory runs out.")]
+
+
+@options.takes(pipeline=options.pipeline, pruning=options.pruning, prompt=options.prompt, generation=options.generation)
+def batch(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help='Lines as {"image": "a.png", "question": "..."}, with id and keep where wanted; - for stdin.',
+            show_default=False,
+        ),
+    ],
+    pipeline: "Pipeline",
+    pruning: "Pruning",
+    prompt: dict[str, Any],
+    generation: dict[str, Any],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for the results.", show_default="stdout")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with a file of results: skip what is in it, and write the rest behind.")
+    ] = None,
+    fail_fast: FailFast = False,
+    shard: options.Shard = None,
+    batch_size: BatchSize = 32,
+    max_new_tokens: options.MaxNewTokens = 128,
+    quiet: options.Quiet = False,
+) -> None:
+    """Answer many questions, a line of JSON each; results come as lines in the same order.
+
+    A line that fails gives a line with `error` and `error_type`, and the rest goes on.
+    """
+    from gridprune_cli.bulk import Bulk
+    from gridprune_cli.lines import Done, Reader
+
+    set_quiet(quiet)
+    check_results(output, resume, file)
+    done = Done(resume) if resume else None
+    reader = Reader(file, done=done, mine=options.in_shard(shard))
+    tally = Tally()
+    bulk = Bulk(pipeline, questions=batch_size, notice=say)
+
+    def answers(asks: list["Ask"]) -> "Iterator[Reply | GridpruneError]":
+        return bulk.answer(asks, **prompt, max_new_tokens=max_new_tokens, **generation)
+
+    try:
+        with pipeline, lines_to(resume or output) as write, progress("answering", reader.count()) as step:
+            for item, result in work(reader, pruning, answers, WINDOW * batch_size, fail_fast):
+                write(line(item, result))
+                step(tally.count(result, reader.skipped), tally.status())
+    except KeyboardInterrupt:
+        where = f"--resume {resume or output}" if resume or output else "--resume FILE, with what was printed in FILE"
+        say(f"interrupted after {tally.done} lines; to go on, give the same command with {where}")
+        raise
+    for note in pipeline.remarks(pruning):
+        say(note)
+    say(tally.summary(reader.skipped))
+    if failed := tally.failed + (done.failed if done else 0):
+        warn(f"{failed} lines failed; they have an `error` in the results")
+        raise typer.Exit(3)
+
+
+def check_results(output: Path | None, resume: Path | None, file: str) -> None:
+    """Raises BadInput where results can't go to where they are to go, before any work is done for them."""
+    if output and resume and output != resume:
+        raise BadInput(f"--resume {resume}: is where results go, so leave --output {output} out")
+    check_target(resume or output, "--resume" if resume else "--output")
+    target = resume or output
+    if target and file != "-" and target.exists() and os.path.exists(file) and os.path.samefile(target, file):
+        raise BadInput(f"{target}: holds the questions; name another file for the results")
+    if output and not resume and output.is_file() and output.stat().st_size:
+        raise BadInput(f"--output {output}: has something in it; go on with it as --resume {output}, or remove it")
+
+
+def work(
+    reader: "Reader", pruning: "Pruning", results: Any, most: int, fail_fast: bool
+) -> "Iterator[tuple[Item, Any]]":
+    """Every line and what came of it, in turn. `results` makes the results of questions, in turn."""
+    from gridprune_cli.bulk import Ask
+    from gridprune_cli.lines import windows
+
+    told: set[str] = set()  # a note that fits many images is made once
+    for window in windows(reader, most):
+        asks = [
+            Ask(
+                tuple(reader.place(image) for image in item.images),
+                item.question,
+                pruning if item.keep is None else replace(pruning, keep=item.keep, tokens=None),
+            )
+            for item in window
+            if item.fault is None
+        ]
+        made = results(asks)
+        for item in window:
+            result = next(made) if item.fault is None else BadInput(item.fault)
+            if isinstance(result, GridpruneError):
+                if fail_fast:
+                    raise result
+                warn(str(result))
+            else:
+                for name, note in result.notes:
+                    if note not in told:
+                        say(f"{name}: {note}")
+                        told.add(note)
+            yield item, result
+
+
+def line(item: "Item", result: "Reply | GridpruneError") -> dict[str, Any]:
+    """The line of a result. It says nothing of when and how fast it was made: made again, it is the same."""
+    extra = {"extra": item.extra} if item.extra else {}
+    if isinstance(result, GridpruneError):
+        return item.echo() | {"error": str(result), "error_type": type(result).__name__} | extra
+    return {"id": item.id} | result.record | item.echo() | {"answer": result.text} | extra
+
+
+class Tally:
+    """Counts results, and says how it is going."""
+
+    def __init__(self) -> None:
+        self.done = self.failed = self.hits = self._skipped = 0
+        self._start = time.perf_counter()
+
+    def count(self, result: "Reply | Pruned | GridpruneError", skipped: int) -> int:
+        """How many lines are behind us with this result: itself, and those that were skipped before it."""
+        self.done += 1
+        if isinstance(result, GridpruneError):
+            self.failed += 1
+        else:
+            self.hits += result.hit
+        steps = 1 + skipped - self._skipped
+        self._skipped = skipped
+        return steps
+
+    def status(self) -> str:
+        seconds = time.perf_counter() - self._start
+        encoded = self.done - self.failed - self.hits
+        return f"{self.done / seconds:.1f} questions/s, {encoded / seconds:.1f} images/s, {self.hits} hits"
+
+    def summary(self, skipped: int) -> str:
+        before = f", {skipped} done before" if skipped else ""
+        return f"{self.done} questions{before}, {self.hits} of images encoded already, {self.status().split(',')[0]}"
+
+
+batch.examples = (  # type: ignore[attr-defined]
+    "Examples: `gridprune batch questions.jsonl -o answers.jsonl`, "
+    "`gridprune batch questions.jsonl --resume answers.jsonl`, `jq -c ... | gridprune batch - | jq -r .answer`"
+)

@@ -1,0 +1,127 @@
+"""`gridprune bench`: what pruning saves, measured."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gridprune_cli.cli import options
+from gridprune_cli.cli.output import emit_json, printable, progress, say, set_quiet, size, table
+from gridprune_cli.errors import BadInput
+
+if TYPE_CHECKING:
+    from gridprune_cli.bench import Report, Spread
+    from gridprune_cli.pipeline import Pipeline, Pruning
+
+_SHAPE = (
+    "Random weights in a published shape, instead of a model: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b or "
+    "qwen2.5-vl-3b."
+)
+
+
+def subject(
+    model: options.Model = "scenes",
+    shape: Annotated[str | None, typer.Option(help=_SHAPE, rich_help_panel="Model and cache")] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Only the first N layers of the shape's language model.", rich_help_panel="Model and cache"),
+    ] = None,
+    revision: options.Revision = None,
+    clip: options.Clip = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+) -> Callable[[], "Pipeline"]:
+    """Opens what is measured; nothing comes from the cache. A shape goes before a model that a variable names."""
+    from gridprune_cli.pipeline import Pipeline
+
+    if shape is None:
+        if layers is not None:
+            raise BadInput("--layers: only with --shape; a checkpoint has the layers that it has")
+        return lambda: Pipeline(model, revision=revision, clip=clip, device=device, dtype=dtype)
+    from gridprune_cli.device import place
+    from gridprune_cli.vlm.shapes import build, find_shape
+
+    placed, found = place(device, dtype, shape), find_shape(shape)
+    return lambda: Pipeline(build(found, placed.dtype, placed.device, layers))
+
+
+@options.takes(opened=subject, pruning=options.pruning)
+def bench(
+    opened: Callable[[], "Pipeline"],
+    pruning: "Pruning",
+    image: Annotated[
+        str | None, typer.Argument(metavar="IMAGE", help="Image file.", show_default="a drawn scene")
+    ] = None,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")] = "What is left of the star?",
+    repeat: Annotated[int, typer.Option(min=1, help="How often each answer is measured, after a first time.")] = 5,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate, no more and no fewer.")] = 16,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure what an answer costs from all visual tokens and from the kept ones: time, memory, operations."""
+    import torch
+
+    from gridprune_cli.bench import made_picture, measure
+    from gridprune_cli.images import load_image, read_source
+
+    set_quiet(quiet)
+    given = load_image(read_source(image)) if image else None  # a bad picture is told before anything is built
+    pipeline = opened()
+    picture = given or made_picture(pipeline.model)
+    with progress("measuring", 3 * (repeat + 1)) as step:
+        report = measure(pipeline, picture, question, pruning, repeat=repeat, new_tokens=new_tokens, step=step)
+    device = pipeline.family.device
+    place = {
+        "model": pipeline.model,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+        "dtype": str(pipeline.family.dtype).removeprefix("torch."),
+    }
+    if json:
+        asked = {"image": picture.name, "question": question, "method": pruning.method.name}
+        emit_json(place | asked | {"repeat": repeat, "new_tokens": new_tokens} | report.to_json())
+        return
+    where = place["device"] if device.startswith("cuda") else f"{device}, {place['threads']} threads"
+    print(printable(f"{pipeline.model}, {place['dtype']}, {where}; {picture.name}; medians of {repeat}, quartiles"))
+    table(("", "full ", "pruned ", "full / pruned"), _rows(report))
+    print(
+        f"The prefill is {report.prefill.median:.2f} times faster with {report.flops:.2f} times fewer operations: "
+        f"{report.achieved:.2f} of the ratio.\n"
+        f"Selecting takes {report.selecting.median:.1%} of the pruned prefill."
+    )
+    for note in pipeline.remarks(pruning):
+        say(note)
+
+
+def _rows(report: "Report") -> list[tuple[str, str, str, str]]:
+    full, pruned = report.full, report.pruned
+
+    def counts(name: str, a: int, b: int, text: Any = "{:,}".format) -> tuple[str, str, str, str]:
+        return name, text(a), text(b), f"{a / b:.2f}"
+
+    def times(name: str, a: "Spread", b: "Spread", ratio: "Spread | None") -> tuple[str, str, str, str]:
+        shown = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
+        return name, f"{a.median:,.1f} ms", f"{b.median:,.1f} ms", shown
+
+    rows = [
+        counts("visual tokens", full.tokens, pruned.tokens),
+        counts("tokens of the prompt", full.prompt, pruned.prompt),
+        times("encode", report.encode, report.encode, None),
+        times("select", full.select, pruned.select, None),
+        times("prefill", full.prefill, pruned.prefill, report.prefill),
+        times("decode, a token", full.decode, pruned.decode, report.decode),
+        times("select to last token", full.answer, pruned.answer, report.answer),
+        counts("prefill operations", full.prefill_flops, pruned.prefill_flops, "{:.3g}".format),
+        counts("keys and values", full.kv_bytes, pruned.kv_bytes, size),
+    ]
+    if report.load is not None:
+        rows.insert(2, ("load", f"{report.load:,.1f} ms", f"{report.load:,.1f} ms", ""))
+    if full.peak_bytes and pruned.peak_bytes:
+        rows.append(counts("most memory held", full.peak_bytes, pruned.peak_bytes, size))
+    return rows
+
+
+bench.examples = (  # type: ignore[attr-defined]
+    "Examples: `gridprune bench --keep 0.11`, "
+    "`gridprune bench photo.jpg --shape llava-1.5-7b --layers 8 --dtype bfloat16 --keep 0.111`"
+)

@@ -1,0 +1,77 @@
+"""What a language model's answer costs, from its sizes alone: operations of the prefill, bytes of keys and values.
+
+The formulas count matrix products, two operations per multiply-add. They fit decoders whose layers have grouped-query
+attention and a gated MLP of three matrices, as those of all families here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Sizes of a language model.
+
+    windows  for each layer, how many of the last tokens it looks at; None for all of them
+    """
+
+    width: int  # d
+    heads: int  # H
+    kv_heads: int  # KV
+    head_width: int  # h
+    mlp_width: int  # m
+    words: int  # V
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, config: Any) -> "Decoder":
+        """From a model's config, of transformers."""
+        text = config.get_text_config()
+        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        return cls(
+            width=text.hidden_size,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_width=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            mlp_width=text.intermediate_size,
+            words=text.vocab_size,
+            windows=tuple(text.sliding_window if kind == "sliding_attention" else None for kind in kinds),
+        )
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+
+def prefill_flops(decoder: Decoder, tokens: Sequence[int]) -> int:
+    """Operations until the first new token, with n = tokens[l] tokens in layer l.
+
+        sum over layers of  4 n d H h + 4 n d KV h + 4 n^2 H h + 6 n d m,  and 2 d V for the logits of the last token
+
+    The terms are the projections of queries and outputs, those of keys and values, attention, and the MLP. Attention is
+    counted in full, every token with every other, as torch's own counter does; kernels that leave out what a causal
+    mask hides do half of that term. Raises ValueError where there is not a count for each layer.
+    """
+    _check(decoder, tokens)
+    d, m, inner = decoder.width, decoder.mlp_width, decoder.heads * decoder.head_width
+    linear = 4 * d * inner + 4 * d * decoder.kv_heads * decoder.head_width + 6 * d * m
+    return sum(n * linear + 4 * n * n * inner for n in tokens) + 2 * d * decoder.words
+
+
+def kv_bytes(decoder: Decoder, tokens: Sequence[int], itemsize: int) -> int:
+    """Bytes of the keys and values of tokens[l] tokens in layer l, with `itemsize` bytes a value.
+
+        sum over layers of  2 KV h min(n, window - 1) itemsize
+
+    A layer with a window keeps one token less than it looks at: the next one comes with the next step. Raises
+    ValueError where there is not a count for each layer.
+    """
+    _check(decoder, tokens)
+    held = sum(n if window is None else min(n, window - 1) for n, window in zip(tokens, decoder.windows, strict=True))
+    return 2 * decoder.kv_heads * decoder.head_width * itemsize * held
+
+
+def _check(decoder: Decoder, tokens: Sequence[int]) -> None:
+    if len(tokens) != decoder.layers:
+        raise ValueError(f"{len(tokens)} counts of tokens for {decoder.layers} layers")

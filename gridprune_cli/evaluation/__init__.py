@@ -1,0 +1,1 @@
+"""Evaluation: pruning methods on the same questions, scored as the public harnesses score."""

@@ -1,0 +1,154 @@
+"""From answers to figures: scores with honest errors, and every cell against all tokens, question by question."""
+
+from typing import Any
+
+import numpy as np
+
+from gridprune_cli.evaluation.data import Item
+from gridprune_cli.evaluation.metrics import pope_figures
+from gridprune_cli.evaluation.run import FULL, Cell, Plan, Row, Rows, place
+
+Z = 1.959964  # a 95 % interval under the normal distribution
+
+
+def clustered_error(values: np.ndarray, cluster: np.ndarray) -> float:
+    """Standard error of the mean of `values` (Q,) where questions of one cluster (Q,) are not independent.
+
+    The root of the summed squares of each cluster's summed residuals, over Q (arXiv 2411.00640, section 2.2).
+    """
+    centred = values - values.mean()
+    sums = np.bincount(np.unique(cluster, return_inverse=True)[1], weights=centred)
+    return float(np.sqrt((sums**2).sum()) / len(values))
+
+
+def summarise(plan: Plan, rows: Rows) -> dict[str, Any]:
+    """Every cell's figures; scores, shares and differences are 0 to 1, rounded to 6 digits.
+
+    error       standard error of the score, clustered by image
+    of_full     score over that of all tokens; None where that is 0
+    difference  mean of the paired differences to all tokens, with its clustered error, and the interval of 95 % that
+                follows from it under a normal approximation
+    agreement   share of answers that are the one from all tokens, to the letter
+    region      of cells with contextual regions, on questions whose place in the picture is known: the share that has
+                80 % of that place inside, and the mean area of the region
+    """
+    items = plan.data.items
+    full = _column(rows, FULL, items)
+    images = len({row.key for row in full})
+    return {
+        "images": images,
+        "caption": _caption(len(items), images, plan.metric),
+        "cells": [_figures(plan, cell, _column(rows, cell, items), full) for cell in plan.cells],
+    }
+
+
+def _column(rows: Rows, cell: Cell, items: tuple[Item, ...]) -> list[Row]:
+    return [rows[place(cell, item)] for item in items]
+
+
+def _figures(plan: Plan, cell: Cell, own: list[Row], full: list[Row]) -> dict[str, Any]:
+    items = plan.data.items
+    score, base = (np.array([row.score for row in column]) for column in (own, full))
+    cluster = np.array([row.key for row in full])
+    category = np.array([item.category for item in items])
+    difference, error = float((score - base).mean()), clustered_error(score - base, cluster)
+    figures: dict[str, Any] = {
+        "name": cell.name,
+        "method": cell.pruning.method.name,
+        "options": cell.options(),
+        "keep": cell.pruning.keep,
+        "kept": float(np.mean([row.kept for row in own])),
+        "score": float(score.mean()),
+        "error": clustered_error(score, cluster),
+        "of_full": float(score.mean() / base.mean()) if base.mean() else None,
+        "difference": difference,
+        "difference_error": error,
+        "difference_interval": [difference - Z * error, difference + Z * error],
+        "agreement": float(np.mean([a.answer == b.answer for a, b in zip(own, full, strict=True)])),
+        "categories": {
+            name: {
+                "questions": int((category == name).sum()),
+                "score": float(score[category == name].mean()),
+                "error": clustered_error(score[category == name], cluster[category == name]),
+            }
+            for name in dict.fromkeys(sorted(category.tolist()))
+            if name
+        },
+    }
+    if plan.metric == "pope":
+        figures["pope"] = pope_figures([row.answer for row in own], [item.answers[0] for item in items])
+    placed = [(row.region, item.box) for row, item in zip(own, items, strict=True) if row.region and item.box]
+    if placed:
+        inside, area = zip(*(_containment(region, box) for region, box in placed if region and box), strict=True)
+        share = float(np.mean([part >= 0.8 for part in inside]))
+        figures["region"] = {"questions": len(placed), "contains": share, "area": float(np.mean(area))}
+    rounded: dict[str, Any] = _rounded(figures)
+    return rounded
+
+
+def _containment(region: tuple[int, ...], box: tuple[float, ...]) -> tuple[float, float]:
+    """The share of a box (fractions of the picture) inside a region of the 8 x 8 grid, and the region's area."""
+    x0, y0, x1, y1 = region[0] / 8, region[1] / 8, (region[2] + 1) / 8, (region[3] + 1) / 8
+    a, b, c, d = box
+    common = max(0.0, min(x1, c) - max(x0, a)) * max(0.0, min(y1, d) - max(y0, b))
+    return common / ((c - a) * (d - b)), (x1 - x0) * (y1 - y0)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: part if name == "options" else _rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as a table, in per cent, with what the columns mean below it."""
+    cells = results["cells"]
+    categories = list(cells[0]["categories"])
+    of_pope = {"f1": "F1", "yes_ratio": "yes"} if "pope" in cells[0] else {}
+    heads = ["keep", "tokens", "score", "of full", "difference to full", "same answer", *of_pope.values(), *categories]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for cell in cells:
+        of_full = cell["of_full"]
+        low, high = cell["difference_interval"]
+        row = [
+            f"{cell['keep']:g}",
+            f"{cell['kept']:.0f}",
+            f"{_per_cent(cell['score'])} ± {_per_cent(cell['error'])}",
+            "" if of_full is None else _per_cent(of_full),
+            f"{100 * cell['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" if cell is not cells[0] else "",
+            _per_cent(cell["agreement"]),
+            *(_per_cent(cell["pope"][name]) for name in of_pope),
+            *(_per_cent(cell["categories"][name]["score"]) for name in categories),
+        ]
+        lines.append(f"| {cell['name'].replace('|', chr(92) + '|')} | " + " | ".join(row) + " |")
+    lines += ["", results["caption"]]
+    told = [cell for cell in cells if "region" in cell]
+    for cell in told:
+        if cell["region"] not in [other["region"] for other in told[: told.index(cell)]]:
+            lines += ["", region_line(cell)]
+    return "\n".join(lines) + "\n"
+
+
+def region_line(cell: dict[str, Any]) -> str:
+    """What is known of a cell's contextual regions."""
+    region = cell["region"]
+    return (
+        f"Contextual region of {cell['name']} on {region['questions']} questions about one object: at least 80 % "
+        f"of it inside for {_per_cent(region['contains'])} %, mean area {_per_cent(region['area'])} % of the image."
+    )
+
+
+def _caption(questions: int, images: int, metric: str) -> str:
+    """What the columns mean."""
+    return (
+        f"{questions} questions about {images} images, scored by `{metric}`, in per cent. ± is one standard error, "
+        "clustered by image: questions about one image stand or fall together. The difference to all tokens is paired, "
+        "question by question; in brackets its 95 % interval, from the clustered standard error under a normal "
+        "approximation. Same answer: the one from all tokens, to the letter."
+    )
+
+
+def _per_cent(value: float) -> str:
+    return f"{100 * value:.1f}"

@@ -1,0 +1,308 @@
+"""Asks every question under every cell, and keeps each answer on disk as it comes, so that a stopped run goes on."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.evaluation.data import Data, Item
+from gridprune_cli.evaluation.metrics import METRICS
+from gridprune_cli.files import write_atomic
+from gridprune_cli.generation import generate
+from gridprune_cli.images import identify, load_image
+from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pruning.methods import make
+from gridprune_cli.tokens import EncodedImage, PrunedSet
+
+SETTINGS, SAMPLES = "settings.json", "samples.jsonl"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the results: a pruning, under the name that it was asked for by."""
+
+    name: str
+    pruning: Pruning
+
+    def options(self) -> dict[str, Any]:
+        """Everything that the pruning has beside the method's name and K: the method's options, and its own."""
+        own = {f.name: getattr(self.pruning, f.name) for f in fields(Pruning)}
+        for name in ("keep", "tokens", "method"):
+            del own[name]
+        return asdict(self.pruning.method) | _plain(own)
+
+    def settled(self, key: str) -> "Cell":
+        """This cell for one image: a method with a seed gets the image's own, since one draw for all would be luck."""
+        method: Any = self.pruning.method
+        if not hasattr(method, "seed"):
+            return self
+        seeded = replace(method, seed=(method.seed + int(key[:8], 16)) % 2**32)
+        return replace(self, pruning=replace(self.pruning, method=seeded))
+
+
+FULL = Cell("all tokens", Pruning(keep=1.0, method=make("uniform"), region="none"))
+"""What all cells are compared with; part of every evaluation."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides an evaluation's answers and scores, beside the model.
+
+    suffix  follows the question in the prompt, on a line of its own; relevance is measured against the bare question
+    prompt  `system` and `template`, as `Pipeline.prune` takes them
+    batch   questions that are answered at once
+    """
+
+    data: Data
+    cells: tuple[Cell, ...]
+    metric: str = "exact"
+    suffix: str = ""
+    prompt: dict[str, str | None] = field(default_factory=dict)
+    max_new_tokens: int = 16
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        """Puts `FULL` first. Raises BadInput for two cells that are one, or answers that the metric can't score."""
+        if FULL not in self.cells:
+            object.__setattr__(self, "cells", (FULL, *self.cells))
+        named = [(cell.name, cell.pruning.keep) for cell in self.cells]
+        for name, keep in named:
+            if named.count((name, keep)) > 1:
+                raise BadInput(f"--methods: {name} at {keep:g} is named twice")
+        for item in self.data.items:
+            try:
+                METRICS[self.metric]("", item.answers)
+            except ValueError as fault:
+                raise BadInput(f"--metric {self.metric}: question {item.id}: {fault}") from fault
+
+    @property
+    def count(self) -> int:
+        """Answers in all."""
+        return len(self.cells) * len(self.data.items)
+
+    def settings(self, pipeline: Pipeline) -> dict[str, Any]:
+        """What must be the same for a stopped run to go on."""
+        family = pipeline.family
+        return {
+            "data": self.data.name,
+            "questions": len(self.data.items),
+            "data_digest": self.data.digest,
+            "model": pipeline.model,
+            "model_digest": family.fingerprint,
+            "device": str(family.device),
+            "dtype": str(family.dtype).removeprefix("torch."),
+            "metric": self.metric,
+            "suffix": self.suffix,
+            "prompt": self.prompt,
+            "max_new_tokens": self.max_new_tokens,
+            "batch": self.batch,
+            "cells": [
+                {"name": cell.name, "method": cell.pruning.method.name, "keep": cell.pruning.keep}
+                | {"options": cell.options()}
+                for cell in self.cells
+            ],
+            "versions": {name: version(name) for name in ("gridprune", "torch", "transformers")},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An answer, as far as the results need it. `key` is the encoded image's, and tells images apart."""
+
+    answer: str
+    score: float
+    kept: int
+    key: str
+    region: tuple[int, int, int, int] | None
+
+
+Rows = dict[tuple[str, float, str], Row]
+"""By the cell's name, its keep, and the question's id."""
+
+
+def resume(pipeline: Pipeline, plan: Plan, folder: Path) -> Rows:
+    """The answers that the folder of an earlier, stopped run holds; of a new one none. Makes the folder.
+
+    Raises BadInput where it holds a run with other settings, or is damaged, GridpruneError where it can't be used.
+    """
+    _agree(folder, json.loads(json.dumps(plan.settings(pipeline))))
+    return _read_samples(folder / SAMPLES, plan)
+
+
+def fill(pipeline: Pipeline, plan: Plan, folder: Path, rows: Rows, step: Callable[[], None]) -> None:
+    """Answers what is not in `rows` yet, there and as lines of `folder/samples.jsonl`; calls `step` after each.
+
+    Raises GridpruneError where the file can't be written.
+    """
+    try:
+        with open(folder / SAMPLES, "ab") as file:
+            for lines in answers(pipeline, plan, rows):
+                file.write(b"".join(json.dumps(line, ensure_ascii=False).encode(*_UTF8) + b"\n" for line in lines))
+                file.flush()
+                for _ in lines:
+                    step()
+    except OSError as fault:
+        raise GridpruneError(f"{folder / SAMPLES}: can't be written ({fault.strerror}); check the disk") from fault
+
+
+_UTF8 = ("utf-8", "backslashreplace")  # half a surrogate pair becomes its JSON escape
+
+
+def answers(pipeline: Pipeline, plan: Plan, rows: Rows) -> Iterator[list[dict[str, Any]]]:
+    """Answers what is not in `rows` yet, puts it there, and gives it as lines, a batch of one cell at a time.
+
+    Questions about one image follow each other, so that it is encoded once. A batch that was answered in part is
+    answered again whole: its answers must not depend on where a run stopped.
+    """
+    encoded: dict[str, EncodedImage] = {}
+    for batch in _batches(plan):
+        todo = [cell for cell in plan.cells if any(place(cell, item) not in rows for item in batch)]
+        if todo:
+            encoded = encode(pipeline, plan.data, batch, encoded)
+        for cell in todo:
+            cells = [cell.settled(encoded[item.image].image) for item in batch]
+            sets = [
+                prune(pipeline, plan, own, item, encoded[item.image]) for own, item in zip(cells, batch, strict=True)
+            ]
+            lines = []
+            for item, own, pruned, made in zip(
+                batch, cells, sets, generate(pipeline.family, sets, plan.max_new_tokens), strict=True
+            ):
+                if place(cell, item) not in rows:
+                    lines.append(_line(plan, item, own, pruned, made.text))
+                    rows[place(cell, item)] = _row(lines[-1])
+            yield lines
+
+
+def prune(pipeline: Pipeline, plan: Plan, cell: Cell, item: Item, encoded: EncodedImage) -> PrunedSet:
+    """The pruned set of a question under a cell that is settled for the image."""
+    asked = f"{item.question}\n{plan.suffix}" if plan.suffix else item.question
+    pruning = replace(cell.pruning, query=cell.pruning.query or item.question)
+    localized = pipeline.localize(plan.data.find(item.image), item.question, pruning)
+    return pipeline.prune(encoded, asked, pruning, **plan.prompt, localized=localized)
+
+
+def _batches(plan: Plan) -> list[list[Item]]:
+    by_image: dict[str, list[Item]] = {}
+    for item in plan.data.items:
+        by_image.setdefault(item.image, []).append(item)
+    items = [item for group in by_image.values() for item in group]
+    return [items[start : start + plan.batch] for start in range(0, len(items), plan.batch)]
+
+
+def encode(
+    pipeline: Pipeline, data: Data, batch: list[Item], before: dict[str, EncodedImage]
+) -> dict[str, EncodedImage]:
+    """The encoded images of a batch: from the batch before, from the cache, and the rest through the tower at once."""
+    found: dict[str, EncodedImage] = {}
+    new = {}
+    for image in dict.fromkeys(item.image for item in batch):
+        if image in before:
+            found[image] = before[image]
+            continue
+        sha256, _, content = identify(data.find(image))
+        hit = pipeline.look_up(sha256, image)
+        if hit is not None:
+            found[image] = hit
+        else:
+            new[image] = load_image(content, image)
+    return found | dict(zip(new, pipeline.encode(list(new.values())), strict=True)) if new else found
+
+
+def place(cell: Cell, item: Item) -> tuple[str, float, str]:
+    """Where an answer lies in `Rows`."""
+    return cell.name, cell.pruning.keep, item.id
+
+
+def _line(plan: Plan, item: Item, cell: Cell, pruned: PrunedSet, answer: str) -> dict[str, Any]:
+    """All that it takes to make this answer again, and to see how it came to be."""
+    (origin,) = pruned.images
+    return {
+        "id": item.id,
+        "image": item.image,
+        "key": origin.key,
+        "question": item.question,
+        "category": item.category,
+        "cell": cell.name,
+        "method": cell.pruning.method.name,
+        "options": cell.options(),
+        "keep": cell.pruning.keep,
+        "kept": len(pruned.kept),
+        "tokens": pruned.count,
+        "region": origin.region,
+        "answer": answer,
+        "answers": list(item.answers),
+        "score": METRICS[plan.metric](answer, item.answers),
+    }
+
+
+def _row(line: dict[str, Any]) -> Row:
+    region = tuple(line["region"]) if line["region"] else None
+    return Row(line["answer"], line["score"], line["kept"], line["key"], region)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; of a dataclass, its fields."""
+    if hasattr(value, "__dataclass_fields__"):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(name): _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple, set, frozenset)) else value
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+def _agree(folder: Path, settings: dict[str, Any]) -> None:
+    """Notes the settings of a new run. Raises BadInput where the folder holds a run with others."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise BadInput(f"-o {folder}: can't be made ({fault.strerror}); name another folder") from fault
+    path = folder / SETTINGS
+    if not path.exists():
+        if (folder / SAMPLES).exists():
+            raise BadInput(f"-o {folder}: answers without {SETTINGS}; name another folder")
+        write_atomic(path, json.dumps(settings, indent=1, ensure_ascii=False).encode(*_UTF8) + b"\n", sync=False)
+        return
+    try:
+        before = json.loads(path.read_text("utf-8"))
+        differing = [name for name in settings if before.get(name) != settings[name]]
+    except (OSError, ValueError, AttributeError) as fault:
+        raise BadInput(f"{path}: can't be read ({fault}); name another folder") from fault
+    if differing:
+        raise BadInput(
+            f"-o {folder}: holds a run with other settings ({', '.join(differing)}); name another folder, or remove it"
+        )
+
+
+def _read_samples(path: Path, plan: Plan) -> Rows:
+    """The answers of an earlier run; a last line that was torn is dropped, from the file too."""
+    rows: Rows = {}
+    if not path.exists():
+        return rows
+    places = {place(cell, item) for cell in plan.cells for item in plan.data.items}
+    whole = 0
+    try:
+        with open(path, "rb") as file:
+            for number, text in enumerate(file, 1):
+                if not text.endswith(b"\n"):
+                    break
+                try:
+                    line = json.loads(text)
+                    where = (line["cell"], line["keep"], line["id"])
+                    if where not in places:
+                        raise ValueError(f"no answer of this run: {where}")
+                    rows[where] = _row(line)
+                except (ValueError, KeyError, TypeError) as fault:
+                    raise BadInput(f"{path}:{number}: damaged ({fault}); remove the folder and start again") from fault
+                whole += len(text)
+        if path.stat().st_size > whole:
+            with open(path, "rb+") as file:
+                file.truncate(whole)
+    except OSError as fault:
+        raise GridpruneError(f"{path}: can't be read or mended ({fault.strerror}); check its permissions") from fault
+    return rows

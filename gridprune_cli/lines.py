@@ -1,0 +1,240 @@
+"""Lines of questions, `{"image": ..., "question": ...}` a line: read, told apart, and found again in what was written.
+
+Nothing here needs torch.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+from typing import Any, BinaryIO, TypeVar
+
+from gridprune_cli.errors import BadInput
+from gridprune_cli.files import canonical, digest
+
+_OWN = ("id", "image", "question", "keep")
+_START = b'{"id": '  # of every line that `batch` writes
+_GRACE = 0.02  # seconds that a line is waited for before work starts on those that are there
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A line. `fault` says what is wrong with it, and then nothing else but `id` needs to be there.
+
+    id        as given; else 16 hex digits of the sha256 of the line's content
+    images    as written in the line, one or several
+    extra     what else the line holds
+    """
+
+    id: Any
+    images: tuple[str, ...] = ()
+    question: str = ""
+    keep: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    fault: str | None = None
+
+    def echo(self) -> dict[str, Any]:
+        """What a result repeats of the line."""
+        if not self.images:  # a line that could not be read
+            return {"id": self.id}
+        images = self.images[0] if len(self.images) == 1 else list(self.images)
+        return {"id": self.id, "image": images, "question": self.question}
+
+
+def parse(line: bytes, place: str) -> Item:
+    """Reads a line; `place` is what its fault calls it, as in `questions.jsonl:7`."""
+    try:
+        value = json.loads(line, parse_constant=_refuse)
+        ident = digest(value)[:16]
+    except (ValueError, RecursionError) as fault:
+        return Item(digest(line.decode("latin-1"))[:16], fault=f"{place}: not JSON ({fault}); write an object a line")
+    if not isinstance(value, dict):
+        return Item(ident, fault=f'{place}: not an object; write {{"image": ..., "question": ...}}')
+    image, question, keep = value.get("image"), value.get("question"), value.get("keep")
+    given = value.get("id")
+    if isinstance(given, dict | list | bool):
+        return Item(ident, fault=f"{place}: id is no text and no number; change it, or leave it out")
+    ident = ident if given is None else given
+    images = (image,) if isinstance(image, str) else tuple(image) if isinstance(image, list) else ()
+    if not images or not all(isinstance(name, str) and name for name in images):
+        return Item(ident, fault=f"{place}: image is no path and no list of paths; name an image file")
+    if not isinstance(question, str):
+        return Item(ident, fault=f"{place}: question is no text; ask something")
+    extra = {name: given for name, given in value.items() if name not in _OWN}
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
+        return Item(ident, images, question, None, extra, f"{place}: keep {keep!r}: must be above 0 and at most 1")
+    return Item(ident, images, question, keep, extra)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+class Done:
+    """What an earlier run wrote to a file, to be skipped. A torn last line is dropped from the file first.
+
+    As long as the lines asked for come as they were written, which is how a run that was cut off left them, nothing is
+    held in memory; from the first that does not, the ids of the rest are.
+
+    Raises BadInput where the file holds something else than results.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.failed, self._line = path, 0, 0
+        self._next: str | None = None  # id of the line that comes next
+        self._rest: Counter[str] | None = None
+        if not path.exists():  # nothing is done yet
+            return
+        self._file = _open(str(path))
+        start = self._file.read(len(_START))
+        self._end = _whole(self._file)
+        if not self._end and start != _START[: len(start)]:
+            raise self._foreign(1)
+        self._file.seek(0)
+        self._next = self._read()  # what is no result is told before anything is changed
+        if self._end < os.path.getsize(path):
+            os.truncate(path, self._end)
+
+    def take(self, ident: Any) -> bool:
+        """Whether a line of this id is done. Each line that was written counts for one that is asked for."""
+        wanted = canonical(ident)
+        if self._rest is None:
+            if self._next is None:
+                return False
+            if self._next == wanted:
+                self._next = self._read()
+                return True
+            self._rest = Counter()
+            while self._next is not None:
+                self._rest[self._next] += 1
+                self._next = self._read()
+        if not self._rest[wanted]:
+            return False
+        self._rest[wanted] -= 1
+        return True
+
+    def _read(self) -> str | None:
+        """Id of the next line, as canonical JSON."""
+        if self._file.tell() >= self._end:  # what follows is being written now
+            return None
+        self._line += 1
+        try:
+            record = json.loads(self._file.readline())
+            ident, failed = canonical(record["id"]), "error" in record
+            if not failed and not isinstance(record["answer"], str):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, RecursionError) as fault:
+            raise self._foreign(self._line) from fault
+        self.failed += failed
+        return ident
+
+    def _foreign(self, line: int) -> BadInput:
+        return BadInput(f"--resume {self.path}: line {line} is no result of `gridprune batch`; name its output")
+
+
+def _whole(file: BinaryIO) -> int:
+    """Where the last whole line ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65536)
+        file.seek(start)
+        at = file.read(end - start).rfind(b"\n")
+        if at >= 0:
+            return start + at + 1
+        end = start
+    return 0
+
+
+class Reader:
+    """The lines of a file, or of stdin for `-`, that are still to be done. `skipped` counts the others so far.
+
+    `mine` says which images' lines are this process's to do, all of them without it.
+    """
+
+    def __init__(self, path: str, *, done: Done | None = None, mine: Callable[[str], bool] | None = None):
+        self.name = "stdin" if path == "-" else path
+        self.plain = path != "-" and os.path.isfile(path)
+        self.folder = Path(path).parent if self.plain else Path()
+        self.skipped = 0
+        self._done, self._mine = done, mine
+        self._file = _stdin() if path == "-" else _open(path)
+
+    def __iter__(self) -> Iterator[Item]:
+        for number, line in enumerate(self._file, 1):
+            if not line.strip():
+                continue
+            item = parse(line, f"{self.name}:{number}")
+            # questions about one image stay together
+            if self._mine is not None and not self._mine("\n".join(item.images) or str(item.id)):
+                continue
+            if self._done is not None and self._done.take(item.id):
+                self.skipped += 1
+                continue
+            yield item
+
+    def place(self, image: str) -> str:
+        """Where an image of a line lies: relative paths start at the file's folder."""
+        return str(self.folder / image)
+
+    def count(self) -> int | None:
+        """How many lines there are, blank ones left out; None where that can't be known before they are read."""
+        if self._mine is not None or not self.plain:
+            return None
+        with open(self.name, "rb") as file:
+            return sum(1 for line in file if line.strip())
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as fault:
+        raise BadInput(f"{path}: can't be read ({fault.strerror}); check the path") from fault
+
+
+def _stdin() -> BinaryIO:
+    """stdin of one's own: a thread that waits for the shared one would block the end of the process."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise BadInput("-: nothing is piped into stdin; give lines of questions there")
+    try:
+        return open(os.dup(sys.stdin.fileno()), "rb")
+    except OSError:  # no real file, as in tests
+        return sys.stdin.buffer
+
+
+def windows(lines: Iterable[T], most: int) -> Iterator[list[T]]:
+    """Lists of what has come, `most` at a time: a slow source is not waited for, and a fast one not read far ahead."""
+    queue: Queue[tuple[T] | BaseException | None] = Queue(most)
+
+    def read() -> None:
+        try:
+            for line in lines:
+                queue.put((line,))
+            queue.put(None)
+        except BaseException as fault:
+            queue.put(fault)
+
+    Thread(target=read, daemon=True).start()
+    window: list[T] = []
+    while True:
+        try:
+            got = queue.get(timeout=_GRACE if window else None)
+        except Empty:
+            yield window
+            window = []
+            continue
+        if isinstance(got, tuple):
+            window.append(got[0])
+        if window and (len(window) == most or not isinstance(got, tuple)):
+            yield window
+            window = []
+        if isinstance(got, BaseException):
+            raise got
+        if got is None:
+            return

@@ -1,0 +1,126 @@
+"""A plug-in for lmms-eval, 0.7 or later: its tasks, answered from pruned images.
+
+    lmms-eval --model gridprune --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=gridprune,keep=0.11 --tasks ...
+
+lmms-eval finds it by the entry point `lmms_eval.models`. The options are those of `gridprune ask`, with `_` for `-`;
+`pretrained` is `--model`.
+"""
+
+import inspect
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+
+from gridprune_cli.cli import options
+from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.files import canonical
+from gridprune_cli.generation import generate
+from gridprune_cli.tokens import PrunedSet
+
+_PLACEHOLDER = "<image>"
+_AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # modes that PNG holds as they are
+_MAX_NEW_TOKENS = 128  # where a task sets none
+
+
+def manifest() -> ModelManifest:
+    """How lmms-eval finds the model."""
+    return ModelManifest("gridprune", simple_class_path="gridprune_cli.lmms_eval.GridpruneModel")
+
+
+class GridpruneModel(lmms):
+    """A model of any supported family, whose images are pruned for each question.
+
+    Images come before the text, as in most of lmms-eval's own models. Relevance is measured against the first line of
+    the text, which is the bare question in most tasks; `query_lines=all` takes all of it, with the instructions on how
+    to answer. Raises BadInput for options that `gridprune ask` would refuse, too.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self, pretrained: str = "scenes", batch_size: int | str = 1, query_lines: str = "first", **given: Any
+    ) -> None:
+        super().__init__()
+        given.pop("max_batch_size", None)  # lmms-eval passes it where its command line has it
+        of_model, of_pruning = _of(options.pipeline) - {"model"}, _of(options.pruning)
+        if unknown := sorted(given.keys() - of_model - of_pruning):
+            known = ", ".join(sorted(of_model | of_pruning))
+            raise BadInput(f"--model_args {unknown[0]}: no such option; there are pretrained, query_lines, {known}")
+        if query_lines not in ("first", "all"):
+            raise BadInput(f"--model_args query_lines={query_lines}: not first or all")
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise BadInput(f"--batch_size {batch_size}: must be a number, 1 or more")
+        if given.get("cache_dir"):
+            given["cache_dir"] = Path(given["cache_dir"])
+        self.pipeline = options.pipeline(model=pretrained, **{n: v for n, v in given.items() if n in of_model})
+        self.pruning = options.pruning(**{n: v for n, v in given.items() if n in of_pruning})
+        self.batch = int(batch_size)
+        self.first_line = query_lines == "first"
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """Answers in the order of the requests, in batches of neighbours that are generated alike."""
+        answers: list[str] = []
+        with self.pipeline:
+            for _, alike in groupby(requests, key=lambda request: canonical(request.args[1])):
+                group = list(alike)
+                for start in range(0, len(group), self.batch):
+                    batch = group[start : start + self.batch]
+                    sets = [self._prune(request) for request in batch]
+                    settings, stops = _settings(batch[0].args[1])
+                    answers += [_cut(made.text, stops) for made in generate(self.pipeline.family, sets, **settings)]
+        return answers
+
+    def _prune(self, request: Instance) -> PrunedSet:
+        context, _, to_images, document, task, split = request.args
+        images = to_images(self.task_dict[task][split][document])
+        if not images or not all(isinstance(image, Image.Image) for image in images):
+            raise GridpruneError(f"{task}, document {document}: gridprune answers about images, and about nothing else")
+        encoded = [self.pipeline.encode_one(_bytes(image))[0] for image in images]
+        text = context.replace(f"{_PLACEHOLDER}\n", "").replace(_PLACEHOLDER, "").strip()
+        query = self.pruning.query or (text.partition("\n")[0] if self.first_line else text)
+        return self.pipeline.prune(encoded, text, replace(self.pruning, query=query))
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        raise GridpruneError("the model gridprune generates; tasks that compare likelihoods can't be run with it")
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        raise GridpruneError("the model gridprune answers one question at a time; tasks of several rounds can't be run")
+
+
+def _of(group: Callable[..., Any]) -> set[str]:
+    """The names of a group's options."""
+    return set(inspect.signature(group).parameters)
+
+
+def _settings(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A task's `generation_kwargs` as `generation.generate` takes them, and the texts at which an answer ends."""
+    stops = given.get("until") or []
+    settings: dict[str, Any] = {"max_new_tokens": given.get("max_new_tokens") or _MAX_NEW_TOKENS}
+    if (given.get("temperature") or 0) > 0 and given.get("do_sample", True):
+        settings |= {"do_sample": True, "temperature": given["temperature"]}
+        settings |= {"top_p": given["top_p"]} if given.get("top_p") is not None else {}
+    if (given.get("num_beams") or 1) > 1:
+        settings["num_beams"] = given["num_beams"]
+    return settings, [stops] if isinstance(stops, str) else list(stops)
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        if stop:
+            text = text.partition(stop)[0]
+    return text
+
+
+def _bytes(image: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file, which is what encoded images are known by."""
+    png = io.BytesIO()
+    (image if image.mode in _AS_PNG else image.convert("RGB")).save(png, "PNG", compress_level=1)
+    return png.getvalue()

@@ -1,0 +1,39 @@
+"""DivPrune (arXiv 2503.02175): tokens as far from each other as can be, by max-min distance."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gridprune_cli.pruning.methods.base import Method
+from gridprune_cli.pruning.signals import Signals
+from gridprune_cli.pruning.similarity import cosines
+
+
+@dataclass(frozen=True)
+class DivPrune(Method):
+    """Greedy max-min diversity of rows; the question has no say.
+
+        d_ij = 1 - cos(x_i, x_j)
+        first argmax_i min_{j != i} d_ij, then again and again argmax_i min_{s taken} d_is
+
+    Departure: a taken token can't be taken again. The published code masks none, so that equal tokens, as in padding,
+    can give one index twice.
+    """
+
+    name: ClassVar[str] = "divprune"
+    requires: ClassVar[frozenset[str]] = frozenset({"rows"})
+
+    def _pick(self, signals: Signals, k: int) -> Tensor:
+        distance = 1 - cosines(signals.need("rows"))
+        distance.fill_diagonal_(torch.inf)
+        nearest = distance.amin(1)
+        kept = torch.empty(k, dtype=torch.long)
+        for step in range(k):
+            token = nearest.argmax()
+            kept[step] = token
+            # At the first step the distances to all others have done their part.
+            nearest = torch.minimum(nearest, distance[token]) if step else distance[token].clone()
+            nearest[kept[: step + 1]] = -torch.inf
+        return kept.sort().values

@@ -1,0 +1,50 @@
+"""TRIM (arXiv 2409.10994): the top by CLIP's relevance, and the mean of the others as one more token."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gridprune_cli.pruning.methods.base import Method, signed_relevance, weights
+from gridprune_cli.pruning.select import top
+from gridprune_cli.pruning.signals import Signals
+
+
+@dataclass(frozen=True)
+class Trim(Method):
+    """The top K - 1 by relevance, and the mean of all others, which takes the place of the K-th.
+
+    relevance_sign  1, -1, or 0 for what the published code does: -1 with CLIP's relevance, 1 with that of words
+    mean_token      False leaves the mean out, and the K-th token stays itself; so it does where K is 1
+
+    Departures: relevance is a cosine, as in the paper, where the published code leaves out the patches' lengths. K is
+    given, where the paper also finds it from the outliers of the scores. The mean token is one of the K, and stands
+    where the K-th token stood, not behind all others. The tokens of all views compete for one K.
+    """
+
+    name: ClassVar[str] = "trim"
+    requires: ClassVar[frozenset[str]] = frozenset({"relevance"})
+    relevance_sign: int = 0
+    mean_token: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the sign is none."""
+        if self.relevance_sign not in (1, -1, 0):
+            raise ValueError(f"relevance_sign must be 1, -1 or 0, not {self.relevance_sign}")
+
+    def _pick(self, signals: Signals, k: int) -> Tensor:
+        return top(signed_relevance(signals, self.relevance_sign), k)
+
+    def _merge(self, signals: Signals, kept: Tensor) -> Tensor | None:
+        if not self.mean_token or len(kept) == 1:
+            return None
+        alone = top(signed_relevance(signals, self.relevance_sign), len(kept) - 1)
+        place = (~torch.isin(kept, alone)).nonzero()[0]
+        dropped = torch.ones(signals.count, dtype=torch.bool)
+        dropped[kept] = False
+        rest = dropped.nonzero()[:, 0]
+        share = torch.full(rest.shape, 1 / (len(rest) + 1))
+        own = torch.ones(len(kept))
+        own[place] = 1 / (len(rest) + 1)
+        return weights(kept, own, rest, place.expand(len(rest)), share, signals.count)

@@ -1,0 +1,315 @@
+"""Published shapes with random weights, for measuring speed where no checkpoint is at hand.
+
+What a model costs depends on the sizes of its matrices, not on what is in them. So a shape takes from a published
+checkpoint the values of its config.json that say how large it is and those of its image processor, and nothing else:
+weights are random, and so are answers. Words are made up too. The tokenizer knows no word, and makes one token of each;
+prompts have about as many tokens as the published model's, which makes somewhat more than one of a word.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
+
+from gridprune_cli.errors import BadInput
+from gridprune_cli.vlm.attention import NAME
+from gridprune_cli.vlm.checkpoint import Checkpoint
+from gridprune_cli.vlm.clip import ClipRelevance
+from gridprune_cli.vlm.family import PARTS, Family
+from gridprune_cli.vlm.llava import Llava
+from gridprune_cli.vlm.llava_next import LlavaNext
+from gridprune_cli.vlm.qwen2_5_vl import Qwen2_5VL
+
+_SPREAD = 0.02  # of the weights
+_BLOCK = 1_000_003  # random values that are repeated; a prime, so that no two rows of a matrix are the same
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a published checkpoint.
+
+    source     its name on the hub
+    config     of its config.json; the values of `tokens` are the texts of special tokens, whose ids go in there
+    pictures   of its preprocessor_config.json
+    processor  of its processor_config.json
+    chat       its prompt, with TEXT for the question
+    clip       the config.json of the CLIP that its tower was taken from
+    """
+
+    source: str
+    family: type[Family]
+    config: dict[str, Any]
+    tokens: dict[str, str]
+    pictures: dict[str, Any]
+    processor: dict[str, Any]
+    chat: str
+    clip: dict[str, Any] | None = None
+
+    @property
+    def layers(self) -> int:
+        """Layers of its language model."""
+        return self.config["text_config"]["num_hidden_layers"]
+
+
+_CLIP_TOWER = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_CLIP = {  # openai/clip-vit-large-patch14-336
+    "model_type": "clip",
+    "projection_dim": 768,
+    "vision_config": _CLIP_TOWER,
+    "text_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "max_position_embeddings": 77,
+        "vocab_size": 49408,
+        "projection_dim": 768,
+    },
+}
+_CLIP_PICTURES = {
+    "do_center_crop": True,
+    "crop_size": {"height": 336, "width": 336},
+    "size": {"shortest_edge": 336},
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_LLAVA_PROCESSOR = {
+    "patch_size": 14,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,  # CLS
+}
+_VICUNA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "num_hidden_layers": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 32064,
+}
+_TILINGS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def _qwen2_5_vl(source: str, width: int, **text: Any) -> Shape:
+    return Shape(
+        source=source,
+        family=Qwen2_5VL,
+        config={
+            "model_type": "qwen2_5_vl",
+            "tie_word_embeddings": text.pop("tied"),
+            "text_config": {
+                "hidden_size": width,
+                "max_position_embeddings": 128_000,
+                "rms_norm_eps": 1e-6,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+                **text,
+            },
+            "vision_config": {
+                "depth": 32,
+                "hidden_size": 1280,
+                "intermediate_size": 3420,
+                "num_heads": 16,
+                "out_hidden_size": width,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "window_size": 112,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+            },
+        },
+        tokens={
+            "image_token_id": "<|image_pad|>",
+            "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|vision_start|>",
+            "vision_end_token_id": "<|vision_end|>",
+        },
+        pictures={
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "patch_size": 14,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+            "min_pixels": 3136,
+            "max_pixels": 12_845_056,
+            "image_mean": _CLIP_PICTURES["image_mean"],
+            "image_std": _CLIP_PICTURES["image_std"],
+        },
+        processor={"processor_class": "Qwen2_5_VLProcessor"},
+        chat=(
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+            "<|image_pad|><|vision_end|>TEXT<|im_end|>\n<|im_start|>assistant\n"
+        ),
+    )
+
+
+SHAPES = {
+    "llava-1.5-7b": Shape(
+        source="llava-hf/llava-1.5-7b-hf",
+        family=Llava,
+        config={"model_type": "llava", "vision_config": _CLIP_TOWER, "text_config": _VICUNA},
+        tokens={"image_token_index": "<image>"},
+        pictures={"image_processor_type": "CLIPImageProcessor", **_CLIP_PICTURES},
+        processor={"processor_class": "LlavaProcessor", **_LLAVA_PROCESSOR},
+        chat="USER: <image>\nTEXT ASSISTANT:",
+        clip=_CLIP,
+    ),
+    "llava-next-7b": Shape(
+        source="llava-hf/llava-v1.6-vicuna-7b-hf",
+        family=LlavaNext,
+        config={
+            "model_type": "llava_next",
+            "vision_config": _CLIP_TOWER,
+            "text_config": _VICUNA,
+            "image_grid_pinpoints": _TILINGS,
+        },
+        tokens={"image_token_index": "<image>"},
+        pictures={
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": _TILINGS,
+            **_CLIP_PICTURES,
+        },
+        processor={"processor_class": "LlavaNextProcessor", **_LLAVA_PROCESSOR},
+        chat=(
+            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the human's questions. USER: <image>\nTEXT ASSISTANT:"
+        ),
+        clip=_CLIP,
+    ),
+    "qwen2.5-vl-7b": _qwen2_5_vl(
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        width=3584,
+        intermediate_size=18944,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        num_hidden_layers=28,
+        vocab_size=152_064,
+        tied=False,
+    ),
+    "qwen2.5-vl-3b": _qwen2_5_vl(
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        width=2048,
+        intermediate_size=11008,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        num_hidden_layers=36,
+        vocab_size=151_936,
+        tied=True,
+    ),
+}
+
+
+def find_shape(name: str) -> Shape:
+    """Raises BadInput for a name that isn't in `SHAPES`."""
+    if name not in SHAPES:
+        raise BadInput(f"--shape {name}: not one of {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = None) -> Family:
+    """The family of a shape, all of it in memory, with the first `layers` of its language model.
+
+    Raises BadInput where it has fewer layers, or is larger than the memory that is free.
+    """
+    if layers is not None and not 1 <= layers <= shape.layers:
+        raise BadInput(f"--layers {layers}: {shape.source} has 1 to {shape.layers}")
+    count = layers or shape.layers
+    name = f"{shape.source} (random weights, {count} of {shape.layers} layers)"
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        _write(shape, count, folder)
+        clip = Checkpoint(f"{name}, CLIP", folder / "clip") if shape.clip else None
+        family = shape.family(Checkpoint(name, folder), dtype, device, clip)
+        family.fingerprint = name  # there are no weights on disk to tell it by
+        model = _random(shape.family.model_class, folder, dtype, device)
+        model.set_attn_implementation({"vision_config": NAME})
+        family._loaded |= dict.fromkeys(PARTS, model)
+        if isinstance(family.relevance, ClipRelevance):
+            family.relevance.model = _random(CLIPModel, folder / "clip", dtype, device)
+        family.relevance.load()
+        _ = family.processor, family.encoder, family.checkpoint.config  # what else is read of the folder
+    return family
+
+
+def _random(kind: Any, folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """A model of a folder's config. Drawing billions of values would take minutes, so a block of them is repeated."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in kind._from_config(config, dtype=dtype).parameters())
+    _check_room(size * dtype.itemsize, device)
+    with torch.device(device), no_init_weights():
+        model: nn.Module = kind._from_config(config, dtype=dtype)
+    noise = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).mul(_SPREAD).to(device, dtype)
+    for path, parameter in model.named_parameters():
+        if parameter.dim() == 1 and path.endswith(".weight"):  # of a norm
+            parameter.data.fill_(1)
+            continue
+        for part in parameter.data.view(-1).split(_BLOCK):
+            part.copy_(noise[: len(part)])
+    return model.eval()
+
+
+def _check_room(size: int, device: str) -> None:
+    """Raises BadInput where `size` bytes are more than the device has free, as far as that can be known."""
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        status = Path("/proc/meminfo")
+        if not status.is_file():
+            return
+        free = next(int(s.split()[1]) << 10 for s in status.read_text().splitlines() if s.startswith("MemAvailable"))
+    if size > free:
+        raise BadInput(
+            f"--shape: {size / 1e9:.1f} GB of weights, but {free / 1e9:.1f} GB of memory are free; "
+            "take --dtype bfloat16, or fewer --layers"
+        )
+
+
+def _write(shape: Shape, layers: int, folder: Path) -> None:
+    """Config, processor and tokenizer as a checkpoint has them."""
+    words = _tokenizer(shape)
+    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = shape.config["text_config"] | special | {"num_hidden_layers": layers}
+    ids = {name: words.convert_tokens_to_ids(token) for name, token in shape.tokens.items()}
+    kind = dict(shape.config)
+    AutoConfig.for_model(kind.pop("model_type"), **kind | ids | {"text_config": text}).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(shape.pictures), "utf-8")
+    (folder / "processor_config.json").write_text(json.dumps(shape.processor), "utf-8")
+    words.save_pretrained(folder)
+    if shape.clip:
+        kind = dict(shape.clip)
+        text = kind["text_config"] | special
+        AutoConfig.for_model(kind.pop("model_type"), **kind | {"text_config": text}).save_pretrained(folder / "clip")
+        words.save_pretrained(folder / "clip")
+
+
+def _tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
+    """One token per word or punctuation mark, all of them the same, and the special tokens of the shape's prompt."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=sorted({*shape.tokens.values(), *re.findall(r"<[^<>]+>", shape.chat)}),
+        chat_template=shape.chat.replace("TEXT", "{{ messages[-1]['content'][-1]['text'] }}"),
+    )

@@ -1,0 +1,304 @@
+"""Methods written out from their formulas, token by token, in plain Python: slow, and independent of the package.
+
+Each takes (signals, k, method) as the tests have them, and gives the sorted kept tokens.
+"""
+
+import math
+from fractions import Fraction
+
+EQUAL = 1e-9  # scores that are closer than this to the best, of 1, count as equal to it
+
+
+def cosine(a, b):
+    """Rounded to what counts as equal."""
+    product = math.sqrt(math.fsum(x * x for x in a)) * math.sqrt(math.fsum(x * x for x in b))
+    return round(math.fsum(x * y for x, y in zip(a, b, strict=True)) / product, 9) if product else 0.0
+
+
+def first_best(tokens, score, scale=1.0):
+    """The token of the highest score, the lowest of equal ones."""
+    scores = {i: score(i) for i in tokens}
+    limit = max(scores.values()) - EQUAL * scale
+    return min(i for i, value in scores.items() if value >= limit)
+
+
+def ranked(scores):
+    """Tokens, highest score first, lower ones first where equal."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+
+
+def top_saliency(signals, k, method):
+    return sorted(ranked(signals.saliency.tolist())[:k])
+
+
+def signed_relevance(signals, method):
+    sign = method.relevance_sign or (1 if signals.by_words else -1)
+    return [sign * value for value in signals.relevance.tolist()]
+
+
+def top_relevance(signals, k, method):
+    return sorted(ranked(signed_relevance(signals, method))[:k])
+
+
+# VisionZip
+
+
+def visionzip_parts(signals, k, method):
+    """Dominant and contextual tokens, and for each contextual one the tokens that join it."""
+    contextual = math.floor(method.contextual_share * k + 0.5)
+    dominant = ranked(signals.saliency.tolist())[: k - contextual]
+    others = [i for i in range(signals.count) if i not in dominant]
+    targets = []
+    if contextual:
+        step = max(1, len(others) // contextual)
+        targets = [others[i] for i in range(0, len(others), step)][:contextual]
+    states = signals.states.tolist()
+    joined = {target: [] for target in targets}
+    for i in others:
+        if targets and i not in targets:
+            joined[first_best(targets, lambda t, i=i: cosine(states[i], states[t]))].append(i)
+    return dominant, joined
+
+
+def visionzip(signals, k, method):
+    dominant, joined = visionzip_parts(signals, k, method)
+    return sorted([*dominant, *joined])
+
+
+def visionzip_weights(signals, k, method):
+    """{kept: {token: weight}}"""
+    dominant, joined = visionzip_parts(signals, k, method)
+    weights = {i: {i: 1.0} for i in dominant}
+    for target, members in joined.items():
+        if method.merge_by == "mean":
+            weights[target] = dict.fromkeys([target, *members], 1 / (len(members) + 1))
+        else:
+            weights[target] = {target: 1.0} | {i: 1 / len(members) for i in members}
+    return weights
+
+
+# TRIM
+
+
+def trim_weights(signals, k, method):
+    """{kept: {token: weight}}"""
+    order = ranked(signed_relevance(signals, method))
+    weights = {i: {i: 1.0} for i in order[:k]}
+    if method.mean_token and k > 1:
+        others = order[k - 1 :]
+        weights[order[k - 1]] = dict.fromkeys(others, 1 / len(others))
+    return weights
+
+
+# VisPruner
+
+
+def vispruner(signals, k, method):
+    states = signals.states.tolist()
+    order = ranked(signals.saliency.tolist())
+    important = math.floor(method.important_share * k)
+    kept, rest = order[:important], order[important:]
+    while len(rest) > k - important:
+        if len(rest) == 1:
+            rest = []
+            break
+        even = [token for place, token in enumerate(rest) if place % 2 == 0]
+        odd = [token for place, token in enumerate(rest) if place % 2 == 1]
+        closest = [max(cosine(states[i], states[j]) for j in odd) for i in even]
+        gone = min(method.step, len(rest) - (k - important), len(even))
+        rest = [even[place] for place in ranked(closest)[gone:]] + odd
+    return sorted(kept + rest)
+
+
+# DivPrune
+
+
+def divprune(signals, k, method):
+    rows, tokens = signals.rows.tolist(), range(signals.count)
+    distance = [[1 - cosine(rows[i], rows[j]) for j in tokens] for i in tokens]
+    kept = [first_best(tokens, lambda i: min(distance[i][j] for j in tokens if j != i))]
+    while len(kept) < k:
+        kept.append(first_best(set(tokens) - set(kept), lambda i: min(distance[i][s] for s in kept)))
+    return sorted(kept)
+
+
+# Coverage: SCOPE and MMTok
+
+
+def covering(likeness, weight, k):
+    """`likeness[r][j]` of token j to each row r."""
+    tokens = range(len(weight))
+
+    def score(j, best):
+        return weight[j] * math.fsum(max(0.0, row[j] - low) for row, low in zip(likeness, best, strict=True))
+
+    scale = max(score(j, [0.0] * len(likeness)) for j in tokens)
+    kept = []
+    while len(kept) < k:
+        best = [max([0.0, *(row[s] for s in kept)]) for row in likeness]
+        kept.append(first_best(set(tokens) - set(kept), lambda j, best=best: score(j, best), scale))
+    return sorted(kept)
+
+
+def scope(signals, k, method):
+    states = signals.states.tolist()
+    likeness = [[cosine(a, b) for b in states] for a in states]
+    return covering(likeness, [a**method.alpha for a in signals.saliency.tolist()], k)
+
+
+def softmax(values, temperature):
+    powers = [math.exp((value - max(values)) / temperature) for value in values]
+    return [power / math.fsum(powers) for power in powers]
+
+
+def mmtok(signals, k, method):
+    words, rows, states = (part.tolist() for part in (signals.words, signals.rows, signals.states))
+    covered = [
+        [value / len(words) for value in softmax([cosine(word, row) for row in rows], method.text_temperature)]
+        for word in words
+    ]
+    covered += [
+        [
+            method.alpha * value / len(states)
+            for value in softmax([cosine(state, other) for other in states], method.vision_temperature)
+        ]
+        for state in states
+    ]
+    return covering(covered, [1.0] * len(rows), k)
+
+
+# HoloV
+
+
+def holov(signals, k, method):
+    saliency = [Fraction(value) for value in signals.saliency.tolist()]
+    crops, first = [], 0
+    for view in signals.views:
+        tokens = list(range(first, first + view.rows * view.cols))
+        first += len(tokens)
+        if method.crops == "runs":
+            each, longer = divmod(len(tokens), 16)
+            for p in range(16):
+                size = each + (p < longer)
+                crops.append(tokens[:size])
+                tokens = tokens[size:]
+        else:
+            members = {}
+            for place, token in enumerate(tokens):
+                row, col = divmod(place, view.cols)
+                part = (row * min(4, view.rows) // view.rows, col * min(4, view.cols) // view.cols)
+                members.setdefault(part, []).append(token)
+            crops += [members[part] for part in sorted(members)]
+    crops = [crop for crop in crops if crop]
+    weights = [sum(saliency[i] for i in crop) / len(crop) for crop in crops]
+    budgets = [0] * len(crops)
+    while left := k - sum(budgets):
+        free = [p for p, crop in enumerate(crops) if budgets[p] < len(crop)]
+        alike = all(weights[p] == 0 for p in free)
+        weight = {p: Fraction(1) if alike else weights[p] for p in free}
+        added = {p: math.floor(left * weight[p] / sum(weight.values())) for p in free}
+        for p in sorted(free, key=lambda p: (-weight[p], p))[: left - sum(added.values())]:
+            added[p] += 1
+        for p in free:
+            budgets[p] = min(budgets[p] + added[p], len(crops[p]))
+    return sorted(
+        i for crop, n in zip(crops, budgets, strict=True) for i in sorted(crop, key=lambda i: (-saliency[i], i))[:n]
+    )
+
+
+# HiRED
+
+
+def hired(signals, k, method):
+    saliency = signals.saliency.tolist()
+    starts = [sum(view.rows * view.cols for view in signals.views[:n]) for n in range(len(signals.views))]
+    bases = [n for n, view in enumerate(signals.views) if view.box == (0.0, 0.0, 1.0, 1.0)]
+    if len(signals.views) == 1 or not bases:
+        return top_saliency(signals, k, method)
+    base = signals.views[bases[0]]
+    own = list(range(starts[bases[0]], starts[bases[0]] + base.rows * base.cols))
+    tiles = []  # (tokens, left, top, right, bottom)
+    for n, view in enumerate(signals.views):
+        if n == bases[0]:
+            continue
+        x0, y0, x1, y1 = view.box
+        down, across = math.ceil(view.rows / base.rows), math.ceil(view.cols / base.cols)
+        for i in range(down):
+            for j in range(across):
+                r0, r1 = i * view.rows // down, (i + 1) * view.rows // down
+                c0, c1 = j * view.cols // across, (j + 1) * view.cols // across
+                tokens = [starts[n] + r * view.cols + c for r in range(r0, r1) for c in range(c0, c1)]
+                width, height = (x1 - x0) / view.cols, (y1 - y0) / view.rows
+                tiles.append((tokens, x0 + c0 * width, y0 + r0 * height, x0 + c1 * width, y0 + r1 * height))
+    leading = sorted(own, key=lambda i: (-saliency[i], i))[: int((1 - method.base_share) * len(own))]
+    counts = []
+    for _, left, top, right, bottom in tiles:
+        centres = [divmod(i - own[0], base.cols) for i in leading]
+        counts.append(
+            sum(
+                left <= (c + 0.5) / base.cols + 1e-9 < right and top <= (r + 0.5) / base.rows + 1e-9 < bottom
+                for r, c in centres
+            )
+        )
+    room = sum(len(tile[0]) for tile in tiles)
+    quota = max(min(math.floor(method.base_share * k + 0.5), len(own)), k - room)
+    budgets = shared(counts, [len(tile[0]) for tile in tiles], k - quota)
+    kept = sorted(own, key=lambda i: (-saliency[i], i))[:quota]
+    for (tokens, *_), budget in zip(tiles, budgets, strict=True):
+        kept += sorted(tokens, key=lambda i: (-saliency[i], i))[:budget]
+    return sorted(kept)
+
+
+def shared(weights, caps, k):
+    """k over parts by weight, none above its cap: what a full part can't take goes to the others by their weights, and
+    to parts without weight, alike, where those with weight are full; largest remainders."""
+    held = sum(cap for weight, cap in zip(weights, caps, strict=True) if weight)
+    if k > held:
+        rest = shared(
+            [1] * len(caps), [0 if weight else cap for weight, cap in zip(weights, caps, strict=True)], k - held
+        )
+        return [cap if weight else more for weight, cap, more in zip(weights, caps, rest, strict=True)]
+    shares = {p: Fraction(0) for p in range(len(caps))}
+    free, left = {p for p in shares if weights[p] and caps[p]}, Fraction(k)
+    while free:
+        total = sum(weights[p] for p in free)
+        full = {p for p in free if left * weights[p] / total >= caps[p]}
+        if not full:
+            shares |= {p: left * weights[p] / total for p in free}
+            break
+        shares |= {p: Fraction(caps[p]) for p in full}
+        left -= sum(caps[p] for p in full)
+        free -= full
+    budgets = [math.floor(share) for share in shares.values()]
+    for p in sorted(shares, key=lambda p: (budgets[p] - shares[p], p))[: k - sum(budgets)]:
+        budgets[p] += 1
+    return budgets
+
+
+# CDPruner
+
+
+def cdpruner(signals, k, method):
+    """The determinant grows by the squared part of a row that those taken don't span, times the squared quality."""
+    relevance = signed_relevance(signals, method)
+    low, high = min(relevance), max(relevance)
+    quality = [(r - low + 1e-6) / (high - low) if high > low else 1.0 for r in relevance]
+    outside = []
+    for row in signals.rows.tolist():
+        length = math.sqrt(math.fsum(x * x for x in row))
+        outside.append([x / length if length else 0.0 for x in row])
+    kept = []
+    while len(kept) < k:
+        free = set(range(len(outside))) - set(kept)
+        part = {i: math.fsum(x * x for x in outside[i]) for i in free}
+        score = {i: quality[i] ** 2 * part[i] for i in free if part[i] > 1e-6}
+        if not score:
+            order = [i for i in ranked(relevance) if i in free]
+            return sorted(kept + order[: k - len(kept)])
+        token = first_best(score, score.get, max(score.values()))
+        axis = [x / math.sqrt(part[token]) for x in outside[token]]
+        for row in outside:
+            along = math.fsum(x * y for x, y in zip(row, axis, strict=True))
+            row[:] = [x - along * y for x, y in zip(row, axis, strict=True)]
+        kept.append(token)
+    return sorted(kept)

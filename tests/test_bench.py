@@ -1,0 +1,105 @@
+"""What `measure` counts, what it leaves out, and what it makes of the figures."""
+
+import json
+
+import pytest
+
+from gridprune_cli import bench
+from gridprune_cli.bench import Spread, made_picture, measure
+from gridprune_cli.cost import Decoder, kv_bytes, prefill_flops
+from gridprune_cli.errors import BadInput
+from gridprune_cli.generation import Generated, generate
+from gridprune_cli.pipeline import Pipeline, Pruning
+
+QUESTION = "What colour is the star?"
+
+
+@pytest.fixture
+def pipeline(tiny_llava):
+    return Pipeline(str(tiny_llava), dtype="float32")
+
+
+def test_counts_are_those_of_the_answers(pipeline, noise, monkeypatch):
+    made, steps = [], []
+
+    def watched(family, batch, *args, **options):
+        made.append((batch[0], generate(family, batch, *args, **options)[0]))
+        return [made[-1][1]]
+
+    monkeypatch.setattr(bench, "generate", watched)
+    report = measure(
+        pipeline, noise((80, 60)), QUESTION, Pruning(keep=0.25), repeat=2, new_tokens=5, step=lambda: steps.append(1)
+    )
+    assert len(steps) == 9
+    assert [len(answer.ids) for _, answer in made] == [5] * 6  # no more and no fewer
+    kept = [len(pruned.kept) for pruned, _ in made]
+    assert kept == [4, 16, 16, 4, 4, 16]  # in turn, and each is first in its turn
+    decoder = Decoder.of(pipeline.family.load("language").config)
+    for side, pruned in ((report.full, made[1][0]), (report.pruned, made[0][0])):
+        prompt = len(pruned.input_ids)
+        assert (side.tokens, side.prompt) == (len(pruned.kept), prompt)
+        assert side.prefill_flops == prefill_flops(decoder, [prompt] * decoder.layers)
+        assert side.kv_bytes == kv_bytes(decoder, [prompt] * decoder.layers, 4)
+        assert side.peak_bytes > 50 << 20
+    assert report.load > 0 and report.encode.median > 0 and report.encode_peak_bytes > 50 << 20
+    assert measure(pipeline, noise((80, 60)), QUESTION, Pruning(), repeat=1, new_tokens=2).load is None
+    record = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert record["ratio"]["flops"] == report.full.prefill_flops / report.pruned.prefill_flops
+    assert record["pruned"]["prefill_ms"]["median"] == report.pruned.prefill.median
+    assert {"tokens", "select_ms", "decode_ms", "answer_ms", "kv_bytes", "peak_bytes"} <= set(record["full"])
+
+
+def test_every_question_is_new_to_the_text_tower(pipeline, noise, monkeypatch):
+    heard = []
+    relevance = pipeline.family.relevance
+    monkeypatch.setattr(
+        pipeline.family, "relevance", lambda states, text: heard.append(text) or relevance(states, text), raising=False
+    )
+    monkeypatch.setattr(pipeline.family.relevance, "load", relevance.load, raising=False)
+    measure(pipeline, noise((80, 60)), QUESTION, Pruning(query="star"), repeat=3, new_tokens=2)
+    assert len(heard) == len(set(heard)) == 4 and all(text.startswith("star ") for text in heard)
+
+
+def test_ratios_are_of_neighbours_and_the_first_round_does_not_count(pipeline, noise, monkeypatch):
+    """Figures are made up here, so what must come out of them is known."""
+    full, pruned = iter([9e9, 400.0, 900.0, 800.0]), iter([9e9, 100.0, 100.0, 400.0])
+
+    def timed(family, batch, new_tokens, **options):
+        prefill = next(full if len(batch[0].kept) == 16 else pruned)
+        return [Generated("", (), prefill, 3 * prefill)]
+
+    monkeypatch.setattr(bench, "generate", timed)
+    report = measure(pipeline, noise((80, 60)), QUESTION, Pruning(keep=0.25), repeat=3, new_tokens=4)
+    assert report.prefill == report.decode == Spread(4.0, 3.0, 6.5)  # of 4, 9 and 2
+    assert report.full.prefill == report.full.decode == Spread(800.0, 600.0, 850.0)
+    assert report.pruned.prefill.median == 100.0
+    assert report.achieved == 4.0 / (report.full.prefill_flops / report.pruned.prefill_flops)
+    assert 0 < report.selecting.low <= report.selecting.median
+
+
+def test_spread_of_one_value_is_that_value():
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+    assert Spread.of([1, 2, 3, 4, 5]) == Spread(3.0, 2.0, 4.0)
+
+
+def test_the_peak_is_of_what_came_since():
+    import torch
+
+    bench._reset_peak("cpu")
+    before = bench._peak("cpu")
+    big = torch.ones(16 << 20)  # 64 MiB
+    assert 60 << 20 < bench._peak("cpu") - before < 80 << 20
+    del big
+    bench._reset_peak("cpu")
+    assert bench._peak("cpu") - before < 20 << 20
+
+
+def test_too_few_tokens_or_repeats(pipeline, noise):
+    for repeat, new_tokens in ((0, 4), (1, 1)):
+        with pytest.raises(BadInput, match="--repeat"):
+            measure(pipeline, noise((80, 60)), QUESTION, Pruning(), repeat=repeat, new_tokens=new_tokens)
+
+
+def test_made_pictures():
+    assert made_picture("scenes").image.size == (224, 224)
+    assert made_picture("else").image.size == (672, 672)

@@ -1,0 +1,385 @@
+"""Many images and questions at once: the same as one by one, whatever memory does and whatever fails."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+from PIL import ImageFile
+
+from gridprune_cli import bulk as bulk_module
+from gridprune_cli.bulk import Ask, Batches, Bulk, Pruned, Reply, in_order
+from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.images import load_image
+from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.store import open_store
+from gridprune_cli.tokens import EncodedImage
+
+QUESTIONS = ("What colour is the star?", "Where is it?", "How many red circles are left of the blue square?")
+
+
+@pytest.fixture
+def pipeline(tiny_llava):
+    return Pipeline(str(tiny_llava), store=open_store(), dtype="float32")
+
+
+@pytest.fixture
+def pictures(tmp_path, noise):
+    paths = []
+    for seed in range(7):
+        paths.append(tmp_path / f"{seed}.png")
+        noise((40 + 20 * seed, 60), seed).image.save(paths[-1])
+    return paths
+
+
+def silent(message):
+    raise AssertionError(message)
+
+
+def fresh(tiny_llava):
+    return Pipeline(str(tiny_llava), dtype="float32")
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", range(1, 9))
+def test_batches_shrink_to_what_fits_and_lose_nothing(most):
+    told, sizes = [], []
+
+    def work(items):
+        if len(items) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(items))
+        return [item * 10 for item in items]
+
+    batches = Batches(8, "things", told.append)
+    assert list(batches.run(range(30), work)) == [item * 10 for item in range(30)]
+    assert max(sizes) == batches.size == 2 ** (most.bit_length() - 1)
+    halvings = (8 // batches.size).bit_length() - 1
+    assert len(told) == halvings
+    if told:
+        assert told[0] == "memory ran out with 8 things at once; going on with 4"
+    sizes.clear()
+    list(batches.run(range(8), work))  # the smaller size stays
+    assert len(told) == halvings
+
+
+@pytest.mark.parametrize(
+    "fault", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: no")]
+)
+def test_what_does_not_fit_alone_is_a_fault_and_the_rest_goes_on(fault):
+    def work(items):
+        if 3 in items:
+            raise fault
+        return items
+
+    results = list(Batches(4, "things", lambda _: None).run(range(6), work))
+    assert [r for r in results if not isinstance(r, GridpruneError)] == [0, 1, 2, 4, 5]
+    assert "memory ran out for this one alone" in str(results[3])
+
+
+def test_one_at_fault_does_not_take_its_batch_along():
+    def work(items):
+        if 2 in items:
+            raise BadInput("two is bad")
+        if 5 in items:
+            raise ZeroDivisionError("by five\nand more")
+        return items
+
+    results = list(Batches(4, "things", silent).run(range(8), work))
+    assert [r for r in results if isinstance(r, int)] == [0, 1, 3, 4, 6, 7]
+    assert isinstance(results[2], BadInput) and str(results[2]) == "two is bad"
+    assert str(results[5]) == "unexpected ZeroDivisionError: by five"
+    assert isinstance(results[5].__cause__, ZeroDivisionError)
+
+
+def test_values_come_in_order_as_soon_as_they_can():
+    taken = []
+
+    def pairs():
+        for index in (2, 0, 1, 4, 3):
+            taken.append(index)
+            yield index, str(index)
+
+    ordered = in_order(pairs())
+    assert next(ordered) == "0" and taken == [2, 0]
+    assert list(ordered) == ["1", "2", "3", "4"]
+
+
+# ---- encode ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_encoding_in_bulk_gives_what_encoding_alone_gives(pipeline, pictures, tiny_llava, size):
+    made = list(Bulk(pipeline, images=size, notice=silent).encode(pictures))
+    assert [name for name, _, _ in made] == [str(path) for path in pictures]
+    assert not any(hit for _, _, hit in made)
+    alone = fresh(tiny_llava)
+    for path, (name, encoded, _) in zip(pictures, made, strict=True):
+        single = alone.encode_one(path)[0]
+        assert (encoded.key, encoded.name, encoded.views) == (single.key, name, single.views)
+        assert torch.allclose(encoded.states, single.states, atol=1e-5)
+        assert torch.allclose(encoded.saliency, single.saliency, atol=1e-5)
+        stored = pipeline.look_up(encoded.image, name)  # what was given was written before
+        assert stored is not None and torch.equal(stored.states, encoded.states)
+    again = list(Bulk(pipeline, notice=silent).encode(pictures))
+    assert all(hit for _, _, hit in again)
+    assert all(hit is False for _, _, hit in Bulk(pipeline, notice=silent).encode(pictures, refresh=True))
+
+
+def test_what_else_is_in_a_batch_leaves_an_image_s_saliency_alone(noise):
+    """To the last bit, as far as the tower's own products leave its states alone: so entries are the same files."""
+    pipeline = Pipeline("scenes", dtype="float32")
+    pictures = [noise((224, 224), seed) for seed in range(6)]
+    single = [pipeline.see([picture])[0] for picture in pictures]
+    for size in (2, 5, 6):
+        together = [encoded for i in range(0, 6, size) for encoded in pipeline.see(pictures[i : i + size])]
+        for alone, encoded in zip(single, together, strict=True):
+            assert torch.allclose(encoded.states, alone.states, atol=1e-4)
+            if torch.equal(encoded.states, alone.states):
+                assert torch.equal(encoded.saliency, alone.saliency)
+
+
+def test_the_same_file_many_times_goes_through_the_tower_once(pipeline, pictures, monkeypatch):
+    seen = []
+    see = pipeline.family.encode
+    monkeypatch.setattr(pipeline.family, "encode", lambda batch: seen.extend(batch) or see(batch))
+    copies = []
+    for number in range(40):
+        copies.append(pictures[0].with_name(f"copy {number}.png"))
+        copies[-1].write_bytes(pictures[number % 2].read_bytes())
+    for store in (pipeline.store, None):
+        pipeline.store = store
+        seen.clear()
+        made = list(Bulk(pipeline, images=3, notice=silent).encode(copies))
+        assert [name for name, _, _ in made] == [str(path) for path in copies]
+        assert [encoded.name for _, encoded, _ in made] == [str(path) for path in copies]
+        assert len({encoded.key for _, encoded, _ in made}) == 2
+        assert [hit for _, _, hit in made] == [False, False] + [True] * 38
+        assert len(seen) == 2
+
+
+def test_bad_pictures_are_told_in_their_place(pipeline, pictures, tmp_path):
+    bad, gone = tmp_path / "bad.png", tmp_path / "gone.png"
+    bad.write_bytes(b"no image")
+    sources = [pictures[0], bad, pictures[1], gone, pictures[2].read_bytes()]
+    made = list(Bulk(pipeline, notice=silent).encode(sources))
+    assert [name for name, _, _ in made] == [*map(str, sources[:4]), "-"]
+    assert [isinstance(result, EncodedImage) for _, result, _ in made] == [True, False, True, False, True]
+    assert str(bad) in str(made[1][1]) and isinstance(made[3][1], BadInput)
+
+
+def test_a_picture_that_the_tower_refuses_is_named(pipeline, pictures, monkeypatch):
+    from gridprune_cli.images import identify
+
+    see, refused = pipeline.see, identify(pictures[3])[0]
+
+    def picky(batch):
+        if any(picture.sha256 == refused for picture in batch):
+            raise ValueError("too strange")
+        return see(batch)
+
+    monkeypatch.setattr(pipeline, "see", picky)
+    made = list(Bulk(pipeline, notice=silent).encode(pictures))
+    assert [isinstance(result, EncodedImage) for _, result, _ in made] == [i != 3 for i in range(7)]
+    assert str(made[3][1]) == f"{pictures[3]}: unexpected ValueError: too strange"
+
+
+def test_memory_that_runs_out_in_the_tower_halves_the_batch(pipeline, pictures, tiny_llava, monkeypatch):
+    told, encode = [], pipeline.family.encode
+
+    def small(batch):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(batch)
+
+    monkeypatch.setattr(pipeline.family, "encode", small)
+    made = [result for _, result, _ in Bulk(pipeline, images=7, notice=told.append).encode(pictures)]
+    assert told == [
+        "memory ran out with 7 images at once; going on with 3",
+        "memory ran out with 3 images at once; going on with 1",
+    ]
+    alone = fresh(tiny_llava)
+    for path, encoded in zip(pictures, made, strict=True):
+        assert torch.allclose(encoded.states, alone.encode_one(path)[0].states, atol=1e-5)
+
+
+def test_few_pictures_are_held_however_many_there_are(pipeline, noise, tmp_path, monkeypatch):
+    """Of a long list, only those that are being worked on are read, and not even two at a time where they are large."""
+    path = tmp_path / "a.png"
+    noise((50, 50)).image.save(path)
+    data = path.read_bytes()
+    read = 0
+
+    def sources():
+        nonlocal read
+        for number in range(200):
+            read += 1
+            yield data + bytes([number])  # PNG readers stop at its end, so these are pictures, all different
+
+    for most, size in ((bulk_module._MOST_PIXELS, 2), (2499, 2), (2499, 50)):
+        monkeypatch.setattr(bulk_module, "_MOST_PIXELS", most)
+        read = 0
+        for given, _ in enumerate(Bulk(pipeline, images=size, notice=silent).encode(sources(), refresh=True)):
+            assert read - given <= 4 * 2 or size == 50
+        assert read == 200
+
+
+def test_a_cache_that_cannot_be_written_stops_encode_all_and_not_bulk(tiny_llava, pictures, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    told = []
+    pipeline = Pipeline(str(tiny_llava), store=open_store(tmp_path / "file" / "below", told.append), dtype="float32")
+    assert all(isinstance(result, EncodedImage) for _, result, _ in Bulk(pipeline, notice=silent).encode(pictures))
+    assert len(told) == 1
+    with pytest.raises(GridpruneError, match="can't be written"):
+        list(pipeline.encode_all(pictures))
+
+
+def test_threads_that_decode_leave_the_settings_of_the_process_alone(pictures, tmp_path):
+    data = pictures[6].read_bytes()
+    cut = data[: len(data) // 2]
+    before, wrong = list(warnings.filters), []
+    ImageFile.LOAD_TRUNCATED_IMAGES = True  # as another library may have left it
+    try:
+
+        def decode():
+            for _ in range(20):
+                load_image(data)
+                try:
+                    load_image(cut)
+                    wrong.append("a cut file passed")
+                except BadInput:
+                    pass
+
+        threads = [threading.Thread(target=decode) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is True and warnings.filters == before
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+# ---- prune and answer ------------------------------------------------------------------------------------------------
+
+
+def asks(pictures):
+    """Questions in a muddle: images mixed, lengths and keeps too, one about two images."""
+    made = [
+        Ask((path,), question, Pruning(keep=keep))
+        for question in QUESTIONS
+        for path, keep in zip(pictures, (0.2, 1.0, 0.5, 0.3, 0.9, 0.11, 0.6), strict=True)
+    ]
+    made.insert(4, Ask((pictures[2], pictures[5]), QUESTIONS[0], Pruning(keep=0.4)))
+    return made
+
+
+@pytest.mark.parametrize("size", [1, 4, 64])
+def test_answers_in_bulk_are_the_answers_of_ask(pipeline, pictures, tiny_llava, size):
+    questions = asks(pictures)
+    replies = list(Bulk(pipeline, questions=size, notice=silent).answer(questions, max_new_tokens=8))
+    alone = fresh(tiny_llava)
+    for ask, reply in zip(questions, replies, strict=True):
+        expected = alone.ask(list(ask.sources), ask.question, ask.pruning, max_new_tokens=8)
+        assert reply.text == expected.text
+        assert reply.record == expected.pruned.to_json()
+    assert sum(not reply.hit for reply in replies) == len(pictures)  # the first question about each
+
+
+def test_an_image_is_read_once_for_all_its_questions(pipeline, pictures, tiny_llava, monkeypatch):
+    list(Bulk(pipeline, notice=silent).encode(pictures))
+    pipeline, got = Pipeline(str(tiny_llava), store=open_store(), dtype="float32"), []
+    get = pipeline.store.get
+    monkeypatch.setattr(pipeline.store, "get", lambda encoder, key: got.append(key) or get(encoder, key))
+    replies = list(Bulk(pipeline, notice=silent).answer(asks(pictures), max_new_tokens=2))
+    assert len(got) == len(pictures) and all(reply.hit for reply in replies)
+    assert "tower" not in pipeline.family._loaded
+
+
+def test_what_fails_fails_alone(pipeline, pictures, tmp_path):
+    gone = tmp_path / "gone.png"
+    questions = [
+        Ask((pictures[0],), QUESTIONS[0], Pruning()),
+        Ask((gone,), QUESTIONS[0], Pruning()),
+        Ask((pictures[0], gone), QUESTIONS[1], Pruning()),
+        Ask((pictures[0],), " ", Pruning()),
+        Ask((pictures[1],), QUESTIONS[1], Pruning(tokens=99)),
+        Ask((pictures[1],), QUESTIONS[1], Pruning()),
+    ]
+    replies = list(Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=2))
+    assert [isinstance(reply, Reply) for reply in replies] == [True, False, False, False, False, True]
+    assert all(isinstance(reply, BadInput) for reply in replies[1:5])
+    assert "gone.png" in str(replies[2]) and "--tokens 99" in str(replies[4])
+
+
+def test_memory_that_runs_out_in_the_language_model_halves_the_batch(pipeline, pictures, monkeypatch):
+    questions = asks(pictures)
+    expected = [reply.text for reply in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)]
+    model, told = pipeline.family.load("language"), []
+    generate = model.generate
+
+    def small(**given):
+        if len(given["input_ids"]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(**given)
+
+    monkeypatch.setattr(model, "generate", small)
+    replies = Bulk(pipeline, questions=16, notice=told.append).answer(questions, max_new_tokens=4)
+    assert [reply.text for reply in replies] == expected
+    assert told == [
+        "memory ran out with 16 questions at once; going on with 8",
+        "memory ran out with 8 questions at once; going on with 4",
+    ]
+
+
+def test_sets_that_are_too_large_to_wait_together_are_answered_in_parts(pipeline, pictures, monkeypatch):
+    questions = asks(pictures)
+    whole = [reply.text for reply in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)]
+    monkeypatch.setattr(bulk_module, "_MOST_BYTES", 1)
+    assert [r.text for r in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)] == whole
+
+
+def test_pruning_in_bulk_is_pruning(pipeline, pictures, tiny_llava):
+    questions = asks(pictures)
+    alone = fresh(tiny_llava)
+    found = dict(Bulk(pipeline, notice=silent).prune(questions, system="red"))
+    assert sorted(found) == list(range(len(questions)))
+    for index, ask in enumerate(questions):
+        assert isinstance(found[index], Pruned)
+        images = [alone.encode_one(source)[0] for source in ask.sources]
+        expected = alone.prune(images, ask.question, ask.pruning, system="red")
+        assert torch.equal(found[index].pruned.kept, expected.kept)
+        assert torch.equal(found[index].pruned.input_ids, expected.input_ids)
+
+
+def test_a_model_that_cannot_be_loaded_ends_it_all(tiny_llava, pictures, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_llava, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "vision_tower" not in k}, folder / "model.safetensors")
+    with pytest.raises(GridpruneError, match="weights"):
+        list(Bulk(Pipeline(str(folder), dtype="float32"), notice=silent).encode(pictures))
+
+
+def test_ends_of_a_batch_are_cut_where_an_answer_ends(pipeline, pictures):
+    """A short answer beside long ones is what it is alone, ids included."""
+    from gridprune_cli.generation import generate
+
+    sets = [pipeline.prune(pipeline.encode_one(path)[0], QUESTIONS[0], Pruning(keep=0.5)) for path in pictures]
+    free = [made.ids for made in generate(pipeline.family, sets, 8)]
+    stop = free[0][3]  # as if this token ended an answer: not all answers hold it at the same place
+    together = generate(pipeline.family, sets, 8, eos_token_id=stop)
+    for pruned, made, long in zip(sets, together, free, strict=True):
+        expected = long[: long.index(stop) + 1] if stop in long else long
+        assert made.ids == expected == generate(pipeline.family, [pruned], 8, eos_token_id=stop)[0].ids
+
+
+def test_a_reply_holds_no_tensors(pipeline, pictures):
+    (reply,) = Bulk(pipeline, notice=silent).answer([asks(pictures)[0]], max_new_tokens=2)
+    assert not any(isinstance(value, torch.Tensor) for value in [*vars(reply).values(), *reply.record.values()])

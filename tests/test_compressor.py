@@ -1,0 +1,92 @@
+"""The compressor beside a checkpoint: what it starts as, what it looks at, and how it is read."""
+
+import pytest
+import torch
+
+from gridprune_cli.errors import GridpruneError
+from gridprune_cli.vlm.compressor import FILE, HEAD, QUERIES, Compressor, load_compressor, save_compressor
+
+WIDTH = 2 * HEAD
+
+
+def inputs(batch=2, count=30, rows=24, seed=0):
+    """states, relevance, within, pooled, inside: rows beyond the queries, so that these are used again."""
+    generator = torch.Generator().manual_seed(seed)
+    within = torch.rand(batch, count, generator=generator) < 0.4
+    kept = torch.rand(batch, count, generator=generator).topk(rows, dim=1).indices.sort(1).values
+    states = torch.randn(batch, count, WIDTH, generator=generator)
+    relevance = torch.rand(batch, count, generator=generator) * 2 - 1
+    pooled = torch.randn(batch, rows, WIDTH, generator=generator)
+    return states, relevance, within, pooled, within.gather(1, kept)
+
+
+@pytest.fixture
+def trained():
+    """Random weights throughout: none of them is zero any more."""
+    torch.manual_seed(0)
+    compressor = Compressor(WIDTH).eval()
+    for parameter in compressor.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.2
+    return compressor
+
+
+def test_untrained_it_gives_back_what_pooling_gave():
+    given = inputs()
+    assert torch.equal(Compressor(WIDTH)(*given), given[3])
+
+
+@torch.no_grad()
+def test_a_row_looks_at_its_own_side_alone(trained):
+    states, relevance, within, pooled, inside = inputs()
+    before = trained(states, relevance, within, pooled, inside)
+    for side in (True, False):
+        changed = torch.where((within == side)[..., None], states + 1.5 * torch.randn_like(states), states)
+        after = trained(changed, relevance, within, pooled, inside)
+        moved = (after - before).abs().amax(-1) > 1e-4
+        assert torch.equal(moved, inside == side)
+    assert not torch.allclose(trained(states, -relevance, within, pooled, inside), before)
+
+
+@torch.no_grad()
+def test_it_is_attention_written_out(trained):
+    states, relevance, within, pooled, inside = inputs(batch=1)
+    found = trained(states, relevance, within, pooled, inside)[0]
+    heads, outside = 2, 0
+    tokens = torch.cat([trained.norm_tokens(states[0]), 10 * relevance[0][:, None]], 1)
+    told = trained.tell(tokens)
+    for j in range(pooled.shape[1]):
+        asked = trained.ask(trained.norm_rows(pooled[0, j]))
+        if not inside[0, j]:
+            asked = asked + trained.queries[outside % QUERIES]
+            outside += 1
+        own = (within[0] == inside[0, j]).nonzero()[:, 0]
+        parts = []
+        for h in range(heads):
+            cut = slice(h * WIDTH // heads, (h + 1) * WIDTH // heads)
+            key, value = told[own][:, :WIDTH][:, cut], told[own][:, WIDTH:][:, cut]
+            parts.append((key @ asked[cut] * (WIDTH // heads) ** -0.5).softmax(0) @ value)
+        row = pooled[0, j] + trained.out(torch.cat(parts))
+        row = row + trained.narrow(torch.nn.functional.gelu(trained.wide(trained.norm_out(row))))
+        assert torch.allclose(found[j], row, atol=1e-4)
+
+
+def test_it_comes_back_from_disk_in_16_bit(trained, tmp_path):
+    save_compressor(trained, tmp_path)
+    again = load_compressor(tmp_path)
+    for (name, saved), loaded in zip(trained.state_dict().items(), again.state_dict().values(), strict=True):
+        assert loaded.dtype == torch.float32 and torch.equal(saved.bfloat16().float(), loaded), name
+
+
+@pytest.mark.parametrize("spoil", ["cut", "renamed"])
+def test_a_broken_one_is_named_in_one_line(trained, tmp_path, spoil):
+    from safetensors.torch import load_file, save_file
+
+    save_compressor(trained, tmp_path)
+    path = tmp_path / FILE
+    if spoil == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        save_file({f"{name}x": weight for name, weight in load_file(path).items()}, path)
+    with pytest.raises(GridpruneError, match=r"compressor\.safetensors: can't be loaded") as caught:
+        load_compressor(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,466 @@
+"""Pruning inside the language model, in every family, against a model that holds every token and may not look."""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from test_slots import slowly
+from tiny_families import make
+
+from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.generation import generate, prompts
+from gridprune_cli.inner import prune_inside
+from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.region import inside
+from gridprune_cli.pruning.stages import RULES, Attention, OwnAttention, Region, RegionAttention, Rule, Stage, plan
+from gridprune_cli.tokens import PrunedSet
+from gridprune_cli.vlm import FAMILIES
+
+QUESTION = "what colour is the left object?"
+NEW = 8
+WITHIN, WITHOUT = (0, 0, 4, 5), (5, 6, 7, 7)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def pipeline(request, tmp_path_factory):
+    return Pipeline(str(make(request.param, tmp_path_factory.mktemp(request.param))), dtype="float32")
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def attention(request, pipeline):
+    """Both ways to attend; the model goes back to how it was loaded."""
+    model = pipeline.family.load("language")
+    before = model.config.get_text_config()._attn_implementation
+    if request.param == "eager":
+        model.set_attn_implementation({"text_config": "eager"})
+    yield request.param
+    model.set_attn_implementation({"text_config": before})
+
+
+def run(pipeline, sets):
+    """transformers' generate: new ids (B, NEW), logits (B, NEW, V), and what each layer of the cache holds."""
+    model, (ids, mask, positions) = pipeline.family.load("language"), prompts(pipeline.family, sets)
+    with torch.no_grad(), prune_inside(pipeline.family, model, sets, ids, mask):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            mm_encoder_outputs={"image": pipeline.family.features(sets)},
+            **pipeline.family.extras(ids),
+            max_new_tokens=NEW,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    layers = range(pipeline.family.depth)
+    held = [out.past_key_values.get_seq_length(layer) for layer in layers]
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1), held
+
+
+class Hidden:
+    """The reference: nothing leaves. From `layer` on, places of one prompt can't be looked at, by its mask alone."""
+
+    def __init__(self, pipeline, gone):
+        """`gone`: layer -> (L,) bool, the places that can't be looked at from that layer on."""
+        self.pipeline, self.gone = pipeline, gone
+
+    def __enter__(self):
+        family = self.pipeline.family
+        text = family.load("language").get_submodule(family.words)
+        self.handles = [
+            layer.register_forward_pre_hook(lambda m, a, k, n=n: self.hide(n, a, k), with_kwargs=True)
+            for n, layer in enumerate(text.layers)
+        ]
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+    def hide(self, number, args, kwargs):
+        hides = [gone for layer, gone in self.gone.items() if layer <= number]
+        if not hides:
+            return args, kwargs
+        gone = torch.stack(hides).any(0)
+        new = args[0].shape[1]
+        held = kwargs["past_key_values"].layers[number] if kwargs["past_key_values"].layers else None
+        keys, start = (
+            (new, 0) if held is None or not held.get_seq_length() else held.get_mask_sizes(new)
+        )  # a window holds the last ones only
+        mask = kwargs["attention_mask"]
+        if mask is None:
+            sees = torch.ones(new, keys).tril(keys - new).bool()[None, None]
+        else:
+            sees = mask if mask.dtype == torch.bool else mask == 0
+        blind = torch.cat([gone, torch.zeros(start + keys, dtype=torch.bool)])[start : start + keys]
+        sees = sees & ~blind
+        if new > 1:  # what can't be looked at looks at itself, so that it stays finite
+            sees = sees | torch.eye(new, dtype=torch.bool)
+        if self.eager:
+            sees = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+        return args, kwargs | {"attention_mask": sees}
+
+    @property
+    def eager(self):
+        return self.pipeline.family.load("language").config.get_text_config()._attn_implementation == "eager"
+
+
+def places_gone(pipeline, pruned, staying):
+    """(L,) bool: places of the prompt whose visual tokens are not in the set `staying`, or separators left alone."""
+    stays = slowly(pruned.slots.tolist(), staying)
+    gone = torch.zeros(len(pruned.input_ids), dtype=torch.bool)
+    gone[pruned.input_ids == pipeline.family.image_token] = ~torch.tensor(stays)
+    return gone
+
+
+def within(pruned):
+    """The kept tokens inside the regions, told from the pictures alone."""
+    flags = torch.cat(
+        [inside(o.views, o.region) if o.region else torch.zeros(o.count, dtype=torch.bool) for o in pruned.images]
+    )
+    return {int(token) for token in pruned.kept if flags[token]}
+
+
+def check(pipeline, pruned, staying):
+    """A set against the reference that hides from each stage's layer all but the tokens `staying[layer]`."""
+    gone = {layer: places_gone(pipeline, pruned, stays) for layer, stays in staying.items()}
+    ids, logits, held = run(pipeline, [pruned])
+    with Hidden(pipeline, gone):
+        expected_ids, expected, whole = run(pipeline, [replace(pruned, inside=None)])
+    assert torch.equal(ids, expected_ids)
+    assert (logits - expected).abs().max() <= 1e-4
+    left = [
+        total - (int(torch.stack([g for k, g in gone.items() if k <= layer] or [gone[min(gone)] & False]).any(0).sum()))
+        for layer, total in enumerate(whole)
+    ]
+    assert held == left
+    return ids, logits
+
+
+def prune(pipeline, pictures, pruning):
+    return pipeline.prune([pipeline.encode([picture])[0] for picture in pictures], QUESTION, pruning)
+
+
+def last(pipeline):
+    return pipeline.family.depth - 1
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_region_equals_hiding_what_is_outside(pipeline, attention, noise, which, keep):
+    layer = pipeline.family.first_inner if which == "first" else last(pipeline)
+    pruning = Pruning(keep=keep, region=WITHIN, ilp="region", ilp_layer=layer)
+    pruned = prune(pipeline, [noise((210, 170))], pruning)
+    stays = within(pruned)
+    assert 0 < len(stays) < len(pruned.kept)
+    assert pruned.inside.tokens == (len(pruned.kept),) * layer + (len(stays),) * (pipeline.family.depth - layer)
+    _, logits = check(pipeline, pruned, {layer: stays})
+    _, full, _ = run(pipeline, [replace(pruned, inside=None)])
+    assert (logits[:, 0] - full[:, 0]).abs().max() > 1e-3  # what left did matter
+    again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
+    assert generate(pipeline.family, [again], NEW)[0].ids == generate(pipeline.family, [pruned], NEW)[0].ids
+
+
+def test_two_images_have_regions_of_their_own(pipeline, noise):
+    pruning = Pruning(keep=0.6, region=WITHIN, ilp="region", ilp_layer=last(pipeline))
+    pruned = prune(pipeline, [noise((100, 80)), noise((60, 90), seed=1)], pruning)
+    assert len(pruned.inside.stages[0].keep) == 2
+    check(pipeline, pruned, {last(pipeline): within(pruned)})
+
+
+def eager_rows(pipeline, pruned, layer):
+    """Attention of the prompt's last token to its places (L,), mean over heads, from transformers' own eager."""
+    model = pipeline.family.load("language")
+    before = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation({"text_config": "eager"})
+    ids, mask, positions = prompts(pipeline.family, [pruned])
+    attention = model.get_submodule(pipeline.family.words).layers[layer].self_attn
+    rows = []
+    handle = attention.register_forward_hook(lambda m, a, out: rows.append(out[1][0, :, -1].mean(0)))
+    with torch.no_grad():
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            mm_encoder_outputs={"image": pipeline.family.features([pruned])},
+            **pipeline.family.extras(ids),
+        )
+    handle.remove()
+    model.set_attn_implementation({"text_config": before})
+    return rows[0]
+
+
+def highest(pipeline, pruned, row, k, first=frozenset()):
+    """The k visual tokens with the highest values in a row over the prompt's places, those in `first` before others."""
+    tokens = pruned.slots.tolist()
+    at = (pruned.input_ids == pipeline.family.image_token).nonzero()[:, 0].tolist()
+    order = sorted(
+        (token not in first, -float(row[p]), token) for p, token in zip(at, tokens, strict=True) if token >= 0
+    )
+    return {token for _, _, token in order[:k]}
+
+
+def test_fastv_keeps_what_eager_attention_ranks_highest(pipeline, attention, noise):
+    layer = last(pipeline)
+    pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method("fastv", layer=layer)))
+    assert len(pruned.kept) == pruned.count
+    row = eager_rows(pipeline, replace(pruned, inside=None), layer - 1)
+    k = int(0.3 * pruned.count + 0.5)
+    assert pruned.inside.tokens[-1] == k
+    check(pipeline, pruned, {layer: highest(pipeline, pruned, row, k)})
+
+
+def test_a_budget_takes_the_region_first(pipeline, attention, noise):
+    layer = last(pipeline)
+    for share, region in ((0.2, WITHIN), (0.6, WITHOUT), (0.4, "none")):
+        pruning = Pruning(keep=0.7, region=region, ilp=share, ilp_layer=layer)
+        pruned = prune(pipeline, [noise((210, 170))], pruning)
+        row = eager_rows(pipeline, replace(pruned, inside=None), layer - 1)
+        stays = highest(pipeline, pruned, row, int(share * pruned.count + 0.5), within(pruned))
+        check(pipeline, pruned, {layer: stays})
+
+
+def test_pyramiddrop_ranks_by_the_layer_ahead(pipeline, attention, noise):
+    """One stage, positions kept: the score against eager attention of the stage's own layer."""
+    layer = last(pipeline)
+    pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method("fastv", layer=layer)))
+    (stage,) = pruned.inside.stages
+    pruned = replace(pruned, inside=replace(pruned.inside, stages=(replace(stage, rule=OwnAttention()),)))
+    row = eager_rows(pipeline, replace(pruned, inside=None), layer)
+    check(pipeline, pruned, {layer: highest(pipeline, pruned, row, stage.keep[0])})
+
+
+def staged(pruned, stages, depth):
+    return replace(pruned, inside=plan(stages, [len(pruned.kept)], depth))
+
+
+def test_several_stages(pipeline, attention, noise):
+    """Region first, then the highest attention among what is left of it."""
+    first, end = pipeline.family.first_inner, last(pipeline)
+    if first == end:
+        pytest.skip("one layer only at which tokens can leave")
+    pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=1.0, region=WITHIN, ilp="region", ilp_layer=first))
+    region = within(pruned)
+    two = staged(pruned, [*pruned.inside.stages, Stage(end, Attention(), (3,))], pipeline.family.depth)
+    assert two.inside.tokens[-1] == 3
+    with Hidden(pipeline, {first: places_gone(pipeline, pruned, region)}):
+        row = eager_rows(pipeline, replace(pruned, inside=None), end - 1)
+    check(pipeline, two, {first: region, end: highest(pipeline, two, row, 3)})
+
+
+def test_numbered_on_equals_a_run_with_those_positions(pipeline, noise):
+    """The same hidden tokens, with the rest's position embeddings put in place layer by layer."""
+    layer = pipeline.family.first_inner
+    pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=1.0, region=WITHIN, ilp="region", ilp_layer=layer))
+    (stage,) = pruned.inside.stages
+    compact = replace(pruned, inside=replace(pruned.inside, stages=(replace(stage, positions="compact"),)))
+    gone = places_gone(pipeline, pruned, within(pruned))
+    ids, logits, _ = run(pipeline, [compact])
+    text = pipeline.family.load("language").get_submodule(pipeline.family.words)
+
+    def renumber(number, args, kwargs):
+        if number < layer:
+            return args, kwargs
+        new, past = args[0].shape[1], kwargs["past_key_values"].get_seq_length(number)
+        counted = ((~gone).long().cumsum(0) - 1).clamp(min=0)
+        places = torch.arange(past, past + new) - int(gone.sum()) if past else counted
+        return args, kwargs | {"position_embeddings": pipeline.family.rotary(args[0], places[None], number)}
+
+    handles = [
+        block.register_forward_pre_hook(lambda m, a, k, n=n: renumber(n, a, k), with_kwargs=True)
+        for n, block in enumerate(text.layers)
+    ]
+    with Hidden(pipeline, {layer: gone}):
+        expected_ids, expected, _ = run(pipeline, [replace(pruned, inside=None)])
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(ids, expected_ids)
+    assert (logits - expected).abs().max() <= 1e-4
+    assert (logits - run(pipeline, [pruned])[1]).abs().max() > 1e-4  # positions do matter
+
+
+def test_nothing_leaves_is_keep_everything(pipeline, attention, noise):
+    picture = noise((100, 80))
+    whole = prune(pipeline, [picture], Pruning(keep=1.0))
+    ids, logits, held = run(pipeline, [whole])
+    everything = [Pruning(keep=1.0, ilp=1.0, ilp_layer=last(pipeline))]
+    everything += [Pruning(keep=1.0, ilp="region", region=(0, 0, 7, 7), ilp_layer=last(pipeline))]
+    everything += [Pruning(keep=1.0, method=make_method("fastv", layer=last(pipeline)))]
+    for pruning in everything:
+        other = run(pipeline, [prune(pipeline, [picture], pruning)])
+        assert torch.equal(other[0], ids) and other[2] == held
+        assert (other[1] - logits).abs().max() <= 1e-5
+
+
+def test_a_batch_answers_as_its_prompts_do_alone(pipeline, attention, noise):
+    """Prompts of different lengths, with different stages or none, and what they keep differs."""
+    end = last(pipeline)
+    prunings = [
+        Pruning(keep=0.7, region=WITHIN, ilp="region", ilp_layer=end),
+        Pruning(keep=1.0, region=WITHOUT, ilp="region", ilp_layer=pipeline.family.first_inner),
+        Pruning(keep=0.5),
+        Pruning(keep=0.9, ilp=0.2, ilp_layer=end),
+        Pruning(keep=0.25, method=make_method("fastv", layer=end)),
+        Pruning(keep=0.25, method=make_method("pyramiddrop")),
+    ]
+    sizes = [(100, 80), (210, 70), (60, 200), (31, 29), (100, 80), (90, 120)]
+    sets = [
+        prune(pipeline, [noise(size, seed)], pruning)
+        for seed, (size, pruning) in enumerate(zip(sizes, prunings, strict=True))
+    ]
+    sets.append(prune(pipeline, [noise((100, 80)), noise((60, 90), 1)], prunings[0]))
+    ids, logits, _ = run(pipeline, sets)
+    for own_ids, own, pruned in zip(ids, logits, sets, strict=True):
+        alone_ids, alone, _ = run(pipeline, [pruned])
+        assert torch.equal(own_ids, alone_ids[0])
+        assert (own - alone[0]).abs().max() <= 1e-4
+    for pair in ([sets[0], sets[0]], [sets[0], replace(sets[0], inside=None)]):  # prompts of one length, no padding
+        assert torch.equal(run(pipeline, pair)[0], torch.cat([run(pipeline, [one])[0] for one in pair]))
+
+
+def test_beams_prune_alike(pipeline, noise):
+    pruned = prune(pipeline, [noise((100, 80))], Pruning(keep=0.8, ilp=0.3, ilp_layer=last(pipeline)))
+    (made,) = generate(pipeline.family, [pruned], NEW, num_beams=3)
+    row = eager_rows(pipeline, replace(pruned, inside=None), last(pipeline) - 1)
+    stays = highest(pipeline, pruned, row, pruned.inside.tokens[-1], within(pruned))
+    with Hidden(pipeline, {last(pipeline): places_gone(pipeline, pruned, stays)}):
+        (expected,) = generate(pipeline.family, [replace(pruned, inside=None)], NEW, num_beams=3)
+    assert made.ids == expected.ids
+
+
+def test_layers_at_which_nothing_can_leave(pipeline, noise):
+    encoded = pipeline.encode([noise((100, 80))])
+    for layer in (pipeline.family.first_inner - 1, pipeline.family.depth, -1):
+        with pytest.raises(BadInput, match=f"--ilp-layer {layer}: .*layers {pipeline.family.first_inner} to"):
+            pipeline.prune(encoded, QUESTION, Pruning(ilp=0.1, ilp_layer=layer))
+    with pytest.raises(BadInput, match="--layer 9"):
+        pipeline.prune(encoded, QUESTION, Pruning(method=make_method("fastv", layer=9)))
+
+
+@pytest.mark.parametrize("window", [6, 12, 30])
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_a_sliding_window_reaches_no_further(tmp_path, noise, window, kind):
+    """Gemma 3 with windows shorter than the prompt: they count its places, whatever has left."""
+    folder = make("gemma3", tmp_path / "gemma3")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["sliding_window"] = window
+    (folder / "config.json").write_text(json.dumps(config))
+    pipeline = Pipeline(str(folder), dtype="float32")
+    if kind == "eager":
+        pipeline.family.load("language").set_attn_implementation({"text_config": "eager"})
+    for layer in (1, 2, 3):
+        pruned = prune(pipeline, [noise((100, 80))], Pruning(keep=1.0, region=WITHIN, ilp="region", ilp_layer=layer))
+        check(pipeline, pruned, {layer: within(pruned)})
+    sets = [
+        prune(pipeline, [noise((100, 80), n)], Pruning(keep=keep, region=box, ilp="region", ilp_layer=2))
+        for n, (keep, box) in enumerate([(1.0, WITHIN), (0.6, (0, 0, 7, 3))])
+    ]
+    together = run(pipeline, sets)[0]
+    assert torch.equal(together, torch.cat([run(pipeline, [one])[0] for one in sets]))
+
+
+@pytest.fixture(scope="module")
+def llava(tiny_llava):
+    return Pipeline(str(tiny_llava), dtype="float32")
+
+
+def test_a_rule_sees_what_is_there(llava, noise, monkeypatch):
+    """Hidden states and attention of what is left, token by token."""
+    seen = []
+
+    @dataclass(frozen=True)
+    class Curious(Rule):
+        name: ClassVar[str] = "curious"
+        attention: ClassVar[int | None] = -1
+        states: ClassVar[bool] = True
+
+        def pick(self, sight, k):
+            seen.append(sight)
+            return torch.arange(k)
+
+    monkeypatch.setitem(RULES, "curious", Curious)
+    pruned = prune(llava, [noise((100, 80))], Pruning(tokens=9, region=WITHIN, ilp=0.3))
+    pruned = staged(pruned, [Stage(2, Curious(), (4,))], 3)
+    run(llava, [pruned])
+    (sight,) = seen
+    assert torch.equal(sight.tokens, pruned.kept)
+    assert {int(token) for token in sight.tokens[sight.within]} == within(pruned)
+    at = (pruned.input_ids == llava.family.image_token).nonzero()[:, 0]
+    row = eager_rows(llava, replace(pruned, inside=None), 1)
+    assert torch.allclose(sight.attention, row[at].double(), atol=1e-6)
+    states = []
+    text = llava.family.load("language").get_submodule(llava.family.words)
+    handle = text.layers[2].register_forward_pre_hook(lambda m, a, k: states.append(a[0]), with_kwargs=True)
+    eager_rows(llava, replace(pruned, inside=None), 1)
+    handle.remove()
+    assert torch.allclose(sight.states, states[0][0, at], atol=1e-5)
+
+
+def test_what_generate_must_not_do(llava, noise):
+    pruned = prune(llava, [noise((100, 80))], Pruning(ilp=0.1))
+    for options in ({"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}):
+        with pytest.raises(BadInput, match="--generation"):
+            generate(llava.family, [pruned], 4, **options)
+    model = llava.family.load("language")
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, "flex_attention"
+    with pytest.raises(GridpruneError, match="flex_attention"):
+        generate(llava.family, [pruned], 4)
+    config._attn_implementation = before
+    assert not any(layer._forward_pre_hooks for layer in model.get_submodule(llava.family.words).layers)
+    assert len(generate(llava.family, [pruned], 4)[0].ids) == 4
+
+
+def test_attention_that_is_not_finite_is_told(llava, noise, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(llava.family.checkpoint.folder, tmp_path / "broken")
+    pruned = prune(llava, [noise((100, 80))], Pruning(ilp=0.1))
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n in weights if "layers.1.self_attn.q_proj.weight" in n and "vision" not in n)
+    weights[name] = weights[name] * torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(GridpruneError, match="not finite"):
+        generate(Pipeline(str(folder), dtype="float32").family, [pruned], 4)
+
+
+def test_settings_that_make_no_sense(llava, noise):
+    encoded = llava.encode([noise((100, 80))])
+    for values, message in (
+        ({"ilp": 0.0}, "--ilp 0.0: must be above 0"),
+        ({"ilp": 1.5}, "--ilp 1.5: must be above 0"),
+        ({"ilp": "here"}, "--ilp here: neither region nor a share"),
+        ({"ilp_layer": 2}, "--ilp-layer: only with --ilp"),
+        ({"ilp": 0.1, "method": make_method("fastv")}, "--ilp: not with --method fastv"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            Pruning(**values)
+    with pytest.raises(BadInput, match="--ilp region: there is no region"):
+        llava.prune(encoded, QUESTION, Pruning(ilp="region", region="none"))
+    with pytest.raises(BadInput, match="--ilp region: there is no region"):
+        llava.prune(encoded * 2, QUESTION, Pruning(ilp="region", share_budget=True))
+
+
+def test_a_shared_budget_is_one_inside_too(llava, noise):
+    pictures = [noise((100, 80)), noise((60, 90), 1)]
+    own = prune(llava, pictures, Pruning(keep=0.5, ilp=0.2))
+    shared = prune(llava, pictures, Pruning(keep=0.5, ilp=0.2, share_budget=True))
+    assert own.inside.stages[0].keep == (3, 3) and shared.inside.stages[0].keep == (6,)
+    check(
+        llava,
+        shared,
+        {2: highest(llava, shared, eager_rows(llava, replace(shared, inside=None), 1), 6)},
+    )
+
+
+def test_budgets_are_no_larger_than_what_is_there():
+    stages = [Stage(1, Region(), (9, 2)), Stage(3, RegionAttention(), (4, 4)), Stage(3, Attention(), (3, 3))]
+    made = plan(stages, [6, 5], 5)
+    assert [stage.keep for stage in made.stages] == [(6, 2), (3, 2)]
+    assert made.tokens == (11, 8, 8, 5, 5)
+    assert str(made) == "8 from layer 1 on, 5 from layer 3 on"
+    assert type(made).from_json(json.loads(json.dumps(made.to_json()))) == made

@@ -1,0 +1,57 @@
+"""The page of pipelines: every command runs as it is printed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "pipelines.md"
+
+
+@pytest.mark.skipif(not shutil.which("bash") or not shutil.which("jq"), reason="needs bash and jq")
+def test_every_pipeline_runs_as_printed(tmp_path):
+    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == len(re.findall("^```", PAGE.read_text("utf-8"), re.MULTILINE)) // 2 == 12
+    (tmp_path / "sample_images").mkdir()
+    for path in (ROOT / "sample_images").glob("scene-*.png"):
+        shutil.copy(path, tmp_path / "sample_images")
+    shutil.copy(ROOT / "sample_images" / "questions.jsonl", tmp_path / "sample_images")
+    command = tmp_path / "bin" / "gridprune"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gridprune_cli "$@"\n')
+    command.chmod(0o755)
+    environment = os.environ | {"PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    printed = []
+    for block in blocks:
+        done = subprocess.run(
+            ["bash", "-c", f"set -e -o pipefail\n{block}"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        quits = "| head" in block  # its writer ends by SIGPIPE, which pipefail reports
+        assert done.returncode in ((0, 141) if quits else (0,)), f"{block}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        printed.append(done.stdout)
+
+    def lines(name):
+        return (tmp_path / name).read_text().splitlines()
+
+    answers = lines("answers.jsonl")
+    count = len((tmp_path / "sample_images" / "questions.jsonl").read_text().splitlines())
+    assert len(answers) == count
+    assert sorted(lines("all.jsonl")) == sorted(answers)
+    assert [*map(json.loads, lines("good.jsonl"))] == [*map(json.loads, answers)]  # jq writes without spaces
+    by_id = {record["id"]: record["answer"] for record in map(json.loads, answers)}
+    assert {Path(r["file"]).stem: r["answer"] for r in map(json.loads, lines("generated.jsonl"))} == by_id
+    (right,) = re.findall(rf'^"(\d+) of {count}"$', "".join(printed), re.MULTILINE)
+    assert int(right) >= 0.9 * count
+    assert answers[0] in "".join(printed).splitlines()
+    assert sum("\t" in line for line in "".join(printed).splitlines()) == 8

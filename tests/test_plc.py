@@ -1,0 +1,193 @@
+"""Compression in the pipeline: pooled rows in every family, exact K, and what is recorded of it."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_families import make
+
+from gridprune_cli.errors import BadInput
+from gridprune_cli.generation import generate
+from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.region import inside
+from gridprune_cli.tokens import PrunedSet
+from gridprune_cli.vlm import FAMILIES
+from gridprune_cli.vlm.compressor import Compressor, save_compressor
+
+QUESTION = "what colour is the left object?"
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def pipeline(request, tmp_path_factory):
+    return Pipeline(str(make(request.param, tmp_path_factory.mktemp(request.param))), dtype="float32")
+
+
+@pytest.fixture
+def llava(tiny_llava):
+    return Pipeline(str(tiny_llava), dtype="float32")
+
+
+def slow_states(image, kept, region):
+    """States of the kept tokens as pooling should leave them, from the definition."""
+    within = inside(image.views, region).tolist() if region else [False] * image.count
+    places = [(v, i // view.cols, i % view.cols) for v, view in enumerate(image.views) for i in range(view.count)]
+    cells = {anchor: [anchor] for anchor in kept}
+    for token, (view, row, col) in enumerate(places):
+        near = [a for a in kept if places[a][0] == view and not within[a]]
+        if token in cells or within[token] or not near:
+            continue
+        cells[min(near, key=lambda a: (places[a][1] - row) ** 2 + (places[a][2] - col) ** 2)].append(token)
+    rows = []
+    for anchor in kept:
+        weight = image.saliency[cells[anchor]].double()
+        rows.append((image.states[cells[anchor]].double() * (weight / weight.sum())[:, None]).sum(0))
+    return torch.stack(rows).to(image.states.dtype)
+
+
+@pytest.mark.parametrize("region", [(0, 0, 3, 7), "none"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_of_a_set_are_means_of_their_cells(pipeline, noise, count, region):
+    """And nothing else changes: K, what is kept, prompt, positions and separators are those of a set without."""
+    images = [pipeline.encode([noise(size, seed)])[0] for seed, size in enumerate([(100, 80), (210, 70)])][:count]
+    plain = pipeline.prune(images, QUESTION, Pruning(keep=0.3, region=region))
+    pooled = pipeline.prune(images, QUESTION, Pruning(keep=0.3, region=region, plc="pool"))
+    for name in ("kept", "input_ids", "position_ids"):
+        assert torch.equal(getattr(plain, name), getattr(pooled, name))
+    expected, first = [], 0
+    for image, origin in zip(images, pooled.images, strict=True):
+        own = [int(i) - first for i in pooled.kept if first <= i < first + image.count]
+        assert len(own) == int(0.3 * image.count + 0.5)
+        states = image.states.clone()
+        states[own] = slow_states(image, own, origin.region)
+        stays = [slot for slot in image.slots.tolist() if slot in own]
+        expected.append(pipeline.family.project(states[stays]))
+        first += image.count
+    slots = torch.cat([image.slots for image in images])
+    assert len(plain.rows) == len(pooled.rows)
+    rows = pooled.rows
+    if (slots < 0).any():  # separators are left as they were
+        separator = (plain.rows == pipeline.family.separator()).all(1)
+        assert torch.equal(rows[separator], plain.rows[separator])
+        rows = rows[~separator]
+    assert torch.allclose(rows, torch.cat(expected), atol=1e-4)
+    assert not torch.allclose(pooled.rows, plain.rows, atol=1e-3)
+
+
+def test_a_compressed_set_from_disk_answers_the_same(pipeline, noise):
+    image = pipeline.encode([noise((100, 80))])[0]
+    pooled = pipeline.prune(image, QUESTION, Pruning(keep=0.3, plc="pool"))
+    again = PrunedSet.from_bytes(pooled.to_bytes(), "x")
+    assert (again.plc, again.images[0].ratios) == ("pool", pooled.images[0].ratios)
+    assert generate(pipeline.family, [again], 6)[0].ids == generate(pipeline.family, [pooled], 6)[0].ids
+
+
+def test_with_everything_kept_rows_stay_as_they_are(pipeline, noise):
+    image = pipeline.encode([noise((100, 80))])[0]
+    plain, pooled = (pipeline.prune(image, QUESTION, Pruning(keep=1.0, plc=plc)) for plc in ("off", "pool"))
+    assert torch.equal(plain.rows, pooled.rows)
+
+
+def test_an_image_that_keeps_nothing_is_left_out(llava, noise):
+    images = [llava.encode([noise((100, 80), seed)])[0] for seed in range(3)]
+    pruning = Pruning(tokens=2, share_budget=True, method=make_method("fastervlm"), plc="pool")
+    pooled = llava.prune(images, QUESTION, pruning)
+    assert len(pooled.kept) == len(pooled.rows) == 2 and torch.isfinite(pooled.rows).all()
+    ratios = [origin.ratios for origin in pooled.images]
+    assert {"inside": None, "outside": None} in ratios
+
+
+def test_ratios_split_the_budget(llava, noise):
+    image = llava.encode([noise((224, 224))])[0]  # 4 x 4 tokens
+    box = (0, 0, 3, 3)  # four of them
+
+    def kept(**settings):
+        made = llava.prune(image, QUESTION, Pruning(region=box, plc="pool", **settings))
+        within = inside(image.views, box)[made.kept]
+        record = made.to_json()
+        assert record["plc"] == "pool" and record["tokens"]["kept"] == len(made.kept)
+        return int(within.sum()), int((~within).sum()), record["ratios"]
+
+    assert kept(tokens=5, inside_ratio=2.0) == (2, 3, {"inside": 2.0, "outside": 4.0})
+    assert kept(tokens=5, outside_ratio=12.0) == (4, 1, {"inside": 1.0, "outside": 12.0})
+    assert kept(tokens=5, inside_ratio=1.0, outside_ratio=3.0) == (4, 4, {"inside": 1.0, "outside": 3.0})
+    assert kept(tokens=8, inside_ratio=4.0) == (2, 6, {"inside": 2.0, "outside": 2.0})  # never more than outside
+    assert kept(tokens=5) == (4, 1, {"inside": 1.0, "outside": 12.0})  # the method's own split
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"plc": "some"}, "--plc some: not one of off, pool, trained"),
+        ({"inside_ratio": 2.0}, "--inside-ratio: only with --plc"),
+        ({"plc": "pool", "outside_ratio": 0.5}, "--outside-ratio 0.5: must be at least 1"),
+        ({"plc": "pool", "outside_ratio": float("nan")}, "--outside-ratio nan: must be at least 1"),
+        ({"plc": "pool", "inside_ratio": 4.0, "outside_ratio": 2.0}, "must not be above --outside-ratio"),
+        ({"plc": "pool", "inside_ratio": 2.0, "region": "none"}, "--inside-ratio: needs a region"),
+        ({"plc": "pool", "inside_ratio": 2.0, "share_budget": True}, "--inside-ratio: needs a region"),
+        ({"plc": "pool", "inside_ratio": 2.0, "method": make_method("fastervlm")}, "--inside-ratio: needs a region"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(BadInput, match=message):
+        Pruning(**settings)
+
+
+def test_a_model_without_a_compressor(llava, noise, tmp_path):
+    image = llava.encode([noise((100, 80))])[0]
+    with pytest.raises(BadInput, match=r"--plc trained: .* has no compressor\.safetensors; use --plc pool") as caught:
+        llava.prune(image, QUESTION, Pruning(plc="trained"))
+    assert "\n" not in str(caught.value)
+    path = tmp_path / "a.png"
+    noise((50, 50)).image.save(path)
+    with pytest.raises(BadInput, match="--plc trained"):
+        llava.ask(path, QUESTION, Pruning(plc="trained"))
+    assert set(llava.family._loaded) == {"tower"}  # it was told before more was loaded
+
+
+@pytest.fixture
+def with_compressor(tiny_llava, tmp_path):
+    """A tiny model with a compressor of random weights beside it: (pipeline, compressor)."""
+    import shutil
+
+    folder = shutil.copytree(tiny_llava, tmp_path / "model")
+    pipeline = Pipeline(str(folder), dtype="float32")
+    torch.manual_seed(0)
+    compressor = Compressor(pipeline.family.checkpoint.tower["hidden_size"])
+    for parameter in compressor.parameters():
+        parameter.data = (torch.randn_like(parameter) * 0.2).bfloat16().float()
+    save_compressor(compressor, folder)
+    return pipeline, compressor.eval()
+
+
+@pytest.mark.parametrize("method", ["gridprune", "uniform"])
+def test_trained_rows_are_what_the_compressor_makes_of_pooled_ones(with_compressor, noise, method):
+    pipeline, compressor = with_compressor
+    image = pipeline.encode([noise((224, 224))])[0]
+    made = pipeline.prune(image, QUESTION, Pruning(keep=0.4, plc="trained", method=make_method(method)))
+    kept, region = made.kept, made.images[0].region
+    within = inside(image.views, region) if region else torch.zeros(image.count, dtype=torch.bool)
+    pooled = image.states[kept] if bool(within.all()) else slow_states(image, kept.tolist(), region)
+    relevance = pipeline.family.relevance(image.states, QUESTION)
+    with torch.no_grad():
+        states = compressor(image.states[None], relevance[None], within[None], pooled[None], within[kept][None])[0]
+    assert torch.allclose(made.rows, pipeline.family.project(states), atol=1e-4)
+    again = PrunedSet.from_bytes(made.to_bytes(), "x")
+    assert again.plc == "trained"
+    assert generate(pipeline.family, [again], 6)[0].ids == generate(pipeline.family, [made], 6)[0].ids
+
+
+def test_a_compressor_leaves_the_fingerprint_of_the_language_model(with_compressor, llava):
+    assert with_compressor[0].family.fingerprint == llava.family.fingerprint
+
+
+def test_a_set_from_before_compression_is_read(llava, noise):
+    from gridprune_cli import files
+
+    made = llava.prune(llava.encode([noise((100, 80))])[0], QUESTION)
+    header, tensors = files.decode(made.to_bytes())
+    header = {k: v for k, v in header.items() if k not in ("plc", "tensors", "digest")}
+    header["images"] = [{k: v for k, v in origin.items() if k != "ratios"} for origin in header["images"]]
+    again = PrunedSet.from_bytes(files.encode(tensors, header), "x")
+    assert again.plc == "off" and again.images == made.images
+    assert dataclasses.replace(again, plc="pool").to_json()["plc"] == "pool"
