@@ -156,7 +156,7 @@ def measure(
     held = {"tower", "projector", "language"} <= family._loaded.keys()
     start = time.perf_counter()
     family.load("tower", "projector", "language")
-    if "relevance" in pruning.method.requires:
+    if pruning.needs_relevance:
         family.relevance.load()
     load = None if held else _since(start)
 
