@@ -116,11 +116,11 @@ class Report:
 
 @dataclass(frozen=True)
 class _Run:
-    """One answer: visual tokens, tokens of its prompt, how many of them leave before each layer, milliseconds, bytes."""
+    """One answer: visual tokens, tokens of its prompt, how many are gone in each layer, milliseconds, bytes."""
 
     tokens: int
     prompt: int
-    gone: tuple[int, ...]  # empty where none leave inside the language model
+    gone: tuple[int, ...]  # empty where none leaves inside the language model
     select: float
     prefill: float
     decode: float  # of all tokens after the first
