@@ -44,7 +44,7 @@ def test_the_formula_counts_what_torch_counts(made):
     side = config["vision_config"]["image_size"]
     patches = (side // config["vision_config"]["patch_size"]) ** 2
     ids = torch.full((1, patches + 14), 5)
-    ids[0, 3 : 3 + patches] = config["image_token_id"]
+    ids[0, 3 : 3 + patches] = model.config.image_token_id
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids, pixel_values=torch.zeros(1, 3, side, side), logits_to_keep=1)
     assert benchmark_localizers.flops(config, 14, 1) == pytest.approx(counter.get_total_flops(), rel=0.005)
