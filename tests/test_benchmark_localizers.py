@@ -29,7 +29,7 @@ def test_overlap_counts_cells(a, b):
 @given(boxes, st.integers(0, 50), st.sets(st.integers(0, 1)))
 def test_held_counts_pixels(box, seed, asked):
     scene = make_scene(seed)
-    owner = draw(scene)[1]
+    owner = draw(scene)[1].astype(int)
     wanted = [(x, y) for y in range(224) for x in range(224) if owner[y, x] - 1 in asked] if asked else []
     inside = [(x, y) for x, y in wanted if (x // 28, y // 28) in cells(box)]
     expected = len(inside) / len(wanted) if wanted else 1.0
