@@ -116,10 +116,11 @@ class Report:
 
 @dataclass(frozen=True)
 class _Run:
-    """One answer: visual tokens, tokens of its prompt, milliseconds, bytes."""
+    """One answer: visual tokens, tokens of its prompt, how many are gone in each layer, milliseconds, bytes."""
 
     tokens: int
     prompt: int
+    gone: tuple[int, ...]  # empty where none leaves inside the language model
     select: float
     prefill: float
     decode: float  # of all tokens after the first
@@ -155,7 +156,7 @@ def measure(
     held = {"tower", "projector", "language"} <= family._loaded.keys()
     start = time.perf_counter()
     family.load("tower", "projector", "language")
-    if "relevance" in pruning.method.requires:
+    if pruning.needs_relevance:
         family.relevance.load()
     load = None if held else _since(start)
 
@@ -183,7 +184,7 @@ def measure(
 
     def side(runs: Sequence[_Run]) -> Side:
         prompt = median_low(run.prompt for run in runs)  # separators come and go with the tokens of their row
-        layers = [prompt] * decoder.layers
+        layers = [prompt - gone for gone in runs[0].gone or (0,) * decoder.layers]
         return Side(
             tokens=runs[0].tokens,
             prompt=prompt,
@@ -226,7 +227,9 @@ def _answer(pipeline: Pipeline, image: EncodedImage, question: str, pruning: Pru
     pruned = pipeline.prune(image, question, pruning)
     select = _since(start)
     (made,) = generate(pipeline.family, [pruned], new_tokens, min_new_tokens=new_tokens)
-    return _Run(len(pruned.kept), len(pruned.input_ids), select, made.prefill, made.decode, _peak(device))
+    kept = len(pruned.kept)
+    gone = tuple(kept - count for count in pruned.inside.tokens) if pruned.inside else ()
+    return _Run(kept, len(pruned.input_ids), gone, select, made.prefill, made.decode, _peak(device))
 
 
 def _since(start: float) -> float:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from gridprune_cli.scenes.scene import SAMPLES, draw, make_scene, questions
 
 FOLDER = Path(__file__).parent
-SCENES = (1, 4, 6, 7, 9, 10, 14, 15)  # those of the first 16 on which the embedded model gets all questions right
+SCENES = (0, 1, 3, 4, 6, 7, 8, 9)  # those of the first 10 on which the embedded model gets all questions right
 EACH = 5  # questions per scene
 
 

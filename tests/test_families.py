@@ -122,7 +122,7 @@ def test_answers_by_command(family, noise, command, tmp_path):
 def test_answers_depend_on_picture_place_and_question(family, noise):
     """Else that they are those of transformers would mean little."""
     folder, _, _ = family
-    half = Pruning(keep=0.5, method=make_method("topk"))  # which keeps the same for every question
+    half = Pruning(keep=0.5, method=make_method("fastervlm"))  # which keeps the same for every question
     pictures = [noise(SIZES["wide"], seed) for seed in range(2)]
     pipeline, (image, other), both = pruned_set(folder, pictures, half)
     pruned = pipeline.prune(image, QUESTION, half)

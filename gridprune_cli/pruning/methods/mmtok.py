@@ -46,5 +46,5 @@ class MMTok(Method):
         to_words = cosines(signals.need("words"), signals.need("rows"))
         to_tokens = cosines(signals.need("states"))
         words = torch.softmax(to_words / self.text_temperature, dim=1) / len(to_words)
-        tokens = torch.softmax(to_tokens / self.vision_temperature, dim=1) * (self.alpha / len(to_tokens))
-        return cover(torch.cat([words, tokens]), k).sort().values
+        tokens = torch.softmax(to_tokens / self.vision_temperature, dim=1) / len(to_tokens)
+        return cover(torch.cat([words, self.alpha * tokens]), k).sort().values
