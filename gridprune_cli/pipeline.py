@@ -23,7 +23,6 @@ from gridprune_cli.pruning.region import contextual_region, inside, parse_box
 from gridprune_cli.pruning.signals import Box, Signals
 from gridprune_cli.pruning.slots import staying
 from gridprune_cli.pruning.stages import Inside, Region, RegionAttention, Rule, Stage, plan
-from gridprune_cli.scenes import LOCALIZER
 from gridprune_cli.scenes.scene import looks_like_scene
 from gridprune_cli.store import Store, entry_key
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
@@ -315,10 +314,6 @@ class Pipeline:
         if name == VLM and self.model != EMBEDDED:
             raise BadInput(
                 f"--localizer {VLM}: it knows only the embedded model's scenes; name a model, as in --localizer FOLDER"
-            )
-        if name == VLM and not LOCALIZER.exists():
-            raise BadInput(
-                f"--localizer {VLM}: its weights don't ship yet; docs/method.md says how to make them, or leave it out"
             )
         if name not in self._localizers:
             model = EMBEDDED_LOCALIZER if name == VLM else name

@@ -1,4 +1,4 @@
-"""The localisers' benchmark: its measures against counts by hand, and its formula against torch's own."""
+"""The localisers' benchmark: its measures against counts by hand, its formula against torch's own, and its figures."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from gridprune_cli.scenes import benchmark_localizers, model
-from gridprune_cli.scenes.scene import covering, draw, make_scene
+from gridprune_cli.scenes.scene import HELDOUT, covering, draw, make_scene
 
 boxes = st.tuples(*[st.integers(0, 7)] * 4).map(
     lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3]))
@@ -50,3 +50,15 @@ def test_the_formula_counts_what_torch_counts(made):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids, pixel_values=torch.zeros(1, 3, side, side), logits_to_keep=1)
     assert benchmark_localizers.flops(config, 14, 1) == pytest.approx(counter.get_total_flops(), rel=0.005)
+
+
+def test_the_embedded_localizer_finds_what_is_asked_for():
+    results = benchmark_localizers.run(HELDOUT, 200)
+    table = results["localizers"]["vlm"]
+    one = table[benchmark_localizers.ONE]
+    assert one["held"] >= 0.95 and one["area"] <= 0.2 and one["iou"] >= 0.7
+    assert results["unread"] == {"relevance": 0, "vlm": 0}
+    results["cost"] = benchmark_localizers.cost(HELDOUT, 2)
+    assert results["cost"]["flops ratio"] <= 1 / 3
+    text = benchmark_localizers.markdown(results)
+    assert f"| one object | {one['questions']} |" in text and text.count("\n| ") == 14

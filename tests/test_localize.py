@@ -1,23 +1,28 @@
 """Localisers: what is read of an answer, what becomes of the region, what the cache saves, and the embedded one."""
 
+import json
+import random
 import re
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from gridprune_cli.errors import BadInput
+from gridprune_cli.images import Picture
 from gridprune_cli.localize import TEMPLATE, read_answer
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.pruning.region import contextual_region
-from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene
+from gridprune_cli.scenes import LOCALIZER
+from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene, questions
 from gridprune_cli.store import open_store
 from gridprune_cli.tokens import PrunedSet
 
 QUESTION = "Where is the star?"
-BOX = (1, 2, 5, 6)
+BARE = Pruning(localizer=str(LOCALIZER), localizer_template="{question}")  # the embedded one, as any other model
 
 boxes = st.tuples(*[st.integers(0, 7)] * 4).map(
     lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3]))
@@ -74,29 +79,22 @@ def image(tmp_path):
 
 
 @pytest.fixture
-def bare(tiny_llava, monkeypatch):
-    """A localiser whose answer, whatever it is, is read as a box: random weights give none."""
-    monkeypatch.setattr("gridprune_cli.pipeline.read_answer", lambda answer: BOX)
-    return Pruning(localizer=str(tiny_llava), localizer_template="{question}")
-
-
-@pytest.fixture
 def pipeline(tiny_llava):
     return Pipeline(str(tiny_llava), store=open_store(), dtype="float32")
 
 
-def test_a_box_becomes_the_region_and_is_told(pipeline, image, bare, tiny_llava):
-    answer = pipeline.ask(image, QUESTION, bare, max_new_tokens=4)
+def test_a_box_becomes_the_region_and_is_told(pipeline, image):
+    answer = pipeline.ask(image, QUESTION, BARE, max_new_tokens=4)
     (origin,) = answer.pruned.images
-    assert origin.region == BOX
-    assert origin.localizer == {"name": str(tiny_llava), "answer": origin.localizer["answer"], "parsed": True}
+    assert origin.region == read_answer(origin.localizer["answer"]) is not None
+    assert origin.localizer == {"name": str(LOCALIZER), "answer": origin.localizer["answer"], "parsed": True}
     assert answer.to_json()["localizer"] == origin.localizer and answer.to_json()["region"] == origin.region
     assert PrunedSet.from_bytes(answer.pruned.to_bytes(), "x").images == answer.pruned.images
     same = pipeline.ask(image, QUESTION, Pruning(region=origin.region), max_new_tokens=4)
     assert torch.equal(same.pruned.kept, answer.pruned.kept) and same.text == answer.text
     assert same.pruned.images[0].localizer is None
     assert answer.ms["localize"] > 0 and same.ms["localize"] == 0
-    assert not pipeline.remarks(bare, answer.pruned)
+    assert not pipeline.remarks(BARE, answer.pruned)
 
 
 def test_an_answer_that_is_no_box_falls_back_to_the_relevance_and_says_so(pipeline, image, tiny_llava):
@@ -112,13 +110,13 @@ def test_an_answer_that_is_no_box_falls_back_to_the_relevance_and_says_so(pipeli
     assert plain.pruned.images[0].localizer == {"name": "relevance"} and not pipeline.remarks(Pruning(), plain.pruned)
 
 
-def test_the_second_question_runs_no_tower(pipeline, image, bare, tiny_llava):
-    first = pipeline.ask(image, QUESTION, bare, max_new_tokens=4)
-    assert len(list(pipeline.store.entries())) == 1  # both are one model here
+def test_the_second_question_runs_no_tower(pipeline, image, tiny_llava):
+    first = pipeline.ask(image, QUESTION, BARE, max_new_tokens=4)
+    assert len(list(pipeline.store.entries())) == 2
     later = Pipeline(str(tiny_llava), store=open_store(), dtype="float32")
-    second = later.ask(image, QUESTION, bare, max_new_tokens=4)
+    second = later.ask(image, QUESTION, BARE, max_new_tokens=4)
     assert second.hit and second.pruned.images == first.pruned.images
-    asked = later.localizer(bare)
+    asked = later.localizer(BARE)
     assert set(later.family._loaded) == set(asked.family._loaded) == {"projector", "language"}
 
 
@@ -138,14 +136,14 @@ def test_a_model_is_asked_for_a_box_with_all_tokens(pipeline, image, tiny_llava,
     assert "[x0,y0,x1,y1]" in TEMPLATE and QUESTION in prompts[0][0]
 
 
-def test_each_image_has_its_own_region_unless_they_share_a_budget(pipeline, image, bare, tmp_path):
+def test_each_image_has_its_own_region_unless_they_share_a_budget(pipeline, image, tmp_path):
     other = tmp_path / "other.png"
     draw(make_scene(HELDOUT + 1))[0].save(other)
-    both = pipeline.localize([image, other], QUESTION, bare)
-    assert both == pipeline.localize(image, QUESTION, bare) + pipeline.localize(other, QUESTION, bare)
-    answer = pipeline.ask([image, other], QUESTION, bare, max_new_tokens=4)
+    both = pipeline.localize([image, other], QUESTION, BARE)
+    assert both == pipeline.localize(image, QUESTION, BARE) + pipeline.localize(other, QUESTION, BARE)
+    answer = pipeline.ask([image, other], QUESTION, BARE, max_new_tokens=4)
     assert [origin.region for origin in answer.pruned.images] == [said.box for said in both]
-    shared = Pruning(localizer=bare.localizer, share_budget=True)
+    shared = Pruning(localizer=BARE.localizer, share_budget=True)
     assert pipeline.localize([image, other], QUESTION, shared) is None
 
 
@@ -159,15 +157,44 @@ def test_nobody_is_asked_where_no_region_is_to_be_found(pipeline, image):
         assert pipeline.localize(image, QUESTION, pruning) is None
 
 
-def test_settings_that_cannot_be(pipeline, image, bare):
+def test_settings_that_cannot_be(pipeline, image):
     encoded, _ = pipeline.encode_one(image)
     with pytest.raises(BadInput, match="--localizer-template: needs"):
         Pruning(localizer_template="Where?")
     with pytest.raises(BadInput, match=r"Pipeline\.localize"):
-        pipeline.prune(encoded, QUESTION, bare)
+        pipeline.prune(encoded, QUESTION, BARE)
     with pytest.raises(BadInput, match=r"--localizer vlm: .*FOLDER"):
         pipeline.ask(image, QUESTION, Pruning(localizer="vlm"))
     with pytest.raises(BadInput, match="--localizer no/such/model: no folder"):
         pipeline.ask(image, QUESTION, Pruning(localizer="no/such/model"))
-    with pytest.raises(BadInput, match="--localizer vlm: its weights"):
-        Pipeline().ask(image, QUESTION, Pruning(localizer="vlm"))
+
+
+# ---- the embedded one ------------------------------------------------------------------------------------------------
+
+
+def test_plain_transformers_loads_it_and_answers_the_same():
+    model, info = LlavaForConditionalGeneration.from_pretrained(
+        LOCALIZER, output_loading_info=True, dtype=torch.float32
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    processor = AutoProcessor.from_pretrained(LOCALIZER)
+    main = Pipeline()
+    pruning = Pruning(localizer="vlm")
+    localizer = main.localizer(pruning)
+    for seed in range(HELDOUT, HELDOUT + 10):
+        picture = draw(make_scene(seed))[0]
+        (question,) = questions(make_scene(seed), 1, random.Random(seed))
+        content = [{"type": "image"}, {"type": "text", "text": question.text}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(images=[picture], text=text, return_tensors="pt")
+        made = model.eval().generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        (image,) = localizer.encode([Picture(picture, f"{seed:064x}", str(seed))])
+        (said,) = localizer.name_regions([image], [question.text], pruning)
+        assert said.answer == processor.tokenizer.decode(made, skip_special_tokens=True)
+        assert len(made) == 3 and said.answer == "[{},{},{},{}]".format(*said.box)
+
+
+def test_it_is_small():
+    files = [path for path in LOCALIZER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 7_000_000
+    assert json.loads((LOCALIZER / "config.json").read_text())["dtype"] == "bfloat16"

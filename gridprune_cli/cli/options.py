@@ -159,7 +159,7 @@ def pruning(
     localizer: Annotated[
         str | None,
         _option(
-            "What finds the region: relevance, or a model, a folder or hub name, that is asked for a box.",
+            "What finds the region: relevance; vlm, a small model that comes with `scenes`; or a model's name.",
             _PRUNING,
             show_default="relevance",
         ),
