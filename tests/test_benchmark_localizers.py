@@ -39,8 +39,10 @@ def test_held_counts_pixels(box, seed, asked):
 
 @pytest.mark.parametrize("made", [model.llava_config, model.localizer_config], ids=["main", "localizer"])
 def test_the_formula_counts_what_torch_counts(made):
-    model = LlavaForConditionalGeneration._from_config(made(), attn_implementation="eager").eval()
-    config = model.config.to_dict()
+    config, cut = made().to_dict(), made()
+    cut.vision_config.num_hidden_layers += 1 + cut.vision_feature_layer  # no layer behind the one that is read
+    cut.vision_feature_layer = -1
+    model = LlavaForConditionalGeneration._from_config(cut, attn_implementation="eager").eval()
     side = config["vision_config"]["image_size"]
     patches = (side // config["vision_config"]["patch_size"]) ** 2
     ids = torch.full((1, patches + 14), 5)

@@ -151,14 +151,16 @@ def flops(config: dict[str, Any], words: int, answer: int) -> int:
 
     Per layer and token of n: 4 d^2 for attention's projections, 2 d m (tower) or 3 d m (Llama) for the MLP, 2 n d for
     attention itself, counted in full although the Llama's is causal. The first of `answer` tokens comes out of the
-    prefill, each further one costs a token's pass. The Llama's head is run for these only.
+    prefill, each further one costs a token's pass. The Llama's head is run for these only, and of the tower only the
+    layers up to the one that is read.
     """
     tower, language = config["vision_config"], config["text_config"]
+    seen = tower["num_hidden_layers"] + 1 + config["vision_feature_layer"]  # counted from the last, -1
     d, m = tower["hidden_size"], tower["intermediate_size"]
     patches = (tower["image_size"] // tower["patch_size"]) ** 2
     n = patches + 1  # CLS
     total = patches * 3 * tower["patch_size"] ** 2 * d
-    total += tower["num_hidden_layers"] * n * (4 * d * d + 2 * d * m + 2 * n * d)
+    total += seen * n * (4 * d * d + 2 * d * m + 2 * n * d)
     h, f, layers = language["hidden_size"], language["intermediate_size"], language["num_hidden_layers"]
     total += patches * (d * h + h * h)  # projector
     length = patches + words
