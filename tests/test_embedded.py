@@ -78,7 +78,7 @@ def test_an_evaluation_on_a_few_scenes(pipeline):
     results = summarise(plan, rows)
     full, ours, least = (cell["score"] for cell in results["cells"])
     assert results["images"] == 20 and len(rows) == 240
-    assert full > 0.8 and ours > 0.8 > least
+    assert full > 0.9 and ours > 0.9 > 0.8 > least
     region = results["cells"][1]["region"]
     assert region["contains"] > 0.8 and region["area"] < 0.5 and region["questions"] > 40
 

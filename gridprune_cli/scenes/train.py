@@ -10,8 +10,8 @@ Two stages, as for LLaVA, and a third for compression, each resumable from the w
 2. `language`: the tower is frozen, and projector and Llama learn to answer eight questions packed behind one image,
    each blind to the others. Training starts with few visual tokens, so that the question's words are not drowned
    before attention has learned where to look, and ends with all of them. The later passes (`language-again`,
-   `language-last`, `language-counts`) ask more often what comes late. No token is ever dropped by a pruning method:
-   pruning stays training-free.
+   `language-last`) ask more often what comes late. No token is ever dropped by a pruning method: pruning stays
+   training-free.
 3. `compressor`: all of that is frozen, and the compressor of `--plc trained` learns to make rows from which the
    language model answers right. Tokens are chosen as for any answer: relevance, contextual region, gridprune. The
    scenes are new to tower and language model, which know those that they learned from too well.
@@ -141,18 +141,6 @@ LANGUAGE_LAST = Plan(
     ((0.78, 64), (0.22, N)),
     start=1800,
     kinds=(*KINDS, "character", "count", "count", "place", "relation", "relation"),
-    led=((2, 2), (3, 4)),
-    closely=True,
-)
-LANGUAGE_COUNTS = Plan(
-    250,
-    24,
-    16_000,
-    TRAIN + 50_000,
-    1.5e-3,
-    ((1.0, N),),
-    start=3000,
-    kinds=(*KINDS, "character", "count", "count", "count", "count", "relation"),
     led=((2, 2), (3, 4)),
     closely=True,
 )
@@ -841,7 +829,6 @@ def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "m
     optimise("language", language, pool, LANGUAGE, work, device)
     optimise("language-again", language, pool, LANGUAGE_AGAIN, work, device)
     optimise("language-last", language, pool, LANGUAGE_LAST, work, device)
-    optimise("language-counts", language, pool, LANGUAGE_COUNTS, work, device)
     language.llava.model.language_model.set_attn_implementation("sdpa")
     built.save(out, language.llava, tower.clip)
     torch.manual_seed(seed)
