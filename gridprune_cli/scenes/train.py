@@ -134,17 +134,22 @@ LANGUAGE_AGAIN = Plan(
     led=((2, 2), (3, 4)),
     closely=True,
 )
-LANGUAGE_LAST = Plan(
-    1200,
-    24,
-    16_000,
-    TRAIN + 50_000,
-    8e-4,
-    ((0.78, 64), (0.22, N)),
+LANGUAGE_LAST = replace(
+    LANGUAGE_AGAIN,
+    steps=1200,
+    rate=8e-4,
+    tokens=((0.78, 64), (0.22, N)),
     start=1800,
+    stop=None,
     kinds=(*KINDS, "character", "count", "count", "place", "relation", "relation"),
-    led=((2, 2), (3, 4)),
-    closely=True,
+)
+LANGUAGE_COUNTS = replace(
+    LANGUAGE_LAST,
+    steps=1400,
+    tokens=((0.72, 64), (0.28, N)),
+    start=3000,
+    kinds=(*KINDS, "character", "count", "count", "relation", "relation"),
+    placed=True,
 )
 LOCALIZER = Plan(
     1600,
@@ -156,19 +161,6 @@ LOCALIZER = Plan(
     kinds=(*KINDS, "character", "count", "place", "relation", "relation"),
     led=((1, 2), (2, 3)),
     closely=True,
-)
-LANGUAGE_COUNTS = Plan(
-    1400,
-    24,
-    16_000,
-    TRAIN + 50_000,
-    8e-4,
-    ((0.72, 64), (0.28, N)),
-    start=3000,
-    kinds=(*KINDS, "character", "count", "count", "relation", "relation"),
-    led=((2, 2), (3, 4)),
-    closely=True,
-    placed=True,
 )
 COMPRESSOR = Plan(500, 128, 4_000, TRAIN + 66_000, 2e-3, ((0.1, 28), (0.1, 13)) * 5)
 
