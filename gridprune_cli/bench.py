@@ -43,9 +43,11 @@ class Spread:
 class Side:
     """One of the two ways to answer. Times are milliseconds.
 
+    localize       by a localiser that is a model, its own encoding of the picture among it; 0 without one
     decode         per token after the first
-    answer         select, prefill and decode together
+    answer         localize, select, prefill and decode together
     tokens         visual tokens
+    inside         visual tokens in each layer of the language model
     prompt         tokens of the whole prompt
     kv_bytes       of the prompt, by formula
     prefill_flops  by formula
@@ -53,7 +55,9 @@ class Side:
     """
 
     tokens: int
+    inside: tuple[int, ...]
     prompt: int
+    localize: Spread
     select: Spread
     prefill: Spread
     decode: Spread
@@ -95,7 +99,8 @@ class Report:
         """Times end in `_ms`."""
 
         def side(one: Side) -> dict[str, Any]:
-            times = {f"{name}_ms": asdict(getattr(one, name)) for name in ("select", "prefill", "decode", "answer")}
+            names = ("localize", "select", "prefill", "decode", "answer")
+            times = {f"{name}_ms": asdict(getattr(one, name)) for name in names}
             return {name: value for name, value in asdict(one).items() if f"{name}_ms" not in times} | times
 
         return {
@@ -116,11 +121,12 @@ class Report:
 
 @dataclass(frozen=True)
 class _Run:
-    """One answer: visual tokens, tokens of its prompt, how many are gone in each layer, milliseconds, bytes."""
+    """One answer: visual tokens, in each layer too, tokens of its prompt, milliseconds, bytes."""
 
     tokens: int
+    inside: tuple[int, ...]
     prompt: int
-    gone: tuple[int, ...]  # empty where none leaves inside the language model
+    localize: float
     select: float
     prefill: float
     decode: float  # of all tokens after the first
@@ -128,7 +134,7 @@ class _Run:
 
     @property
     def answer(self) -> float:
-        return self.select + self.prefill + self.decode
+        return self.localize + self.select + self.prefill + self.decode
 
 
 def measure(
@@ -145,8 +151,9 @@ def measure(
 
     Full and pruned take turns, and so does which of them is first; a first round of everything is not counted, since
     much is set up in it. `new_tokens` are generated, whatever the model wants to stop at. Each time relevance is
-    measured against a text that was not seen before, since what a text tower makes of a question is kept. The full
-    answer has no relevance to compute. `step` is called after each encoding and answer, 3 * (repeat + 1) times.
+    measured against a text that was not seen before, since what a text tower makes of a question is kept; a localiser
+    sees the picture anew. The full answer has no relevance to compute, and asks no localiser. `step` is called after
+    each encoding and answer, 3 * (repeat + 1) times.
 
     Raises BadInput where `repeat` is below 1 or `new_tokens` below 2, and what `Pipeline` raises.
     """
@@ -156,6 +163,8 @@ def measure(
     held = {"tower", "projector", "language"} <= family._loaded.keys()
     start = time.perf_counter()
     family.load("tower", "projector", "language")
+    if localizer := pipeline.localizer(pruning):
+        localizer.family.load("tower", "projector", "language")
     if pruning.needs_relevance:
         family.relevance.load()
     load = None if held else _since(start)
@@ -176,7 +185,7 @@ def measure(
         ways = (("full", whole), ("pruned", fresh))
         runs = {}
         for name, kept in ways if turn % 2 else reversed(ways):
-            runs[name] = _answer(pipeline, image, question, kept, new_tokens)
+            runs[name] = _answer(pipeline, picture, image, question, kept, new_tokens)
             step()
         rounds.append(runs)
     full, pruned = ([runs[name] for runs in rounds[1:]] for name in ("full", "pruned"))
@@ -184,10 +193,12 @@ def measure(
 
     def side(runs: Sequence[_Run]) -> Side:
         prompt = median_low(run.prompt for run in runs)  # separators come and go with the tokens of their row
-        layers = [prompt - gone for gone in runs[0].gone or (0,) * decoder.layers]
+        layers = [prompt - runs[0].tokens + there for there in runs[0].inside]
         return Side(
             tokens=runs[0].tokens,
+            inside=runs[0].inside,
             prompt=prompt,
+            localize=Spread.of([run.localize for run in runs]),
             select=Spread.of([run.select for run in runs]),
             prefill=Spread.of([run.prefill for run in runs]),
             decode=Spread.of([run.decode / (new_tokens - 1) for run in runs]),
@@ -220,16 +231,24 @@ def made_picture(model: str) -> Picture:
     return Picture(image, hashlib.sha256(image.tobytes()).hexdigest(), f"a scene of {side} x {side} pixels")
 
 
-def _answer(pipeline: Pipeline, image: EncodedImage, question: str, pruning: Pruning, new_tokens: int) -> _Run:
+def _answer(
+    pipeline: Pipeline, picture: Picture, image: EncodedImage, question: str, pruning: Pruning, new_tokens: int
+) -> _Run:
     device = pipeline.family.device
     _reset_peak(device)
+    localized, localize = None, 0.0
+    if localizer := pipeline.localizer(pruning):
+        start = time.perf_counter()
+        localized = localizer.name_regions(localizer.encode([picture]), [question], pruning)
+        localize = _since(start)
     start = time.perf_counter()
-    pruned = pipeline.prune(image, question, pruning)
+    pruned = pipeline.prune(image, question, pruning, localized=localized)
     select = _since(start)
     (made,) = generate(pipeline.family, [pruned], new_tokens, min_new_tokens=new_tokens)
     kept = len(pruned.kept)
-    gone = tuple(kept - count for count in pruned.inside.tokens) if pruned.inside else ()
-    return _Run(kept, len(pruned.input_ids), gone, select, made.prefill, made.decode, _peak(device))
+    inside = pruned.inside.tokens if pruned.inside else (kept,) * pipeline.family.depth
+    prompt = len(pruned.input_ids)
+    return _Run(kept, inside, prompt, localize, select, made.prefill, made.decode, _peak(device))
 
 
 def _since(start: float) -> float:

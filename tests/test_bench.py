@@ -46,7 +46,37 @@ def test_counts_are_those_of_the_answers(pipeline, noise, monkeypatch):
     record = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert record["ratio"]["flops"] == report.full.prefill_flops / report.pruned.prefill_flops
     assert record["pruned"]["prefill_ms"]["median"] == report.pruned.prefill.median
-    assert {"tokens", "select_ms", "decode_ms", "answer_ms", "kv_bytes", "peak_bytes"} <= set(record["full"])
+    assert {"tokens", "localize_ms", "select_ms", "decode_ms", "answer_ms", "kv_bytes", "peak_bytes"} <= set(
+        record["full"]
+    )
+
+
+def test_tokens_that_leave_inside_count_in_the_layers_that_they_reach(pipeline, noise):
+    report = measure(pipeline, noise((80, 60)), QUESTION, Pruning(keep=1.0, ilp=0.25), repeat=1, new_tokens=2)
+    decoder = Decoder.of(pipeline.family.load("language").config)
+    assert report.full.inside == (16,) * decoder.layers and report.pruned.tokens == 16
+    assert report.pruned.inside[0] == 16 and report.pruned.inside[-1] == 4
+    layers = [report.pruned.prompt - 16 + there for there in report.pruned.inside]
+    assert report.pruned.prefill_flops == prefill_flops(decoder, layers) < report.full.prefill_flops
+    assert report.pruned.kv_bytes == kv_bytes(decoder, layers, 4)
+
+
+def test_a_localizers_time_is_told_and_part_of_the_answer(pipeline, noise, tiny_llava, monkeypatch):
+    seen = []
+    encode = Pipeline.encode
+
+    def watched(self, pictures):
+        seen.append(self)
+        return encode(self, pictures)
+
+    monkeypatch.setattr(Pipeline, "encode", watched)
+    asking = Pruning(keep=0.25, localizer=str(tiny_llava))
+    report = measure(pipeline, noise((80, 60)), QUESTION, asking, repeat=2, new_tokens=2)
+    assert seen.count(pipeline) == 3 and seen.count(pipeline.localizer(asking)) == 3  # the picture anew each time
+    assert report.full.localize == Spread(0.0, 0.0, 0.0)
+    pruned = report.pruned
+    assert pruned.answer.low > pruned.localize.low > 0 and pruned.answer.high > pruned.localize.high
+    assert json.loads(json.dumps(report.to_json()))["pruned"]["localize_ms"]["median"] == pruned.localize.median
 
 
 def test_every_question_is_new_to_the_text_tower(pipeline, noise, monkeypatch):

@@ -1,6 +1,7 @@
 """The training command, on a handful of scenes and steps."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ def short(monkeypatch):
     closely = {"led": ((2, 2), (3, 4)), "closely": True}
     monkeypatch.setattr(train, "LANGUAGE_AGAIN", train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 256),), start=3, **closely))
     monkeypatch.setattr(train, "LANGUAGE_LAST", train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 64),), start=4, **closely))
+    counts = train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 64),), start=5, placed=True, **closely)
+    monkeypatch.setattr(train, "LANGUAGE_COUNTS", counts)
     plan = train.Plan(3, 2, 4, 0, 1e-3, ((0.5, 72), (0.5, 144)), led=((1, 2),), closely=True)
     monkeypatch.setattr(train, "LOCALIZER", plan)
     monkeypatch.setattr(train, "COMPRESSOR", train.Plan(3, 2, 4, 4, 1e-3, ((0.5, 28), (0.5, 13))))
@@ -61,7 +64,7 @@ def test_a_run_that_was_stopped_ends_where_another_would(short, tmp_path, monkey
             assert torch.allclose(x.float(), y.float(), atol=1e-6), name
     logs = [(tmp_path / name / "work/log.jsonl").read_text().splitlines() for name in ("whole", "stopped")]
     steps = [[(line["stage"], line["step"]) for line in map(json.loads, log)] for log in logs]
-    assert steps[0] == steps[1] and len(steps[0]) == 13
+    assert steps[0] == steps[1] and len(steps[0]) == 14
     assert any(weight.any() for weight in (whole[2].out.weight, whole[2].narrow.weight))  # it learned something
     assert ran.count(("Tower", 0, 0)) == 1 and ran.count(("Language", 0, 0)) == 1  # it went on, it did not start again
 
@@ -154,8 +157,6 @@ def test_a_plan_shows_the_tokens_and_rates_it_says():
 
 def test_packed_questions_see_the_image_and_themselves_alone():
     """Any other question behind the same image leaves a question's positions, and what it may look at, unchanged."""
-    import random
-
     owners = torch.full((1, 256), -1)
     owners[0, :9] = 0
     chosen = torch.arange(256)[None]
@@ -175,6 +176,21 @@ def test_packed_questions_see_the_image_and_themselves_alone():
     labels = packed.labels[0][packed.labels[0] >= 0]
     told = tokenizer.decode(labels, skip_special_tokens=True).split()
     assert told == [word for question in asked for word in question.answer.split()]
+
+
+def test_the_places_of_what_is_asked_for_are_as_many_as_the_answer_to_how_many():
+    rng = random.Random(0)
+    scenes = [make_scene(seed) for seed in range(30)]
+    groups = [questions(scene, 8, rng) for scene in scenes]
+    places = train.places_of(groups, scenes)
+    assert places.shape == (30, 8, 9)
+    for held, question in zip(places.flatten(0, 1), (q for group in groups for q in group), strict=True):
+        if question.kind == "count":
+            assert held.sum() == int(question.answer)
+        elif question.kind == "place":
+            assert [train.PLACES[i] for i in held.nonzero()[:, 0]] == [question.answer]
+        elif question.kind != "exists":
+            assert held.sum() == 1
 
 
 def test_asked_patches_share_one():

@@ -103,19 +103,24 @@ def _rows(report: "Report") -> list[tuple[str, str, str, str]]:
         shown = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
         return name, f"{a.median:,.1f} ms", f"{b.median:,.1f} ms", shown
 
-    rows = [
-        counts("visual tokens", full.tokens, pruned.tokens),
-        counts("tokens of the prompt", full.prompt, pruned.prompt),
-        times("encode", report.encode, report.encode, None),
+    rows = [counts("visual tokens", full.tokens, pruned.tokens)]
+    if sum(pruned.inside) < pruned.tokens * len(pruned.inside):
+        a, b = (sum(side.inside) / len(side.inside) for side in (full, pruned))
+        rows.append(("visual tokens, mean of the layers", f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}"))
+    rows.append(counts("tokens of the prompt", full.prompt, pruned.prompt))
+    if report.load is not None:
+        rows.append(("load", f"{report.load:,.1f} ms", f"{report.load:,.1f} ms", ""))
+    rows.append(times("encode", report.encode, report.encode, None))
+    if pruned.localize.median:
+        rows.append(times("localize", full.localize, pruned.localize, None))
+    rows += [
         times("select", full.select, pruned.select, None),
         times("prefill", full.prefill, pruned.prefill, report.prefill),
         times("decode, a token", full.decode, pruned.decode, report.decode),
-        times("select to last token", full.answer, pruned.answer, report.answer),
+        times("question to last token", full.answer, pruned.answer, report.answer),
         counts("prefill operations", full.prefill_flops, pruned.prefill_flops, "{:.3g}".format),
         counts("keys and values", full.kv_bytes, pruned.kv_bytes, size),
     ]
-    if report.load is not None:
-        rows.insert(2, ("load", f"{report.load:,.1f} ms", f"{report.load:,.1f} ms", ""))
     if full.peak_bytes and pruned.peak_bytes:
         rows.append(counts("most memory held", full.peak_bytes, pruned.peak_bytes, size))
     return rows

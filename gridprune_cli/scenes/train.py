@@ -10,8 +10,8 @@ Two stages, as for LLaVA, and a third for compression, each resumable from the w
 2. `language`: the tower is frozen, and projector and Llama learn to answer eight questions packed behind one image,
    each blind to the others. Training starts with few visual tokens, so that the question's words are not drowned
    before attention has learned where to look, and ends with all of them. The later passes (`language-again`,
-   `language-last`) ask more often what comes late. No token is ever dropped by a pruning method: pruning stays
-   training-free.
+   `language-last`, `language-counts`) ask more often what comes late. No token is ever dropped by a pruning method:
+   pruning stays training-free.
 3. `compressor`: all of that is frozen, and the compressor of `--plc trained` learns to make rows from which the
    language model answers right. Tokens are chosen as for any answer: relevance, contextual region, gridprune. The
    scenes are new to tower and language model, which know those that they learned from too well.
@@ -83,6 +83,7 @@ class Plan:
     asks new questions. A stage may stop before the end of its schedule, after `stop` steps. `led` are layers of the
     language model, with how many heads of each, whose attention is pulled to the patches asked for at a question's last
     token. `closely` pulls it at the answer's first token too, and not to the neighbour that a relation asks for.
+    `placed` has the last of these heads tell, together, where the objects asked for are.
     """
 
     steps: int
@@ -96,6 +97,7 @@ class Plan:
     kinds: tuple[str, ...] = KINDS
     led: tuple[tuple[int, int], ...] = ((2, 2),)
     closely: bool = False
+    placed: bool = False
 
     @property
     def last(self) -> int:
@@ -132,17 +134,22 @@ LANGUAGE_AGAIN = Plan(
     led=((2, 2), (3, 4)),
     closely=True,
 )
-LANGUAGE_LAST = Plan(
-    1200,
-    24,
-    16_000,
-    TRAIN + 50_000,
-    8e-4,
-    ((0.78, 64), (0.22, N)),
+LANGUAGE_LAST = replace(
+    LANGUAGE_AGAIN,
+    steps=1200,
+    rate=8e-4,
+    tokens=((0.78, 64), (0.22, N)),
     start=1800,
+    stop=None,
     kinds=(*KINDS, "character", "count", "count", "place", "relation", "relation"),
-    led=((2, 2), (3, 4)),
-    closely=True,
+)
+LANGUAGE_COUNTS = replace(
+    LANGUAGE_LAST,
+    steps=1400,
+    tokens=((0.72, 64), (0.28, N)),
+    start=3000,
+    kinds=(*KINDS, "character", "count", "count", "relation", "relation"),
+    placed=True,
 )
 LOCALIZER = Plan(
     1600,
@@ -445,6 +452,19 @@ def next_to(groups: list[list[Question]], scenes: list[Scene]) -> Tensor:
     return torch.from_numpy(out)
 
 
+def places_of(groups: list[list[Question]], scenes: list[Scene]) -> Tensor:
+    """1 for each of the nine places that holds an object asked for, else 0: `(B, Q, 9)`. Of a relation, its first one.
+
+    No two objects of a scene share a place, so the sum is the answer to "how many".
+    """
+    out = torch.zeros(len(groups), len(groups[0]), len(PLACES))
+    for b, (group, scene) in enumerate(zip(groups, scenes, strict=True)):
+        for j, question in enumerate(group):
+            for i in question.asked[:1] if question.kind == "relation" else question.asked:
+                out[b, j, PLACES.index(scene.objects[i].place)] = 1
+    return out
+
+
 @torch.no_grad()
 def whiten(projector: Any, states: Tensor) -> None:
     """Starts the projector as a whitening of the tower's states `(M, D)`, and nearly linear.
@@ -512,7 +532,8 @@ class Language(nn.Module):
 
     What an object's patches know of its neighbours on four sides is too much for two heads to carry: where a plan goes
     closely, four heads of layer 3 are led there too, and each tells the neighbour on one side through a linear layer
-    that is dropped afterwards.
+    that is dropped afterwards. What they give is a mean over the objects asked for, in which their number gets lost:
+    where a plan has them placed, all four together tell which of the nine places hold one, through another such layer.
     """
 
     def __init__(self) -> None:
@@ -526,6 +547,7 @@ class Language(nn.Module):
         self.features = np.empty((0, N, built.WIDTH), np.float16)  # of the scenes, (scenes, N, D)
         sizes = (config.text_config.hidden_size // config.text_config.num_attention_heads, sum(NEIGHBOUR))
         self.tell = nn.Parameter(torch.zeros(len(DIRECTIONS), *sizes))
+        self.place = nn.Linear(len(DIRECTIONS) * sizes[0], len(PLACES))
 
     def losses(self, pool: Pool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
         rng = random.Random(f"language-{plan.first_seed}-{step}")
@@ -538,12 +560,17 @@ class Language(nn.Module):
         features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).to(device)
 
         losses, told = answer_losses(self.llava, features, packed, plan)
+        scenes = [pool.scene(int(i)) for i in index]
         if plan.closely:
-            truth = next_to(groups, [pool.scene(int(i)) for i in index]).repeat(1, 2, 1, 1).to(device)  # (B, Q, 4, 2)
+            truth = next_to(groups, scenes).repeat(1, 2, 1, 1).to(device)  # (B, Q, 4, 2)
             scores = torch.einsum("bhqd,hdc->bqhc", told, self.tell)
             for i, part in enumerate(scores.split(NEIGHBOUR, -1)):
                 which = "tell colour" if i == 0 else "tell shape"
                 losses[which] = F.cross_entropy(part.flatten(0, 2), truth[..., i].flatten(), ignore_index=IGNORE)
+        if plan.placed:
+            held = places_of(groups, scenes).repeat(1, 2, 1).to(device)  # (B, Q, 9)
+            scores = self.place(told.transpose(1, 2).flatten(2)).float()
+            losses["tell places"] = F.binary_cross_entropy_with_logits(scores, held) * len(PLACES)
         return losses
 
 
@@ -829,6 +856,7 @@ def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "m
     optimise("language", language, pool, LANGUAGE, work, device)
     optimise("language-again", language, pool, LANGUAGE_AGAIN, work, device)
     optimise("language-last", language, pool, LANGUAGE_LAST, work, device)
+    optimise("language-counts", language, pool, LANGUAGE_COUNTS, work, device)
     language.llava.model.language_model.set_attn_implementation("sdpa")
     built.save(out, language.llava, tower.clip)
     torch.manual_seed(seed)
