@@ -101,16 +101,19 @@ def _near(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
     return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
 
 
-def covering(scene: Scene, asked: tuple[int, ...]) -> tuple[int, int, int, int]:
+def covering(scene: Scene, asked: tuple[int, ...], margin: int = 0) -> tuple[int, int, int, int]:
     """The inclusive box on the 8 x 8 grid that covers the objects asked for; all of the grid where there are none.
 
-    To say that something is nowhere, one must have looked everywhere.
+    To say that something is nowhere, one must have looked everywhere. A margin, in pixels, is added on all sides, as
+    far as the picture goes.
     """
     if not asked:
         return 0, 0, CELLS - 1, CELLS - 1
     x0, y0, x1, y1 = zip(*(scene.objects[i].box for i in asked), strict=True)
-    cell = SIZE // CELLS
-    return min(x0) // cell, min(y0) // cell, (max(x1) - 1) // cell, (max(y1) - 1) // cell
+    low = [max(0, min(v) - margin) for v in (x0, y0)]
+    high = [min(SIZE, max(v) + margin) - 1 for v in (x1, y1)]
+    left, top, right, bottom = (v * CELLS // SIZE for v in (*low, *high))
+    return left, top, right, bottom
 
 
 def pixel_owners(scene: Scene) -> np.ndarray:

@@ -16,9 +16,11 @@ Two stages, as for LLaVA, and a third for compression, each resumable from the w
    language model answers right. Tokens are chosen as for any answer: relevance, contextual region, gridprune. The
    scenes are new to tower and language model, which know those that they learned from too well.
 
-With `--part localizer` the second stage is another one: `localizer` starts from the tower's first layers and trains a
-small LLaVA model, tower and all, to answer questions with boxes on CROP's 8 x 8 grid. Linear heads read each object's
-properties, its box and those of its like and its neighbours from every patch of it; they too are dropped afterwards.
+With `--part localizer` the third stage is another one, for the small model that answers questions with boxes on CROP's
+8 x 8 grid. `localizer` starts from the tower's first layers and trains them with a language model behind them. Linear
+heads read each object's properties, its box and those of its like and its neighbours from every patch of it; they too
+are dropped afterwards. `localizer-tower` goes on with the tower alone. `localizer-again` freezes it, and puts the first
+layers of the main model's language model, which know where a question asks, in the place of the other one.
 """
 
 import argparse
@@ -68,6 +70,7 @@ from gridprune_cli.scenes.scene import (
 from gridprune_cli.vlm.compressor import Compressor, save_compressor
 
 N = built.GRID * built.GRID
+MARGIN = 8  # pixels around what a box covers: a slip of one cell then costs little of it
 LOCALIZER_N = built.LOCALIZER_GRID * built.LOCALIZER_GRID
 IGNORE = -100
 MOST = 8  # objects in a scene
@@ -83,7 +86,8 @@ class Plan:
     asks new questions. A stage may stop before the end of its schedule, after `stop` steps. `led` are layers of the
     language model, with how many heads of each, whose attention is pulled to the patches asked for at a question's last
     token. `closely` pulls it at the answer's first token too, and not to the neighbour that a relation asks for.
-    `placed` has the last of these heads tell, together, where the objects asked for are.
+    `placed` has the last of these heads tell, together, where the objects asked for are. `part` names the localiser's
+    part that learns, where it is not both.
     """
 
     steps: int
@@ -98,6 +102,7 @@ class Plan:
     led: tuple[tuple[int, int], ...] = ((2, 2),)
     closely: bool = False
     placed: bool = False
+    part: str = ""
 
     @property
     def last(self) -> int:
@@ -161,6 +166,18 @@ LOCALIZER = Plan(
     kinds=(*KINDS, "character", "count", "place", "relation", "relation"),
     led=((1, 2), (2, 3)),
     closely=True,
+)
+LOCALIZER_TOWER = replace(
+    LOCALIZER, steps=500, scenes=16_000, first_seed=TRAIN + 50_000, rate=1e-3, start=1600, part="tower"
+)
+LOCALIZER_AGAIN = replace(
+    LOCALIZER_TOWER,
+    steps=800,
+    tokens=((0.75, 72), (0.25, LOCALIZER_N)),
+    start=2100,
+    kinds=(*KINDS, "count", "object", "relation"),
+    led=((2, 2), (3, 4)),
+    part="language",
 )
 COMPRESSOR = Plan(500, 128, 4_000, TRAIN + 66_000, 2e-3, ((0.1, 28), (0.1, 13)) * 5)
 
@@ -637,6 +654,48 @@ class Localizer(nn.Module):
         mine = self.llava.model.vision_tower
         mine.load_state_dict({key: weights[key] for key in mine.state_dict()})
 
+    @torch.no_grad()
+    def adopt(self, language: "Language", pool: Pool) -> None:
+        """Begins anew behind its tower, with the first layers of the main model's language model.
+
+        That one knows already how to look where a question asks. Its rows are imitated: the projector's second layer
+        is the linear map (least squares) that comes nearest to the main model's rows, averaged over the patches that
+        one of the localiser's covers, from `pool`'s first scenes. What the map would leave out, boxes above all, stays
+        small instead of vanishing. Of an MLP's units those stay that have the largest weights.
+        """
+        device = self.heads.weight.device
+        states = torch.cat([self.states(normalise(shrink(pool.pixels[at : at + 64]), device)) for at in (0, 64, 128)])
+        mine, main = self.llava.model.multi_modal_projector, language.llava.model.multi_modal_projector
+        whiten(mine, states.flatten(0, 1))
+        rows = main(torch.from_numpy(np.array(language.features[: len(states)])).float().to(device))
+        grid = rows.transpose(1, 2).unflatten(2, (built.GRID, built.GRID))
+        side = (built.LOCALIZER_GRID, built.LOCALIZER_GRID)
+        wanted = F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2).flatten(0, 1).double()
+        hidden = mine.act(mine.linear_1(states.flatten(0, 1))).double()
+        mean = hidden.mean(0)
+        ridge = 1e-3 * len(hidden) * torch.eye(hidden.shape[1], device=device, dtype=hidden.dtype)
+        centred = hidden - mean
+        weight = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ (wanted - wanted.mean(0))).T
+        u, scale, v = torch.linalg.svd(weight)
+        weight = u @ torch.diag(scale.clamp(min=0.3 * scale.median())) @ v
+        mine.linear_2.weight.copy_(weight)
+        mine.linear_2.bias.copy_(wanted.mean(0) - weight @ mean)
+
+        own, theirs = self.llava.model.language_model, language.llava.model.language_model
+        words = theirs.embed_tokens.weight.shape[0]  # the localiser's tokens are the main model's, then the corners
+        own.embed_tokens.weight[:words] = theirs.embed_tokens.weight
+        self.llava.lm_head.weight[:words] = language.llava.lm_head.weight
+        own.norm.load_state_dict(theirs.norm.state_dict())
+        for layer, model in zip(own.layers, theirs.layers, strict=False):
+            weights = model.state_dict()
+            size = weights["mlp.gate_proj.weight"].norm(dim=1) * weights["mlp.up_proj.weight"].norm(dim=1)
+            size = size * weights["mlp.down_proj.weight"].norm(dim=0)
+            units = size.topk(layer.mlp.gate_proj.out_features).indices.sort().values
+            for name in ("gate_proj", "up_proj"):
+                weights[f"mlp.{name}.weight"] = weights[f"mlp.{name}.weight"][units]
+            weights["mlp.down_proj.weight"] = weights["mlp.down_proj.weight"][:, units]
+            layer.load_state_dict(weights)
+
     def states(self, pixels: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Last-layer states `(B, n, D)` of the chosen patches `(B, n)`, or of all."""
         x = embed(self.llava.model.vision_tower, pixels, chosen)
@@ -651,17 +710,23 @@ class Localizer(nn.Module):
         scenes = [pool.scene(int(i)) for i in index]
         shown = torch.from_numpy(np.stack([seen_owners(s) for s in scenes])).long()
         chosen = some_patches(shown, plan.tokens_at(step), generator)
-        groups = []
-        for scene in scenes:
-            boxes = [(q, covering(scene, q.asked)) for q in questions(scene, 8, rng, plan.kinds)]
-            groups.append([replace(q, answer="[{},{},{},{}]".format(*box)) for q, box in boxes])
-        packed = pack(groups, chosen, shown, self.tokenizer, rng, closely=plan.closely)
         pixels = normalise(shrink(pool.pixels[index]), device)
         pixels = pixels + 0.05 * torch.randn(len(pixels), 1, 1, 1, generator=generator).to(device)
-        states = self.states(pixels, chosen.to(device))
-        table = torch.from_numpy(np.stack([extents(s) for s in scenes])).to(device)
-        dense = read_off(self.heads(states), LOCALIZER_HEADS, table, shown.gather(1, chosen).to(device))
-        return {"dense": 0.5 * dense} | answer_losses(self.llava, states, packed, plan)[0]
+        losses = {}
+        with torch.set_grad_enabled(plan.part != "language"):
+            states = self.states(pixels, chosen.to(device))
+        if plan.part != "language":
+            table = torch.from_numpy(np.stack([extents(s) for s in scenes])).to(device)
+            dense = read_off(self.heads(states), LOCALIZER_HEADS, table, shown.gather(1, chosen).to(device))
+            losses["dense"] = 0.5 * dense
+        if plan.part != "tower":
+            groups = []
+            for scene in scenes:
+                boxes = [(q, covering(scene, q.asked, MARGIN)) for q in questions(scene, 8, rng, plan.kinds)]
+                groups.append([replace(q, answer="[{},{},{},{}]".format(*box)) for q, box in boxes])
+            packed = pack(groups, chosen, shown, self.tokenizer, rng, closely=plan.closely)
+            losses |= answer_losses(self.llava, states, packed, plan)[0]
+        return losses
 
 
 # ---- stage 3: compressor ---------------------------------------------------------------------------------------------
@@ -844,9 +909,6 @@ def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "m
     optimise("tower-again", tower, scenes, TOWER_AGAIN, work, device)
     tower.clip.to(torch.bfloat16).to(torch.float32)  # what ships is 16-bit: the language model learns from just that
     torch.manual_seed(seed)
-    if part == "localizer":
-        train_localizer(out, work, tower, scenes, device)
-        return
     language = Language().to(device)
     language.llava.model.vision_tower.load_state_dict(tower.clip.vision_model.state_dict())
     pool = Pool(work, LANGUAGE.first_seed, LANGUAGE.scenes)
@@ -857,6 +919,10 @@ def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "m
     optimise("language-again", language, pool, LANGUAGE_AGAIN, work, device)
     optimise("language-last", language, pool, LANGUAGE_LAST, work, device)
     optimise("language-counts", language, pool, LANGUAGE_COUNTS, work, device)
+    if part == "localizer":
+        torch.manual_seed(seed)
+        train_localizer(out, work, tower, language, scenes, pool, device)
+        return
     language.llava.model.language_model.set_attn_implementation("sdpa")
     built.save(out, language.llava, tower.clip)
     torch.manual_seed(seed)
@@ -867,12 +933,17 @@ def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "m
     save_compressor(compression.compressor, out)
 
 
-def train_localizer(out: Path, work: Path, tower: Tower, pool: Pool, device: torch.device) -> None:
+def train_localizer(
+    out: Path, work: Path, tower: Tower, language: Language, scenes: Pool, pool: Pool, device: torch.device
+) -> None:
     localizer = Localizer(tower).to(device)
     with torch.no_grad():
-        states = localizer.states(normalise(shrink(pool.pixels[:256]), device))
+        states = localizer.states(normalise(shrink(scenes.pixels[:256]), device))
     whiten(localizer.llava.model.multi_modal_projector, states.flatten(0, 1))
-    optimise("localizer", localizer, pool, LOCALIZER, work, device)
+    optimise("localizer", localizer, scenes, LOCALIZER, work, device)
+    optimise("localizer-tower", localizer, pool, LOCALIZER_TOWER, work, device)
+    localizer.adopt(language, pool)
+    optimise("localizer-again", localizer, pool, LOCALIZER_AGAIN, work, device)
     localizer.llava.set_attn_implementation("sdpa")
     built.save_localizer(out, localizer.llava)
 
