@@ -20,6 +20,7 @@ from gridprune_cli.scenes.scene import (
     Scene,
     SceneObject,
     ask,
+    covering,
     draw,
     looks_like_scene,
     make_scene,
@@ -34,6 +35,24 @@ def test_a_seed_is_a_scene():
     second, _ = draw(make_scene(7))
     assert first.tobytes() == second.tobytes() and first.size == (SIZE, SIZE)
     assert set(np.unique(owner)) == set(range(len(make_scene(7).objects) + 1))
+
+
+@pytest.mark.parametrize("margin", [0, 8])
+def test_boxes_cover_what_is_asked_for_and_no_cell_more(margin):
+    for seed in range(50):
+        scene = make_scene(seed)
+        asked = tuple(range(0, len(scene.objects), 2))
+        box = covering(scene, asked, margin)
+        around = [
+            (max(0, x0 - margin), max(0, y0 - margin), min(SIZE, x1 + margin), min(SIZE, y1 + margin))
+            for x0, y0, x1, y1 in (scene.objects[i].box for i in asked)
+        ]
+        cells = {
+            (x // 28, y // 28) for x0, y0, x1, y1 in around for x in range(x0, x1) for y in (*range(y0, y1, 7), y1 - 1)
+        }
+        columns, rows = zip(*cells, strict=True)
+        assert box == (min(columns), min(rows), max(columns), max(rows))
+    assert covering(scene, (), margin) == (0, 0, 7, 7)
 
 
 def test_scenes_stay_as_they_were_trained_on():

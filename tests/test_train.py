@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +31,10 @@ def short(monkeypatch):
     monkeypatch.setattr(train, "LANGUAGE_COUNTS", counts)
     plan = train.Plan(3, 2, 4, 0, 1e-3, ((0.5, 72), (0.5, 144)), led=((1, 2),), closely=True)
     monkeypatch.setattr(train, "LOCALIZER", plan)
+    tower = replace(plan, steps=1, first_seed=4, start=3, part="tower")
+    monkeypatch.setattr(train, "LOCALIZER_TOWER", tower)
+    again = replace(plan, steps=2, first_seed=4, start=4, led=((2, 2), (3, 4)), part="language")
+    monkeypatch.setattr(train, "LOCALIZER_AGAIN", again)
     monkeypatch.setattr(train, "COMPRESSOR", train.Plan(3, 2, 4, 4, 1e-3, ((0.5, 28), (0.5, 13))))
 
 
@@ -94,8 +99,45 @@ def test_the_localizer_starts_from_the_towers_first_layers(short, tmp_path):
     inputs = processor(images=picture, text=prompt, return_tensors="pt")
     assert int((inputs["input_ids"] == IMAGE).sum()) == 144
     assert llava(**inputs).logits.isfinite().all()
-    stages = [json.loads(line)["stage"] for line in (tmp_path / "work/log.jsonl").read_text().splitlines()]
-    assert stages.count("localizer") == 3 and "language" not in stages
+    log = [json.loads(line) for line in (tmp_path / "work/log.jsonl").read_text().splitlines()]
+    losses = {line["stage"]: set(line) - {"stage", "step", "tokens", "seconds"} for line in log}
+    assert losses["localizer"] == {"dense", "answer", "look"} and losses["localizer-tower"] == {"dense"}
+    assert losses["localizer-again"] == {"answer", "look"} and "compressor" not in losses
+    before, after = (
+        torch.load(tmp_path / f"work/{name}.pt", weights_only=True)["model"]
+        for name in ("localizer-tower", "localizer-again")
+    )
+    for name, weight in before.items():  # it learned the tower in one, the language model in the other
+        assert torch.equal(weight, after[name]) == ("vision_tower" in name or name.startswith("heads")), name
+
+
+def test_the_localizer_takes_over_the_main_models_words_and_rows(short, tmp_path):
+    """Behind the main model's own tower states, scaled down, its projector would give the main model's rows."""
+    pool = train.Pool(tmp_path, 4, 64)
+    tower, language = train.Tower(), train.Language()
+    language.features = train.store_features(tower, pool, tmp_path / "features.npy", torch.device("cpu"))
+    states = torch.from_numpy(np.array(language.features)).float()
+    train.whiten(language.llava.model.multi_modal_projector, states.flatten(0, 1))
+    localizer = train.Localizer(tower)
+
+    def scaled(grid):
+        grid = grid.transpose(1, 2).unflatten(2, (16, 16))
+        return torch.nn.functional.adaptive_avg_pool2d(grid, (12, 12)).flatten(2).transpose(1, 2)
+
+    localizer.states = lambda pixels, chosen=None: scaled(states)
+    localizer.adopt(language, pool)
+    with torch.no_grad():
+        mine = localizer.llava.model.multi_modal_projector(scaled(states))
+        wanted = scaled(language.llava.model.multi_modal_projector(states))
+    assert (mine - wanted).square().mean() < 0.1 * wanted.var()
+    theirs, own = language.llava.model.language_model, localizer.llava.model.language_model
+    words = len(theirs.embed_tokens.weight)
+    assert torch.equal(own.embed_tokens.weight[:words], theirs.embed_tokens.weight)
+    for a, b in zip(own.layers, theirs.layers, strict=False):
+        assert torch.equal(a.self_attn.q_proj.weight, b.self_attn.q_proj.weight)
+        kept = [int((b.mlp.up_proj.weight == row).all(1).nonzero()) for row in a.mlp.up_proj.weight]
+        assert kept == sorted(set(kept)) and len(kept) == 384
+        assert torch.equal(a.mlp.down_proj.weight, b.mlp.down_proj.weight[:, kept])
 
 
 def test_the_localizer_sees_the_owners_and_pixels_of_its_own_size():

@@ -664,7 +664,8 @@ class Localizer(nn.Module):
         small instead of vanishing. Of an MLP's units those stay that have the largest weights.
         """
         device = self.heads.weight.device
-        states = torch.cat([self.states(normalise(shrink(pool.pixels[at : at + 64]), device)) for at in (0, 64, 128)])
+        parts = [pool.pixels[at : at + 64] for at in range(0, min(pool.count, 192), 64)]
+        states = torch.cat([self.states(normalise(shrink(part), device)) for part in parts])
         mine, main = self.llava.model.multi_modal_projector, language.llava.model.multi_modal_projector
         whiten(mine, states.flatten(0, 1))
         rows = main(torch.from_numpy(np.array(language.features[: len(states)])).float().to(device))
