@@ -33,7 +33,7 @@ from gridprune_cli.vlm.words import WordRelevance, keywords
 
 SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
 POSITIONS = ("original", "compact")
-ILP_LAYER = 2  # at whose input tokens leave the language model, where nothing else is said
+ILP_LAYER = 3  # at whose input tokens leave the language model, where nothing else is said
 PLC = ("off", "pool", "trained")
 
 
@@ -52,7 +52,7 @@ class Pruning:
     share_budget  several images share one K instead of each having its own; then there is no region
     ilp        what stays inside the language model: "region", exactly the tokens inside the contextual region, or a
                share of the image's N tokens, those inside first; None: everything
-    ilp_layer  the layer, from 0, at whose input the others leave; None: `ILP_LAYER`, or the first that the model allows
+    ilp_layer  the layer, from 0, at whose input the others leave; None: `ILP_LAYER`, or the nearest that the model has
     plc        "pool" makes each row outside the region the mean of its cell, "trained" has the checkpoint's compressor
                make the rows of that, "off" leaves rows as they are
     inside_ratio, outside_ratio  visual tokens per row, inside and outside of the region, instead of the method's own
@@ -432,7 +432,8 @@ class Pipeline:
         flag = "--layer"
         if pruning.ilp is not None:
             flag = "--ilp-layer"
-            layer = max(ILP_LAYER, layers.start) if pruning.ilp_layer is None else pruning.ilp_layer
+            nearest = min(max(ILP_LAYER, layers.start), layers.stop - 1)
+            layer = nearest if pruning.ilp_layer is None else pruning.ilp_layer
             stages = (Stage(layer, *_ilp(pruning.ilp, signals, counts, kept), pruning.positions),)
         for stage in stages:
             if stage.layer not in layers:

@@ -189,7 +189,7 @@ def pruning(
     ] = None,
     ilp_layer: Annotated[
         int | None,
-        _option("Layer, from 0, at whose input the others leave.", _PRUNING, show_default="2, Qwen3-VL 3"),
+        _option("Layer, from 0, at whose input the others leave.", _PRUNING, show_default="3"),
     ] = None,
     plc: Annotated[
         str,
