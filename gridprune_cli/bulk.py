@@ -21,7 +21,8 @@ import torch
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.localize import Localized
+from gridprune_cli.pipeline import Asked, Pipeline, Pruning
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
 _MOST_PIXELS = 100_000_000  # held decoded at once; about 300 MB
@@ -203,41 +204,59 @@ class Bulk:
                 users.setdefault(source, []).append(index)
         left = {source: len(indices) for source, indices in users.items()}
         found: dict[Source, tuple[EncodedImage | GridpruneError, bool]] = {}
+        ready: list[_Ready] = []
         for source, (_, result, hit) in zip(users, self.encode(users), strict=True):
             found[source] = result, hit
             for index in users[source]:
                 ask = asks[index]
                 if not all(other in found for other in ask.sources):
                     continue
-                yield index, self._prune(ask, [found[other] for other in ask.sources], system, template)
+                images = [found[other] for other in ask.sources]
+                encoded = tuple(image for image, _ in images if isinstance(image, EncodedImage))
+                if len(encoded) == len(images):
+                    ready.append(_Ready(index, ask, encoded, all(hit for _, hit in images)))
+                else:
+                    yield index, next(image for image, _ in images if isinstance(image, GridpruneError))
                 for other in dict.fromkeys(ask.sources):
                     found[other] = found[other][0], True
                     left[other] -= 1
                     if not left[other]:
                         del found[other]
+            if len(ready) >= self._questions.size:
+                yield from self._prune(ready, system, template)
+                ready.clear()
+        yield from self._prune(ready, system, template)
 
     def _prune(
-        self,
-        ask: Ask,
-        images: Sequence[tuple[EncodedImage | GridpruneError, bool]],
-        system: str | None,
-        template: str | None,
-    ) -> Pruned | GridpruneError:
-        encoded = []
-        for image, _ in images:
-            if isinstance(image, GridpruneError):
-                return image
-            encoded.append(image)
-        try:
+        self, ready: Sequence["_Ready"], system: str | None, template: str | None
+    ) -> Iterator[tuple[int, Pruned | GridpruneError]]:
+        def work(part: Sequence[_Ready]) -> list[PrunedSet]:
+            asked = [
+                Asked(one.images, one.ask.question, one.ask.pruning, said)
+                for one, said in zip(part, self._localize([one.ask for one in part]), strict=True)
+            ]
+            return self.pipeline.prune_each(asked, system=system, template=template)
+
+        for one, result in zip(ready, self._questions.run(ready, work), strict=True):
+            if isinstance(result, GridpruneError):
+                yield one.index, result
+            else:
+                notes = tuple(dict.fromkeys((image.name, note) for image in one.images for note in image.notes))
+                yield one.index, Pruned(result, one.hit, notes)
+
+    def _localize(self, asks: Sequence[Ask]) -> list[list[Localized] | None]:
+        alike: dict[Pruning, list[int]] = {}
+        for n, ask in enumerate(asks):
+            if self.pipeline.localizer(ask.pruning, len(ask.sources)):
+                alike.setdefault(ask.pruning, []).append(n)
+        said: dict[int, list[Localized] | None] = {}
+        for pruning, some in alike.items():
             with self._loading:
-                localized = self.pipeline.localize(list(ask.sources), ask.question, ask.pruning)
-            pruned = self.pipeline.prune(
-                encoded, ask.question, ask.pruning, system=system, template=template, localized=localized
-            )
-        except Exception as fault:
-            return _told(fault)
-        notes = tuple(dict.fromkeys((image.name, note) for image in encoded for note in image.notes))
-        return Pruned(pruned, all(hit for _, hit in images), notes)
+                found = self.pipeline.localize_each(
+                    [asks[n].sources for n in some], [asks[n].question for n in some], pruning
+                )
+            said |= zip(some, found, strict=True)
+        return [said.get(n) for n in range(len(asks))]
 
     # ---- generate ----------------------------------------------------------------------------------------------------
 
@@ -288,6 +307,7 @@ class Bulk:
             stack.callback(worker.shutdown, cancel_futures=True)
             flying: deque[tuple[list[tuple[int, Pruned]], Future[list[str | GridpruneError]]]] = deque()
             waiting: list[tuple[int, Pruned]] = []
+            held = 0  # bytes of rows that wait
 
             def texts(sets: Sequence[PrunedSet]) -> list[str | GridpruneError]:
                 return list(self._texts(sets, max_new_tokens, options))
@@ -313,9 +333,10 @@ class Bulk:
                     yield index, pruned
                     continue
                 waiting.append((index, pruned))
-                held = sum(made.pruned.rows.nbytes for _, made in waiting)
+                held += pruned.pruned.rows.nbytes
                 if len(waiting) >= _GROUP * self._questions.size or held > _MOST_BYTES:
                     send()
+                    held = 0
                 while flying and (len(flying) > _GROUP or flying[0][1].done()):
                     yield from receive()
             send()
@@ -340,6 +361,16 @@ class _Read:
 
     name: str
     found: EncodedImage | Picture | GridpruneError
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A question whose images are encoded: its place, and whether none of them went through the tower for it."""
+
+    index: int
+    ask: Ask
+    images: tuple[EncodedImage, ...]
+    hit: bool
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -19,8 +20,8 @@ from gridprune_cli.pruning.compress import cell_weights, cells, pool, ratio_budg
 from gridprune_cli.pruning.methods import Method, make
 from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.methods.gridprune import GridPrune
-from gridprune_cli.pruning.region import contextual_region, inside, parse_box
-from gridprune_cli.pruning.signals import Box, Signals
+from gridprune_cli.pruning.region import contextual_regions, inside, parse_box
+from gridprune_cli.pruning.signals import Box, Signals, View
 from gridprune_cli.pruning.slots import staying
 from gridprune_cli.pruning.stages import Inside, Region, RegionAttention, Rule, Stage, plan
 from gridprune_cli.scenes.scene import looks_like_scene
@@ -135,6 +136,16 @@ class Pruning:
     def heeds_region(self, images: int) -> bool:
         """Whether there is a region of each image to heed."""
         return isinstance(self.method, GridPrune) and self.region != "none" and not (self.share_budget and images > 1)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about encoded images. `localized` is what `Pipeline.localize` gave, where that asks a model."""
+
+    images: tuple[EncodedImage, ...]
+    question: str
+    pruning: Pruning
+    localized: Sequence[Localized] | None = None
 
 
 @dataclass(frozen=True)
@@ -300,11 +311,26 @@ class Pipeline:
         Its encoded images are kept in the same cache. Raises BadInput for a localiser that can't be used.
         """
         sources = sources if isinstance(sources, list) else [sources]
-        localizer = self.localizer(pruning, len(sources))
+        return self.localize_each([sources], [question], pruning)[0]
+
+    def localize_each(
+        self, sources: Sequence[Sequence[Source]], questions: Sequence[str], pruning: Pruning
+    ) -> list[list[Localized] | None]:
+        """`localize` for each question and its pictures; those of all are asked about in one batch."""
+        localizers = [self.localizer(pruning, len(own)) for own in sources]
+        asked = [
+            (source, question)
+            for own, question, asks in zip(sources, questions, localizers, strict=True)
+            for source in (own if asks else ())
+        ]
+        localizer = next(filter(None, localizers), None)  # the same for all that ask one
         if localizer is None:
-            return None
-        images = localizer._finish(localizer._prepare([identify(source) for source in sources]))
-        return localizer.name_regions(images, [question] * len(images), pruning)
+            return [None] * len(sources)
+        distinct = list(dict.fromkeys(source for source, _ in asked))
+        images = localizer._finish(localizer._prepare([identify(source) for source in distinct]))
+        seen = dict(zip(distinct, images, strict=True))
+        said = iter(localizer.name_regions([seen[s] for s, _ in asked], [question for _, question in asked], pruning))
+        return [[next(said) for _ in own] if asks else None for own, asks in zip(sources, localizers, strict=True)]
 
     def localizer(self, pruning: Pruning, images: int = 1) -> "Pipeline | None":
         """The model that is asked for regions, or None where `pruning` asks none. Raises BadInput as `__init__`."""
@@ -327,10 +353,12 @@ class Pipeline:
         bare = "{question}" if pruning.localizer == VLM else TEMPLATE
         template = pruning.localizer_template or bare
         whole = Pruning(keep=1.0, method=make("uniform"))
-        sets = [
-            self.prune(image, template.replace("{question}", question), whole)
-            for image, question in zip(images, questions, strict=True)
-        ]
+        sets = self.prune_each(
+            [
+                Asked((image,), template.replace("{question}", question), whole)
+                for image, question in zip(images, questions, strict=True)
+            ]
+        )
         answers = [made.text for made in generate(self.family, sets, LONGEST)]
         return [Localized(pruning.localizer, answer, read_answer(answer)) for answer in answers]
 
@@ -353,52 +381,67 @@ class Pipeline:
         `localize` gave, where `pruning` names a model as localiser. Raises BadInput where the pruning does not fit the
         images, or the prompt the model.
         """
-        images = [images] if isinstance(images, EncodedImage) else list(images)
-        pruning = pruning or Pruning()
-        check_question(question)
-        if localized is None and self.localizer(pruning, len(images)):
-            raise BadInput(f"--localizer {pruning.localizer}: must be asked before; pass what Pipeline.localize gives")
-        said: list[Localized | None] = [*localized] if localized else [None] * len(images)
-        signals = [
-            self._signals(image, pruning.query or question, pruning, own)
-            for image, own in zip(images, said, strict=True)
-        ]
+        images = (images,) if isinstance(images, EncodedImage) else tuple(images)
+        asked = Asked(images, question, pruning or Pruning(), localized)
+        return self.prune_each([asked], system=system, template=template)[0]
+
+    def prune_each(
+        self, asked: Sequence[Asked], *, system: str | None = None, template: str | None = None
+    ) -> list[PrunedSet]:
+        """`prune` for many questions, what they have in common done once for all. One that fails fails them all."""
+        for one in asked:
+            check_question(one.question)
+            if one.localized is None and self.localizer(one.pruning, len(one.images)):
+                raise BadInput(
+                    f"--localizer {one.pruning.localizer}: must be asked before; pass what Pipeline.localize gives"
+                )
+        signals = self._signals(asked)
+        parts = _choose(asked, signals)
+        prompts = self.family.write_prompts([(one.question, one.images) for one in asked], system, template)
+        cuts = [self._cut(*own) for own in zip(asked, signals, parts, prompts, strict=True)]
+        rows = self._rows([(states, slots) for states, slots, _ in cuts])
+        return [make(rows=own) for own, (_, _, make) in zip(rows, cuts, strict=True)]
+
+    def _cut(
+        self, asked: Asked, signals: Sequence[Signals], parts: Sequence[Tensor], full: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[..., PrunedSet]]:
+        """States `(N, C)`, the slots `(S,)` that stay, and the pruned set but for its rows; `full` is the prompt."""
+        images, pruning = asked.images, asked.pruning
         counts = [image.count for image in images]
         firsts = [sum(counts[:i]) for i in range(len(counts))]
-        if pruning.share_budget and len(images) > 1:
-            signals = [replace(own, region=None) for own in signals]
-            joined = _join(signals)
-            kept = pruning.method.select(joined, pruning.count(sum(counts)))
-            states = _merged(pruning.method, joined, kept, torch.cat([image.states for image in images]))
-            parts = [kept]
+        if len(parts) < len(images):  # a shared budget
+            (kept,) = parts
+            states = _merged(pruning.method, _join(signals), kept, torch.cat([image.states for image in images]))
         else:
-            parts = [_choose(own, pruning) for own in signals]
             kept = torch.cat([first + part for first, part in zip(firsts, parts, strict=True)])
-            states = torch.cat(
-                [_merged(pruning.method, *own) for own in zip(signals, parts, [i.states for i in images], strict=True)]
-            )
+            merged = [
+                _merged(pruning.method, *own) for own in zip(signals, parts, [i.states for i in images], strict=True)
+            ]
+            states = _cat(merged)
         slots = torch.cat(
             [torch.where(i.slots < 0, i.slots, i.slots + first) for i, first in zip(images, firsts, strict=True)]
         ).long()
         stays = staying(slots, kept, sum(counts))
-        full = self.family.write_prompt(question, images, system, template)
         mask = torch.ones(len(full), dtype=torch.bool)
         mask[full == self.family.image_token] = stays
         ids = full[mask]
         original = pruning.positions == "original"
-        owner = torch.repeat_interleave(torch.arange(len(images)), torch.tensor(counts))
-        chosen = [kept[owner[kept] == n] - first for n, first in enumerate(firsts)]
+        chosen = list(parts)
+        if len(parts) < len(images):
+            owner = torch.repeat_interleave(torch.arange(len(images)), torch.tensor(counts))
+            chosen = [kept[owner[kept] == n] - first for n, first in enumerate(firsts)]
         if pruning.plc != "off":  # takes the place of what the method merges
             pairs = zip(images, signals, chosen, strict=True)
             states = torch.cat([self._compressed(*own, pruning.plc) for own in pairs])
         leaving = self._inside(pruning, signals, parts)
-        return PrunedSet(
-            rows=self._rows(states, slots[stays]),
+        said = asked.localized or [None] * len(images)
+        make = partial(
+            PrunedSet,
             kept=kept,
             input_ids=ids,
             position_ids=self.family.positions(full, images)[..., mask] if original else torch.arange(len(ids)),
-            saliency=torch.cat([image.saliency for image in images]),
-            relevance=None if signals[0].relevance is None else torch.cat([s.need("relevance") for s in signals]),
+            saliency=_cat([image.saliency for image in images]),
+            relevance=None if signals[0].relevance is None else _cat([s.need("relevance") for s in signals]),
             images=tuple(
                 Origin(
                     key=image.key,
@@ -414,13 +457,14 @@ class Pipeline:
             ),
             model=self.model,
             fingerprint=self.family.fingerprint,
-            question=question,
-            method={"name": pruning.method.name, **asdict(pruning.method)},
+            question=asked.question,
+            method=pruning.method.to_json(),
             positions=pruning.positions,
             slots=slots[stays] if leaving else None,
             inside=leaving,
             plc=pruning.plc,
         )
+        return states, slots[stays], make
 
     def _inside(self, pruning: Pruning, signals: Sequence[Signals], kept: Sequence[Tensor]) -> Inside | None:
         """What leaves inside the language model, given the kept tokens of each image, or of all in one."""
@@ -443,30 +487,42 @@ class Pipeline:
                 )
         return plan(stages, [len(part) for part in kept], layers.stop)
 
-    def _signals(self, image: EncodedImage, query: str, pruning: Pruning, said: Localized | None) -> Signals:
-        family, needs = self.family, pruning.method.requires
-        relevance = family.relevance(image.states, query) if pruning.needs_relevance else None
-        return Signals(
-            image.views,
-            relevance,
-            image.saliency.float(),
-            self._region(pruning, image, relevance, said),
-            image.states.to(family.device) if "states" in needs else None,
-            family.own_rows(image.states).to(family.device) if "rows" in needs else None,
-            family.vocabulary.vectors(keywords(query)) if "words" in needs else None,
-            isinstance(family.relevance, WordRelevance),
-        )
-
-    def _region(
-        self, pruning: Pruning, image: EncodedImage, relevance: Tensor | None, said: Localized | None
-    ) -> Box | None:
-        if not isinstance(pruning.method, GridPrune) or relevance is None or pruning.region == "none":
-            return None
-        if isinstance(pruning.region, tuple):
-            return pruning.region
-        if said and said.box:
-            return said.box
-        return contextual_region(relevance * pruning.method.relevance_sign, image.views)
+    def _signals(self, asked: Sequence[Asked]) -> list[list[Signals]]:
+        """The signals of every image of every question."""
+        family = self.family
+        if queries := [one.pruning.query or one.question for one in asked if one.pruning.needs_relevance]:
+            family.relevance.read(queries)
+        made: list[list[Signals]] = []
+        unknown: dict[tuple[View, ...], list[tuple[int, int, Tensor]]] = {}  # place in `made`, and where to look
+        for number, one in enumerate(asked):
+            pruning, needs, query = one.pruning, one.pruning.method.requires, one.pruning.query or one.question
+            words = family.vocabulary.vectors(keywords(query)) if "words" in needs else None
+            made.append([])
+            for image, said in zip(one.images, one.localized or [None] * len(one.images), strict=True):
+                relevance = family.relevance(image.states, query) if pruning.needs_relevance else None
+                region = None
+                if isinstance(pruning.method, GridPrune) and pruning.heeds_region(len(one.images)):
+                    region = pruning.region if isinstance(pruning.region, tuple) else said and said.box
+                    if region is None and relevance is not None:
+                        where = relevance * pruning.method.relevance_sign
+                        unknown.setdefault(image.views, []).append((number, len(made[-1]), where))
+                made[-1].append(
+                    Signals(
+                        image.views,
+                        relevance,
+                        image.saliency.float(),
+                        region,
+                        image.states.to(family.device) if "states" in needs else None,
+                        family.own_rows(image.states).to(family.device) if "rows" in needs else None,
+                        words,
+                        isinstance(family.relevance, WordRelevance),
+                    )
+                )
+        for views, places in unknown.items():
+            regions = contextual_regions(torch.stack([where for _, _, where in places]), views)
+            for (number, n, _), region in zip(places, regions, strict=True):
+                made[number][n] = replace(made[number][n], region=region)
+        return made
 
     @torch.inference_mode()
     def _compressed(self, image: EncodedImage, signals: Signals, kept: Tensor, plc: str) -> Tensor:
@@ -482,14 +538,16 @@ class Pipeline:
             rows = self.family.compressor(*(part[None] for part in parts))[0].to(rows.dtype)
         return image.states.index_put((kept,), rows)
 
-    def _rows(self, states: Tensor, slots: Tensor) -> Tensor:
-        """The rows `(S, D)` of slots `(S,)`: projected states, and the family's separator between them."""
-        tokens = slots >= 0
-        rows = self.family.project(states[slots[tokens]])
-        if bool(tokens.all()):
-            return rows
-        out = self.family.separator().to(rows.dtype).repeat(len(slots), 1)
-        out[tokens] = rows
+    def _rows(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """For each pair of states `(N, C)` and slots `(S,)` the rows `(S, D)`: projected states, and separators."""
+        tokens = [slots >= 0 for _, slots in wanted]
+        states = [own[slots[token]] for (own, slots), token in zip(wanted, tokens, strict=True)]
+        projected = self.family.project(_cat(states)).split([len(own) for own in states])
+        out = list(projected)
+        for n, token in enumerate(tokens):
+            if not bool(token.all()):
+                out[n] = self.family.separator().to(projected[n].dtype).repeat(len(token), 1)
+                out[n][token] = projected[n]
         return out
 
     # ---- generate ----------------------------------------------------------------------------------------------------
@@ -559,14 +617,37 @@ class Pipeline:
             yield found
 
 
-def _choose(signals: Signals, pruning: Pruning) -> Tensor:
-    """Kept of one image."""
+def _choose(asked: Sequence[Asked], signals: Sequence[Sequence[Signals]]) -> list[list[Tensor]]:
+    """Kept of every image of every question; of all its images in one where they share a budget."""
+    parts = [
+        [_join(own)] if one.pruning.share_budget and len(own) > 1 else own
+        for one, own in zip(asked, signals, strict=True)
+    ]
+    alike: dict[Method, list[tuple[Signals, int]]] = {}
+    methods = []
+    for one, own in zip(asked, parts, strict=True):
+        for part in own:
+            method, k = _budget(part, one.pruning)
+            alike.setdefault(method, []).append((part, k))
+            methods.append(method)
+    kept = {method: iter(method.select_each(*zip(*own, strict=True))) for method, own in alike.items()}
+    flat = iter([next(kept[method]) for method in methods])
+    return [[next(flat) for _ in own] for own in parts]
+
+
+def _budget(signals: Signals, pruning: Pruning) -> tuple[Method, int]:
+    """How to choose of one image, and how many."""
     k, method = pruning.count(signals.count), pruning.method
     if signals.region is not None and (pruning.inside_ratio or pruning.outside_ratio):
         within = int(_within(signals).sum())
         k, share = ratio_budget(k, within, signals.count, pruning.inside_ratio, pruning.outside_ratio)
         method = replace(method, region_share=share)  # type: ignore[call-arg]
-    return method.select(signals, k)
+    return method, k
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    """One behind the other; what is one already is not copied."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _within(signals: Signals) -> Tensor:

@@ -68,6 +68,21 @@ def test_sums_to_k_within_the_caps_like_exact_arithmetic(problem):
         assert budgets.tolist() == expected
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(1, 8))
+def test_rows_are_split_each_by_itself(data, zones):
+    zone = st.tuples(weight, st.integers(0, 30))
+    rows = data.draw(st.lists(st.lists(zone, min_size=zones, max_size=zones), min_size=1, max_size=6))
+    weights = torch.tensor([[weight for weight, _ in row] for row in rows], dtype=torch.float64)
+    caps = torch.tensor([[cap for _, cap in row] for row in rows])
+    ks = torch.tensor([data.draw(st.integers(0, room)) for room in caps.sum(1).tolist()])
+    alone = [allocate(*row) for row in zip(weights, caps, ks.tolist(), strict=True)]
+    assert torch.equal(allocate(weights, caps, ks), torch.stack(alone))
+    assert torch.equal(allocate(weights[None], caps[None], ks[None])[0], torch.stack(alone))
+    shares = [softmax_shares(*row, 0.1) for row in zip(weights.clamp(max=1.0), caps, strict=True)]
+    assert torch.equal(softmax_shares(weights.clamp(max=1.0), caps, 0.1), torch.stack(shares))
+
+
 @pytest.mark.parametrize(
     ("weights", "caps", "k", "expected"),
     [

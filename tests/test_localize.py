@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,14 +123,14 @@ def test_the_second_question_runs_no_tower(pipeline, image, tiny_llava):
 
 def test_a_model_is_asked_for_a_box_with_all_tokens(pipeline, image, tiny_llava, monkeypatch):
     prompts = []
-    prune = Pipeline.prune
+    prune_each = Pipeline.prune_each
 
-    def spy(self, images, question, pruning, **options):
-        made = prune(self, images, question, pruning, **options)
-        prompts.append((question, len(made.kept) == made.count))
+    def spy(self, asked):
+        made = prune_each(self, asked)
+        prompts.extend((one.question, len(own.kept) == own.count) for one, own in zip(asked, made, strict=True))
         return made
 
-    monkeypatch.setattr(Pipeline, "prune", spy)
+    monkeypatch.setattr(Pipeline, "prune_each", spy)
     pipeline.localize(image, QUESTION, Pruning(localizer=str(tiny_llava)))
     pipeline.localize(image, QUESTION, Pruning(localizer=str(tiny_llava), localizer_template="{question} Box?"))
     assert prompts == [(TEMPLATE.replace("{question}", QUESTION), True), (f"{QUESTION} Box?", True)]
@@ -145,6 +146,17 @@ def test_each_image_has_its_own_region_unless_they_share_a_budget(pipeline, imag
     assert [origin.region for origin in answer.pruned.images] == [said.box for said in both]
     shared = Pruning(localizer=BARE.localizer, share_budget=True)
     assert pipeline.localize([image, other], QUESTION, shared) is None
+
+
+def test_many_questions_are_localised_as_each_is_alone(pipeline, image, bare, tmp_path):
+    other = tmp_path / "other.png"
+    draw(make_scene(HELDOUT + 1))[0].save(other)
+    sources = [[image], [image, other], [other]]
+    questions = [QUESTION, "Where is the red circle?", "How many stars are there?"]
+    expected = [pipeline.localize(own, question, bare) for own, question in zip(sources, questions, strict=True)]
+    assert pipeline.localize_each(sources, questions, bare) == expected
+    shared = replace(bare, share_budget=True)
+    assert pipeline.localize_each(sources, questions, shared) == [expected[0], None, expected[2]]
 
 
 def test_nobody_is_asked_where_no_region_is_to_be_found(pipeline, image):

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import slow_methods as slow
@@ -122,6 +123,19 @@ def test_each_is_what_its_formula_says(name, options, written_out, problem):
     method = make(name, **options)
     if k < signals.count:
         assert method.select(signals, k).tolist() == written_out(signals, k, method)
+
+
+@each
+@settings(deadline=None, max_examples=10)
+@given(made=st.lists(problems(), min_size=1, max_size=6))
+def test_many_questions_are_selected_for_as_each_is_alone(name, options, made):
+    """Of the same views and of others, with a region and without, some of which keep everything."""
+    method = make(name, **options)
+    made += [(replace(signals, region=region), signals.count) for signals, _ in made for region in (None, (1, 1, 5, 4))]
+    made += [(replace(signals, region=(1, 1, 5, 4)), k) for signals, k in made]
+    signals, ks = zip(*made, strict=True)
+    for kept, own, k in zip(method.select_each(signals, ks), signals, ks, strict=True):
+        assert torch.equal(kept, method.select(own, k))
 
 
 @each

@@ -8,7 +8,7 @@ from transformers import LlavaForConditionalGeneration
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Asked, Pipeline, Pruning
 from gridprune_cli.pruning.methods import METHODS, make
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.store import open_store
@@ -133,7 +133,9 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
     encoded, _ = pipeline.encode_one(image)
     given = []
     method = make(method)
-    monkeypatch.setattr(type(method), "_pick", lambda self, signals, k: given.append(signals) or torch.arange(k))
+    monkeypatch.setattr(
+        type(method), "_pick_each", lambda self, signals, ks: given.extend(signals) or [torch.arange(k) for k in ks]
+    )
     monkeypatch.setattr(type(method), "_merge", lambda self, signals, kept: None)
     pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=method))
     (signals,) = given
@@ -240,6 +242,48 @@ def test_a_model_without_a_text_tower_uses_its_own_words(tiny_llava, tmp_path, i
     # so relevance is not turned round
     pruned = pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=make("trim")))
     assert pruned.kept.tolist() == sorted(expected.topk(3).indices.tolist())
+
+
+def test_many_questions_are_pruned_for_as_each_is_alone(pipeline, image, tmp_path, noise):
+    """Images, methods, budgets, regions and prompts all differ; what is compared is all that a set says."""
+    other = tmp_path / "b.png"
+    noise((60, 224), 1).image.save(other)
+    a, b = (pipeline.encode_one(path)[0] for path in (image, other))
+    asked = [
+        Asked((a,), QUESTION, Pruning(keep=0.4)),
+        Asked((b,), QUESTION, Pruning(keep=0.4)),
+        Asked((a,), "Where?", Pruning(tokens=3, region="none")),
+        Asked((a, b), "Which is larger?", Pruning(keep=0.3)),
+        Asked((a, b), "Which is larger?", Pruning(tokens=9, share_budget=True, positions="compact")),
+        Asked((b,), "Where?", Pruning(tokens=5, region=(0, 0, 3, 3), query="star", ilp=0.1)),
+        Asked((a,), QUESTION, Pruning(tokens=5, method=make("visionzip"))),
+        Asked((a,), QUESTION, Pruning(plc="pool", inside_ratio=2, outside_ratio=4)),
+        Asked((a,), QUESTION, Pruning(keep=1.0, method=make("uniform"))),
+    ]
+    for system, template in ((None, None), ("red", None), (None, "{image} {question} ")):
+        prompt = {"system": system, "template": template}
+        for one, made in zip(asked, pipeline.prune_each(asked, **prompt), strict=True):
+            alone = pipeline.prune(one.images, one.question, one.pruning, **prompt)
+            assert made.to_json() == alone.to_json()
+            for name in ("kept", "input_ids", "position_ids", "saliency"):
+                assert torch.equal(getattr(made, name), getattr(alone, name))
+            assert torch.allclose(made.rows, alone.rows, atol=1e-5)
+
+
+def test_one_question_that_cannot_be_asked_fails_all(pipeline, image):
+    encoded, _ = pipeline.encode_one(image)
+    with pytest.raises(BadInput, match="empty"):
+        pipeline.prune_each([Asked((encoded,), question, Pruning()) for question in (QUESTION, " ")])
+
+
+def test_a_prompt_that_begins_itself_does_not_change_its_neighbours(pipeline, image):
+    encoded, _ = pipeline.encode_one(image)
+    first = pipeline.family.processor.tokenizer.bos_token
+    asked = [(question, (encoded,)) for question in (QUESTION, f"{first} {QUESTION}")]
+    made = pipeline.family.write_prompts(asked, template="{question}{image}")
+    for (question, images), ids in zip(asked, made, strict=True):
+        assert torch.equal(ids, pipeline.family.write_prompt(question, images, template="{question}{image}"))
+    assert [int((ids == ids[0]).sum()) for ids in made] == [1, 1]
 
 
 def test_encode_all_goes_on_after_a_bad_image(pipeline, image, tmp_path, noise):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gridprune_cli.pruning.region import contextual_region, inside, parse_box
+from gridprune_cli.pruning.region import contextual_region, contextual_regions, inside, inside_each, parse_box
 from gridprune_cli.pruning.signals import View
 
 TILES = tuple(View(6, 6, (x, y, x + 0.5, y + 0.5)) for y in (0.0, 0.5) for x in (0.0, 0.5))
@@ -75,6 +75,17 @@ def test_the_best_box_of_all(views, seed):
     floor, price = ((0.3, 1 / 128), (0.6, 0.02))[seed]
     box = contextual_region(relevance, views, floor=floor, area_price=price)
     assert box == first_of_the_best(slow_scores(relevance.tolist(), views, floor, price))
+
+
+@pytest.mark.parametrize("views", LAYOUTS)
+def test_maps_are_searched_each_by_itself(views):
+    count = sum(view.count for view in views)
+    maps = torch.rand(9, count, generator=torch.Generator().manual_seed(3))
+    maps[4] = 0.1  # a flat one among them
+    maps[5] = (maps[5] > 0.9).float()
+    found = contextual_regions(maps, views)
+    assert found == [contextual_region(own, views) for own in maps]
+    assert torch.equal(inside_each(views, found), torch.stack([inside(views, box) for box in found]))
 
 
 @settings(max_examples=30, deadline=None)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gridprune_cli.pruning.select import top, top_by_zone
+from gridprune_cli.pruning.select import best_by_zone, top, top_by_zone
 
 scores = st.sampled_from([-1.0, -0.5, 0.0, 0.25, 0.5])  # few values: many ties
 
@@ -28,6 +28,17 @@ def test_each_zone_keeps_its_best(problem, dtype):
     kept = top_by_zone(torch.tensor(score, dtype=dtype), torch.tensor(zone), torch.tensor(budgets))
     assert kept.tolist() == sorted(expected)
     assert kept.dtype == torch.int64
+
+
+@settings(deadline=None)
+@given(st.lists(problems(), min_size=1, max_size=5))
+def test_rows_keep_their_best_each_by_itself(made):
+    count = min(len(score) for score, _, _ in made)
+    score, zone = (torch.tensor([row[i][:count] for row in made]) for i in (0, 1))
+    sizes = torch.stack([torch.bincount(own, minlength=7) for own in zone])
+    budgets = torch.minimum(sizes, torch.tensor([row[2] for row in made]))
+    for stays, *row in zip(best_by_zone(score, zone, budgets), score, zone, budgets, strict=True):
+        assert torch.equal(stays.nonzero()[:, 0], top_by_zone(*row))
 
 
 @settings(deadline=None)

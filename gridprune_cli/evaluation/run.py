@@ -13,7 +13,7 @@ from gridprune_cli.evaluation.metrics import METRICS
 from gridprune_cli.files import write_atomic
 from gridprune_cli.generation import generate
 from gridprune_cli.images import identify, load_image
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Asked, Pipeline, Pruning
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
@@ -164,9 +164,7 @@ def answers(pipeline: Pipeline, plan: Plan, rows: Rows) -> Iterator[list[dict[st
             encoded = encode(pipeline, plan.data, batch, encoded)
         for cell in todo:
             cells = [cell.settled(encoded[item.image].image) for item in batch]
-            sets = [
-                prune(pipeline, plan, own, item, encoded[item.image]) for own, item in zip(cells, batch, strict=True)
-            ]
+            sets = prune(pipeline, plan, cells, batch, encoded)
             lines = []
             for item, own, pruned, made in zip(
                 batch, cells, sets, generate(pipeline.family, sets, plan.max_new_tokens), strict=True
@@ -177,12 +175,22 @@ def answers(pipeline: Pipeline, plan: Plan, rows: Rows) -> Iterator[list[dict[st
             yield lines
 
 
-def prune(pipeline: Pipeline, plan: Plan, cell: Cell, item: Item, encoded: EncodedImage) -> PrunedSet:
-    """The pruned set of a question under a cell that is settled for the image."""
-    asked = f"{item.question}\n{plan.suffix}" if plan.suffix else item.question
-    pruning = replace(cell.pruning, query=cell.pruning.query or item.question)
-    localized = pipeline.localize(plan.data.find(item.image), item.question, pruning)
-    return pipeline.prune(encoded, asked, pruning, **plan.prompt, localized=localized)
+def prune(
+    pipeline: Pipeline, plan: Plan, cells: list[Cell], batch: list[Item], encoded: dict[str, EncodedImage]
+) -> list[PrunedSet]:
+    """The pruned sets of a batch of questions, each under the cell as it is settled for its image."""
+    sources = [[plan.data.find(item.image)] for item in batch]
+    localized = pipeline.localize_each(sources, [item.question for item in batch], cells[0].pruning)
+    asked = [
+        Asked(
+            (encoded[item.image],),
+            f"{item.question}\n{plan.suffix}" if plan.suffix else item.question,
+            replace(cell.pruning, query=cell.pruning.query or item.question),
+            said,
+        )
+        for item, cell, said in zip(batch, cells, localized, strict=True)
+    ]
+    return pipeline.prune_each(asked, **plan.prompt)
 
 
 def _batches(plan: Plan) -> list[list[Item]]:

@@ -3,61 +3,67 @@
 import torch
 from torch import Tensor
 
+_TINY = torch.finfo(torch.float64).tiny
+
 
 def softmax_shares(means: Tensor, caps: Tensor, temperature: float) -> Tensor:
-    """Each zone's share of the budget, (Z,) float64: softmax of `means / temperature` over the zones that have tokens.
+    """Each zone's share of the budget, (..., Z) float64: softmax of `means / temperature` over zones that have tokens.
 
     GridPrune (arXiv 2511.10081) has temperature 1. Zones of cap 0 get no share while any zone has tokens.
     """
     means = means.double().masked_fill(caps == 0, torch.finfo(torch.float64).min)
-    return torch.softmax((means - means.max()) / temperature, dim=0)
+    return torch.softmax((means - means.amax(-1, keepdim=True)) / temperature, dim=-1)
 
 
-def allocate(weights: Tensor, caps: Tensor, k: int) -> Tensor:
-    """Splits k tokens over zones in proportion to `weights`, none above its cap: (Z,) int64 that sums to k.
+def allocate(weights: Tensor, caps: Tensor, k: int | Tensor) -> Tensor:
+    """Splits k tokens over zones in proportion to `weights`, none above its cap: (..., Z) int64 that sums to k.
 
     What a full zone can't take goes to the others in proportion to their weights: the exact shares are
     `min(cap, level * weight)` with the level at which they sum to k. Shares are rounded down, and what is left goes one
     each to the largest remainders, ties to the lower index. Zones of weight 0 (or below 1e-200 of the largest) get
     tokens only where all others are full, and then equal shares.
 
-    weights (Z,) >= 0, caps (Z,) integers >= 0. Raises ValueError where they are not, or k is not in 0..sum(caps).
+    weights (..., Z) >= 0, caps (..., Z) integers >= 0, k (...). Each row is split by itself. Raises ValueError where
+    they are not, or a k is not in 0..sum(caps).
     """
-    weights, caps = weights.double(), caps.long()
-    room = int(caps.sum())
-    if not 0 <= k <= room:
-        raise ValueError(f"can't place {k} tokens in zones that hold {room}")
-    low, high = (float(bound) for bound in weights.aminmax())
-    if not (low >= 0 and high < torch.inf and int(caps.min()) >= 0):
+    weights, caps, k = weights.double(), caps.long(), torch.as_tensor(k)
+    room = caps.sum(-1)
+    if bool(((k < 0) | (k > room)).any()):
+        raise ValueError(f"can't place {k.tolist()} tokens in zones that hold {room.tolist()}")
+    low, high = weights.aminmax(dim=-1, keepdim=True)
+    if not bool(((low >= 0) & (high < torch.inf)).all() and (caps >= 0).all()):
         raise ValueError("zones need finite weights and caps, none negative")
-    weights = weights / max(high, torch.finfo(torch.float64).tiny)
+    weights = weights / high.clamp(min=_TINY)
     weighty = weights > 1e-200  # so that cap / weight can't overflow
     heavy = caps * weighty
-    held = int(heavy.sum())
-    if k < held:
-        return _split(weights, heavy, k)
-    return heavy if k == held else heavy + _split(torch.ones_like(weights), caps - heavy, k - held)
+    held = heavy.sum(-1)
+    first = torch.minimum(k, held)
+    budgets = torch.where((k < held)[..., None], _split(weights, heavy, first), heavy)
+    rest = k - first
+    return budgets + _split(torch.ones_like(weights), caps - heavy, rest) if bool(rest.any()) else budgets
 
 
-def _split(weights: Tensor, caps: Tensor, k: int) -> Tensor:
+def _split(weights: Tensor, caps: Tensor, k: Tensor) -> Tensor:
     """`allocate` where every zone with a cap has weight, and the zones hold k or more."""
     weights = weights * (caps > 0)
-    shares = weights * (k / weights.sum())
-    if bool((shares > caps).any()):
-        shares = torch.minimum(weights * _level(weights, caps, k), caps)
+    shares = weights * (k / weights.sum(-1).clamp(min=_TINY))[..., None]
+    over = (shares > caps).any(-1, keepdim=True)
+    if bool(over.any()):
+        shares = torch.where(over, torch.minimum(weights * _level(weights, caps, k), caps), shares)
     budgets = shares.long()
     remainders = (shares - budgets).masked_fill(budgets >= caps, -1.0)
-    lucky = remainders.argsort(descending=True, stable=True)[: k - int(budgets.sum())]
-    return budgets.index_add(0, lucky, torch.ones_like(lucky))
+    lucky = torch.arange(caps.shape[-1]) < (k - budgets.sum(-1))[..., None]
+    return budgets.scatter_add(-1, remainders.argsort(descending=True, stable=True), lucky.long())
 
 
-def _level(weights: Tensor, caps: Tensor, k: int) -> float:
-    """The level at which `min(cap, level * weight)` sums to k; one sort tells which zones are full by then."""
+def _level(weights: Tensor, caps: Tensor, k: Tensor) -> Tensor:
+    """(..., 1) the level at which `min(cap, level * weight)` sums to k; one sort tells which zones are full by then."""
+    k = k[..., None]
     full_at, order = torch.where(caps > 0, caps / weights, 0.0).sort(stable=True)
-    held = caps[order].cumsum(0)
-    weight_from = weights[order].flip(0).cumsum(0).flip(0)
-    full = int((held[:-1] + full_at[:-1] * weight_from[1:] <= k).sum())
-    if full == 0:
-        return k / float(weight_from[0])
+    held = caps.gather(-1, order).cumsum(-1)
+    weight_from = weights.gather(-1, order).flip(-1).cumsum(-1).flip(-1)
+    full = (held[..., :-1] + full_at[..., :-1] * weight_from[..., 1:] <= k).sum(-1, keepdim=True)
+    last = (full - 1).clamp(min=0)
     # Where the other zones weigh next to nothing, what is left for them rounds to 0; full zones stay full all the same.
-    return max((k - int(held[full - 1])) / float(weight_from[full]), float(full_at[full - 1]))
+    beyond = torch.maximum((k - held.gather(-1, last)) / weight_from.gather(-1, full), full_at.gather(-1, last))
+    return torch.where(full == 0, k / weight_from[..., :1], beyond)

@@ -4,6 +4,7 @@ CROP fine-tunes a model to answer the box. Without training, ours is the best re
 """
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ _WITHIN = (
     .double()
 )  # (1296, 64): 1 where the box has the cell
 _AREA = _WITHIN.sum(1)
+_TINY = torch.finfo(torch.float64).tiny
 
 
 def contextual_region(
@@ -38,27 +40,40 @@ def contextual_region(
     A flat map gives all that the views cover, as long as the price is below 1/64. Raises ValueError where relevance is
     not finite or not one per token, no view covers the picture, or floor is not in 0..1, 1 left out.
     """
-    if relevance.shape != (sum(view.count for view in views),):
-        raise ValueError(f"relevance has shape {tuple(relevance.shape)}, which is not one value per token")
+    return contextual_regions(relevance[None], views, floor=floor, area_price=area_price)[0]
+
+
+def contextual_regions(
+    relevance: Tensor, views: tuple[View, ...], *, floor: float = 0.25, area_price: float = 0.0105
+) -> list[Box]:
+    """`contextual_region` of each row of relevance `(B, N)`."""
+    if relevance.dim() != 2 or relevance.shape[1] != sum(view.count for view in views):
+        raise ValueError(f"relevance has shape {tuple(relevance.shape[1:])}, which is not one value per token")
     if not bool(torch.isfinite(relevance).all()):
         raise ValueError("relevance has values that are not finite")
     if not 0 <= floor < 1:
         raise ValueError(f"floor must be from 0 to below 1, not {floor}")
     mass = _mass(_excess(relevance.cpu().double(), floor), views)
-    score = _WITHIN @ mass - area_price * _AREA
+    score = mass @ _WITHIN.T - area_price * _AREA
     # The sums carry rounding noise, which must not decide between boxes that are equal.
-    return _BOXES[int((score >= score.max() - 1e-9).nonzero()[0])]
+    best = (score >= score.amax(1, keepdim=True) - 1e-9).byte().argmax(1)  # the first of them
+    return [_BOXES[index] for index in best.tolist()]
 
 
 def inside(views: tuple[View, ...], box: Box) -> Tensor:
     """(N,) bool: the tokens whose centre lies in the box. May be none. Raises ValueError where it is no box."""
-    x0, y0, x1, y1 = _checked(box, str(box))
+    return inside_each(views, [box])[0]
+
+
+def inside_each(views: tuple[View, ...], boxes: Sequence[Box]) -> Tensor:
+    """`inside` of each box: (B, N) bool."""
+    x0, y0, x1, y1 = torch.tensor([_checked(box, str(box)) for box in boxes]).T[:, :, None]
     parts = []
     for view in views:
         left, top, right, bottom = view.box
         row, col = _cell_along(top, bottom, view.rows), _cell_along(left, right, view.cols)
-        parts.append((((row >= y0) & (row <= y1))[:, None] & (col >= x0) & (col <= x1)).flatten())
-    return torch.cat(parts)
+        parts.append((((row >= y0) & (row <= y1))[:, :, None] & ((col >= x0) & (col <= x1))[:, None]).flatten(1))
+    return torch.cat(parts, 1)
 
 
 def parse_box(text: str) -> Box:
@@ -82,29 +97,30 @@ def _not_a_box(text: str) -> str:
 
 
 def _excess(relevance: Tensor, floor: float) -> Tensor:
-    """(N,) squared excess over the floor, the lowest relevance counted as 0 and the highest as 1; 1 for a flat map."""
-    low, high = relevance.aminmax()
+    """(B, N) squared excess over the floor, a row's lowest counted as 0 and its highest as 1; 1 for a flat map."""
+    low, high = relevance.aminmax(dim=1, keepdim=True)
     # Rounding gives a flat map some spread, which is no sign of where to look.
-    if bool(high - low <= 1e-9 * relevance.abs().max()):
-        return torch.ones_like(relevance)
-    return ((relevance - low) / (high - low) - floor).clamp(min=0) ** 2
+    flat = high - low <= 1e-9 * relevance.abs().amax(1, keepdim=True)
+    excess = ((relevance - low) / (high - low).masked_fill(flat, 1.0) - floor).clamp(min=0) ** 2
+    return excess.masked_fill(flat, 1.0)
 
 
 def _mass(excess: Tensor, views: tuple[View, ...]) -> Tensor:
-    """(64,) mass per cell, row-major, which sums to 1; 0 where no view covers a cell."""
-    total = torch.zeros(GRID, GRID, dtype=torch.float64)
+    """(B, 64) mass per cell, row-major, which sums to 1; 0 where no view covers a cell."""
+    total = torch.zeros(len(excess), GRID, GRID, dtype=torch.float64)
     area = torch.zeros(GRID, GRID, dtype=torch.float64)
-    for view, part in zip(views, excess.split([view.count for view in views]), strict=True):
+    for view, part in zip(views, excess.split([view.count for view in views], 1), strict=True):
         left, top, right, bottom = view.box
         down, across = _overlap(top, bottom, view.rows), _overlap(left, right, view.cols)
-        total += down @ part.view(view.rows, view.cols) @ across.T
+        total += down @ part.unflatten(1, (view.rows, view.cols)) @ across.T
         area += torch.outer(down.sum(1), across.sum(1))
     covered = area > 1e-6  # of a cell; what rounding leaves at a view's border is less
     if not bool(covered.any()):
         raise ValueError("no view covers the picture")
-    mean = torch.where(covered, total / area.clamp(min=1e-6), 0.0).flatten()
+    mean = torch.where(covered, total / area.clamp(min=1e-6), 0.0).flatten(1)
+    sums = mean.sum(1, keepdim=True)
     # What stands out may lie where the processor has cut the picture off; then one place is as good as another.
-    return mean / mean.sum() if bool(mean.sum() > 0) else covered.flatten().double() / covered.sum()
+    return torch.where(sums > 0, mean / sums.clamp(min=_TINY), covered.flatten().double() / covered.sum())
 
 
 def _overlap(low: float, high: float, count: int) -> Tensor:

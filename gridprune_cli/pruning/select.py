@@ -17,18 +17,24 @@ def top_by_zone(score: Tensor, zone: Tensor, budgets: Tensor) -> Tensor:
     score (N,), zone (N,) int64 in 0..Z-1, budgets (Z,) int64 with K as its sum. Raises ValueError where a score is not
     finite, or a budget is negative or above its zone's size.
     """
-    sizes = torch.bincount(zone, minlength=len(budgets))
+    return best_by_zone(score, zone, budgets).nonzero()[:, 0]
+
+
+def best_by_zone(score: Tensor, zone: Tensor, budgets: Tensor) -> Tensor:
+    """`top_by_zone` of each row of score (..., N), zone (..., N) and budgets (..., Z): (..., N) bool, what stays."""
+    sizes = torch.zeros_like(budgets).scatter_add(-1, zone, torch.ones_like(zone))
     if bool(((budgets < 0) | (budgets > sizes)).any()):
         raise ValueError("a zone's budget must be 0 up to its size")
     best_first = _descending(score)
-    by_zone = best_first[zone[best_first].argsort(stable=True)]
+    by_zone = best_first.gather(-1, zone.gather(-1, best_first).argsort(dim=-1, stable=True))
     # Zone by zone, each best first: a token stays where its place in its zone is below the zone's budget.
-    limits = (sizes.cumsum(0) - sizes + budgets).repeat_interleave(sizes)
-    return by_zone[torch.arange(len(score)) < limits].sort().values
+    limits = (sizes.cumsum(-1) - sizes + budgets).gather(-1, zone.gather(-1, by_zone))
+    places = torch.arange(score.shape[-1])
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, by_zone, places < limits)
 
 
 def _descending(score: Tensor) -> Tensor:
-    """(N,) indices, highest score first; equal scores in index order."""
+    """(..., N) indices, highest score first; equal scores in index order."""
     if not bool(torch.isfinite(score).all()):
         raise ValueError("scores must be finite")
-    return score.argsort(descending=True, stable=True)
+    return score.argsort(dim=-1, descending=True, stable=True)

@@ -16,6 +16,8 @@ def staying(slots: Tensor, kept: Tensor, count: int) -> Tensor:
     stays = torch.zeros(count, dtype=torch.bool)
     stays[kept] = True
     separator = slots == SEPARATOR
+    if not bool(separator.any()):
+        return stays[slots.long()]
     token_stays = stays[slots.long().clamp(min=0)] & ~separator
     run = separator.long().cumsum(0) - separator.long()  # each separator closes its run
     bare = torch.zeros(int(run[-1]) + 1, dtype=torch.long)

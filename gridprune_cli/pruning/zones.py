@@ -1,6 +1,7 @@
 """Zones: rectangles of about the same size that partition the grid of every view."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,11 +33,13 @@ class Zones:
         ]
 
 
+@lru_cache(maxsize=64)  # of one model, most images have the same views
 def zone_index(views: tuple[View, ...], size: int | tuple[int, int]) -> tuple[Tensor, Zones]:
     """Each token's zone, (N,) int64, and the zones. `size` is a zone's height and width in tokens, or its side.
 
     A side of R tokens is cut into ceil(R / height) zones with borders at floor(i * R / zones): no zone is larger than
-    `size`, and heights (and widths) differ by one at most. Raises ValueError where `size` is below 1.
+    `size`, and heights (and widths) differ by one at most. The tensor is shared by all who ask; don't write to it.
+    Raises ValueError where `size` is below 1.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:

@@ -217,6 +217,33 @@ class Family(ABC):
         or once for all of them. Raises BadInput where it is none, where the model's own template can't be used, and
         where the question itself holds a placeholder or an image token.
         """
+        return self.write_prompts([(question, images)], system, template)[0]
+
+    def write_prompts(
+        self,
+        asked: Sequence[tuple[str, Sequence[EncodedImage]]],
+        system: str | None = None,
+        template: str | None = None,
+    ) -> list[Tensor]:
+        """`write_prompt` for each question and its images; the tokenizer is called once for all."""
+        texts = [self._prompt_text(question, images, system, template) for question, images in asked]
+        tokenizer, rows = self.processor.tokenizer, dict[int, list[int]]()
+        first = tokenizer.bos_token
+        begun = [first is not None and text.startswith(first) for text in texts]  # a second time would be too much
+        for has in sorted(set(begun)):
+            some = [n for n in range(len(texts)) if begun[n] is has]
+            made = tokenizer([texts[n] for n in some], add_special_tokens=not has, return_attention_mask=False)
+            rows |= zip(some, made.input_ids, strict=True)
+        out = [torch.tensor(rows[n]) for n in range(len(texts))]
+        for ids, (_, images) in zip(out, asked, strict=True):
+            if int((ids == self.image_token).sum()) != sum(len(image.slots) for image in images):
+                raise BadInput("the question holds the model's image token; leave it out")
+        return out
+
+    def _prompt_text(
+        self, question: str, images: Sequence[EncodedImage], system: str | None, template: str | None
+    ) -> str:
+        """The prompt as a text, with the placeholders of its images."""
         if template is not None:
             text = self._fill(template, question, len(images))
         else:
@@ -234,12 +261,7 @@ class Family(ABC):
         text = pieces[0]
         for image, piece in zip(images, pieces[1:], strict=True):
             text += image.prompt["placeholder"] + piece
-        first = self.processor.tokenizer.bos_token
-        begun = first is not None and text.startswith(first)  # by the chat template; a second time would be too much
-        ids = torch.tensor(self.processor.tokenizer(text, add_special_tokens=not begun).input_ids)
-        if int((ids == self.image_token).sum()) != sum(len(image.slots) for image in images):
-            raise BadInput("the question holds the model's image token; leave it out")
-        return ids
+        return text
 
     def _fill(self, template: str, question: str, images: int) -> str:
         places = template.count("{image}")

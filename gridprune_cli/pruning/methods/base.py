@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,16 +23,29 @@ class Method(ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     one_picture: ClassVar[bool] = False
 
+    def to_json(self) -> dict[str, Any]:
+        """Its name and options."""
+        return {"name": self.name} | {field.name: getattr(self, field.name) for field in fields(self)}
+
     def select(self, signals: Signals, k: int) -> Tensor:
         """Kept: sorted unique indices, (k,) int64 on the CPU. All tokens where k is N, whatever the signals.
 
         Raises ValueError where k is not in 1..N, or a signal that the method requires was not computed.
         """
-        if not 1 <= k <= signals.count:
-            raise ValueError(f"can't keep {k} of {signals.count} visual tokens: keep 1 to {signals.count}")
-        if k == signals.count:
-            return torch.arange(k)
-        return self._pick(signals, k)
+        return self.select_each([signals], [k])[0]
+
+    def select_each(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:
+        """`select` for each of several questions."""
+        for own, k in zip(signals, ks, strict=True):
+            if not 1 <= k <= own.count:
+                raise ValueError(f"can't keep {k} of {own.count} visual tokens: keep 1 to {own.count}")
+        some = [n for n, own in enumerate(signals) if ks[n] < own.count]
+        picked = iter(self._pick_each([signals[n] for n in some], [ks[n] for n in some]))
+        return [next(picked) if k < own.count else torch.arange(k) for own, k in zip(signals, ks, strict=True)]
+
+    def _pick_each(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:
+        """`_pick` for each; for methods that can do several at once."""
+        return [self._pick(own, k) for own, k in zip(signals, ks, strict=True)]
 
     @abstractmethod
     def _pick(self, signals: Signals, k: int) -> Tensor:

@@ -1,5 +1,6 @@
 """GridPrune (arXiv 2511.10081): first where to look, then what to select there."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, isfinite
 from typing import Any, ClassVar
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from gridprune_cli.pruning.budget import allocate, softmax_shares
 from gridprune_cli.pruning.methods.base import Method, check_sign, values
-from gridprune_cli.pruning.region import inside
-from gridprune_cli.pruning.select import top_by_zone
-from gridprune_cli.pruning.signals import Signals
+from gridprune_cli.pruning.region import inside_each
+from gridprune_cli.pruning.select import best_by_zone
+from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.pruning.zones import Zones, zone_index
 
 SALIENCY_SCALES = ("minmax", "max", "rank", "none")
@@ -59,23 +60,38 @@ class GridPrune(Method):
         return zone_index(signals.views, self.zone)
 
     def _pick(self, signals: Signals, k: int) -> Tensor:
-        relevance = values(signals, "relevance") * self.relevance_sign
-        saliency = scaled(values(signals, "saliency"), self.saliency_scale)
+        return self._together([signals], [k])[0]
+
+    def _pick_each(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:
+        alike: dict[tuple[tuple[View, ...], bool], list[int]] = {}
+        for n, own in enumerate(signals):
+            alike.setdefault((own.views, own.region is None), []).append(n)
+        kept: dict[int, Tensor] = {}
+        for group in alike.values():
+            kept |= zip(group, self._together([signals[n] for n in group], [ks[n] for n in group]), strict=True)
+        return [kept[n] for n in range(len(signals))]
+
+    def _together(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:
+        """`_pick` for B questions about images of the same views, all of them with a region, or none."""
+        first = signals[0]
+        relevance = torch.stack([values(own, "relevance") for own in signals]) * self.relevance_sign  # (B, N)
+        saliency = scaled(torch.stack([values(own, "saliency") for own in signals]), self.saliency_scale)
         score = (1 - self.alpha) * (relevance + 1) / 2 + self.alpha * saliency
-        part, zones = self.zones(signals)
-        quotas = [k]
-        if signals.region is not None:
+        part, zones = self.zones(first)
+        part, quotas = part.expand(len(signals), -1), [[k] for k in ks]
+        if first.region is not None:
             # The region cuts every zone into a part inside, which keeps the zone's number, and a part outside.
-            within = inside(signals.views, signals.region)
+            within = inside_each(first.views, [own.region for own in signals if own.region])
             part = part + zones.count * ~within
-            quotas = region_quotas(k, int(within.sum()), signals.count, self.region_share)
-        caps = torch.bincount(part, minlength=len(quotas) * zones.count)
-        means = torch.bincount(part, weights=relevance, minlength=len(caps)) / caps.clamp(min=1)
-        budgets = [
-            allocate(softmax_shares(mean, cap, self.temperature), cap, quota)
-            for mean, cap, quota in zip(means.split(zones.count), caps.split(zones.count), quotas, strict=True)
-        ]
-        return top_by_zone(score, part, torch.cat(budgets))
+            sizes = within.sum(1).tolist()
+            quotas = [region_quotas(k, n, first.count, self.region_share) for k, n in zip(ks, sizes, strict=True)]
+        none = relevance.new_zeros(len(signals), len(quotas[0]) * zones.count)
+        caps = none.long().scatter_add(1, part, torch.ones_like(part))
+        means = (none.scatter_add(1, part, relevance) / caps.clamp(min=1)).unflatten(1, (-1, zones.count))
+        caps = caps.unflatten(1, (-1, zones.count))  # (B, 1 or 2, Z)
+        budgets = allocate(softmax_shares(means, caps, self.temperature), caps, torch.tensor(quotas))
+        stays = best_by_zone(score, part, budgets.flatten(1))
+        return list(stays.nonzero()[:, 1].split(list(ks)))
 
 
 def region_quotas(k: int, within: int, count: int, share: float) -> list[int]:
@@ -93,15 +109,15 @@ def region_quotas(k: int, within: int, count: int, share: float) -> list[int]:
 
 
 def scaled(saliency: Tensor, scale: str) -> Tensor:
-    """Saliency (N,) in 0..1; "none" leaves it. Constant saliency becomes 0 by "minmax" and "rank"."""
+    """Saliency (..., N), each row in 0..1; "none" leaves it. Constant saliency becomes 0 by "minmax" and "rank"."""
     tiny = torch.finfo(torch.float64).tiny
     match scale:
         case "minmax":
-            low, high = saliency.aminmax()
+            low, high = saliency.aminmax(dim=-1, keepdim=True)
             return (saliency - low) / (high - low).clamp(min=tiny)
         case "max":
-            return saliency / saliency.max().clamp(min=tiny)
+            return saliency / saliency.amax(-1, keepdim=True).clamp(min=tiny)
         case "rank":  # how many tokens are below, so that equal saliency stays equal
-            return torch.searchsorted(saliency.sort().values, saliency).double() / max(len(saliency) - 1, 1)
+            return torch.searchsorted(saliency.sort().values, saliency).double() / max(saliency.shape[-1] - 1, 1)
         case _:
             return saliency
