@@ -19,9 +19,9 @@ from transformers import DynamicCache
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pruning.region import inside
 from gridprune_cli.pruning.slots import SEPARATOR, staying
-from gridprune_cli.pruning.stages import Sight, Stage
+from gridprune_cli.pruning.stages import Rule, Sight, Stage
 from gridprune_cli.tokens import PrunedSet
-from gridprune_cli.vlm.attention import NAME, watch_last
+from gridprune_cli.vlm.attention import NAME, watch_queries
 from gridprune_cli.vlm.family import Family
 
 _TEXT = SEPARATOR - 1  # a place in the prompt that is no image token
@@ -43,7 +43,7 @@ def prune_inside(
     run = _Run(family, model, batch, ids, mask)
     with run.measuring, ExitStack() as hooks:
         for number, layer in enumerate(run.layers):
-            if number >= run.first - 1:
+            if number >= run.start:
                 hook = layer.register_forward_pre_hook(run.before(number), with_kwargs=True)
                 hooks.callback(hook.remove)
         yield
@@ -77,6 +77,9 @@ class _Prompt:
     def __init__(self, pruned: PrunedSet, image_tokens: Tensor):
         self.stages = {stage.layer: stage for stage in pruned.inside.stages} if pruned.inside else {}
         self.visual = torch.full((len(image_tokens),), _TEXT)
+        self.text = image_tokens.flip(0).cumsum(0).flip(0) == 0  # behind the last image
+        self.views = tuple(view for image in pruned.images for view in image.views)
+        self.weight = torch.zeros(len(image_tokens))  # of the queries whose attention is measured for rules with raters
         if pruned.slots is not None:
             self.visual[image_tokens] = pruned.slots.long()
         counts = torch.tensor([image.count for image in pruned.images])
@@ -88,25 +91,50 @@ class _Prompt:
             ]
         )
 
-    def stay(self, stage: Stage, present: Tensor, attention: Tensor | None, states: Tensor) -> Tensor:
-        """(n,) bool: what stays of the places `present` (n,), with attention (n,) to them and their states (n, D)."""
+    @property
+    def rated(self) -> Rule | None:
+        """A rule that names raters."""
+        return next((stage.rule for stage in self.stages.values() if stage.rule.rated), None)
+
+    def rate(self, rule: Rule, hidden: Tensor) -> None:
+        """Has the rule name its raters, with all of the prompt's hidden states (L, D) ahead of the first layer."""
+        text = self.text.nonzero()[:, 0]
+        self.weight[text] = rule.raters(hidden[self.visual >= 0], hidden[text]).float().cpu()
+        if not bool(self.weight.any()):
+            self.weight[-1] = 1
+        self.weight /= self.weight.sum()
+
+    def stay(self, stage: Stage, present: Tensor, seen: dict[str, Tensor]) -> Tensor:
+        """(n,) bool: what stays of the places `present` (n,). `seen` has n rows of all that was measured there."""
         visual = self.visual[present]
-        here = (visual >= 0).nonzero()[:, 0]
+        here, behind = (visual >= 0).nonzero()[:, 0], self.text[present].nonzero()[:, 0]
+        text = {f"text_{name}": rows[behind.to(rows.device)] for name, rows in seen.items() if name != "attention"}
         tokens = visual[here]
         group = self.owner[tokens] if len(stage.keep) > 1 else torch.zeros_like(tokens)
         kept = []
         for number, k in enumerate(stage.keep):
             mine = (group == number).nonzero()[:, 0]
-            sight = Sight(
-                tokens[mine],
-                self.within[tokens[mine]],
-                None if attention is None else attention[here[mine]].cpu().double(),
-                states[here[mine].to(states.device)] if stage.rule.states else None,
-            )
+            own = {name: rows[here[mine].to(rows.device)] for name, rows in seen.items()}
+            sight = Sight(tokens[mine], self.within[tokens[mine]], self.views, **own, **text)
             kept.append(tokens[mine[stage.rule.pick(sight, min(k, len(mine)))]])
         stays = visual == _TEXT
         stays[~stays] = staying(visual[~stays], torch.cat(kept), len(self.owner))
         return stays
+
+
+class _Keys:
+    """Stands before the cache for one layer: passes all on, and holds the keys, some of which a window drops."""
+
+    def __init__(self, cache: DynamicCache):
+        self.cache = cache
+
+    def update(self, keys: Tensor, values: Tensor, *where: Any) -> tuple[Tensor, Tensor]:
+        self.keys = keys
+        return self.cache.update(keys, values, *where)
+
+    def of(self, row: int) -> Tensor:
+        """(n, C) of one row of the batch, all heads side by side."""
+        return self.keys[row].transpose(0, 1).flatten(1)
 
 
 class _Run:
@@ -115,7 +143,7 @@ class _Run:
     def __init__(self, family: Family, model: nn.Module, batch: Sequence[PrunedSet], ids: Tensor, mask: Tensor):
         self.family = family
         text: Any = model.get_submodule(family.words)
-        self.layers = text.layers
+        self.layers, self.norm = text.layers, text.norm
         kind = text.config._attn_implementation
         if kind not in (NAME, "eager"):
             raise GridpruneError(
@@ -125,8 +153,10 @@ class _Run:
         places, self.mask = (ids.cpu() == family.image_token) & mask.cpu().bool(), mask.cpu().bool()
         self.prompts = [_Prompt(pruned, row) for pruned, row in zip(batch, places, strict=True)]
         self.first = min(layer for prompt in self.prompts for layer in prompt.stages)
+        self.start = 0 if any(prompt.rated for prompt in self.prompts) else self.first - 1
         self.measuring = ExitStack()  # watches one layer at a time
         self.rows: list[Tensor] = []  # what that gave
+        self.compared: _Keys | None = None  # of the layer before a stage that looks at them
         self.present: _Present | None = None  # None while all is there
         self.at: dict[int, _Present] = {}
 
@@ -152,27 +182,45 @@ class _Run:
     # ---- the prompt --------------------------------------------------------------------------------------------------
 
     def _prefill(self, number: int, layer: Any, hidden: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        if number == self.first - 1:
+        if number == self.start:
             self.present, self.at = None, {}
             if hidden.shape[1] != self.mask.shape[1]:
                 raise BadInput("--generation: pruning inside the language model needs the prompt in one piece")
+            for item, prompt in enumerate(self.prompts):
+                if rule := prompt.rated:
+                    prompt.rate(rule, hidden[item * (len(hidden) // len(self.prompts))])
         kwargs = self._cut(given, hidden, number, layer)
         if stages := self.stages(number):
             if any(stage.rule.attention == 0 for stage in stages):
-                with watch_last(layer.self_attn) as own:
+                with watch_queries(layer.self_attn, self._asking(number, hidden)) as own:
                     layer.self_attn(layer.input_layernorm(hidden), **kwargs | {"past_key_values": None})
             else:
                 own = []
             self.measuring.close()
-            hidden = self._drop(number, hidden, own)
+            hidden = self._drop(number, layer, hidden, own)
             kwargs = self._cut(given, hidden, number, layer)
         if self.present is not None:
             self.at[number] = self.present
-        if any(stage.rule.attention == -1 for stage in self.stages(number + 1)):
-            self.rows = self.measuring.enter_context(watch_last(layer.self_attn))
+        after = [stage.rule for stage in self.stages(number + 1)]
+        if any(rule.attention == -1 for rule in after):
+            weight = self._asking(number + 1, hidden)
+            self.rows = self.measuring.enter_context(watch_queries(layer.self_attn, weight))
+        if any(rule.keys == -1 for rule in after):
+            self.compared = _Keys(kwargs["past_key_values"])
+            kwargs = kwargs | {"past_key_values": self.compared}
         return hidden, kwargs
 
-    def _drop(self, number: int, hidden: Tensor, own: list[Tensor]) -> Tensor:
+    def _asking(self, number: int, hidden: Tensor) -> Tensor:
+        """(B, n) weights, which sum to 1, of the queries whose attention the stages at a layer want: what is there."""
+        weight = torch.zeros(self.mask.shape)
+        weight[:, -1] = 1
+        for item, prompt in enumerate(self.prompts):
+            if (stage := prompt.stages.get(number)) and stage.rule.rated:
+                weight[item] = prompt.weight
+        weight = weight.repeat_interleave(len(hidden) // len(self.prompts), 0).to(hidden.device)
+        return weight if self.present is None else weight.gather(1, self.present.index) * self.present.there
+
+    def _drop(self, number: int, layer: Any, hidden: Tensor, own: list[Tensor]) -> Tensor:
         """Applies the stages at a layer: hidden states (B, n', D) of what stays."""
         repeats = len(hidden) // len(self.prompts)
         if self.present is None:
@@ -186,16 +234,11 @@ class _Run:
             entries = there[item].nonzero()[:, 0]
             if stage := prompt.stages.get(number):
                 compact[item] = stage.positions == "compact"
-                row = item * repeats
-                attention = None
-                if stage.rule.attention is not None:
-                    measured = (own if stage.rule.attention == 0 else self.rows)[-1][row].cpu()
-                    if not bool(torch.isfinite(measured).all()):
-                        raise GridpruneError("the model's attention is not finite; try --dtype float32")
-                    attention = measured[entries]
-                states = hidden[row, entries.to(hidden.device)] if stage.rule.states else hidden[row, :0]
-                entries = entries[prompt.stay(stage, were[item, entries], attention, states)]
+                rows = own if stage.rule.attention == 0 else self.rows
+                seen = self._seen(stage.rule, layer, hidden, rows, item * repeats, entries)
+                entries = entries[prompt.stay(stage, were[item, entries], seen)]
             local.append(entries)
+        self.compared = None
         most = max(map(len, local))
         there = torch.stack([torch.arange(most) >= most - len(entries) for entries in local])
         place = torch.stack([pad(entries, (most - len(entries), 0)) for entries in local])
@@ -206,6 +249,26 @@ class _Run:
 
         self.present = _Present(spread(index), spread(there), spread(compact), bool(compact.any()), bool(there.all()))
         return hidden.gather(1, spread(place)[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _seen(
+        self, rule: Rule, layer: Any, hidden: Tensor, rows: list[Tensor], row: int, entries: Tensor
+    ) -> dict[str, Tensor]:
+        """What a rule looks at, by the names of `Sight`: of the `entries` (n,) that are there, n rows each."""
+        seen: dict[str, Tensor] = {}
+        here = entries.to(hidden.device)
+        if rule.attention is not None:
+            seen["attention"] = rows[-1][row].cpu().double()[entries]
+        if rule.states:
+            seen["states"] = self.norm(hidden[row, here])
+        if rule.keys == 0:
+            seen["keys"] = layer.self_attn.k_proj(layer.input_layernorm(hidden[row, here]))
+        if rule.keys == -1:
+            assert self.compared is not None
+            seen["keys"] = self.compared.of(row)[here.to(self.compared.keys.device)]
+        for name, values in seen.items():
+            if not bool(torch.isfinite(values).all()):
+                raise GridpruneError(f"the model's {name} hold values that are not finite; try --dtype float32")
+        return seen
 
     def _cut(self, given: dict[str, Any], hidden: Tensor, number: int, layer: Any) -> dict[str, Any]:
         """A layer's arguments, cut to what is there."""

@@ -473,6 +473,8 @@ class Pipeline:
         layers = range(self.family.first_inner, self.family.depth)
         counts = [sum(s.count for s in signals)] if len(kept) < len(signals) else [s.count for s in signals]
         stages = pruning.method.stages(counts, [pruning.count(n) for n in counts], layers)
+        if pruning.ilp is None and not stages:
+            return None
         flag = "--layer"
         if pruning.ilp is not None:
             flag = "--ilp-layer"

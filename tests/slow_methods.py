@@ -302,3 +302,56 @@ def cdpruner(signals, k, method):
             row[:] = [x - along * y for x, y in zip(row, axis, strict=True)]
         kept.append(token)
     return sorted(kept)
+
+
+# Rules inside the language model: each takes (sight, k, rule), and gives the sorted kept places among the n
+
+
+def duplication(sight, k, rule):
+    """DART: pivots by the sums of their keys, then for each in turn what is least like it."""
+    sums, text_sums = ([math.fsum(map(abs, key)) for key in keys.tolist()] for keys in (sight.keys, sight.text_keys))
+    states, text_states = sight.states.tolist(), sight.text_states.tolist()
+    kept = ranked(sums)[: min(rule.visual_pivots, k)]
+    pivots = [states[i] for i in kept] + [text_states[t] for t in ranked(text_sums)[: rule.text_pivots]]
+    left = k - len(kept)
+    quotas = [left // len(pivots) + (place < left % len(pivots)) for place in range(len(pivots))] if pivots else []
+    for pivot, quota in zip(pivots, quotas, strict=True):
+        for _ in range(quota):
+            free = [i for i in range(len(states)) if i not in kept]
+            kept.append(first_best(free, lambda i, pivot=pivot: -cosine(pivot, states[i])))
+    return sorted(kept)
+
+
+def suppression(sight, k, rule):
+    """AdaptPrune: soft non-maximum suppression."""
+    place = {}
+    for number, view in enumerate(sight.views):
+        place |= {len(place) + i: (number, *divmod(i, view.cols)) for i in range(view.rows * view.cols)}
+    keys, scores = sight.keys.tolist(), []
+    for token, attention in zip(sight.tokens.tolist(), sight.attention.tolist(), strict=True):
+        number, *at = place[token]
+        sides = (sight.views[number].rows, sight.views[number].cols)
+        off = sum((2 * x / (side - 1) - 1) ** 2 if side > 1 else 0.0 for x, side in zip(at, sides, strict=True))
+        scores.append(attention * math.exp(-off / (2 * rule.centre**2)))
+    kept = []
+    while len(kept) < k:
+        free = [i for i in range(len(scores)) if i not in kept]
+        best = first_best(free, scores.__getitem__, max(scores[i] for i in free))
+        kept.append(best)
+        view, *at = place[int(sight.tokens[best])]
+        for i in free:
+            other, *there = place[int(sight.tokens[i])]
+            distance = math.dist(at, there)
+            if other == view and distance <= rule.radius + EQUAL:
+                near = math.exp(-(distance**2) / (2 * rule.spread**2))
+                scores[i] *= 1 - near * math.exp(-((1 - cosine(keys[i], keys[best])) ** 2) / (2 * rule.likeness**2))
+    return sorted(kept)
+
+
+def raters(visual, text):
+    """SparseVLM: which of the text's tokens the visual ones are more like than like the others, on average."""
+    visual, text = visual.tolist(), text.tolist()
+    each = [softmax([math.fsum(x * y for x, y in zip(v, t, strict=True)) for t in text], 1.0) for v in visual]
+    means = [math.fsum(row[t] for row in each) / len(each) for t in range(len(text))]
+    above = [mean > 1 / len(text) + 1e-9 for mean in means]
+    return above if any(above) else [True] * len(text)

@@ -93,6 +93,17 @@ def test_methods_inside_the_language_model(run, image):
     assert record["tokens"]["kept"] == 16 and record["inside"]["tokens"] == [16, 4, 4]
     record = json.loads(run("ask", image, QUESTION, "--method", "pyramiddrop", "--keep", "0.125", "--json")[1])
     assert record["inside"]["tokens"] == [16, 8, 2]
+    for method, keep, tokens in (
+        (("dart", "--layer", "1", "--method-option", "text_pivots=0"), "0.25", [16, 4, 4]),
+        (("adaptprune", "--layer", "1"), "0.25", [16, 4, 4]),
+        (("sparsevlm",), "0.125", [16, 4, 2]),  # of the three stages the first two are at layer 1
+        (("sparsevlm", "--method-option", "count=mean"), "0.5", [16, 5, 3]),  # a mean of 8
+        (("vtw",), "0.6", [16, 16, 0]),
+        (("vtw", "--layer", "1"), "0.6", [16, 0, 0]),
+    ):
+        record = json.loads(run("ask", image, QUESTION, "--method", *method, "--keep", keep, "--json")[1])
+        assert record["inside"]["tokens"] == tokens
+    assert json.loads(run("ask", image, QUESTION, "--method", "vtw", "--keep", "1", "--json")[1])["inside"] is None
 
 
 @pytest.mark.parametrize(
@@ -108,6 +119,11 @@ def test_methods_inside_the_language_model(run, image):
         (("--ilp", "0.1", "--method", "fastv"), "--ilp: not with --method fastv"),
         (("--method", "fastv", "--layer", "0"), "--method fastv: layer must be at least 1"),
         (("--method", "fastv", "--layer", "5"), "--layer 5: in this model"),
+        (("--method", "vtw", "--layer", "3"), "--layer 3: in this model"),
+        (
+            ("--method", "sparsevlm", "--method-option", "count=all"),
+            "--method sparsevlm: count must be one of last, mean",
+        ),
         (("--layer", "1"), "--method gridprune: method gridprune has no option 'layer'"),
     ],
 )

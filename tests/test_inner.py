@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
+import slow_methods as slow
 import torch
 from test_slots import slowly
 from tiny_families import make
@@ -14,9 +15,11 @@ from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate, prompts
 from gridprune_cli.inner import prune_inside
 from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pruning.methods import RULES
 from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods.sparsevlm import RatedAttention
 from gridprune_cli.pruning.region import inside
-from gridprune_cli.pruning.stages import RULES, Attention, OwnAttention, Region, RegionAttention, Rule, Stage, plan
+from gridprune_cli.pruning.stages import Attention, OwnAttention, Region, RegionAttention, Rule, Sight, Stage, plan
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm import FAMILIES
 
@@ -234,6 +237,121 @@ def test_pyramiddrop_ranks_by_the_layer_ahead(pipeline, attention, noise):
     check(pipeline, pruned, {layer: highest(pipeline, pruned, row, stage.keep[0])})
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What transformers' own eager attention makes of a prompt of L places with nothing left out."""
+
+    embeddings: torch.Tensor  # (L, D) ahead of the first layer
+    states: torch.Tensor  # (L, D) ahead of `layer`, normed as behind the last
+    attention: torch.Tensor  # (L, L) of the layer before, mean over heads
+    compared: torch.Tensor  # (L, C) keys of the layer before, as cached
+    projected: torch.Tensor  # (L, C) keys of `layer`, as projected
+
+    @classmethod
+    def run(cls, pipeline, pruned, layer):
+        model = pipeline.family.load("language")
+        before = model.config.get_text_config()._attn_implementation
+        model.set_attn_implementation({"text_config": "eager"})
+        ids, mask, positions = prompts(pipeline.family, [pruned])
+        text, found = model.get_submodule(pipeline.family.words), {}
+        hooks = [
+            text.layers[0].register_forward_pre_hook(lambda m, a: found.update(first=a[0][0])),
+            text.layers[layer].register_forward_pre_hook(lambda m, a: found.update(states=a[0][0])),
+            text.layers[layer].self_attn.k_proj.register_forward_hook(lambda m, a, out: found.update(keys=out[0])),
+            text.layers[layer - 1].self_attn.register_forward_hook(lambda m, a, out: found.update(rows=out[1][0])),
+        ]
+        with torch.no_grad():
+            out = model.generate(  # which PaliGemma's positions need: their size tells in keys
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                mm_encoder_outputs={"image": pipeline.family.features([pruned])},
+                **pipeline.family.extras(ids),
+                max_new_tokens=1,
+                return_dict_in_generate=True,
+            )
+            states = text.norm(found["states"])
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation({"text_config": before})
+        cached = out.past_key_values.layers[layer - 1].keys[0].transpose(0, 1).flatten(1)
+        return cls(found["first"], states, found["rows"].mean(0), cached, found["keys"])
+
+
+def places(pipeline, pruned):
+    """Places of the visual tokens, by token, and of the text behind the last image."""
+    at = (pruned.input_ids == pipeline.family.image_token).nonzero()[:, 0]
+    return at[pruned.slots >= 0], torch.arange(int(at[-1]) + 1, len(pruned.input_ids))
+
+
+def seen(pipeline, pruned, layer):
+    """What the rules of DART and AdaptPrune are to see of a prompt with one image, all tokens there."""
+    whole, (at, text) = Whole.run(pipeline, pruned, layer), places(pipeline, pruned)
+    views = tuple(view for image in pruned.images for view in image.views)
+    common = {"tokens": torch.arange(len(at)), "within": torch.zeros(len(at), dtype=torch.bool), "views": views}
+    dart = {"states": whole.states[at], "keys": whole.compared[at]}
+    dart |= {"text_states": whole.states[text], "text_keys": whole.compared[text]}
+    adaptprune = {"attention": whole.attention[-1, at].double(), "keys": whole.projected[at]}
+    return {"dart": Sight(**common, **dart), "adaptprune": Sight(**common, **adaptprune)}
+
+
+@pytest.mark.parametrize(("name", "written_out"), [("dart", slow.duplication), ("adaptprune", slow.suppression)])
+def test_rules_that_look_at_keys_see_those_of_the_model(pipeline, attention, noise, name, written_out):
+    layer = last(pipeline)
+    pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method(name, layer=layer)))
+    (stage,) = pruned.inside.stages
+    (k,) = stage.keep
+    assert k == int(0.3 * pruned.count + 0.5)
+    stays = set(written_out(seen(pipeline, pruned, layer)[name], k, stage.rule))
+    assert len(stays) == k
+    check(pipeline, pruned, {layer: stays})
+
+
+def test_vtw_leaves_nothing_behind(pipeline, attention, noise):
+    first, end, depth = pipeline.family.first_inner, last(pipeline), pipeline.family.depth
+    for layer, keep in ((first, 0.05), (end, end / depth)):
+        pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=keep, method=make_method("vtw")))
+        assert pruned.inside.tokens == (pruned.count,) * layer + (0,) * (depth - layer)
+        check(pipeline, pruned, {layer: set()})
+    two = prune(pipeline, [noise((100, 80)), noise((60, 90), 1)], Pruning(keep=0.05, method=make_method("vtw")))
+    check(pipeline, two, {first: set()})
+    assert prune(pipeline, [noise((100, 80))], Pruning(keep=1.0, method=make_method("vtw"))).inside is None
+
+
+def test_sparsevlm_asks_the_raters(pipeline, attention, noise):
+    """One stage, positions kept, and one behind another: the score against eager attention."""
+    first, layer = pipeline.family.first_inner, last(pipeline)
+    pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method("sparsevlm")))
+    assert pruned.inside.stages[-1].keep == (int(0.3 * pruned.count + 0.5),)
+    k = pruned.inside.stages[-1].keep[0]
+    at, text = places(pipeline, pruned)
+    whole = Whole.run(pipeline, pruned, layer)
+    rates = torch.tensor(slow.raters(whole.embeddings[at], whole.embeddings[text]))
+    one = staged(pruned, [Stage(layer, RatedAttention(), (k,))], pipeline.family.depth)
+    stays = highest(pipeline, pruned, whole.attention[text[rates]].mean(0), k)
+    check(pipeline, one, {layer: stays})
+    if first == layer:
+        return
+    odd = set(range(1, pruned.count, 2))
+    with Hidden(pipeline, {first: places_gone(pipeline, pruned, odd)}):
+        rows = Whole.run(pipeline, pruned, layer).attention[text[rates]].mean(0)
+    two = staged(
+        pruned, [Stage(first, Odd(), (len(odd),)), Stage(layer, RatedAttention(), (3,))], pipeline.family.depth
+    )
+    order = sorted(odd, key=lambda token: (-float(rows[at[token]]), token))
+    check(pipeline, two, {first: odd, layer: set(order[:3])})
+
+
+@dataclass(frozen=True)
+class Odd(Rule):
+    """Every other token."""
+
+    name: ClassVar[str] = "odd"
+
+    def pick(self, sight, k):
+        return torch.arange(1, 2 * k, 2)
+
+
 def staged(pruned, stages, depth):
     return replace(pruned, inside=plan(stages, [len(pruned.kept)], depth))
 
@@ -289,7 +407,8 @@ def test_nothing_leaves_is_keep_everything(pipeline, attention, noise):
     ids, logits, held = run(pipeline, [whole])
     everything = [Pruning(keep=1.0, ilp=1.0, ilp_layer=last(pipeline))]
     everything += [Pruning(keep=1.0, ilp="region", region=(0, 0, 7, 7), ilp_layer=last(pipeline))]
-    everything += [Pruning(keep=1.0, method=make_method("fastv", layer=last(pipeline)))]
+    inner = ("fastv", "dart", "adaptprune")
+    everything += [Pruning(keep=1.0, method=make_method(name, layer=last(pipeline))) for name in inner]
     for pruning in everything:
         other = run(pipeline, [prune(pipeline, [picture], pruning)])
         assert torch.equal(other[0], ids) and other[2] == held
@@ -306,13 +425,18 @@ def test_a_batch_answers_as_its_prompts_do_alone(pipeline, attention, noise):
         Pruning(keep=0.9, ilp=0.2, ilp_layer=end),
         Pruning(keep=0.25, method=make_method("fastv", layer=end)),
         Pruning(keep=0.25, method=make_method("pyramiddrop")),
+        Pruning(keep=0.2, method=make_method("dart", layer=end)),
+        Pruning(keep=0.3, method=make_method("adaptprune", layer=end)),
+        Pruning(keep=0.25, method=make_method("sparsevlm")),
+        Pruning(keep=0.4, method=make_method("vtw", layer=end)),
     ]
-    sizes = [(100, 80), (210, 70), (60, 200), (31, 29), (100, 80), (90, 120)]
+    sizes = [(100, 80), (210, 70), (60, 200), (31, 29), (100, 80), (90, 120), (80, 80), (70, 110), (95, 60), (50, 50)]
     sets = [
         prune(pipeline, [noise(size, seed)], pruning)
         for seed, (size, pruning) in enumerate(zip(sizes, prunings, strict=True))
     ]
-    sets.append(prune(pipeline, [noise((100, 80)), noise((60, 90), 1)], prunings[0]))
+    for pruning in (prunings[0], *prunings[6:9]):
+        sets.append(prune(pipeline, [noise((100, 80)), noise((60, 90), 1)], pruning))
     ids, logits, _ = run(pipeline, sets)
     for own_ids, own, pruned in zip(ids, logits, sets, strict=True):
         alone_ids, alone, _ = run(pipeline, [pruned])
@@ -363,13 +487,40 @@ def test_a_sliding_window_reaches_no_further(tmp_path, noise, window, kind):
     assert torch.equal(together, torch.cat([run(pipeline, [one])[0] for one in sets]))
 
 
+def test_keys_beyond_a_sliding_window_are_seen(tmp_path, noise, monkeypatch):
+    """The first layer's keys are the same however far it looks; its cache holds no more of them than it does."""
+    found = []
+
+    @dataclass(frozen=True)
+    class Curious(Rule):
+        name: ClassVar[str] = "curious"
+        keys: ClassVar[int | None] = -1
+
+        def pick(self, sight, k):
+            found.append((sight.keys, sight.text_keys))
+            return torch.arange(k)
+
+    monkeypatch.setitem(RULES, "curious", Curious)
+    for window in (6, 512):
+        folder = make("gemma3", tmp_path / str(window))
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["sliding_window"] = window
+        (folder / "config.json").write_text(json.dumps(config))
+        pipeline = Pipeline(str(folder), dtype="float32")
+        pruned = prune(pipeline, [noise((100, 80))], Pruning(keep=1.0, ilp=0.5, ilp_layer=1))
+        run(pipeline, [staged(pruned, [Stage(1, Curious(), (4,))], 4)])
+    (short, short_text), (whole, whole_text) = found
+    assert len(whole) == pruned.count > 6 and len(whole_text)
+    assert torch.equal(short, whole) and torch.equal(short_text, whole_text)
+
+
 @pytest.fixture(scope="module")
 def llava(tiny_llava):
     return Pipeline(str(tiny_llava), dtype="float32")
 
 
 def test_a_rule_sees_what_is_there(llava, noise, monkeypatch):
-    """Hidden states and attention of what is left, token by token."""
+    """Normed hidden states and attention of what is left, token by token."""
     seen = []
 
     @dataclass(frozen=True)
@@ -397,7 +548,8 @@ def test_a_rule_sees_what_is_there(llava, noise, monkeypatch):
     handle = text.layers[2].register_forward_pre_hook(lambda m, a, k: states.append(a[0]), with_kwargs=True)
     eager_rows(llava, replace(pruned, inside=None), 1)
     handle.remove()
-    assert torch.allclose(sight.states, states[0][0, at], atol=1e-5)
+    assert torch.allclose(sight.states, text.norm(states[0][0, at]), atol=1e-5)
+    assert sight.keys is None and sight.views == pruned.images[0].views
 
 
 def test_what_generate_must_not_do(llava, noise):

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gridprune_cli.pruning.methods import METHODS, make
+from gridprune_cli.pruning.methods import METHODS, RULES, make
 from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.methods.gridprune import LITERAL, SALIENCY_SCALES, GridPrune, region_quotas
 from gridprune_cli.pruning.methods.uniform import lattice
 from gridprune_cli.pruning.signals import Signals, View
-from gridprune_cli.pruning.stages import RULES, Sight, plan
+from gridprune_cli.pruning.stages import Sight, plan
 
 # (method, options, the same written out; None where tests of its own below check it)
 MATRIX = [
@@ -95,7 +95,7 @@ def problems(draw):
 
 def test_the_matrix_has_every_method():
     assert {name for name, _, _ in MATRIX} == set(OUTER)
-    assert set(METHODS) - set(OUTER) == {"fastv", "pyramiddrop"}
+    assert set(METHODS) - set(OUTER) == {"fastv", "pyramiddrop", "sparsevlm", "dart", "adaptprune", "vtw"}
     assert all(method.name == name for name, method in METHODS.items())
 
 
@@ -198,9 +198,134 @@ def test_pyramiddrop_ends_with_k_and_never_grows(count, share, depth, first):
         assert abs(keep - count * (k / count) ** (number / 3)) <= 0.5 + 1e-6
 
 
+def test_dart_and_adaptprune_are_one_stage_each():
+    for name, rule, options in (
+        ("dart", "duplication", {"visual_pivots": 2, "text_pivots": 0}),
+        ("adaptprune", "suppression", {"centre": 2.0, "radius": 3.0, "spread": 0.7, "likeness": 0.2}),
+    ):
+        (stage,) = make(name).stages([576, 100], [64, 9], range(1, 32))
+        assert (stage.layer, stage.keep, stage.rule, stage.positions) == (2, (64, 9), RULES[rule](), "original")
+        (stage,) = make(name, layer=5, **options).stages([576], [64], range(1, 32))
+        assert (stage.layer, stage.rule) == (5, RULES[rule](**options))
+
+
+def test_sparsevlm_has_three_stages_behind_layers_2_6_and_15_of_32():
+    stages = make("sparsevlm").stages([576], [72], range(1, 32))
+    assert [(stage.layer, stage.keep) for stage in stages] == [(3, (288,)), (7, (144,)), (16, (72,))]
+    assert {(stage.rule.name, stage.positions) for stage in stages} == {("rated-attention", "compact")}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 800), st.floats(0, 1), st.integers(3, 80), st.integers(1, 3))
+def test_sparsevlm_counts_what_is_left_or_the_mean(count, share, depth, first):
+    k, layers = max(1, round(share * count)), range(min(first, depth - 1), depth)
+    stages = make("sparsevlm").stages([count], [k], layers)
+    assert stages[-1].keep == (k,) and all(stage.layer in layers for stage in stages)
+    stages = make("sparsevlm", count="mean").stages([count], [k], layers)
+
+    def mean(stages):
+        return sum(plan(stages, [count], depth).tokens) / depth
+
+    others = [
+        make("sparsevlm").stages([count], [last], layers) for last in (stages[-1].keep[0] - 1, stages[-1].keep[0] + 1)
+    ]
+    assert 1 <= stages[-1].keep[0] <= k
+    if stages[-1].keep[0] > 1:
+        assert abs(mean(stages) - k) <= abs(mean(others[0]) - k)
+    if stages[-1].keep[0] < k:
+        assert abs(mean(stages) - k) <= abs(mean(others[1]) - k)
+
+
+@pytest.mark.parametrize(
+    ("counts", "budgets", "layer"),
+    [([576], [64], 4), ([576], [270], 15), ([576], [1], 1), ([576], [575], 31), ([576, 100], [64, 100], 8)],
+)
+def test_vtw_leaves_where_the_mean_is_nearest_to_k(counts, budgets, layer):
+    (stage,) = make("vtw").stages(counts, budgets, range(1, 32))
+    assert (stage.layer, stage.rule.name, stage.positions) == (layer, "withdrawal", "original")
+    assert stage.keep == (0,) * len(counts)
+    assert stage.rule.pick(Sight(torch.arange(9), torch.zeros(9, dtype=torch.bool)), 0).tolist() == []
+    means = {n: abs(sum(counts) * n / 32 - sum(budgets)) for n in range(1, 32)}
+    assert means[layer] == min(means.values())
+
+
+def test_vtw_by_its_layer_and_with_all_tokens():
+    assert [stage.layer for stage in make("vtw", layer=15).stages([9], [9], range(1, 32))] == [15]
+    assert make("vtw").stages([9, 4], [9, 4], range(1, 32)) == ()
+
+
+# (rule, options, the same written out)
+RULE_MATRIX = [
+    ("duplication", {}, slow.duplication),
+    ("duplication", {"visual_pivots": 1, "text_pivots": 0}, slow.duplication),
+    ("duplication", {"visual_pivots": 7, "text_pivots": 2}, slow.duplication),
+    ("suppression", {}, slow.suppression),
+    ("suppression", {"centre": 0.3, "radius": 2.3, "spread": 4.0, "likeness": 0.8}, slow.suppression),
+    ("suppression", {"radius": 0.0}, slow.suppression),
+    ("attention", {}, lambda sight, k, rule: sorted(slow.ranked(sight.attention.tolist())[:k])),
+]
+
+
+@st.composite
+def sights(draw):
+    """What a rule sees: all tokens of some views, or what an earlier stage left, and a text of 0 to 5 tokens."""
+    signals, _ = draw(problems())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    tokens = (torch.rand(signals.count, generator=generator) < draw(st.sampled_from([0.6, 1.0]))).nonzero()[:, 0]
+    text = torch.randn(draw(st.integers(0, 5)), 12, generator=generator).to(signals.rows.dtype)
+    sight = Sight(
+        tokens,
+        torch.zeros(len(tokens), dtype=torch.bool),
+        signals.views,
+        attention=signals.saliency[tokens].double(),
+        states=signals.rows[tokens],
+        keys=signals.states[tokens],
+        text_states=text[:, :7],
+        text_keys=text[:, 7:],
+    )
+    return sight, draw(st.integers(0, len(tokens)))
+
+
+@pytest.mark.parametrize(("name", "options", "written_out"), RULE_MATRIX)
+@settings(deadline=None, max_examples=60)
+@given(sights())
+def test_each_rule_is_what_its_formula_says(name, options, written_out, problem):
+    sight, k = problem
+    rule = RULES[name](**options)
+    kept = rule.pick(sight, k)
+    assert kept.dtype == torch.int64 and kept.shape == (k,) and bool((kept.diff() > 0).all())
+    assert k == 0 or (int(kept[0]) >= 0 and int(kept[-1]) < len(sight.tokens))
+    assert torch.equal(kept, rule.pick(sight, k))
+    assert kept.tolist() == written_out(sight, k, rule)
+    assert rule.pick(sight, len(sight.tokens)).tolist() == list(range(len(sight.tokens)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 9), st.integers(0, 6), st.sampled_from([0.0, 1.0, 30.0]), st.sampled_from(DTYPES), st.integers(0, 99)
+)
+def test_raters(visual, text, scale, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    visual, text = ((scale * torch.randn(n, 5, generator=generator)).to(dtype) for n in (visual, text))
+    if seed % 3 == 0:  # a question that says one thing only
+        text = text[:1].expand(len(text), -1)
+    rates = RULES["rated-attention"]().raters(visual, text)
+    assert rates.tolist() == (slow.raters(visual, text) if len(text) else [])
+
+
+def test_adaptprune_spreads_what_attention_would_keep_in_one_place():
+    """Two bright spots, of which attention alone keeps the one; with unlike keys it does here, too."""
+    attention = torch.full((12, 12), 0.001, dtype=torch.float64)
+    attention[5:7, 5:7], attention[2, 9] = 0.1, 0.08
+    sight = Sight(torch.arange(144), torch.zeros(144, dtype=torch.bool), (View(12, 12),), attention.flatten())
+    alike, unlike = replace(sight, keys=torch.ones(144, 8)), replace(sight, keys=torch.eye(144))
+    assert RULES["suppression"]().pick(alike, 2).tolist() == [2 * 12 + 9, 5 * 12 + 5]
+    assert RULES["suppression"]().pick(unlike, 4).tolist() == [65, 66, 77, 78]
+
+
 def test_rules_pick_by_attention():
     within = torch.tensor([False, True, False, True, False])
-    sight = Sight(torch.arange(5), within, torch.tensor([0.4, 0.1, 0.2, 0.0, 0.2]))
+    sight = Sight(torch.arange(5), within, attention=torch.tensor([0.4, 0.1, 0.2, 0.0, 0.2]))
     assert RULES["attention"]().pick(sight, 2).tolist() == [0, 2]
     assert RULES["own-attention"]().pick(sight, 0).tolist() == []
     assert RULES["region"]().pick(sight, 2).tolist() == [1, 3]
@@ -231,6 +356,17 @@ def test_unknown_names_and_options_name_the_known_ones():
         ("gridprune", "relevance_sign", 0),
         ("topk-relevance", "relevance_sign", 2),
         ("fastv", "layer", 0),
+        ("dart", "layer", 0),
+        ("dart", "visual_pivots", 0),
+        ("dart", "text_pivots", -1),
+        ("adaptprune", "layer", 0),
+        ("adaptprune", "centre", 0.0),
+        ("adaptprune", "radius", -1.0),
+        ("adaptprune", "radius", math.inf),
+        ("adaptprune", "spread", math.nan),
+        ("adaptprune", "likeness", 0.0),
+        ("sparsevlm", "count", "first"),
+        ("vtw", "layer", -1),
         ("visionzip", "contextual_share", 1.1),
         ("visionzip", "merge_by", "max"),
         ("vispruner", "important_share", -0.1),

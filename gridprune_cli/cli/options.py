@@ -139,7 +139,7 @@ def pruning(
         str,
         _option(
             "gridprune, topk-relevance, fastervlm, visionzip, vispruner, divprune, scope, holov, cdpruner, mmtok, "
-            "trim, hired, uniform, random, fastv or pyramiddrop.",
+            "trim, hired, uniform, random, fastv, pyramiddrop, sparsevlm, dart, adaptprune or vtw.",
             _PRUNING,
             envvar="GRIDPRUNE_METHOD",
         ),
@@ -227,7 +227,7 @@ def pruning(
         float | None, _option("Share of the kept tokens that come from the contextual region.", _PAPERS)
     ] = None,
     relevance_sign: Annotated[int | None, _option("1, or -1 to turn the relevance round.", _PAPERS)] = None,
-    layer: Annotated[int | None, _option("Layer of the method fastv, from 0.", _PAPERS)] = None,
+    layer: Annotated[int | None, _option("Layer of fastv, dart, adaptprune or vtw, from 0.", _PAPERS)] = None,
     seed: Annotated[int | None, _option("Seed of the method random.", _PAPERS)] = None,
 ) -> "Pruning":
     """What to keep."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-_GRAIN = 2.0**32
+GRAIN = 2.0**32  # values are rounded to multiples of its inverse
 
 
 def cosines(a: Tensor, b: Tensor | None = None) -> Tensor:
@@ -16,12 +16,17 @@ def cosines(a: Tensor, b: Tensor | None = None) -> Tensor:
     rounding adds depends on where a row stands in it, and must not decide between tokens that are equal.
     """
     product = _gram(_unit(a)) if b is None else _unit(a) @ _unit(b).T
-    return product.mul_(_GRAIN).round_().div_(_GRAIN).cpu()
+    return product.mul_(GRAIN).round_().div_(GRAIN).cpu()
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Rows of length 1 in float64, where they lie; on the CPU where their device has no float64."""
-    return normalize((rows.cpu() if rows.device.type == "mps" else rows).double(), dim=-1)
+    """Rows of length 1 in float64."""
+    return normalize(precise(rows), dim=-1)
+
+
+def precise(rows: Tensor) -> Tensor:
+    """Rows in float64, where they lie; on the CPU where their device has no float64."""
+    return (rows.cpu() if rows.device.type == "mps" else rows).double()
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Pruning inside the language model: at which layer visual tokens leave the sequence, and by which rule.
 
 A *stage* is a layer, a rule and a budget. What a rule may look at is measured at that layer by `gridprune_cli.inner`;
-the rule itself is pure. A new rule is one class and one line in `RULES`.
+the rule itself is pure. A new rule is one class, here or beside the method that it is for, and one line in `RULES` of
+`gridprune_cli.pruning.methods`.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from gridprune_cli.pruning.select import top
+from gridprune_cli.pruning.signals import View
 
 
 @dataclass(frozen=True)
@@ -20,15 +22,22 @@ class Sight:
 
     tokens     (n,) int64, ascending: which of the prompt's N visual tokens they are
     within     (n,) bool: whether inside the contextual region; false everywhere where there is no region
-    attention  (n,) float64, CPU: attention of the prompt's last token to each of them, softmax over all that is still
-               there, mean over heads; in the layer that the rule names, None where it names none
+    views      those of all images of the prompt, whose N tokens they have in turn
+    attention  (n,) float64, CPU: attention of the prompt's last token, or its raters, to each of them, softmax over all
+               that is still there, mean over heads; in the layer that the rule names, None where it names none
     states     (n, D): their hidden states, None where the rule does not ask for them
+    keys       (n, C): their keys, likewise
+    text_states, text_keys  (m, D), (m, C): those of the prompt's text behind its last image, of which there may be none
     """
 
     tokens: Tensor
     within: Tensor
+    views: tuple[View, ...] = ()
     attention: Tensor | None = None
     states: Tensor | None = None
+    keys: Tensor | None = None
+    text_states: Tensor | None = None
+    text_keys: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,16 +45,28 @@ class Rule(ABC):
     """Which tokens stay. Fields are options.
 
     attention  in which layer attention is measured: -1 the layer before the stage, 0 the stage's own, None in none
-    states     whether the rule looks at hidden states
+    rated      whether attention is not the last token's, but the mean of those tokens that `raters` names
+    states     whether the rule looks at hidden states, after the norm that ends the language model
+    keys       which keys it looks at, all heads side by side: -1 those that the layer before compares with, 0 what the
+               stage's own layer projects, not yet turned by positions, None none
     """
 
     name: ClassVar[str]
     attention: ClassVar[int | None] = None
+    rated: ClassVar[bool] = False
     states: ClassVar[bool] = False
+    keys: ClassVar[int | None] = None
 
     @abstractmethod
     def pick(self, sight: Sight, k: int) -> Tensor:
         """Indices among the n, (k,) int64, sorted, for 0 <= k <= n."""
+
+    def raters(self, visual: Tensor, text: Tensor) -> Tensor:
+        """(m,) bool: whose attention counts, of the text behind the last image, (m, D), as the first layer gets it.
+
+        `visual` (N, D) are the prompt's visual tokens there. Where none is named, the prompt's last token it is.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -93,9 +114,6 @@ class RegionAttention(Rule):
         return top(sight.attention + 2 * sight.within, k)  # attention is at most 1
 
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Attention, OwnAttention, Region, RegionAttention)}
-
-
 @dataclass(frozen=True)
 class Stage:
     """At the input of a layer, counted from 0, all but `keep` of the visual tokens leave.
@@ -116,6 +134,8 @@ class Stage:
     @classmethod
     def from_json(cls, parts: dict[str, Any]) -> "Stage":
         """Raises KeyError or TypeError for what is no stage of this version."""
+        from gridprune_cli.pruning.methods import RULES  # which stands on this module
+
         options = dict(parts["rule"])
         rule = RULES[options.pop("name")](**options)
         return cls(parts["layer"], rule, tuple(parts["keep"]), parts["positions"])

@@ -38,17 +38,25 @@ def _watched(
         record.append(total / queries.shape[2])
     rows: list[Tensor] | None = getattr(module, "gridprune_rows", None)
     if rows is not None:
-        rows.append(_last_row(query, key, attention_mask, kwargs["scaling"]))
+        rows.append(_row(module, query, key, attention_mask, kwargs["scaling"]))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _last_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention of the last query to each key `(B, keys)`, float32, mean over heads; several heads may share a key."""
-    last = query[:, :, -1].unflatten(1, (key.shape[1], -1))
-    scores = (last @ key.transpose(-1, -2) * scaling).float()
-    if mask is not None:  # without one, the last query looks at all keys
-        scores = scores.masked_fill(~mask[:, :, -1:], -torch.inf)
-    return scores.softmax(-1).mean((1, 2))
+def _row(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention of the watched queries to each key `(B, keys)`, float32, mean over heads; heads may share a key."""
+    places, count = module.gridprune_weight.any(0).nonzero()[:, 0], key.shape[2]
+    queries = query[:, :, places].unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    scores = (queries @ key.transpose(-1, -2) * scaling).float().unflatten(2, (-1, len(places)))
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None, places], -torch.inf)
+    elif module.is_causal:
+        scores = scores.masked_fill(torch.arange(count, device=places.device) > places[:, None], -torch.inf)
+    return _weighed(scores.softmax(-1).mean((1, 2)), module.gridprune_weight[:, places])
+
+
+def _weighed(rows: Tensor, weight: Tensor) -> Tensor:
+    """Sums of rows (B, r, keys) by weight (B, r). Rows of no weight don't count; of padding they are not finite."""
+    return (rows.masked_fill(weight[..., None] == 0, 0) * weight[..., None]).sum(1)
 
 
 AttentionInterface.register(NAME, _watched)
@@ -71,16 +79,18 @@ def watch(attention: nn.Module, *, cls: bool) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def watch_last(attention: nn.Module) -> Iterator[list[Tensor]]:
-    """Records the last query's attention to each key `(B, keys)`, float32, mean over heads, at each call of a module.
+def watch_queries(attention: nn.Module, weight: Tensor) -> Iterator[list[Tensor]]:
+    """Records queries' attention to each key `(B, keys)`, float32, mean over heads, at each call of a module.
 
-    The language model must run with the attention implementation `NAME`, or eager.
+    Summed over the queries of a prompt by `weight` `(B, queries)`, float32, on the device of the module. The language
+    model must run with the attention implementation `NAME`, or eager.
     """
     rows: list[Tensor] = []
     if attention.config._attn_implementation == "eager":  # type: ignore[union-attr]
 
         def read(_module: nn.Module, _args: Any, out: tuple[Tensor, Tensor]) -> None:
-            rows.append(out[1][:, :, -1].float().mean(1))
+            places = weight.any(0).nonzero()[:, 0]
+            rows.append(_weighed(out[1][:, :, places].float().mean(1), weight[:, places]))
 
         handle = attention.register_forward_hook(read)
         try:
@@ -88,8 +98,8 @@ def watch_last(attention: nn.Module) -> Iterator[list[Tensor]]:
         finally:
             handle.remove()
     else:
-        attention.gridprune_rows = rows  # type: ignore[assignment]
+        attention.gridprune_rows, attention.gridprune_weight = rows, weight  # type: ignore[assignment]
         try:
             yield rows
         finally:
-            del attention.gridprune_rows
+            del attention.gridprune_rows, attention.gridprune_weight

@@ -1,10 +1,12 @@
-"""The registry of pruning methods. A new method is one file, and one line here."""
+"""The registry of pruning methods. A new method is one file, and one line here; so is a new rule for stages."""
 
 from dataclasses import fields
 from typing import Any
 
+from gridprune_cli.pruning.methods.adaptprune import AdaptPrune, Suppression
 from gridprune_cli.pruning.methods.base import Method
 from gridprune_cli.pruning.methods.cdpruner import CDPruner
+from gridprune_cli.pruning.methods.dart import Dart, Duplication
 from gridprune_cli.pruning.methods.divprune import DivPrune
 from gridprune_cli.pruning.methods.fastervlm import FasterVLM
 from gridprune_cli.pruning.methods.fastv import FastV
@@ -15,11 +17,14 @@ from gridprune_cli.pruning.methods.mmtok import MMTok
 from gridprune_cli.pruning.methods.pyramiddrop import PyramidDrop
 from gridprune_cli.pruning.methods.random import Random
 from gridprune_cli.pruning.methods.scope import Scope
+from gridprune_cli.pruning.methods.sparsevlm import RatedAttention, SparseVLM
 from gridprune_cli.pruning.methods.topk_relevance import TopKRelevance
 from gridprune_cli.pruning.methods.trim import Trim
 from gridprune_cli.pruning.methods.uniform import Uniform
 from gridprune_cli.pruning.methods.visionzip import VisionZip
 from gridprune_cli.pruning.methods.vispruner import VisPruner
+from gridprune_cli.pruning.methods.vtw import VTW, Withdrawal
+from gridprune_cli.pruning.stages import Attention, OwnAttention, Region, RegionAttention, Rule
 
 METHODS: dict[str, type[Method]] = {
     GridPrune.name: GridPrune,
@@ -38,6 +43,16 @@ METHODS: dict[str, type[Method]] = {
     Random.name: Random,
     FastV.name: FastV,
     PyramidDrop.name: PyramidDrop,
+    SparseVLM.name: SparseVLM,
+    Dart.name: Dart,
+    AdaptPrune.name: AdaptPrune,
+    VTW.name: VTW,
+}
+
+# by which rule tokens leave inside the language model, for stages that are read from a file
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule
+    for rule in (Attention, OwnAttention, RatedAttention, Duplication, Suppression, Withdrawal, Region, RegionAttention)
 }
 
 

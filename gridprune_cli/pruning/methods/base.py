@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import floor
 from typing import Any, ClassVar
 
 import torch
@@ -81,6 +82,12 @@ class InnerMethod(Method):
 
         Tokens can leave at `layers`, which ends with the model's last one.
         """
+
+
+def dwindling(count: int, k: int, stages: int) -> tuple[int, ...]:
+    """How many of `count` tokens are there after each stage, where the same share stays at each and `k` in the end."""
+    left = [max(k, floor(count * (k / count) ** (stage / stages) + 0.5)) for stage in range(1, stages)]
+    return (*left, k)
 
 
 def values(signals: Signals, name: str) -> Tensor:

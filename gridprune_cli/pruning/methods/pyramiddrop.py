@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import floor
 from typing import ClassVar
 
-from gridprune_cli.pruning.methods.base import InnerMethod
+from gridprune_cli.pruning.methods.base import InnerMethod, dwindling
 from gridprune_cli.pruning.stages import OwnAttention, Stage
 
 DEPTHS = (0.25, 0.5, 0.75)  # layers 8, 16 and 24 of 32
@@ -23,11 +23,8 @@ class PyramidDrop(InnerMethod):
     name: ClassVar[str] = "pyramiddrop"
 
     def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
-        def left(stage: int) -> tuple[int, ...]:
-            shares = [(k / n) ** (stage / len(DEPTHS)) for n, k in zip(counts, budgets, strict=True)]
-            return tuple(max(k, floor(n * s + 0.5)) for n, k, s in zip(counts, budgets, shares, strict=True))
-
+        left = [dwindling(n, k, len(DEPTHS)) for n, k in zip(counts, budgets, strict=True)]
         return tuple(
-            Stage(max(layers.start, floor(share * layers.stop + 0.5)), OwnAttention(), left(number), "compact")
-            for number, share in enumerate(DEPTHS, 1)
+            Stage(max(layers.start, floor(share * layers.stop + 0.5)), OwnAttention(), keep, "compact")
+            for share, keep in zip(DEPTHS, zip(*left, strict=True), strict=True)
         )

@@ -1,0 +1,75 @@
+"""DART (arXiv 2502.11494): tokens that duplicate a few pivots least, inside the language model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gridprune_cli.pruning.methods.base import InnerMethod
+from gridprune_cli.pruning.similarity import cosines, precise
+from gridprune_cli.pruning.stages import Rule, Sight, Stage
+
+
+@dataclass(frozen=True)
+class Duplication(Rule):
+    """Visual pivots, and what is least like each of them and of the text's pivots.
+
+    Pivots are the tokens with the largest sum of |key|, visual_pivots of the visual ones and text_pivots of the text.
+    In turn, the visual ones first and each kind by its sum, a pivot p takes the visual tokens i, not yet taken, with
+    the lowest cos(h_p, h_i); h are hidden states. k counts the visual pivots; the pivots share the rest, the first ones
+    one token more where it can't be shared alike.
+    """
+
+    name: ClassVar[str] = "duplication"
+    states: ClassVar[bool] = True
+    keys: ClassVar[int | None] = -1
+    visual_pivots: int = 4
+    text_pivots: int = 4
+
+    def pick(self, sight: Sight, k: int) -> Tensor:
+        assert sight.keys is not None and sight.states is not None
+        assert sight.text_keys is not None and sight.text_states is not None
+        visual = _largest(sight.keys, min(self.visual_pivots, k))
+        text = _largest(sight.text_keys, min(self.text_pivots, len(sight.text_keys)))
+        stays = torch.zeros(len(sight.tokens), dtype=torch.bool)
+        stays[visual] = True
+        pivots = torch.cat([sight.states[visual], sight.text_states[text]])
+        each, more = divmod(k - len(visual), max(1, len(pivots)))
+        for number, likeness in enumerate(cosines(pivots, sight.states)):
+            least = likeness.masked_fill(stays, torch.inf).argsort(stable=True)
+            stays[least[: each + (number < more)]] = True
+        return stays.nonzero()[:, 0]
+
+
+def _largest(keys: Tensor, count: int) -> Tensor:
+    """(count,) indices of the keys (n, C) with the largest sum of |key|, the largest first."""
+    lengths = precise(keys).abs().sum(1).cpu()
+    return lengths.argsort(descending=True, stable=True)[:count]
+
+
+@dataclass(frozen=True)
+class Dart(InnerMethod):
+    """From layer `layer` on, K tokens by `Duplication`, with the keys and the states that the layer before gave.
+
+    Keys are those that it compares with, so with their positions; states are normed as behind the last layer. What
+    stays keeps its positions. All this as in the published code.
+
+    Departures: exactly K stay. The published code keeps its visual pivots beside what it counts, and rounds down what
+    each pivot takes: its 128 are 4 + 8 * 16, K = 132 here. Its order of pivots is that of a Python set.
+    """
+
+    name: ClassVar[str] = "dart"
+    layer: int = 2
+    visual_pivots: int = 4
+    text_pivots: int = 4
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where an option is out of its range."""
+        for option, least in (("layer", 1), ("visual_pivots", 1), ("text_pivots", 0)):
+            if getattr(self, option) < least:
+                raise ValueError(f"{option} must be at least {least}, not {getattr(self, option)}")
+
+    def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
+        return (Stage(self.layer, Duplication(self.visual_pivots, self.text_pivots), tuple(budgets)),)

@@ -1,0 +1,84 @@
+"""SparseVLM (arXiv 2410.04417): the words that the image speaks to say which of its tokens are needed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gridprune_cli.pruning.methods.base import InnerMethod, dwindling
+from gridprune_cli.pruning.similarity import precise
+from gridprune_cli.pruning.stages import Attention, Stage
+
+DEPTHS = (3 / 32, 7 / 32, 16 / 32)  # behind the layers 2, 6 and 15 of 32
+COUNTS = ("last", "mean")
+
+
+@dataclass(frozen=True)
+class RatedAttention(Attention):
+    """The highest mean attention of the raters, in the layer before.
+
+    Raters are the text tokens t that the visual tokens v are most like, before the first layer:
+
+        mean_v softmax_t( v . t ) > mean over t of the same, which is 1 / m
+
+    and all m of them where none is above it.
+    """
+
+    name: ClassVar[str] = "rated-attention"
+    rated: ClassVar[bool] = True
+
+    def raters(self, visual: Tensor, text: Tensor) -> Tensor:
+        likeness = (precise(visual) @ precise(text).T).softmax(1).mean(0).cpu()
+        rates = likeness > likeness.mean() + 1e-9  # what rounding makes of equal ones must not decide
+        return rates if bool(rates.any()) else torch.ones_like(rates)
+
+
+@dataclass(frozen=True)
+class SparseVLM(InnerMethod):
+    """Three stages, at 3, 7 and 16 of 32 layers; those stay that the raters attend to most, mean over heads.
+
+    The text that may rate is what stands behind the last image, chosen once. Layers are rounded to the nearest. What
+    stays is numbered on from 0, as in the published code for the paper (v1.5).
+
+    count  "last": K tokens are left after the last stage. "mean": as the paper counts, K visual tokens in a layer in
+           the mean, as near as whole tokens come to it
+
+    Departures: the same share stays at each stage; the published code has three counts for each of four budgets, of no
+    stated rule. The paper also finds counts from the rank of the raters' attention, which is left out: a pruned set
+    tells how many tokens each layer has before the model runs. So is recycling, which adds means of what leaves; inside
+    the language model nothing is merged here.
+    """
+
+    name: ClassVar[str] = "sparsevlm"
+    count: str = "last"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where count is none of `COUNTS`."""
+        if self.count not in COUNTS:
+            raise ValueError(f"count must be one of {', '.join(COUNTS)}, not {self.count}")
+
+    def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
+        at = [max(layers.start, floor(share * layers.stop + 0.5)) for share in DEPTHS]
+        left = []
+        for n, k in zip(counts, budgets, strict=True):
+            last = k if self.count == "last" else _last(n, k, [*at, layers.stop])
+            left.append(dwindling(n, last, len(DEPTHS)))
+        keeps = zip(*left, strict=True)
+        return tuple(Stage(layer, RatedAttention(), keep, "compact") for layer, keep in zip(at, keeps, strict=True))
+
+
+def _last(count: int, k: int, ends: Sequence[int]) -> int:
+    """How many of `count` tokens to leave in the end, so that the mean over layers is nearest to `k`.
+
+    A stage stands at each of the layers `ends` but the last, which is how many layers there are.
+    """
+    parts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+    def miss(last: int) -> float:
+        tokens = (count, *dwindling(count, last, len(parts) - 1))
+        return abs(sum(n * layers for n, layers in zip(tokens, parts, strict=True)) / ends[-1] - k)
+
+    return min(range(1, k + 1), key=miss)
