@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def scenes(count: int, first: int, name: str) -> Data:
     return Data(name, tuple(items[:count]), _draw)
 
 
+@lru_cache(maxsize=256)  # a batch's pictures are asked for again under every cell; some 100 KB each
 def _draw(image: str) -> bytes:
     png = io.BytesIO()
     draw(make_scene(int(image.removeprefix("scene "))))[0].save(png, "PNG", compress_level=1)
