@@ -28,8 +28,9 @@ def swept() -> tuple[Cell, ...]:
                 cells.append(Cell(f"zone {zone}, T {temperature}, a {alpha}, no region", pruning))
     for share in (0.5, 0.65, 0.8, 0.9):
         for temperature in (0.1, 0.3, 1.0):
-            method = make("gridprune", temperature=temperature, region_share=share)
-            cells.append(Cell(f"T {temperature}, region share {share}", Pruning(method=method)))
+            for alpha in (0.0, 0.2, 0.5):
+                method = make("gridprune", temperature=temperature, alpha=alpha, region_share=share)
+                cells.append(Cell(f"T {temperature}, a {alpha}, region share {share}", Pruning(method=method)))
     return tuple(cells)
 
 
