@@ -13,6 +13,7 @@ paths on all machines. This module needs no torch, so that the processes that de
 import logging
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -157,21 +158,30 @@ class Ray:
                 raise GridpruneError(f"--engine ray: gave {given} results for {len(items)}; give the command again")
 
 
+_SETTINGS = {  # of Ray, where the user says nothing else
+    "RAY_USAGE_STATS_ENABLED": "0",  # it would tell its makers
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what matters is raised in Python
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or workers without a GPU warn
+    "RAY_worker_niceness": "0",  # as urgent as this command, not 15 less
+}
+
+
 @contextmanager
 def _ray(address: str | None) -> Iterator[Any]:
     """Ray, started or connected to, silent, and left again. What fails inside it is a GridpruneError."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters is raised here
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or workers without a GPU warn
-    import ray
-    import ray.data
-
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     own: dict[str, Any] = {}
     if address == "local":
         own = {"include_dashboard": False, "object_store_memory": _object_store()}
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
-        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **own)
+        _check(address)
+        with _silent():
+            import ray
+            import ray.data
+
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **own)
     except Exception as fault:
         raise GridpruneError(f"--address {address}: can't use Ray there ({_first(fault)}); see `ray status`") from fault
     settings = ray.data.DataContext.get_current()
@@ -185,6 +195,26 @@ def _ray(address: str | None) -> Iterator[Any]:
         raise GridpruneError(f"--engine ray: {_first(fault)}; what is done is in the cache") from fault
     finally:
         ray.shutdown()
+
+
+def _check(address: str) -> None:
+    """Raises OSError where nobody listens at HOST:PORT, which Ray would take minutes to find out."""
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What is written to stderr, be it from C++, goes nowhere: Ray says there how loud it is going to be."""
+    own = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
 
 
 def _first(fault: BaseException) -> str:
@@ -287,7 +317,7 @@ class _Worker:
 
         with suppress(OSError):
             os.chdir(folder)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))
         self.told: list[str] = []
         self.pictures: dict[str, Picture] = {}
         own: Pipeline = pickle.loads(pipeline)

@@ -67,7 +67,7 @@ def workers_of(process):
 
 
 @with_ray
-def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(command, tmp_path):
+def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(command, tmp_path, monkeypatch):
     from gridprune_cli.scenes.scene import draw, make_scene
 
     (tmp_path / "photos").mkdir()
@@ -97,23 +97,24 @@ def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(command, tmp_
     told = (tmp_path / "err").read_text().splitlines()
     assert len(told) == 1 and told[0].startswith(f"{IMAGES} images, {hits} of them cached already"), told
 
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert command("encode", "photos", "--batch-size", 2, "--cache-dir", tmp_path / "whole")[0] == 0
     assert entries(cache) == entries(tmp_path / "whole")
 
 
 @pytest.fixture
-def address():
+def address(monkeypatch):
     """A Ray that runs already, on two CPUs."""
     import ray
 
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 28)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 
 @with_ray
-def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(run, tmp_path, noise, address):
+def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(run, tmp_path, noise, address, monkeypatch):
     lines = ["no line", json.dumps({"id": 7, "image": "gone.png", "question": QUESTIONS[0]})]
     for seed in range(IMAGES):
         noise((50 + seed % 40, 60), seed).image.save(tmp_path / f"{seed}.png")
@@ -121,7 +122,7 @@ def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(run, tmp_p
         lines += [json.dumps({"image": f"{n}.png", "question": question, "n": n}) for n in range(IMAGES)]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
     given = ("batch", "questions.jsonl", "--batch-size", 2, "--keep", 0.5)
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert run(*given, "-o", "whole.jsonl")[0] == 3
     whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "ray.jsonl"
 
