@@ -97,7 +97,7 @@ class Batches:
 class Bulk:
     """Encodes, prunes and answers in bulk. Batches start at `images` pictures and `questions` questions.
 
-    `notice` is called with a line for the user.
+    `notice` is called with a line for the user. `load` decodes the bytes of an image file, given its name.
     """
 
     def __init__(
@@ -107,8 +107,10 @@ class Bulk:
         images: int = 16,
         questions: int = 32,
         notice: Callable[[str], None] = warnings.warn,
+        load: Callable[[bytes, str], Picture] = load_image,
     ):
         self.pipeline = pipeline
+        self._load = load
         self._images = Batches(images, "images", notice)
         self._questions = Batches(questions, "questions", notice)
         self._loading = Lock()  # not while generating: transformers sets torch's dtype for the whole process meanwhile
@@ -150,7 +152,7 @@ class Bulk:
             sha256, name, data = identify(source)
             if not refresh and (hit := self.pipeline.look_up(sha256, name)):
                 return _Read(name, hit)
-            picture = load_image(data, name)
+            picture = self._load(data, name)
         except Exception as fault:
             return _Read(name, _named(name, _told(fault)))
         self.pipeline.family.prepare(picture.image)

@@ -614,9 +614,13 @@ class Pipeline:
         from gridprune_cli.bulk import Bulk  # which stands on this module
 
         for found in Bulk(self, images=batch, notice=notice).encode(sources, refresh=refresh):
-            if self.store is not None and not self.store.writable:
-                raise GridpruneError(f"{self.store.root}: the cache can't be written, so nothing was encoded into it")
+            self.check_written()
             yield found
+
+    def check_written(self) -> None:
+        """Raises GridpruneError where the cache turned out not to be writable."""
+        if self.store is not None and not self.store.writable:
+            raise GridpruneError(f"{self.store.root}: the cache can't be written, so nothing was encoded into it")
 
 
 def _choose(asked: Sequence[Asked], signals: Sequence[Sequence[Signals]]) -> list[list[Tensor]]:

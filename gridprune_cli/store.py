@@ -133,11 +133,19 @@ class Store:
                 reason = getattr(cause, "strerror", None) or cause
                 self._warn(f"{self.root}: the cache can't be written ({reason}); going on without it")
             return False
-        self._own.add(str(path))
-        self._unchecked += len(data)
+        self.adopt([(str(path), len(data))])
+        return True
+
+    def adopt(self, written: Sequence[tuple[str, int]]) -> None:
+        """Take entries, path and bytes, as written through this object, which another process of the run wrote."""
+        self._own.update(path for path, _ in written)
+        self._unchecked += sum(size for _, size in written)
         if self.limit is not None and self._unchecked > self.limit // 10:
             self.finish()
-        return True
+
+    def holds(self, encoder: Mapping[str, Any], key: str) -> bool:
+        """Whether there is a file for an entry. Only `get` tells whether it is whole."""
+        return self._path(encoder, key).exists()
 
     def recall(self, key: str) -> str | None:
         """What was remembered under a key, a digest in hex."""

@@ -14,10 +14,12 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "pipelines.md"
 
 
-@pytest.mark.skipif(not shutil.which("bash") or not shutil.which("jq"), reason="needs bash and jq")
-def test_every_pipeline_runs_as_printed(tmp_path):
-    blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == len(re.findall("^```", PAGE.read_text("utf-8"), re.MULTILINE)) // 2 == 12
+pytestmark = pytest.mark.skipif(not shutil.which("bash") or not shutil.which("jq"), reason="needs bash and jq")
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Runs a block of the page in a folder with the sample images, and gives what it prints."""
     (tmp_path / "sample_images").mkdir()
     for path in (ROOT / "sample_images").glob("scene-*.png"):
         shutil.copy(path, tmp_path / "sample_images")
@@ -27,8 +29,8 @@ def test_every_pipeline_runs_as_printed(tmp_path):
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gridprune_cli "$@"\n')
     command.chmod(0o755)
     environment = os.environ | {"PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    printed = []
-    for block in blocks:
+
+    def run(block):
         done = subprocess.run(
             ["bash", "-c", f"set -e -o pipefail\n{block}"],
             cwd=tmp_path,
@@ -39,7 +41,28 @@ def test_every_pipeline_runs_as_printed(tmp_path):
         quits = "| head" in block  # its writer ends by SIGPIPE, which pipefail reports
         assert done.returncode in ((0, 141) if quits else (0,)), f"{block}\n{done.stderr}"
         assert "Traceback" not in done.stderr
-        printed.append(done.stdout)
+        return done.stdout
+
+    return run
+
+
+def blocks():
+    """The commands of the page; those with Ray, which need it, apart."""
+    text = PAGE.read_text("utf-8")
+    found = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(found) == len(re.findall("^```", text, re.MULTILINE)) // 2 == 13
+    return [block for block in found if "--engine ray" not in block], [b for b in found if "--engine ray" in b]
+
+
+def test_the_pipelines_with_ray_run_as_printed(shell):
+    pytest.importorskip("ray.data", reason="needs Ray: pip install 'gridprune[ray]'")
+    plain, (ray,) = blocks()
+    shell(next(block for block in plain if "-o answers.jsonl" in block))
+    shell(ray)  # it compares
+
+
+def test_every_pipeline_runs_as_printed(shell, tmp_path):
+    printed = [shell(block) for block in blocks()[0]]
 
     def lines(name):
         return (tmp_path / name).read_text().splitlines()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gridprune_cli.bulk import Ask, Pruned, Reply
     from gridprune_cli.lines import Item, Reader
     from gridprune_cli.pipeline import Pipeline, Pruning
+    from gridprune_cli.ray_engine import Ray
 
 WINDOW = 16  # batches of questions that are looked at together, to find those of one image and of like length
 
@@ -24,7 +25,13 @@ FailFast = Annotated[bool, typer.Option("--fail-fast", help="End at the first li
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions that are answered at once; halved if memory runs out.")]
 
 
-@options.takes(pipeline=options.pipeline, pruning=options.pruning, prompt=options.prompt, generation=options.generation)
+@options.takes(
+    pipeline=options.pipeline,
+    engine=options.engine,
+    pruning=options.pruning,
+    prompt=options.prompt,
+    generation=options.generation,
+)
 def batch(
     file: Annotated[
         str,
@@ -35,6 +42,7 @@ def batch(
         ),
     ],
     pipeline: "Pipeline",
+    engine: "Ray | None",
     pruning: "Pruning",
     prompt: dict[str, Any],
     generation: dict[str, Any],
@@ -62,14 +70,18 @@ def batch(
     done = Done(resume) if resume else None
     reader = Reader(file, done=done, mine=options.in_shard(shard))
     tally = Tally()
+    given = dict(**prompt, max_new_tokens=max_new_tokens, **generation)
     bulk = Bulk(pipeline, questions=batch_size, notice=say)
 
     def answers(asks: list["Ask"]) -> "Iterator[Reply | GridpruneError]":
-        return bulk.answer(asks, **prompt, max_new_tokens=max_new_tokens, **generation)
+        if engine:
+            return engine.answer(pipeline, asks, batch=batch_size, notice=say, **given)
+        return bulk.answer(asks, **given)
 
     try:
         with pipeline, lines_to(resume or output) as write, progress("answering", reader.count()) as step:
-            for item, result in work(reader, pruning, answers, WINDOW * batch_size, fail_fast):
+            most = None if engine else WINDOW * batch_size  # Ray starts once, so its lines are read before
+            for item, result in work(reader, pruning, answers, most, fail_fast):
                 write(line(item, result))
                 step(tally.count(result, reader.skipped), tally.status())
     except KeyboardInterrupt:
@@ -97,14 +109,17 @@ def check_results(output: Path | None, resume: Path | None, file: str) -> None:
 
 
 def work(
-    reader: "Reader", pruning: "Pruning", results: Any, most: int, fail_fast: bool
+    reader: "Reader", pruning: "Pruning", results: Any, most: int | None, fail_fast: bool
 ) -> "Iterator[tuple[Item, Any]]":
-    """Every line and what came of it, in turn. `results` makes the results of questions, in turn."""
+    """Every line and what came of it, in turn. `results` makes the results of questions, in turn.
+
+    It is given `most` lines at a time, of those that are there; None: all of them at once.
+    """
     from gridprune_cli.bulk import Ask
     from gridprune_cli.lines import windows
 
     told: set[str] = set()  # a note that fits many images is made once
-    for window in windows(reader, most):
+    for window in windows(reader, most) if most else [list(reader)]:
         asks = [
             Ask(
                 tuple(reader.place(image) for image in item.images),

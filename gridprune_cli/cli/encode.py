@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,9 +12,10 @@ from gridprune_cli.cli.output import emit_json, progress, read_stdin, say, set_q
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline
+    from gridprune_cli.ray_engine import Ray
 
 
-@options.takes(pipeline=options.pipeline)
+@options.takes(pipeline=options.pipeline, engine=options.engine)
 def encode(
     paths: Annotated[
         list[str],
@@ -24,6 +26,7 @@ def encode(
         ),
     ],
     pipeline: "Pipeline",
+    engine: "Ray | None",
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images that go through the tower at once; halved if memory runs out.")
     ] = 16,
@@ -47,8 +50,9 @@ def encode(
     done = hits = failed = size_of_new = 0
     told: set[str] = set()  # a remark that fits many images is made once
     start = time.perf_counter()
+    encode_all = partial(engine.encode, pipeline) if engine else pipeline.encode_all
     with pipeline, progress("encoding", len(images)) as step:
-        for name, result, hit in pipeline.encode_all(images, batch=batch_size, refresh=refresh, notice=say):
+        for name, result, hit in encode_all(images, batch=batch_size, refresh=refresh, notice=say):
             if isinstance(result, GridpruneError):
                 failed += 1
                 warn(str(result))

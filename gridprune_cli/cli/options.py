@@ -19,6 +19,7 @@ from gridprune_cli.errors import BadInput
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline, Pruning
+    from gridprune_cli.ray_engine import Ray
 
 DEVICE = "auto, cpu, cuda, ..., or map: the language model over all GPUs."
 
@@ -88,6 +89,7 @@ _MODEL = "Model and cache"
 _PRUNING = "Pruning"
 _PROMPT = "Prompt and answer"
 _PAPERS = "What the papers leave open"
+_ENGINE = "Engine"
 
 
 Model = Annotated[
@@ -128,6 +130,35 @@ def pipeline(
     if store and cache_limit is not None:
         store.limit = parse_size(cache_limit, "--cache-limit") or None
     return Pipeline(model, revision=revision, clip=clip, store=store, device=device, dtype=dtype)
+
+
+def engine(
+    engine: Annotated[
+        str, _option("local: this process; ray: workers of Ray, also on other machines.", _ENGINE)
+    ] = "local",
+    address: Annotated[
+        str | None,
+        _option(
+            "Ray to use, HOST:PORT, or auto for the one of this machine.",
+            _ENGINE,
+            show_default="RAY_ADDRESS, else Ray is started here",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        _option("Workers of Ray, each with a model.", _ENGINE, min=1, show_default="one per GPU, else one per 4 CPUs"),
+    ] = None,
+) -> "Ray | None":
+    """Ray, where the work is not to be done in this process."""
+    from gridprune_cli.ray_engine import Ray
+
+    if engine not in ("local", "ray"):
+        raise BadInput(f"--engine {engine}: not one of local, ray")
+    if engine == "ray":
+        return Ray(address, workers)
+    if address is not None or workers is not None:
+        raise BadInput(f"{'--workers' if address is None else '--address'}: only with --engine ray")
+    return None
 
 
 def pruning(

@@ -1,0 +1,324 @@
+"""Ray as the engine: what it gives is what the local engine gives, whatever dies.
+
+`IMAGES=500 pytest tests/test_ray_engine.py -k killed` encodes more images than the suite does.
+"""
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gridprune_cli import ray_engine
+from gridprune_cli.bulk import Ask, Bulk
+from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.ray_engine import Ray, _cache, _decode, _encode, _received, _share, _Worker
+from gridprune_cli.store import Store, open_store
+
+IMAGES = int(os.environ.get("IMAGES", "40"))
+QUESTIONS = ("What colour is the star?", "Where is it?", "How many circles are there?")
+LACKS_RAY = any(find_spec(name) is None for name in ("ray", "pyarrow", "pandas"))
+
+with_ray = pytest.mark.skipif(LACKS_RAY, reason="needs Ray: pip install 'gridprune[ray]'")
+
+
+def entries(root):
+    """Bytes of every entry by its path below the cache; those that are broken fail the test."""
+    store = Store(root, None)
+    assert [fault for _, fault in store.verify() if fault] == []
+    return {os.path.relpath(entry.path, root): Path(entry.path).read_bytes() for entry in store.entries()}
+
+
+# ---- with Ray --------------------------------------------------------------------------------------------------------
+
+
+def start(folder, *arguments, **environment):
+    """Starts `gridprune` in a folder, with what it prints in the files `out` and `err` there."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "gridprune_cli", *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment,
+        stdout=open(folder / "out", "wb"),
+        stderr=open(folder / "err", "wb"),
+    )
+
+
+def workers_of(process):
+    """Ids of the processes below one that hold a model."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,command="], capture_output=True, text=True, check=True)
+    rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
+    parents = {int(pid): int(parent) for pid, parent, _ in rows}
+
+    def below(pid):
+        while pid in parents and pid != process.pid:
+            pid = parents[pid]
+        return pid == process.pid
+
+    return [int(pid) for pid, _, name in rows if name.startswith("ray::") and "_Worker" in name and below(int(pid))]
+
+
+@with_ray
+def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(command, tmp_path, monkeypatch):
+    from gridprune_cli.scenes.scene import draw, make_scene
+
+    (tmp_path / "photos").mkdir()
+    for seed in range(IMAGES):
+        draw(make_scene(seed))[0].save(tmp_path / "photos" / f"{seed:04}.png")
+    cache = tmp_path / "cache"
+    process = start(
+        tmp_path, "encode", "photos", "--batch-size", 2, "--engine", "ray", "--workers", 2, "--json",
+        GRIDPRUNE_CACHE_DIR=str(cache),
+    )  # fmt: skip
+    found = []
+    while process.poll() is None and len(found) < 2:
+        time.sleep(0.05)
+        found = workers_of(process)
+    assert len(found) == 2, (tmp_path / "err").read_text()
+    while process.poll() is None and (written := len(list(cache.rglob("*.safetensors")))) < IMAGES // 4:
+        time.sleep(0.002)
+    os.kill(random.Random(IMAGES).choice(found), signal.SIGKILL)
+    assert written < IMAGES
+    assert process.wait() == 0, (tmp_path / "err").read_text()
+
+    lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [line["image"] for line in lines] == [f"photos/{seed:04}.png" for seed in range(IMAGES)]
+    assert len({line["key"] for line in lines}) == IMAGES
+    hits = sum(line["cache"] == "hit" for line in lines)  # what the worker had written, and not told of yet
+    assert hits <= 2 * ray_engine._TOGETHER
+    told = (tmp_path / "err").read_text().splitlines()
+    assert len(told) == 1 and told[0].startswith(f"{IMAGES} images, {hits} of them cached already"), told
+
+    monkeypatch.chdir(tmp_path)
+    assert command("encode", "photos", "--batch-size", 2, "--cache-dir", tmp_path / "whole")[0] == 0
+    assert entries(cache) == entries(tmp_path / "whole")
+
+
+@pytest.fixture
+def address(monkeypatch):
+    """A Ray that runs already, on two CPUs."""
+    import ray
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 28)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@with_ray
+def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(run, tmp_path, noise, address, monkeypatch):
+    lines = ["no line", json.dumps({"id": 7, "image": "gone.png", "question": QUESTIONS[0]})]
+    for seed in range(IMAGES):
+        noise((50 + seed % 40, 60), seed).image.save(tmp_path / f"{seed}.png")
+    for question in QUESTIONS:
+        lines += [json.dumps({"image": f"{n}.png", "question": question, "n": n}) for n in range(IMAGES)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    given = ("batch", "questions.jsonl", "--batch-size", 2, "--keep", 0.5)
+    monkeypatch.chdir(tmp_path)
+    assert run(*given, "-o", "whole.jsonl")[0] == 3
+    whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "ray.jsonl"
+
+    ray = (*given, "--engine", "ray", "--address", address, "--workers", 2, "--resume", out)
+    process = start(tmp_path, *ray, GRIDPRUNE_CACHE_DIR=str(tmp_path / "ray-cache"))
+    while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") > 2):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, (tmp_path / "err").read_text()
+    made = out.read_bytes()
+    assert made.endswith(b"\n") and whole.startswith(made) and len(made) < len(whole)
+    assert f"--resume {out}" in (tmp_path / "err").read_text().splitlines()[-1]
+
+    process = start(tmp_path, *ray, GRIDPRUNE_CACHE_DIR=str(tmp_path / "ray-cache"))
+    assert process.wait() == 3, (tmp_path / "err").read_text()
+    assert out.read_bytes() == whole
+    told = (tmp_path / "err").read_text().splitlines()
+    assert len(told) == 2 and told[1].startswith("warning: 2 lines failed"), told  # the failures of the first run
+
+
+@with_ray
+def test_a_ray_that_is_not_there_is_told(tmp_path):
+    process = start(tmp_path, "encode", __file__, "--engine", "ray", "--address", "127.0.0.1:1")
+    assert process.wait() == 1
+    (line,) = (tmp_path / "err").read_text().splitlines()
+    assert line.startswith("gridprune: --address 127.0.0.1:1: can't use Ray there (")
+
+
+# ---- without it ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline(tiny_llava):
+    return Pipeline(str(tiny_llava), store=open_store(), dtype="float32")
+
+
+@pytest.fixture
+def pictures(tmp_path, noise):
+    paths = []
+    for seed in range(5):
+        paths.append(str(tmp_path / f"{seed}.png"))
+        noise((40 + 20 * seed, 60), seed).image.save(paths[-1])
+    return paths
+
+
+def through(pipeline, parts, *, refresh=False, worker=None):
+    """What the two stages give for parts, which lie in this process one behind the other."""
+    cache = _cache(pipeline, refresh)
+    rows = [
+        {"number": np.array([n]), "names": [pickle.dumps(part)], "items": [pickle.dumps(part)]}
+        for n, part in enumerate(parts)
+    ]
+    made = [_decode(row, cache, os.getcwd()) for row in rows]
+    batch = {
+        "number": np.concatenate([row["number"] for row in made]),
+        "items": [row["items"][0] for row in made],
+        "pictures": [row["pictures"][0] for row in made],
+    }
+    return (worker or start_worker(pipeline, refresh))(batch)["done"][0], [pickle.loads(p) for p in batch["pictures"]]
+
+
+def start_worker(pipeline, refresh=False):
+    from functools import partial
+
+    import torch
+
+    job = partial(_encode, refresh=refresh)
+    return _Worker(pickle.dumps(pipeline), job, 2, os.getcwd(), torch.get_num_threads())
+
+
+def test_stages_encode_as_bulk_does(pipeline, pictures, tmp_path, tiny_llava):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    parts = [pictures[:2], [pictures[2], str(bad)], pictures[3:]]
+    row, decoded = through(pipeline, parts)
+    assert [sorted(found) for found in decoded] == [pictures[:2], [pictures[2]], pictures[3:]]
+    results = dict(_received(iter([{"done": row}]), pipeline, pytest.fail))
+    other = Pipeline(str(tiny_llava), store=open_store(tmp_path / "other"), dtype="float32")
+    expected = list(Bulk(other, images=2).encode([name for part in parts for name in part]))
+    for (name, result, hit), own in zip([r for n in range(3) for r in results[n]], expected, strict=True):
+        assert (name, hit) == (own[0], own[2])
+        if isinstance(own[1], GridpruneError):
+            assert (type(result), str(result)) == (type(own[1]), str(own[1]))
+        else:
+            assert (result.key, result.count, result.nbytes) == (own[1].key, own[1].count, own[1].nbytes)
+    assert entries(pipeline.store.root) == entries(tmp_path / "other")
+
+    row, decoded = through(pipeline, parts)  # nothing that is there is decoded
+    assert decoded == [{}, {}, {}]
+    assert [hit for _, results in _received(iter([{"done": row}]), pipeline, pytest.fail) for _, _, hit in results] == [
+        True, True, True, False, True, True,
+    ]  # fmt: skip
+    row, decoded = through(pipeline, [pictures], refresh=True)
+    assert sorted(decoded[0]) == pictures
+    assert not any(hit for _, _, hit in dict(_received(iter([{"done": row}]), pipeline, pytest.fail))[0])
+
+
+def test_the_worker_does_not_decode_what_comes_decoded_and_heeds_a_file_that_changed(pipeline, pictures, monkeypatch):
+    worker, loaded = start_worker(pipeline), []
+    decode, load = ray_engine._decode, ray_engine.load_image
+
+    def change(*given):
+        made = decode(*given)
+        Path(pictures[1]).write_bytes(Path(pictures[4]).read_bytes())
+        monkeypatch.setattr(ray_engine, "load_image", lambda data, name: loaded.append(name) or load(data, name))
+        return made
+
+    monkeypatch.setitem(globals(), "_decode", change)
+    row, _ = through(pipeline, [pictures[:3]], worker=worker)
+    assert loaded == [pictures[1]]
+    ((_, results),) = _received(iter([{"done": row}]), pipeline, pytest.fail)
+    assert results[1][1].key == pipeline.encode_one(pictures[4])[0].key
+    assert worker.pictures == {}
+
+
+def test_large_pictures_are_left_to_the_worker(pipeline, pictures, monkeypatch):
+    monkeypatch.setattr(ray_engine, "_MOST_PIXELS", 6001)
+    row, decoded = through(pipeline, [pictures])
+    assert sorted(decoded[0]) == pictures[:2]
+    ((_, results),) = _received(iter([{"done": row}]), pipeline, pytest.fail)
+    assert [name for name, _, _ in results] == pictures
+
+
+def test_the_process_that_calls_keeps_the_limit(pipeline, pictures):
+    pipeline.store.limit = 1
+    row, _ = through(pipeline, [pictures[:2], pictures[2:]])
+    assert len(entries(pipeline.store.root)) == 5  # though the worker wrote more than the limit
+    told = []
+    pipeline.store._warn = told.append
+    list(_received(iter([{"done": row}]), pipeline, pytest.fail))
+    with pipeline:
+        assert len(entries(pipeline.store.root)) == 5  # what this run wrote stays
+    assert len(told) == 1 and "over its limit" in told[0]
+
+
+def test_a_cache_that_cannot_be_written_is_a_fault_of_all(tiny_llava, pictures, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    pipeline = Pipeline(str(tiny_llava), store=open_store(tmp_path / "file" / "below"), dtype="float32")
+    row, _ = through(pipeline, [pictures])
+    told = []
+    with pytest.raises(GridpruneError, match="can't be written, so nothing was encoded"):
+        list(_received(iter([{"done": row}]), pipeline, told.append))
+    assert len(told) == 1
+
+
+def test_what_workers_say_is_said_once(pipeline):
+    done = pickle.dumps(ray_engine._Done([(0, [1])], ["a", "b"], [], None))
+    told = []
+    assert list(_received(iter([{"done": done}, {"done": done}]), pipeline, told.append)) == [(0, [1])] * 2
+    assert told == ["a", "b"]
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 64])
+@pytest.mark.parametrize("workers", [1, 2, 3, 7, 64])
+def test_workers_leave_cpus_to_what_decodes(cpus, workers):
+    assert 0 < workers * _share(cpus, 2 * workers) + _share(cpus, 2) <= cpus
+
+
+def test_without_ray_a_line_says_what_to_install(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(ray_engine, "find_spec", lambda name: None)
+    code, out, err = run("encode", tmp_path, "--engine", "ray")
+    assert (code, out) == (2, "")
+    assert err == "gridprune: --engine ray: ray and pyarrow and pandas missing; pip install 'gridprune[ray]'\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--engine", "spark"), "--engine spark: not one of local, ray"),
+        (("--workers", "2"), "--workers: only with --engine ray"),
+        (("--address", "auto"), "--address: only with --engine ray"),
+    ],
+)
+@pytest.mark.parametrize("name", ["encode", "batch"])
+def test_options_that_do_not_fit(run, tmp_path, name, given, message):
+    code, out, err = run(name, tmp_path / "a", *given)
+    assert (code, out, err) == (2, "", f"gridprune: {message}\n")
+
+
+def test_a_device_that_workers_cannot_have_is_refused(pipeline, pictures, monkeypatch):
+    monkeypatch.setattr(ray_engine, "find_spec", lambda name: True)
+    pipeline.family.spread = True
+    with pytest.raises(BadInput, match="a worker has one device"):
+        list(Ray().encode(pipeline, pictures, notice=pytest.fail))
+    assert list(Ray().answer(pipeline, [], notice=pytest.fail)) == []  # nothing to do, and no Ray for it
+
+
+def test_questions_about_one_image_share_a_part(pipeline, monkeypatch):
+    monkeypatch.setattr(ray_engine, "find_spec", lambda name: True)
+    given = []
+
+    def run(self, pipeline, items, *rest):
+        given.extend(items)
+        yield from (ask.question for ask in items)
+
+    monkeypatch.setattr(Ray, "_run", run)
+    asks = [Ask((f"{n % 3}.png",), str(n), Pruning()) for n in range(9)]
+    assert list(Ray().answer(pipeline, asks, notice=pytest.fail)) == [str(n) for n in range(9)]
+    assert [ask.sources[0] for ask in given] == ["0.png"] * 3 + ["1.png"] * 3 + ["2.png"] * 3
