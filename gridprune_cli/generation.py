@@ -59,6 +59,15 @@ def prompts(family: Family, batch: Sequence[PrunedSet]) -> tuple[Tensor, Tensor,
     return ids, mask, positions if positions.dim() == 2 else positions.transpose(0, 1)
 
 
+def check_model(family: Family, pruned: PrunedSet) -> None:
+    """Raises BadInput for a set that was made for another model."""
+    if pruned.fingerprint != family.fingerprint:
+        raise BadInput(
+            f"the pruned set was made for another model ({pruned.model}) than --model {family.checkpoint.name}; "
+            "name that one, or prune again"
+        )
+
+
 @torch.inference_mode()
 def generate(
     family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, *, stream: bool = False, **options: Any
@@ -69,11 +78,7 @@ def generate(
     BadInput for a set that was made for another model.
     """
     for pruned in batch:
-        if pruned.fingerprint != family.fingerprint:
-            raise BadInput(
-                f"the pruned set was made for another model ({pruned.model}) than --model {family.checkpoint.name}; "
-                "name that one, or prune again"
-            )
+        check_model(family, pruned)
     model = family.load("language")
     ids, mask, positions = prompts(family, batch)
     length, tokenizer = ids.shape[1], family.processor.tokenizer

@@ -13,6 +13,7 @@ from gridprune_cli.cli.bench import bench
 from gridprune_cli.cli.encode import encode
 from gridprune_cli.cli.env import env
 from gridprune_cli.cli.evaluate import evaluate
+from gridprune_cli.cli.export import export
 from gridprune_cli.cli.generate import generate
 from gridprune_cli.cli.models import models
 from gridprune_cli.cli.output import printable, set_quiet
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (ask, batch, encode, prune, generate, show, bench, models, env):
+for command in (ask, batch, encode, prune, generate, export, show, bench, models, env):
     app.command(epilog=getattr(command, "examples", None))(command)
 app.command("eval", epilog=evaluate.examples)(evaluate)  # type: ignore[attr-defined]
 app.add_typer(cache.app, name="cache")

@@ -1,0 +1,98 @@
+"""Pruned sets in the form that vLLM takes: an image's rows in place of the image, as its `image_embeds`.
+
+vLLM writes the prompt of a LLaVA-like model with one image token for each image, puts as many in its place as there are
+rows, and numbers all tokens of the prompt from 0 on. So any number of rows will do, but they have no place of their own
+in the prompt, and nothing can leave inside the language model. What is said here of vLLM is from its source, version
+0.33 (`model_executor/models`, `multimodal`).
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from gridprune_cli.errors import BadInput
+from gridprune_cli.files import canonical
+from gridprune_cli.generation import check_model
+from gridprune_cli.tokens import PrunedSet
+from gridprune_cli.vlm.family import Family
+
+VLLM = ("llava", "llava_next", "llava_onevision")
+_GRID = "vLLM counts its image tokens, and places them, by the picture's grid, which a pruned set no longer fills"
+_TILES = "vLLM counts its image tokens by the picture's size and takes no rows in its place"
+_AROUND = "vLLM takes rows for it, but writes tokens of its own around them, which this version does not allow for"
+NOT_VLLM = {  # family -> why not
+    "qwen2_vl": _GRID,
+    "qwen2_5_vl": _GRID,
+    "qwen3_vl": _GRID,
+    "internvl": _AROUND,
+    "idefics3": _TILES,
+    "smolvlm": _TILES,
+    "gemma3": "vLLM takes no rows in place of its pictures",
+    "paligemma": _AROUND,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What vLLM's `LLM.generate` needs to answer from a pruned set of I images, with S rows of width H each.
+
+    prompt_token_ids (P,)       the prompt, with one image token for each image
+    image_embeds     (I, S, H)  what the language model receives in the image tokens' place, in the set's own dtype
+    uuids            (I,)       what vLLM may cache each image's rows by
+    """
+
+    prompt_token_ids: Tensor
+    image_embeds: Tensor
+    uuids: tuple[str, ...]
+    model: str
+    question: str
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file: the two tensors, and the rest as JSON in its metadata, under `vllm`."""
+        header = {"uuids": list(self.uuids), "model": self.model, "question": self.question}
+        tensors = {"prompt_token_ids": self.prompt_token_ids, "image_embeds": self.image_embeds}
+        return save(tensors, {"vllm": canonical(header)})
+
+
+def to_vllm(family: Family, pruned: PrunedSet) -> Request:
+    """The request that has vLLM answer as `generate` does. Loads no weights.
+
+    vLLM caches what it makes of an image by an id, and takes equal ids for equal rows. What is kept of an image differs
+    from question to question, so the id is never the image's: it is the sha256 of the rows themselves.
+
+    Raises BadInput where vLLM can't answer from the set as `generate` does, or the set was made for another model.
+    """
+    kind = family.checkpoint.family
+    if kind not in VLLM:
+        raise BadInput(f"model type {kind} can't go to vLLM: {NOT_VLLM[kind]}; use `gridprune generate`")
+    check_model(family, pruned)
+    if pruned.inside:
+        raise BadInput(
+            "tokens leave inside the language model, which vLLM can't do; prune without --ilp and with another --method"
+        )
+    ids = pruned.input_ids
+    if not torch.equal(pruned.position_ids, torch.arange(len(ids))):
+        raise BadInput(
+            "its tokens keep their original positions, and vLLM numbers them without gaps, so that it would answer "
+            "something else; prune with --positions compact"
+        )
+    values, lengths = torch.unique_consecutive(ids, return_counts=True)
+    runs = lengths[values == family.image_token]
+    count = len(pruned.images)
+    if len(runs) != count or len(runs.unique()) != 1:
+        raise BadInput(
+            f"vLLM needs equally many rows for each of the {count} images, and text between them, but they come as "
+            f"{runs.tolist()}; prune with --tokens, or each image by itself"
+        )
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[1:] = (ids[1:] != family.image_token) | (ids[:-1] != family.image_token)
+    embeds = pruned.rows.view(count, -1, pruned.rows.shape[-1])
+    return Request(ids[first], embeds, tuple(map(_digest, embeds)), pruned.model, pruned.question)
+
+
+def _digest(rows: Tensor) -> str:
+    """sha256 of rows with their shape and dtype."""
+    return hashlib.sha256(save({"rows": rows.contiguous()})).hexdigest()

@@ -1,0 +1,286 @@
+"""Export to vLLM: the exact rows, prompts that come out whole again, ids that follow the rows, refusals, the page."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_families import inputs
+from test_slots import slowly
+from tiny_families import make
+
+from gridprune_cli.errors import BadInput
+from gridprune_cli.export import NOT_VLLM, VLLM, to_vllm
+from gridprune_cli.generation import generate
+from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.vlm import FAMILIES
+
+QUESTION = "what colour is the left object?"
+SIZES = [(100, 100), (210, 70)]
+COMPACT = Pruning(keep=0.4, positions="compact")
+PAGE = Path(__file__).parents[1] / "docs" / "vllm.md"
+
+
+@pytest.fixture(scope="module", params=VLLM)
+def family(request, tmp_path_factory):
+    """A tiny checkpoint: (folder, whole model of plain transformers, its processor)."""
+    folder = make(request.param, tmp_path_factory.mktemp(request.param))
+    pipeline = Pipeline(str(folder), dtype="float32")
+    whole = type(pipeline.family).model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    return folder, whole, pipeline.family.processor
+
+
+@pytest.fixture
+def llava(tiny_llava):
+    return Pipeline(str(tiny_llava), dtype="float32")
+
+
+def given_to(language_model, call):
+    """The input embeddings `(B, L, H)` of the first call of a language model while `call` runs."""
+    seen = []
+    hook = language_model.register_forward_pre_hook(
+        lambda _, args, options: seen.append(options["inputs_embeds"].clone()), with_kwargs=True
+    )
+    with torch.no_grad():
+        call()
+    hook.remove()
+    return seen[0]
+
+
+def written_out(request, token):
+    """The prompt as vLLM makes it: each image token becomes as many as its image has rows."""
+    sizes = iter([len(rows) for rows in request.image_embeds])
+    return [id for own in request.prompt_token_ids.tolist() for id in [own] * (next(sizes) if own == token else 1)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_are_what_the_language_model_is_given(family, noise, size):
+    folder, whole, _ = family
+    picture = noise(size)
+    pipeline = Pipeline(str(folder), dtype="float32")
+    (image,) = pipeline.encode([picture])
+    pruned = pipeline.prune(image, QUESTION, COMPACT)
+    request = to_vllm(pipeline.family, pruned)
+    token = pipeline.family.image_token
+    assert 0 < len(pruned.kept) < image.count
+    assert request.image_embeds.shape == (1, len(pruned.rows), whole.config.text_config.hidden_size)
+
+    # of our own generate, to the last bit
+    model = pipeline.family.load("language")
+    ours = given_to(model.model.language_model, lambda: generate(pipeline.family, [pruned], 1))
+    assert torch.equal(request.image_embeds[0], ours[0, pruned.input_ids == token])
+
+    # of transformers with all tokens, where the kept ones are
+    given = inputs(family, [picture])
+    all_rows = given_to(whole.model.language_model, lambda: whole(**given))[0, given["input_ids"][0] == token]
+    stays = torch.tensor(slowly(image.slots.tolist(), set(pruned.kept.tolist())))
+    assert torch.allclose(request.image_embeds[0], all_rows[stays], atol=1e-5)
+    assert not torch.allclose(request.image_embeds[0], all_rows[stays.roll(1)], atol=1e-2)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_and_prompt_alone_give_the_answer(family, noise, size):
+    """As vLLM goes about it: the prompt written out, rows in the image tokens' place, positions from 0 on."""
+    folder, whole, _ = family
+    pipeline = Pipeline(str(folder), dtype="float32")
+    (image,) = pipeline.encode([noise(size)])
+    pruned = pipeline.prune(image, QUESTION, COMPACT)
+    request, token = to_vllm(pipeline.family, pruned), pipeline.family.image_token
+    assert request.prompt_token_ids.tolist().count(token) == 1
+    ids = torch.tensor(written_out(request, token))
+    assert torch.equal(ids, pruned.input_ids)
+    embeds = whole.get_input_embeddings()(ids).detach()
+    embeds[ids == token] = request.image_embeds[0]
+    answer = whole.generate(
+        inputs_embeds=embeds[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=12, do_sample=False
+    )
+    assert answer[0].tolist() == list(generate(pipeline.family, [pruned], 12)[0].ids)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_file_holds_the_request(run, noise, tmp_path, tiny_llava, dtype):
+    picture = tmp_path / "p.png"
+    noise((100, 80)).image.save(picture)
+    saved, options = tmp_path / "star.safetensors", ("--tokens", 5, "--positions", "compact", "--dtype", dtype)
+    assert run("prune", picture, QUESTION, *options, "-o", saved)[0] == 0
+    code, out, err = run("export", saved, "--to", "vllm", "-o", tmp_path, "--json")
+    target = tmp_path / "star.vllm.safetensors"
+    record = json.loads(out)
+    assert (code, out.count("\n"), record["file"], record["shape"]) == (0, 1, str(target), [1, 5, 48])
+    assert (record["pruned"], record["question"], record["model"]) == (str(saved), QUESTION, str(tiny_llava))
+    assert (record["dtype"], record["bytes"]) == (dtype, target.stat().st_size)
+    assert f"{target}: 5 rows for each image" in err
+    with safe_open(saved, "pt") as before, safe_open(target, "pt") as after:
+        assert set(after.keys()) == {"prompt_token_ids", "image_embeds"}
+        assert torch.equal(after.get_tensor("image_embeds")[0], before.get_tensor("rows"))
+        assert after.get_tensor("image_embeds").dtype == getattr(torch, dtype)
+        assert len(after.get_tensor("prompt_token_ids")) == record["prompt"] == len(before.get_tensor("input_ids")) - 4
+        about = json.loads(after.metadata()["vllm"])
+    assert about == {"uuids": record["uuids"], "model": str(tiny_llava), "question": QUESTION}
+    code, out, err = run("export", saved, "--to", "vllm", "-o", tmp_path, "-q")
+    assert (code, out, err) == (0, "", "")
+
+
+def test_ids_follow_the_rows(llava, noise):
+    picture, other = noise((100, 80)), noise((100, 80), seed=1)
+    image, second = llava.encode([picture, other])
+
+    def ids(pruned):
+        return to_vllm(llava.family, pruned).uuids
+
+    first = llava.prune(image, QUESTION, COMPACT)
+    (own,) = ids(first)
+    assert ids(llava.prune(image, QUESTION, COMPACT)) == (own,)
+    assert own not in (image.image, image.key)
+    uniform = replace(COMPACT, method=make_method("uniform"))  # keeps the same for every question
+    assert ids(llava.prune(image, QUESTION, uniform)) == ids(llava.prune(image, "why?", uniform)) != (own,)
+    others = {
+        "another question": llava.prune(image, "Is there a blue circle on the right?", COMPACT),
+        "more": llava.prune(image, QUESTION, replace(COMPACT, keep=0.8)),
+        "another picture": llava.prune(second, QUESTION, COMPACT),
+        "another dtype": replace(first, rows=first.rows.bfloat16()),
+    }
+    assert first.kept.tolist() != others["another question"].kept.tolist()
+    found = [own, *(ids(made)[0] for made in others.values())]
+    assert len(set(found)) == len(found)
+
+
+def test_several_images(llava, noise):
+    images = llava.encode([noise((100, 80)), noise((60, 90), seed=1)])
+    three, apart = replace(COMPACT, tokens=3), {"template": "USER: {image} and {image} {question} ASSISTANT:"}
+    pruned = llava.prune(images, QUESTION, three, **apart)
+    request = to_vllm(llava.family, pruned)
+    assert request.image_embeds.shape == (2, 3, 48) and torch.equal(request.image_embeds.flatten(0, 1), pruned.rows)
+    assert written_out(request, llava.family.image_token) == pruned.input_ids.tolist()
+    assert len(set(request.uuids)) == 2
+    assert request.uuids[0] == to_vllm(llava.family, llava.prune(images[0], QUESTION, three)).uuids[0]
+    shared = replace(COMPACT, tokens=5, share_budget=True, method=make_method("fastervlm"))
+    with pytest.raises(BadInput, match="equally many rows for each of the 2 images, and text between them"):
+        to_vllm(llava.family, llava.prune(images, QUESTION, shared, **apart))
+    with pytest.raises(BadInput, match=r"come as \[6\]"):  # side by side
+        to_vllm(llava.family, llava.prune(images, QUESTION, three))
+
+
+def test_positions_with_gaps_are_refused(llava, noise):
+    (image,) = llava.encode([noise((100, 80))])
+    original = replace(COMPACT, positions="original")
+    with pytest.raises(BadInput, match=r"original positions.*prune with --positions compact"):
+        to_vllm(llava.family, llava.prune(image, QUESTION, original))
+    whole = to_vllm(llava.family, llava.prune(image, QUESTION, replace(original, keep=1.0)))  # there are no gaps
+    assert whole.image_embeds.shape == (1, 16, 48)
+
+
+@pytest.mark.parametrize("pruning", [replace(COMPACT, ilp=0.2, ilp_layer=1), Pruning(method=make_method("fastv"))])
+def test_inner_pruning_is_refused(llava, noise, pruning):
+    (image,) = llava.encode([noise((100, 80))])
+    with pytest.raises(BadInput, match="inside the language model, which vLLM can't do"):
+        to_vllm(llava.family, llava.prune(image, QUESTION, replace(pruning, positions="compact")))
+
+
+def test_every_family_goes_or_is_refused_with_a_reason(llava, noise):
+    assert set(VLLM).isdisjoint(NOT_VLLM) and {*VLLM, *NOT_VLLM} == set(FAMILIES)
+    (image,) = llava.encode([noise((100, 80))])
+    pruned = llava.prune(image, QUESTION, COMPACT)
+    for kind, reason in NOT_VLLM.items():
+        stranger = SimpleNamespace(checkpoint=SimpleNamespace(family=kind))
+        with pytest.raises(BadInput, match=re.escape(f"model type {kind} can't go to vLLM: {reason}")):
+            to_vllm(stranger, pruned)
+
+
+@pytest.fixture
+def good(run, noise, tmp_path):
+    """A pruned set that can be exported."""
+    picture, saved = tmp_path / "p.png", tmp_path / "good.safetensors"
+    noise((100, 80)).image.save(picture)
+    assert run("prune", picture, QUESTION, "--tokens", 5, "--positions", "compact", "-o", saved)[0] == 0
+    return saved
+
+
+def test_bad_inputs(run, good, tmp_path):
+    def fails(*arguments):
+        code, out, err = run("export", *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        return err
+
+    there = ("--to", "vllm", "-o", tmp_path)
+    assert "--to sglang: not one of vllm" in fails(good, "--to", "sglang", "-o", tmp_path)
+    assert "--output" in fails(good, "--to", "vllm") and "--to" in fails(good, "-o", tmp_path)
+    assert "no folder; make it first" in fails(good, "--to", "vllm", "-o", tmp_path / "none")
+    assert "none.safetensors: can't be read" in fails(tmp_path / "none.safetensors", *there)
+    assert "p.png: not a pruned set" in fails(tmp_path / "p.png", *there)
+    assert "made for another model" in fails(good, *there, "--model", "scenes")
+    assert "no folder with a config.json" in fails(good, *there, "--model", tmp_path)
+    (tmp_path / "other").mkdir()
+    twin = shutil.copy(good, tmp_path / "other" / good.name)
+    assert "another set has this name" in fails(good, twin, *there)
+    run("prune", tmp_path / "p.png", QUESTION, "--tokens", 5, "-o", tmp_path / "gaps.safetensors")
+    assert "gaps.safetensors: its tokens keep their original positions" in fails(tmp_path / "gaps.safetensors", *there)
+    assert not list(tmp_path.glob("*.vllm.safetensors"))
+
+
+def test_one_that_fails_does_not_stop_the_rest(run, good, tmp_path):
+    more = tmp_path / "more.safetensors"
+    run("prune", tmp_path / "p.png", QUESTION, "--tokens", 7, "--positions", "compact", "-o", more)
+    sets = (good, tmp_path / "p.png", more)
+    code, out, err = run("export", *sets, "--to", "vllm", "-o", tmp_path, "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 3 and [line.get("error_type") for line in lines] == [None, "BadInput", None]
+    assert lines[1]["pruned"] == str(tmp_path / "p.png") and "1 of 3 could not be exported" in err
+    assert len(list(tmp_path.glob("*.vllm.safetensors"))) == 2
+    assert "warning: these sets have from 5 to 7 rows" in err
+    assert "warning" not in run("export", good, "--to", "vllm", "-o", tmp_path)[2]
+
+
+def test_the_requests_of_the_page(run, good, tmp_path, monkeypatch, capsys):
+    """The page's Python runs, with stand-ins for vLLM and for the client, and sends what was exported."""
+    offline, server = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+    (tmp_path / "requests").mkdir()
+    assert run("export", good, "--to", "vllm", "-o", tmp_path / "requests")[0] == 0
+    with safe_open(tmp_path / "requests" / "good.vllm.safetensors", "pt") as file:
+        prompt, embeds = file.get_tensor("prompt_token_ids"), file.get_tensor("image_embeds")
+        about = json.loads(file.metadata()["vllm"])
+    (tmp_path / "requests" / "good.vllm.safetensors").rename(tmp_path / "requests" / "it.vllm.safetensors")
+    sent = {}
+
+    class LLM:
+        def __init__(self, **options):
+            sent["engine"] = options
+
+        def generate(self, requests, settings):
+            sent["requests"] = requests
+            return [SimpleNamespace(outputs=[SimpleNamespace(text="red")]) for _ in requests]
+
+    def create(**call):
+        sent["call"] = call
+        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content="red"))])
+
+    vllm, client = ModuleType("vllm"), ModuleType("openai")
+    vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace
+    completions = SimpleNamespace(completions=SimpleNamespace(create=create))
+    client.OpenAI = lambda **_: SimpleNamespace(chat=completions)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "openai", client)
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    exec(compile(offline, "vllm.md", "exec"), scope)
+    (request,) = sent["requests"]
+    assert request["prompt_token_ids"] == prompt.tolist()
+    assert torch.equal(request["multi_modal_data"]["image"], embeds)
+    assert request["multi_modal_uuids"] == {"image": about["uuids"]}
+    assert sent["engine"]["enable_mm_embeds"] is True and sent["engine"]["model"] == "llava-hf/llava-1.5-7b-hf"
+    exec(compile(server, "vllm.md", "exec"), scope)
+    (message,) = sent["call"]["messages"]
+    picture, text = message["content"]
+    assert picture["type"] == "image_embeds" and picture["uuid"] == about["uuids"][0]
+    loaded = torch.load(io.BytesIO(base64.b64decode(picture["image_embeds"])), weights_only=True)
+    assert torch.equal(loaded, embeds[0]) and text == {"type": "text", "text": QUESTION}
+    assert capsys.readouterr().out.splitlines()[-2:] == ["red", "red"]
