@@ -1,21 +1,25 @@
 """How long selecting takes, on one thread: `python -m benchmarks.selection`.
 
-First GridPrune, then all methods. Every step counts: signals checked, region found, budgets, selection. Random signals;
-medians of 200 runs, and of 37 in the second table.
+In milliseconds of processor time, in which other work on the machine hardly counts. First GridPrune, then all methods,
+then the rules by which tokens leave inside the language model, without what is measured there for them. Every step
+counts: signals checked, region found, budgets, selection. Random signals; medians of 200 runs, and of 37 in the other
+tables.
 """
 
 import sys
 from collections.abc import Callable
 from statistics import median
-from time import perf_counter
+from time import process_time
 from unittest.mock import patch
 
 import torch
 
-from gridprune_cli.pruning.methods import METHODS, make
+from gridprune_cli.pruning.methods import METHODS, RULES, make
+from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.pruning.similarity import cosines
+from gridprune_cli.pruning.stages import Sight
 
 HALF = 0.5
 TILES = tuple(View(24, 24, (x, y, x + HALF, y + HALF)) for y in (0.0, HALF) for x in (0.0, HALF))
@@ -28,9 +32,9 @@ def milliseconds(work: Callable[[], object]) -> float:
     """Median time of one call, after a few to warm up."""
     times = []
     for _ in range(RUNS + 20):
-        start = perf_counter()
+        start = process_time()
         work()
-        times.append((perf_counter() - start) * 1000)
+        times.append((process_time() - start) * 1000)
     return median(times[20:])
 
 
@@ -61,26 +65,50 @@ def methods() -> None:
     count = sum(view.count for view in views)
     vectors = {"states": torch.randn(count, STATE), "rows": torch.randn(count, ROW), "words": torch.randn(WORDS, ROW)}
     signals = Signals(views, torch.rand(count) * 0.2, torch.rand(count), None, **vectors)
-    print(f"\n{f'{k} of {count}':>16}  {'cosines':>8}  {'the rest':>8}  {'all':>8}   ms")
+    heading(k, count)
     for name in METHODS:
-        method = make(name)
-        alike: list[float] = []
-        everything: list[float] = []
+        if isinstance(method := make(name), InnerMethod):
+            continue
+        parts(name, type(method), lambda method=method: method.merge(signals, method.select(signals, k)))  # type: ignore[misc]
 
-        def timed(*rows: torch.Tensor, alike: list[float] = alike) -> torch.Tensor:
-            start = perf_counter()
-            product = cosines(*rows)
-            alike[-1] += (perf_counter() - start) * 1000
-            return product
 
-        with patch.object(sys.modules[type(method).__module__], "cosines", timed, create=True):
-            for _ in range(RUNS // 5):
-                alike.append(0.0)
-                start = perf_counter()
-                method.merge(signals, method.select(signals, k))
-                everything.append((perf_counter() - start) * 1000)
-        rest = [whole - part for whole, part in zip(everything, alike, strict=True)]
-        print(f"{name:>16}  {median(alike[3:]):>8.2f}  {median(rest[3:]):>8.2f}  {median(everything[3:]):>8.2f}")
+def rules() -> None:
+    """The same of the rules that choose inside the language model."""
+    k, views = CASES[0]
+    count = sum(view.count for view in views)
+    keys, states = torch.randn(2, count, ROW)
+    text_keys, text_states = torch.randn(2, 50, ROW)
+    attention = torch.rand(count, dtype=torch.float64)
+    within = torch.zeros(count, dtype=torch.bool)
+    sight = Sight(torch.arange(count), within, views, attention, states, keys, text_states, text_keys)
+    heading(k, count)
+    for name, kind in RULES.items():
+        parts(name, kind, lambda kind=kind: kind().pick(sight, k))  # type: ignore[misc]
+
+
+def heading(k: int, count: int) -> None:
+    print(f"\n{f'{k} of {count}':>16}  {'cosines':>8}  {'the rest':>8}  {'all':>8}   ms")
+
+
+def parts(name: str, kind: type, work: Callable[[], object]) -> None:
+    """A row with the times of something that the module of `kind` does."""
+    alike: list[float] = []
+    everything: list[float] = []
+
+    def timed(*rows: torch.Tensor) -> torch.Tensor:
+        start = process_time()
+        product = cosines(*rows)
+        alike[-1] += (process_time() - start) * 1000
+        return product
+
+    with patch.object(sys.modules[kind.__module__], "cosines", timed, create=True):
+        for _ in range(RUNS // 5):
+            alike.append(0.0)
+            start = process_time()
+            work()
+            everything.append((process_time() - start) * 1000)
+    rest = [whole - part for whole, part in zip(everything, alike, strict=True)]
+    print(f"{name:>16}  {median(alike[3:]):>8.2f}  {median(rest[3:]):>8.2f}  {median(everything[3:]):>8.2f}")
 
 
 def main() -> None:
@@ -88,6 +116,7 @@ def main() -> None:
     torch.manual_seed(0)
     gridprune()
     methods()
+    rules()
 
 
 if __name__ == "__main__":
