@@ -37,9 +37,9 @@ class GridPrune(Method):
     requires: ClassVar[frozenset[str]] = frozenset({"relevance", "saliency"})
     zone: int = 4
     alpha: float = 0.2
-    temperature: float = 0.1
+    temperature: float = 0.3
     saliency_scale: str = "minmax"
-    region_share: float = 0.8
+    region_share: float = 0.5
     relevance_sign: int = 1
 
     def __post_init__(self) -> None:
