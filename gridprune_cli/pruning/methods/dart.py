@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.methods.base import InnerMethod
-from gridprune_cli.pruning.similarity import cosines, precise
+from gridprune_cli.pruning.similarity import cosines
 from gridprune_cli.pruning.stages import Rule, Sight, Stage
 
 
@@ -45,7 +45,7 @@ class Duplication(Rule):
 
 def _largest(keys: Tensor, count: int) -> Tensor:
     """(count,) indices of the keys (n, C) with the largest sum of |key|, the largest first."""
-    lengths = precise(keys).abs().sum(1).cpu()
+    lengths = torch.linalg.vector_norm(keys.float(), 1, dim=1).cpu()
     return lengths.argsort(descending=True, stable=True)[:count]
 
 
