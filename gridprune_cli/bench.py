@@ -124,7 +124,7 @@ class _Run:
     """One answer: visual tokens, in each layer too, tokens of its prompt, milliseconds, bytes."""
 
     tokens: int
-    inside: tuple[int, ...]
+    inside: tuple[int, ...]  # empty where none leaves inside the language model
     prompt: int
     localize: float
     select: float
@@ -193,10 +193,11 @@ def measure(
 
     def side(runs: Sequence[_Run]) -> Side:
         prompt = median_low(run.prompt for run in runs)  # separators come and go with the tokens of their row
-        layers = [prompt - runs[0].tokens + there for there in runs[0].inside]
+        inside = runs[0].inside or (runs[0].tokens,) * decoder.layers
+        layers = [prompt - runs[0].tokens + there for there in inside]
         return Side(
             tokens=runs[0].tokens,
-            inside=runs[0].inside,
+            inside=inside,
             prompt=prompt,
             localize=Spread.of([run.localize for run in runs]),
             select=Spread.of([run.select for run in runs]),
@@ -246,7 +247,7 @@ def _answer(
     select = _since(start)
     (made,) = generate(pipeline.family, [pruned], new_tokens, min_new_tokens=new_tokens)
     kept = len(pruned.kept)
-    inside = pruned.inside.tokens if pruned.inside else (kept,) * pipeline.family.depth
+    inside = pruned.inside.tokens if pruned.inside else ()
     prompt = len(pruned.input_ids)
     return _Run(kept, inside, prompt, localize, select, made.prefill, made.decode, _peak(device))
 
