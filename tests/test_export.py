@@ -162,7 +162,8 @@ def test_several_images(llava, noise):
     assert request.image_embeds.shape == (2, 3, 48) and torch.equal(request.image_embeds.flatten(0, 1), pruned.rows)
     assert written_out(request, llava.family.image_token) == pruned.input_ids.tolist()
     assert len(set(request.uuids)) == 2
-    assert request.uuids[0] == to_vllm(llava.family, llava.prune(images[0], QUESTION, three)).uuids[0]
+    alone = to_vllm(llava.family, llava.prune(images[0], QUESTION, three))  # equal but for rounding, so by another id
+    assert torch.allclose(request.image_embeds[0], alone.image_embeds[0], atol=1e-5)
     shared = replace(COMPACT, tokens=5, share_budget=True, method=make_method("fastervlm"))
     with pytest.raises(BadInput, match="equally many rows for each of the 2 images, and text between them"):
         to_vllm(llava.family, llava.prune(images, QUESTION, shared, **apart))
