@@ -113,6 +113,7 @@ class Bulk:
         self._load = load
         self._images = Batches(images, "images", notice)
         self._questions = Batches(questions, "questions", notice)
+        self._prunings = Batches(questions, "questions to prune for", notice)
         self._loading = Lock()  # not while generating: transformers sets torch's dtype for the whole process meanwhile
         self._seeing = False  # whether the tower is loaded
 
@@ -216,7 +217,7 @@ class Bulk:
                 images = [found[other] for other in ask.sources]
                 encoded = tuple(image for image, _ in images if isinstance(image, EncodedImage))
                 if len(encoded) == len(images):
-                    ready.append(_Ready(index, ask, encoded, all(hit for _, hit in images)))
+                    ready.append(_Ready(index, ask, encoded, all(spared for _, spared in images)))
                 else:
                     yield index, next(image for image, _ in images if isinstance(image, GridpruneError))
                 for other in dict.fromkeys(ask.sources):
@@ -224,7 +225,7 @@ class Bulk:
                     left[other] -= 1
                     if not left[other]:
                         del found[other]
-            if len(ready) >= self._questions.size:
+            if len(ready) >= self._prunings.size:
                 yield from self._prune(ready, system, template)
                 ready.clear()
         yield from self._prune(ready, system, template)
@@ -239,7 +240,7 @@ class Bulk:
             ]
             return self.pipeline.prune_each(asked, system=system, template=template)
 
-        for one, result in zip(ready, self._questions.run(ready, work), strict=True):
+        for one, result in zip(ready, self._prunings.run(ready, work), strict=True):
             if isinstance(result, GridpruneError):
                 yield one.index, result
             else:

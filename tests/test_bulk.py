@@ -335,6 +335,24 @@ def test_memory_that_runs_out_in_the_language_model_halves_the_batch(pipeline, p
     ]
 
 
+def test_memory_that_runs_out_in_pruning_halves_what_is_pruned_for_together(pipeline, pictures, monkeypatch):
+    questions = asks(pictures)
+    expected = [reply.text for reply in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)]
+    project, told, most = pipeline.family.project, [], []
+
+    def small(states):
+        if len(states) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        most.append(len(states))
+        return project(states)
+
+    monkeypatch.setattr(pipeline.family, "project", small)
+    replies = Bulk(pipeline, questions=16, notice=told.append).answer(questions, max_new_tokens=4)
+    assert [reply.text for reply in replies] == expected
+    assert told[0] == "memory ran out with 16 questions to prune for at once; going on with 8"
+    assert len(told) <= 3 and max(most) > 16
+
+
 def test_sets_that_are_too_large_to_wait_together_are_answered_in_parts(pipeline, pictures, monkeypatch):
     questions = asks(pictures)
     whole = [reply.text for reply in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)]
