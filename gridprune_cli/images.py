@@ -119,6 +119,23 @@ def load_image(source: Source, name: str | None = None) -> Picture:
     return Picture(upright, sha256, name, notes)
 
 
+def measure(source: Source, name: str = "-") -> tuple[int, int]:
+    """Width and height that `load_image` would give, by the header alone. Raises BadInput where there is none.
+
+    The EXIF turn of a PNG is not heeded: it may lie behind the pixels.
+    """
+    file, name = (io.BytesIO(source), name) if isinstance(source, bytes) else (source, str(source))
+    try:
+        with _strict(), Image.open(file, formats=FORMATS) as image:
+            _check_size(image, name)
+            lies = image.format not in ("PNG", "TIFF") and _orientation(image) >= 5  # Pillow turns a TIFF's itself
+            return image.size[::-1] if lies else image.size
+    except BadInput:
+        raise
+    except Exception as error:  # decoders raise nearly everything on a damaged file
+        raise BadInput(f"{_shown(name)}: not an image that can be read ({_reason(error)})") from error
+
+
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """Files as given; of each folder, every image below it by suffix, sorted, without hidden files or linked folders.
 
@@ -193,11 +210,17 @@ def _notes(image: Image.Image) -> tuple[str, ...]:
 
 
 def _turn(image: Image.Image) -> Image.Image:
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF raises nearly everything, and the pixels are whole
-        turn = None
+    turn = _UPRIGHT.get(_orientation(image))
     return image.transpose(turn) if turn is not None else image
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF counts it, 1 to 8; 1 where it says nothing that makes sense."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF raises nearly everything, and the pixels are whole
+        return 1
+    return found if found in _UPRIGHT else 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:

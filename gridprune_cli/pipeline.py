@@ -25,6 +25,7 @@ from gridprune_cli.pruning.signals import Box, Signals, View
 from gridprune_cli.pruning.slots import staying
 from gridprune_cli.pruning.stages import Inside, Region, RegionAttention, Rule, Stage, plan
 from gridprune_cli.scenes.scene import looks_like_scene
+from gridprune_cli.storage import STORAGES, pack
 from gridprune_cli.store import Store, entry_key
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm import open_model
@@ -180,6 +181,8 @@ class Pipeline:
     revision  branch, tag or commit of a hub model
     clip      the CLIP that the model's tower was taken from, a folder or hub name, where it is not found by itself
     store     None means no cache
+    storage   how states are stored: `full`, as the tower gives them, or `float8` or `int8`, which is less exact.
+              Answers are made from what is stored, also where it was just encoded, or is not stored at all
     flag      the option that errors name
 
     Raises BadInput for a model, device or dtype that can't be used, GridpruneError where the hub can't be asked.
@@ -194,14 +197,17 @@ class Pipeline:
         store: Store | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        storage: str = "full",
         flag: str = "--model",
     ):
-        self.store = store
+        if storage not in STORAGES:
+            raise BadInput(f"--store {storage}: not one of {', '.join(STORAGES)}")
+        self.store, self.storage = store, storage
         if isinstance(model, Family):
             self.family = model
         else:
             self.family = open_model(model, dtype, device, revision=revision, clip=clip, store=store, flag=flag)
-        self._placed = {"device": device, "dtype": dtype}
+        self._placed = {"device": device, "dtype": dtype, "storage": storage}
         self._localizers: dict[str, Pipeline] = {}
         self.model = self.family.checkpoint.name
 
@@ -215,15 +221,20 @@ class Pipeline:
 
     # ---- encode ------------------------------------------------------------------------------------------------------
 
+    @property
+    def encoder(self) -> dict[str, Any]:
+        """What an encoded image depends on besides the picture: the family's encoder, and how states are stored."""
+        return self.family.encoder | ({} if self.storage == "full" else {"storage": self.storage})
+
     def key(self, image: str) -> str:
         """Cache key of a picture by the sha256 of its file's bytes."""
-        return entry_key(image, self.family.encoder, SIGNALS)
+        return entry_key(image, self.encoder, SIGNALS)
 
     def look_up(self, image: str, name: str) -> EncodedImage | None:
         """The encoded image from the cache, under the name that it is asked for by now."""
         if self.store is None:
             return None
-        found = self.store.get(self.family.encoder, self.key(image))
+        found = self.store.get(self.encoder, self.key(image))
         try:
             return replace(EncodedImage.from_parts(*found), name=name) if found else None
         except (KeyError, TypeError, ValueError):
@@ -244,26 +255,27 @@ class Pipeline:
     def keep(self, encoded: EncodedImage) -> None:
         """Stores an encoded image, where there is a cache."""
         if self.store is not None:
-            self.store.put(self.family.encoder, encoded.key, encoded.to_bytes())
+            self.store.put(encoded.encoder, encoded.key, encoded.to_bytes())
 
     def _encoded(self, picture: Picture, encoding: Encoding) -> EncodedImage:
-        encoded = EncodedImage(
+        if not (torch.isfinite(encoding.states).all() and torch.isfinite(encoding.saliency).all()):
+            raise GridpruneError(f"{picture.name}: the tower gave values that are not finite; try --dtype float32")
+        packed = None if self.storage == "full" else pack(encoding.states, self.storage)
+        return EncodedImage(
             key=self.key(picture.sha256),
             model=self.model,
             image=picture.sha256,
             name=picture.name,
-            encoder=self.family.encoder,
+            encoder=self.encoder,
             size=picture.image.size,
             views=encoding.views,
-            states=encoding.states,
+            states=packed.unpack(encoding.states.dtype) if packed else encoding.states,
             saliency=encoding.saliency,
             slots=encoding.slots.to(torch.int32),
             prompt=encoding.prompt,
             notes=picture.notes + self._remarks(picture),
+            packed=packed,
         )
-        if not (torch.isfinite(encoded.states).all() and torch.isfinite(encoded.saliency).all()):
-            raise GridpruneError(f"{picture.name}: the tower gave values that are not finite; try --dtype float32")
-        return encoded
 
     def _remarks(self, picture: Picture) -> tuple[str, ...]:
         if self.model != EMBEDDED or looks_like_scene(picture.image):

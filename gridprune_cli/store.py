@@ -10,6 +10,7 @@ Any trouble with an entry is a miss. A file's modification time is when it was l
 import json
 import os
 import re
+import stat
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,7 +88,7 @@ class Store:
         self.root = root
         self.limit = limit
         self._warn = warn
-        self.writable = True  # until a write fails
+        self.writable = True  # until a write fails, or the user wants none
         self._over = False
         self._own: set[str] = set()
         self._unchecked = 0  # bytes written since the last look
@@ -147,6 +148,14 @@ class Store:
         """Whether there is a file for an entry. Only `get` tells whether it is whole."""
         return self._path(encoder, key).exists()
 
+    def bytes_of(self, encoder: Mapping[str, Any], key: str) -> int | None:
+        """Bytes of an entry, or None where there is none. It is neither read nor checked, nor counts as used."""
+        try:
+            status = self._path(encoder, key).lstat()
+        except OSError:
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
     def recall(self, key: str) -> str | None:
         """What was remembered under a key, a digest in hex."""
         value = self._remembered().get(key)
@@ -154,6 +163,8 @@ class Store:
 
     def remember(self, key: str, value: str) -> None:
         """Keep a digest for later, the last few of them. It may be lost at any time, to another process above all."""
+        if not self.writable:
+            return
         kept = {**self._remembered(), key: value}
         with suppress(OSError, GridpruneError):
             self._make_root()

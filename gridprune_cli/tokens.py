@@ -12,6 +12,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.files import RawTensor
 from gridprune_cli.pruning.signals import Box, View
 from gridprune_cli.pruning.stages import Inside
+from gridprune_cli.storage import KINDS, Packed
 
 SCHEMA = 1  # of a pruned set; an encoded image has the store's, which refuses any other
 
@@ -22,7 +23,9 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int8: "I8",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.bool: "BOOL",
 }
 _TORCH = {name: dtype for dtype, name in _DTYPES.items()}
@@ -37,6 +40,7 @@ class EncodedImage:
     slots     (S,)    which visual token each image token of a prompt stands for, -1 for a separator
     size              width and height of the picture in pixels, after its EXIF turn
     prompt            what the family must know of the picture to write a prompt, JSON values only
+    packed            the states as they are stored, where that is in eight bits; `states` are what they unpack to
     """
 
     key: str
@@ -51,6 +55,7 @@ class EncodedImage:
     slots: Tensor
     prompt: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what a user should know: of an animation the first frame was taken, ...
+    packed: Packed | None = None
 
     @property
     def count(self) -> int:
@@ -59,8 +64,8 @@ class EncodedImage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return self.states.nbytes + self.saliency.nbytes + self.slots.nbytes
+        """Bytes of its tensors, as they are stored."""
+        return (self.packed or self.states).nbytes + self.saliency.nbytes + self.slots.nbytes
 
     def to_bytes(self) -> bytes:
         header = {
@@ -77,13 +82,22 @@ class EncodedImage:
             "prompt": self.prompt,
             "notes": list(self.notes),
         }
-        return files.encode({name: _raw(getattr(self, name)) for name in _ENCODED_TENSORS}, header)
+        tensors = {name: getattr(self, name) for name in _ENCODED_TENSORS}
+        if self.packed:
+            tensors |= {"states": self.packed.codes, "scales": self.packed.scales}
+        return files.encode({name: _raw(tensor) for name, tensor in tensors.items()}, header)
 
     @classmethod
     def from_parts(cls, header: dict[str, Any], tensors: dict[str, RawTensor]) -> "EncodedImage":
         """The inverse of `to_bytes`, after `files.decode`. Raises ValueError where the parts don't fit each other."""
         views = _views(header["views"])
         states, saliency, slots = (_tensor(tensors[name]) for name in _ENCODED_TENSORS)
+        packed = None
+        if kind := KINDS.get(header["encoder"].get("storage")):
+            packed = Packed(states, _tensor(tensors["scales"]))
+            if states.dtype != kind:
+                raise ValueError(f"states are {states.dtype}, not {kind}")
+            states = packed.unpack(saliency.dtype)  # both come from the tower, in what it computes in
         count = sum(view.count for view in views)
         if states.dim() != 2 or len(states) != count or saliency.shape != (count,):
             raise ValueError(f"states {tuple(states.shape)} and saliency {tuple(saliency.shape)} for {count} tokens")
@@ -102,6 +116,7 @@ class EncodedImage:
             slots=slots,
             prompt=header["prompt"],
             notes=tuple(header["notes"]),
+            packed=packed,
         )
 
 

@@ -443,4 +443,4 @@ def test_the_sweep_is_told_in_the_same_table():
     cells = swept()
     assert len(cells) == len({cell.name for cell in cells}) == 72
     assert {cell.pruning.keep for cell in cells} == {0.11}
-    assert Plan(scenes(4, 0, "few"), cells).count == 4 * 49
+    assert Plan(scenes(4, 0, "few"), cells).count == 4 * 73

@@ -196,6 +196,29 @@ def test_an_equal_entry_is_not_written_again_and_a_new_one_replaces_it(store: St
     assert store.get(ENCODER, key)[0]["name"] == "b.jpg"
 
 
+def test_the_bytes_of_an_entry_without_reading_it(store: Store) -> None:
+    key, data = make(1)
+    assert store.bytes_of(ENCODER, key) is None
+    store.put(ENCODER, key, data)
+    path = path_of(store, key)
+    os.utime(path, (5, 5))
+    assert store.bytes_of(ENCODER, key) == len(data) and path.stat().st_mtime == 5
+    path.write_bytes(b"broken")
+    assert store.bytes_of(ENCODER, key) == 6
+    path.unlink()
+    path.mkdir()
+    assert store.bytes_of(ENCODER, key) is None
+
+
+def test_what_is_not_to_be_written_is_not_remembered(store: Store) -> None:
+    store.writable = False
+    store.remember("a" * 64, "b" * 64)
+    assert not store.root.exists()
+    store.writable = True
+    store.remember("a" * 64, "b" * 64)
+    assert store.recall("a" * 64) == "b" * 64
+
+
 def test_an_entry_that_is_a_folder_or_a_dangling_link_is_a_miss(store: Store) -> None:
     key, data = make(1)
     store.put(ENCODER, key, data)

@@ -2,8 +2,9 @@
 
 import heapq
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,8 @@ from gridprune_cli.cli import options, output
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.files import FileFault
 from gridprune_cli.store import Entry, Removed, open_store, parse_age, parse_size
+
+BLOCK = 64  # lines of JSON that are written at once
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="See and tidy the encoded images on disk.")
 
@@ -38,8 +41,8 @@ def list_entries(
         entries = _ordered(entries, sort or "used", limit)
     rows = map(_describe, entries)
     if json:
-        for row in rows:
-            output.emit_json(row)
+        while block := list(islice(rows, BLOCK)):
+            output.emit_json(*block)
         return
     now = time.time()
     output.table(
@@ -62,15 +65,15 @@ def list_entries(
 def info(cache_dir: options.CacheDir = None, json: options.Json = False) -> None:
     """Say how much is in the cache, and for which models."""
     store = open_store(cache_dir)
-    sizes: dict[str, list[int]] = defaultdict(list)
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     samples: dict[str, Entry] = {}
     for entry in store.entries():
-        sizes[entry.encoder].append(entry.bytes)
+        counts[entry.encoder] += 1
+        sizes[entry.encoder] += entry.bytes
         samples[entry.encoder] = entry
-    models = [
-        (_describe(samples[name])["model"] or "?", name, len(part), sum(part)) for name, part in sorted(sizes.items())
-    ]
-    entries, size = sum(map(len, sizes.values())), sum(map(sum, sizes.values()))
+    models = [(_describe(samples[name])["model"] or "?", name, counts[name], sizes[name]) for name in sorted(counts)]
+    entries, size = counts.total(), sizes.total()
     if json:
         record = {"dir": str(store.root), "entries": entries, "bytes": size, "limit": store.limit}
         names = ("model", "encoder", "entries", "bytes")

@@ -2,7 +2,9 @@
 
 import os
 import time
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +13,7 @@ from gridprune_cli.cli import options
 from gridprune_cli.cli.output import emit_json, progress, read_stdin, say, set_quiet, size, warn
 
 if TYPE_CHECKING:
+    from gridprune_cli.forecast import Forecast
     from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.ray_engine import Ray
 
@@ -31,12 +34,14 @@ def encode(
         int, typer.Option(min=1, help="Images that go through the tower at once; halved if memory runs out.")
     ] = 16,
     refresh: Annotated[bool, typer.Option("--refresh", help="Encode again what is cached already.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     shard: options.Shard = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Encode images into the cache, but for those there already. One that can't be read is named; the rest goes on."""
     from gridprune_cli.errors import BadInput, GridpruneError
+    from gridprune_cli.forecast import forecast, may_lack_room
     from gridprune_cli.images import find_images
 
     set_quiet(quiet)
@@ -47,6 +52,16 @@ def encode(
     listed = [name for path in paths for name in (_names() if path == "-" else [path])]
     mine = options.in_shard(shard)
     images = [image for image in find_images(listed) if mine is None or mine(str(image))]
+    if dry_run:
+        pipeline.store.writable = False
+    if dry_run or may_lack_room(pipeline, pipeline.store, images):
+        with progress("looking", len(images)) as step:
+            expected = forecast(pipeline, pipeline.store, images, refresh=refresh, step=step)
+        if dry_run:
+            _print(expected, json)
+        check_room(expected, pipeline.store.root, pipeline.storage)
+    if dry_run:
+        return
     done = hits = failed = size_of_new = 0
     told: set[str] = set()  # a remark that fits many images is made once
     start = time.perf_counter()
@@ -72,6 +87,33 @@ def encode(
     if failed:
         warn(f"{failed} of {len(images)} could not be encoded")
         raise typer.Exit(3)
+
+
+def check_room(expected: "Forecast", root: Path, storage: str) -> None:
+    """Raises GridpruneError where what is to be written would not fit."""
+    from gridprune_cli.errors import GridpruneError
+
+    smaller = ", or --store float8" if storage == "full" else ""
+    if expected.limit is not None and expected.total > expected.limit:
+        raise GridpruneError(
+            f"--cache-limit {size(expected.limit)}: the images take about {size(expected.total)} in the cache, so the "
+            f"last would push out the first; set a higher --cache-limit, 0 for none{smaller}"
+        )
+    if expected.growth > expected.free:
+        raise GridpruneError(
+            f"{root}: about {size(expected.growth)} are needed, but {size(expected.free)} are free on its disk; make "
+            f"room, or name another --cache-dir{smaller}"
+        )
+
+
+def _print(expected: "Forecast", json: bool) -> None:
+    if json:
+        emit_json(asdict(expected))
+        return
+    cannot = f", {expected.unreadable} can't be read" if expected.unreadable else ""
+    limit = "no limit" if expected.limit is None else f"limit {size(expected.limit)}"
+    print(f"{expected.images} images, {expected.hits} of them cached already, {expected.encode} to encode{cannot}")
+    print(f"about {size(expected.bytes)} to write; {limit}, {size(expected.free)} free on the disk")
 
 
 def _names() -> list[str]:

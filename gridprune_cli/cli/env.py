@@ -32,6 +32,7 @@ def env(
         ("max-new-tokens", *_setting("MAX_NEW_TOKENS", _default(ask, "max_new_tokens"))),
         ("cache-dir", root, _origin_of_root(cache_dir)),
         ("cache-limit", *_setting("CACHE_LIMIT", store.DEFAULT_LIMIT)),
+        ("store", *_setting("STORE", _default(options.pipeline, "storage"))),
         ("device", placed.device, f"{_setting('DEVICE', '')[1]}: {placed.device_reason}"),
         ("dtype", str(placed.dtype).removeprefix("torch."), f"{_setting('DTYPE', '')[1]}: {placed.dtype_reason}"),
         ("python", platform.python_version(), "version"),

@@ -119,6 +119,15 @@ def pipeline(
         str | None,
         _option("Size that the cache may grow to, as in 20G; 0 for no limit.", _MODEL, envvar="GRIDPRUNE_CACHE_LIMIT"),
     ] = None,
+    storage: Annotated[
+        str,
+        _option(
+            "How states are stored: full, as the tower gives them, or in 8 bits, float8 or int8, which is less exact.",
+            _MODEL,
+            "--store",
+            envvar="GRIDPRUNE_STORE",
+        ),
+    ] = "full",
     no_cache: Annotated[bool, _option("Neither read nor write the cache.", _MODEL, "--no-cache")] = False,
 ) -> "Pipeline":
     """The model with its cache."""
@@ -129,7 +138,7 @@ def pipeline(
     store = None if no_cache else open_store(cache_dir, warn)
     if store and cache_limit is not None:
         store.limit = parse_size(cache_limit, "--cache-limit") or None
-    return Pipeline(model, revision=revision, clip=clip, store=store, device=device, dtype=dtype)
+    return Pipeline(model, revision=revision, clip=clip, store=store, device=device, dtype=dtype, storage=storage)
 
 
 def engine(

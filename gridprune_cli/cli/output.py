@@ -33,9 +33,9 @@ def warn(message: str) -> None:
     print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
-def emit_json(value: object) -> None:
-    """One value as one line of JSON on stdout, at once and whole."""
-    text = _json(value, sys.stdout.encoding or "utf-8")
+def emit_json(*values: object) -> None:
+    """Values as a line of JSON each on stdout, at once and whole."""
+    text = "\n".join(_json(value, sys.stdout.encoding or "utf-8") for value in values)
     with _undisturbed():
         print(text, flush=True)
 

@@ -94,6 +94,7 @@ class Plan:
             "model_digest": family.fingerprint,
             "device": str(family.device),
             "dtype": str(family.dtype).removeprefix("torch."),
+            "storage": pipeline.storage,
             "metric": self.metric,
             "suffix": self.suffix,
             "prompt": self.prompt,

@@ -140,7 +140,21 @@ class Family(ABC):
         """Whether the tower is a CLIP's, but that CLIP was not found, so that relevance makes do with words."""
         return self.clip is None and self.checkpoint.tower.get("model_type") == CLIP_TOWER
 
+    @cached_property
+    def config(self) -> Any:
+        """The checkpoint's config as transformers reads it, with the values that it leaves out."""
+        return AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True)
+
     # ---- encoding ----------------------------------------------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        """C, how many numbers a state has, by the config."""
+        return self.config.vision_config.hidden_size
+
+    def count_slots(self, size: tuple[int, int]) -> int:
+        """S of a picture of a width and height in pixels, by the settings. ValueError where it can't be processed."""
+        return self.processor._get_num_multimodal_tokens(image_sizes=[size[::-1]]).num_image_tokens[0]
 
     @cached_property
     def encoder(self) -> dict[str, Any]:
@@ -299,11 +313,10 @@ class Family(ABC):
         """What else `generate` needs for prompts `(B, L)`."""
         return {}
 
-    @cached_property
+    @property
     def depth(self) -> int:
         """How many layers the language model has."""
-        config = AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True)
-        return config.get_text_config().num_hidden_layers
+        return self.config.get_text_config().num_hidden_layers
 
     @property
     def first_inner(self) -> int:

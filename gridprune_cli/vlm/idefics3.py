@@ -28,7 +28,11 @@ class Idefics3(InternVL):
 
     @property
     def side(self) -> int:
-        return self.load("tower").config.scale_factor
+        return self.config.scale_factor
+
+    def count_slots(self, size: tuple[int, int]) -> int:
+        tiles, *_ = self.processor.image_processor.get_number_of_image_patches(*size[::-1])
+        return tiles * self.processor.image_seq_len
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Patch states `(T, P, C)` of tiles `(T, 3, H, W)`, and the attention that they receive `(T, P)`."""

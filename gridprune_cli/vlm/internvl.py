@@ -50,7 +50,14 @@ class InternVL(Family):
     @property
     def side(self) -> int:
         """How many patches are joined into one visual token, in height and in width."""
-        return round(1 / self.load("tower").config.downsample_ratio)
+        return round(1 / self.config.downsample_ratio)
+
+    @property
+    def width(self) -> int:
+        return self.side**2 * super().width
+
+    def count_slots(self, size: tuple[int, int]) -> int:
+        return self.processor.image_processor.get_number_of_image_patches(*size[::-1]) * self.processor.image_seq_length
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Patch states `(T, P, C)` of tiles `(T, 3, H, W)`, and the CLS token's attention to them `(T, P)`."""

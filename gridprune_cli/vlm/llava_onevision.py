@@ -20,6 +20,10 @@ class LlavaOnevision(LlavaNext):
     model_class = LlavaOnevisionForConditionalGeneration
     processor_class = LlavaOnevisionProcessor
 
+    @property
+    def width(self) -> int:
+        return self.config.get_text_config().hidden_size
+
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
         self.load("tower", "projector")

@@ -27,6 +27,10 @@ class Qwen2VL(Family):
         "language": ("model.language_model", "lm_head"),
     }
 
+    @property
+    def width(self) -> int:
+        return self.config.get_text_config().hidden_size
+
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
         return [self._encode(picture) for picture in pictures]

@@ -24,6 +24,10 @@ class Qwen3VL(Qwen2VL):
         return torch.cat([out.pooler_output[0], *(level[0] for level in out.deepstack_features)], dim=1)
 
     @property
+    def width(self) -> int:
+        return (1 + self._levels) * super().width
+
+    @property
     def _levels(self) -> int:
         return len(self.checkpoint.config["vision_config"]["deepstack_visual_indexes"])
 

@@ -1,0 +1,100 @@
+"""What `encode` will write, said before it starts, from settings and the sizes of images: no weights and no pixels.
+
+An image's bytes follow from its number of visual tokens, which the family's settings give for a width and height, and
+the width of a state, which its config gives. What else is in a file is rounded up.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gridprune_cli.errors import BadInput
+from gridprune_cli.images import identify, measure
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.store import Store
+
+HEADER = 2048  # bytes of a file beside its tensors and the text that stands for the image
+SAMPLE = 256  # images whose sizes speak for all
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Images, and what encoding them will do. Bytes are estimated, but for entries that are there.
+
+    hits        images that are encoded already, or are named twice
+    encode      images to encode
+    unreadable  images that can't be
+    bytes       to write
+    growth      of these, what does not replace an entry
+    total       what all of the images take in the cache
+    limit       of the cache, None for none
+    free        bytes on its disk
+    """
+
+    images: int
+    hits: int
+    encode: int
+    unreadable: int
+    bytes: int
+    growth: int
+    total: int
+    limit: int | None
+    free: int
+
+
+def forecast(
+    pipeline: Pipeline,
+    store: Store,
+    images: Sequence[Path],
+    *,
+    refresh: bool = False,
+    step: Callable[[], None] = lambda: None,
+) -> Forecast:
+    """Looks at every image: its bytes, for the key, and its header. Calls `step` after each."""
+    hits = encode = unreadable = written = growth = total = 0
+    seen: set[str] = set()
+    for image in images:
+        try:
+            sha256, name, data = identify(image)
+            key = pipeline.key(sha256)
+            there = store.bytes_of(pipeline.encoder, key)
+            if key in seen or (there is not None and not refresh):
+                hits += 1
+                total += 0 if key in seen else there or 0
+            else:
+                size = entry_bytes(pipeline, measure(data, name))
+                encode, written, total, growth = encode + 1, written + size, total + size, growth + size - (there or 0)
+            seen.add(key)
+        except (BadInput, ValueError):
+            unreadable += 1
+        step()
+    return Forecast(
+        len(images), hits, encode, unreadable, written, max(0, growth), total, store.limit, free_bytes(store.root)
+    )
+
+
+def may_lack_room(pipeline: Pipeline, store: Store, images: Sequence[Path]) -> bool:
+    """Whether a closer look is due: by the headers of some images, all of them, none of them cached, would not fit."""
+    sizes = []
+    for image in images[:: -(-len(images) // SAMPLE)] if images else ():
+        try:
+            sizes.append(entry_bytes(pipeline, measure(image)))
+        except (BadInput, ValueError):
+            continue
+    total = sum(sizes) / max(1, len(sizes)) * len(images)
+    return total > free_bytes(store.root) or (store.limit is not None and total > store.limit)
+
+
+def entry_bytes(pipeline: Pipeline, size: tuple[int, int]) -> int:
+    """Bytes of the entry of a picture of a width and height, about. ValueError where the family can't process it."""
+    family = pipeline.family
+    number, token = family.dtype.itemsize, family.processor.tokenizer.convert_ids_to_tokens(family.image_token)
+    states = family.width * number if pipeline.storage == "full" else family.width + 4  # a byte each, and a scale
+    return HEADER + family.count_slots(size) * (states + number + 4 + len(token))  # with saliency, slot and text
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk that a folder, which need not be there yet, is or will be on."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free

@@ -1,0 +1,159 @@
+"""What `encode` says that it will write, against what it writes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from tiny_families import make
+
+from gridprune_cli import forecast as module
+from gridprune_cli.forecast import entry_bytes, forecast, free_bytes, may_lack_room
+from gridprune_cli.images import load_image, measure
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.scenes.scene import draw, make_scene
+from gridprune_cli.store import open_store
+from gridprune_cli.vlm import FAMILIES
+
+SIZES = [(100, 100), (210, 70), (60, 200), (31, 29), (640, 480)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_familys_settings_give_the_tokens_of_a_size_and_their_width(name, tmp_path, noise):
+    pipeline = Pipeline(str(make(name, tmp_path / "model")), dtype="bfloat16")
+    counted = [pipeline.family.count_slots(size) for size in SIZES]
+    width = pipeline.family.width
+    assert not pipeline.family._loaded  # no weights were read for it
+    for size, count in zip(SIZES, counted, strict=True):
+        encoded = pipeline.encode([noise(size)])[0]
+        assert (count, width) == (len(encoded.slots), encoded.states.shape[1])
+        assert encoded.states.dtype == encoded.saliency.dtype == torch.bfloat16  # so that one tells the other's
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    for seed in range(4):
+        draw(make_scene(seed))[0].save(folder / f"{seed}.png")
+    return folder
+
+
+@pytest.mark.parametrize("storage", ["full", "float8", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bytes_of_an_entry_are_about_those_said(scenes, storage, dtype):
+    pipeline = Pipeline(store=open_store(), storage=storage, dtype=dtype)
+    encoded = pipeline.encode_one(scenes / "0.png")[0]
+    written = len(encoded.to_bytes())
+    assert written == pipeline.store.bytes_of(pipeline.encoder, encoded.key)
+    assert abs(entry_bytes(pipeline, encoded.size) / written - 1) < 0.05
+
+
+def test_images_are_counted_as_encode_counts_them(scenes, command):
+    (scenes / "twin.png").write_bytes((scenes / "1.png").read_bytes())
+    (scenes / "broken.png").write_bytes(b"x")
+    assert command("encode", scenes / "0.png")[0] == 0
+    pipeline = Pipeline(store=open_store())
+    images = sorted(scenes.iterdir())
+    seen = []
+    said = forecast(pipeline, pipeline.store, images, step=lambda: seen.append(1))
+    assert (said.images, said.hits, said.encode, said.unreadable, len(seen)) == (6, 2, 3, 1, 6)
+    assert said.bytes == said.growth == pytest.approx(said.total * 3 / 4, rel=0.05)
+    assert "5 images, 2 of them cached already" in command("encode", scenes)[2]
+    again = forecast(pipeline, pipeline.store, images, refresh=True)
+    assert (again.hits, again.encode) == (1, 4) and again.bytes == again.total
+    assert again.growth < 0.1 * again.bytes  # what is replaced takes no more room
+    done = forecast(pipeline, pipeline.store, images)
+    assert (done.hits, done.encode, done.bytes) == (5, 0, 0)
+    assert done.total == sum(entry.bytes for entry in pipeline.store.entries())
+    assert not pipeline.family._loaded
+
+
+def test_a_dry_run_writes_nothing_and_reads_no_weights(scenes, run, tmp_path, monkeypatch, tiny_llava):
+    from gridprune_cli.vlm import family
+
+    monkeypatch.setattr(family, "load_part", None)
+    code, out, err = run("encode", scenes, "--dry-run")
+    assert (code, err) == (0, "")
+    first, second = out.splitlines()
+    assert first == "4 images, 0 of them cached already, 4 to encode"
+    assert second.startswith("about ") and "to write; limit 20.0 GiB, " in second
+    record = json.loads(run("encode", scenes, "--dry-run", "--json")[1])
+    assert {name: record[name] for name in ("images", "hits", "encode", "unreadable")} == {
+        "images": 4,
+        "hits": 0,
+        "encode": 4,
+        "unreadable": 0,
+    }
+    assert record["limit"] == 20 << 30 and record["free"] > 0 and 0 < record["bytes"] == record["growth"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_dry_run_leaves_an_entrys_time_and_a_broken_entry_alone(scenes, run, tmp_path):
+    run("encode", scenes)
+    paths = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    paths[0].write_bytes(b"broken")
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
+    assert run("encode", scenes, "--dry-run")[0] == 0
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths] == before
+
+
+def test_more_than_the_limit_holds_is_refused_before_anything_is_done(scenes, command, tmp_path, monkeypatch):
+    size = entry_bytes(Pipeline(), measure(scenes / "0.png"))
+    for dry in ((), ("--dry-run",)):
+        code, out, err = command("encode", scenes, "--cache-limit", 3 * size, *dry)
+        assert code == 1 and err.count("\n") == 1 and bool(out) == bool(dry)
+        assert "--cache-limit 5" in err and "0 for none, or --store float8" in err
+        assert not list(tmp_path.rglob("*.safetensors"))
+    assert command("encode", scenes, "--cache-limit", 3 * size, "--store", "float8")[0] == 0
+    assert command("encode", scenes, "--cache-limit", 0)[0] == 0
+
+
+def test_equal_files_and_entries_that_are_there_do_not_count_twice(scenes, command):
+    size = entry_bytes(Pipeline(), measure(scenes / "0.png"))
+    for copy in range(4):
+        shutil.copy(scenes / "0.png", scenes / f"copy-{copy}.png")
+    assert command("encode", scenes, "--cache-limit", 5 * size)[0] == 0
+    assert command("encode", scenes, "--cache-limit", 5 * size)[0] == 0
+
+
+def test_more_than_the_disk_has_is_refused_but_not_what_is_there(scenes, command, tmp_path, monkeypatch):
+    size = entry_bytes(Pipeline(), measure(scenes / "0.png"))
+    monkeypatch.setattr(module, "free_bytes", lambda folder: 2 * size)
+    code, _, err = command("encode", scenes)
+    assert code == 1 and err.startswith(f"gridprune: {tmp_path / 'cache'}: about ") and err.count("\n") == 1
+    assert "name another --cache-dir, or --store float8" in err
+    assert "--store" not in command("encode", scenes, "--store", "int8")[2]
+    assert command("encode", scenes / "0.png", scenes / "1.png")[0] == 0
+    assert command("encode", scenes)[0] == 0
+    monkeypatch.setattr(module, "free_bytes", lambda folder: 0)
+    assert command("encode", scenes)[0] == 0
+
+
+def test_some_headers_speak_for_all_images(scenes, monkeypatch):
+    pipeline = Pipeline(store=open_store())
+    looked = []
+    monkeypatch.setattr(module, "measure", lambda image: looked.append(image) or measure(image))
+    images = sorted(scenes.iterdir()) * 300
+    pipeline.store.limit = 1205 * entry_bytes(pipeline, measure(images[0]))
+    assert not may_lack_room(pipeline, pipeline.store, images)
+    assert len(looked) == 240
+    assert may_lack_room(pipeline, pipeline.store, images + images[:8])
+    pipeline.store.limit = None
+    assert not may_lack_room(pipeline, pipeline.store, [])
+
+
+def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path):
+    assert abs(free_bytes(tmp_path / "a" / "b") - shutil.disk_usage(tmp_path).free) < 1 << 30
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
+def test_a_header_gives_the_size_that_the_image_will_have(tmp_path, kind):
+    path = tmp_path / "a"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    given = {"exif": exif} if kind in ("JPEG", "WEBP", "TIFF") else {}
+    Image.new("RGB", (40, 30)).save(path, kind, **given)
+    upright = (30, 40) if given else (40, 30)
+    assert measure(path) == measure(path.read_bytes()) == load_image(path).image.size == upright
