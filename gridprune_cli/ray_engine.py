@@ -366,9 +366,10 @@ def _encode(bulk: "Bulk", names: list[str], refresh: bool) -> list[tuple[str, En
     made: list[tuple[str, Encoded | GridpruneError, bool]] = []
     for name, result, hit in bulk.encode(names, refresh=refresh):
         bulk.pipeline.check_written()
-        if not isinstance(result, GridpruneError):
-            result = Encoded(result.key, result.count, result.nbytes, result.notes)
-        made.append((name, result, hit))
+        if isinstance(result, GridpruneError):
+            made.append((name, result, hit))
+        else:
+            made.append((name, Encoded(result.key, result.count, result.nbytes, result.notes), hit))
     return made
 
 

@@ -148,14 +148,14 @@ def test_each_image_has_its_own_region_unless_they_share_a_budget(pipeline, imag
     assert pipeline.localize([image, other], QUESTION, shared) is None
 
 
-def test_many_questions_are_localised_as_each_is_alone(pipeline, image, bare, tmp_path):
+def test_many_questions_are_localised_as_each_is_alone(pipeline, image, tmp_path):
     other = tmp_path / "other.png"
     draw(make_scene(HELDOUT + 1))[0].save(other)
     sources = [[image], [image, other], [other]]
     questions = [QUESTION, "Where is the red circle?", "How many stars are there?"]
-    expected = [pipeline.localize(own, question, bare) for own, question in zip(sources, questions, strict=True)]
-    assert pipeline.localize_each(sources, questions, bare) == expected
-    shared = replace(bare, share_budget=True)
+    expected = [pipeline.localize(own, question, BARE) for own, question in zip(sources, questions, strict=True)]
+    assert pipeline.localize_each(sources, questions, BARE) == expected
+    shared = replace(BARE, share_budget=True)
     assert pipeline.localize_each(sources, questions, shared) == [expected[0], None, expected[2]]
 
 

@@ -761,7 +761,11 @@ class Compression(nn.Module):
         saliency = torch.from_numpy(self.saliency[index])
         with torch.autocast(device.type, enabled=False):  # so that what is chosen is what will be
             relevance = self.relevance(states, [question.text for (question,) in asked])
-        view, k, method = (View(built.GRID, built.GRID),), plan.tokens_at(step), GridPrune(temperature=0.1, region_share=0.8)
+        view, k, method = (
+            (View(built.GRID, built.GRID),),
+            plan.tokens_at(step),
+            GridPrune(temperature=0.1, region_share=0.8),
+        )
         chosen, pooled, within = [], [], []
         for b, cosines in enumerate(relevance.cpu()):
             region = contextual_region(cosines, view)
