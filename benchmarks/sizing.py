@@ -36,7 +36,7 @@ from gridprune_cli.vlm.shapes import SHAPES
 from gridprune_cli.vlm.smolvlm import SmolVLM
 
 PICTURES = ((640, 480), (1280, 960))
-LAYERS = 4  # of a tower: at least as many as what is stored comes from
+LAYERS = 3  # of a tower: Qwen3-VL stores what each of three gives
 TEXT = {
     "hidden_size": 64,
     "intermediate_size": 64,
