@@ -36,7 +36,7 @@ from gridprune_cli.vlm.shapes import SHAPES
 from gridprune_cli.vlm.smolvlm import SmolVLM
 
 PICTURES = ((640, 480), (1280, 960))
-LAYERS = 4  # of a tower: at least as many as what is stored comes from
+LAYERS = 3  # of a tower: Qwen3-VL stores what each of three gives
 TEXT = {
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -174,8 +174,8 @@ LAYOUTS = (
             "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         },
-        _square("GotOcr2ImageProcessor", 448, crop_to_patches=True, min_patches=1, max_patches=12),
-        {"processor_class": "InternVLProcessor", "image_seq_length": 256},
+        _square("GotOcr2ImageProcessor", 448, crop_to_patches=False, min_patches=1, max_patches=12),
+        {"processor_class": "InternVLProcessor", "image_seq_length": 256},  # which crops to patches all the same
     ),
     Layout(
         "HuggingFaceM4/Idefics3-8B-Llama3",
