@@ -174,8 +174,8 @@ LAYOUTS = (
             "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         },
-        _square("GotOcr2ImageProcessor", 448, crop_to_patches=True, min_patches=1, max_patches=12),
-        {"processor_class": "InternVLProcessor", "image_seq_length": 256},
+        _square("GotOcr2ImageProcessor", 448, crop_to_patches=False, min_patches=1, max_patches=12),
+        {"processor_class": "InternVLProcessor", "image_seq_length": 256},  # which crops to patches all the same
     ),
     Layout(
         "HuggingFaceM4/Idefics3-8B-Llama3",

@@ -84,8 +84,8 @@ def to_vllm(family: Family, pruned: PrunedSet) -> Request:
     count = len(pruned.images)
     if len(runs) != count or len(runs.unique()) != 1:
         raise BadInput(
-            f"vLLM needs equally many rows for each of the {count} images, and text between them, but they come as "
-            f"{runs.tolist()}; prune with --tokens, or each image by itself"
+            f"vLLM needs equally many rows for each of the {count} images, and text between them, but the prompt has "
+            f"runs of {runs.tolist()}; prune with --tokens, or each image by itself"
         )
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = (ids[1:] != family.image_token) | (ids[:-1] != family.image_token)

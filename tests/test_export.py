@@ -167,7 +167,7 @@ def test_several_images(llava, noise):
     shared = replace(COMPACT, tokens=5, share_budget=True, method=make_method("fastervlm"))
     with pytest.raises(BadInput, match="equally many rows for each of the 2 images, and text between them"):
         to_vllm(llava.family, llava.prune(images, QUESTION, shared, **apart))
-    with pytest.raises(BadInput, match=r"come as \[6\]"):  # side by side
+    with pytest.raises(BadInput, match=r"runs of \[6\]"):  # side by side
         to_vllm(llava.family, llava.prune(images, QUESTION, three))
 
 
