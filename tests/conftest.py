@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("unhurried", deadline=None)  # a busy machine is no fault of the code
+settings.register_profile("unhurried", deadline=None, derandomize=True)  # a busy machine is no fault of the code
 settings.load_profile("unhurried")
 
 # read when the libraries are imported

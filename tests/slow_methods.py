@@ -10,9 +10,9 @@ EQUAL = 1e-9  # scores that are closer than this to the best, of 1, count as equ
 
 
 def cosine(a, b):
-    """Rounded to what counts as equal."""
+    """Rounded to multiples of 2^-32, as the methods have it: what is nearer counts as equal."""
     product = math.sqrt(math.fsum(x * x for x in a)) * math.sqrt(math.fsum(x * x for x in b))
-    return round(math.fsum(x * y for x, y in zip(a, b, strict=True)) / product, 9) if product else 0.0
+    return round(math.fsum(x * y for x, y in zip(a, b, strict=True)) / product * 2**32) / 2**32 if product else 0.0
 
 
 def first_best(tokens, score, scale=1.0):

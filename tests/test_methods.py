@@ -548,7 +548,7 @@ def test_relevant_zones_keep_more_the_colder_the_more():
     relevance[:4, :4] = 0.3
     signals = Signals((View(8, 8),), relevance.flatten(), torch.rand(64, generator=torch.Generator().manual_seed(0)))
     budgets = []
-    for options in (LITERAL, {}, {"temperature": 0.01}):
+    for options in (LITERAL, {"temperature": 0.1}, {"temperature": 0.01}):
         method = GridPrune(**options)
         index, zones = method.zones(signals)
         budgets.append(torch.bincount(index[method.select(signals, 16)], minlength=zones.count).tolist())
