@@ -112,7 +112,8 @@ def test_ratios_split_the_budget(llava, noise):
     assert kept(tokens=5, outside_ratio=12.0) == (4, 1, {"inside": 1.0, "outside": 12.0})
     assert kept(tokens=5, inside_ratio=1.0, outside_ratio=3.0) == (4, 4, {"inside": 1.0, "outside": 3.0})
     assert kept(tokens=8, inside_ratio=4.0) == (2, 6, {"inside": 2.0, "outside": 2.0})  # never more than outside
-    assert kept(tokens=5) == (3, 2, {"inside": pytest.approx(4 / 3, abs=0.01), "outside": 6.0})  # the method's own split
+    own = {"inside": pytest.approx(4 / 3, abs=0.01), "outside": 6.0}  # the method's own split
+    assert kept(tokens=5) == (3, 2, own)
 
 
 @pytest.mark.parametrize(
