@@ -158,10 +158,15 @@ class Ray:
                 raise GridpruneError(f"--engine ray: gave {given} results for {len(items)}; give the command again")
 
 
-_SETTINGS = {  # of Ray, where the user says nothing else
-    "RAY_USAGE_STATS_ENABLED": "0",  # it would tell its makers
+# Ray's environment variables, read when it is imported
+_SETTINGS = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # what matters is raised in Python
+    "RAY_DEDUP_LOGS": "1",  # and none of the lines is printed, to stdout, that match this expression: all of them
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or workers without a GPU warn
+}
+_DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # it would tell its makers
     "RAY_worker_niceness": "0",  # as urgent as this command, not 15 less
 }
 
@@ -173,8 +178,7 @@ def _ray(address: str | None) -> Iterator[Any]:
     own: dict[str, Any] = {}
     if address == "local":
         own = {"include_dashboard": False, "object_store_memory": _object_store()}
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
+    os.environ |= _DEFAULTS | os.environ | _SETTINGS
     try:
         _check(address)
         with _silent():
