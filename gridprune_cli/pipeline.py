@@ -148,6 +148,11 @@ class Asked:
     pruning: Pruning
     localized: Sequence[Localized] | None = None
 
+    @property
+    def said(self) -> Sequence[Localized | None]:
+        """What was answered about each image."""
+        return self.localized or [None] * len(self.images)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -439,7 +444,6 @@ class Pipeline:
             pairs = zip(images, signals, chosen, strict=True)
             states = torch.cat([self._compressed(*own, pruning.plc) for own in pairs])
         leaving = self._inside(pruning, signals, parts)
-        said = asked.localized or [None] * len(images)
         make = partial(
             PrunedSet,
             kept=kept,
@@ -458,7 +462,7 @@ class Pipeline:
                     localizer=_found_by(pruning, known, named),
                     ratios=None if pruning.plc == "off" else ratios(mine, _within(known)),
                 )
-                for image, known, mine, named in zip(images, signals, chosen, said, strict=True)
+                for image, known, mine, named in zip(images, signals, chosen, asked.said, strict=True)
             ),
             model=self.model,
             fingerprint=self.family.fingerprint,
@@ -502,11 +506,14 @@ class Pipeline:
             pruning, needs, query = one.pruning, one.pruning.method.requires, one.pruning.query or one.question
             words = family.vocabulary.vectors(keywords(query)) if "words" in needs else None
             made.append([])
-            for image, said in zip(one.images, one.localized or [None] * len(one.images), strict=True):
+            for image, said in zip(one.images, one.said, strict=True):
                 relevance = family.relevance(image.states, query) if pruning.needs_relevance else None
-                region = None
+                region: Box | None = None
                 if isinstance(pruning.method, GridPrune) and pruning.heeds_region(len(one.images)):
-                    region = pruning.region if isinstance(pruning.region, tuple) else said and said.box
+                    if isinstance(pruning.region, tuple):
+                        region = pruning.region
+                    elif said is not None:
+                        region = said.box
                     if region is None and relevance is not None:
                         where = relevance * pruning.method.relevance_sign
                         unknown.setdefault(image.views, []).append((number, len(made[-1]), where))

@@ -143,7 +143,7 @@ def check_rows(tiny, picture):
     with torch.no_grad():
         expected = tiny.whole.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output[0]
     encoded = tiny.pipeline.encode([picture])[0]
-    rows = tiny.pipeline._rows(encoded.states, encoded.slots)
+    (rows,) = tiny.pipeline._rows([(encoded.states, encoded.slots)])
     assert rows.shape == expected.shape
     assert torch.allclose(rows, expected, atol=1e-4)
     newlines = (expected == tiny.whole.model.image_newline).all(1)

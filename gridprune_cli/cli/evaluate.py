@@ -142,8 +142,8 @@ def _write(pipeline: "Pipeline", plan: "Plan", rows: "Rows", folder: Path) -> No
     table = markdown(results)
 
     def picture(cell: "Cell", item: "Item", answer: str) -> "Image.Image":
-        encoded = encode(pipeline, plan.data, [item], {})[item.image]
-        pruned = prune(pipeline, plan, cell.settled(encoded.image), item, encoded)
+        encoded = encode(pipeline, plan.data, [item], {})
+        (pruned,) = prune(pipeline, plan, [cell.settled(encoded[item.image].image)], [item], encoded)
         return draw(figure_of(plan.data.find(item.image), pruned, answer))
 
     write_atomic(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode(), sync=True)
