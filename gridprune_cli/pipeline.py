@@ -518,7 +518,7 @@ class Pipeline:
             made.append([])
             for image, said in zip(one.images, one.said, strict=True):
                 relevance = family.relevance(image.states, query) if pruning.needs_relevance else None
-                region = None
+                region: Box | None = None
                 if isinstance(pruning.method, GridPrune) and pruning.heeds_region(len(one.images)):
                     region = pruning.region if isinstance(pruning.region, tuple) else said.box if said else None
                     if region is None and relevance is not None:
