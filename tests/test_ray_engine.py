@@ -49,6 +49,7 @@ def start(folder, *arguments, **environment):
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment,
         stdout=open(folder / "out", "wb"),
         stderr=open(folder / "err", "wb"),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
 
 
