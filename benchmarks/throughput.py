@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("encode", "questions"))
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--parts", type=int, default=5)
+    parser.add_argument("--parts", type=int, default=10)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         pictures, cache = Path(folder, "pictures"), Path(folder, "cache")

@@ -1,15 +1,15 @@
 """Many images and many questions through one pipeline, as fast as its tower and its language model alone allow.
 
-Worker threads read and decode images while the tower runs, and one thread writes behind it. Questions are answered in
-left-padded batches of like length, which gives the answers of one question at a time. Of many millions, only as many
-are held as are being worked on.
+Worker threads read and decode images while the tower runs on a GPU, else between its batches, and one thread writes
+behind it. Questions are answered in left-padded batches of like length, which gives the answers of one question at a
+time. Of many millions, only as many are held as are being worked on.
 """
 
 import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -135,7 +135,10 @@ class Bulk:
             latest: dict[str, EncodedImage] = {}  # by sha256: the same file again, read before it was written
             waiting: list[_Read] = []
             done: list[_Done] = []
-            for read in _ahead(readers, partial(self._read, refresh=refresh), sources, 2 * self._images.size):
+            # a tower on the CPU takes all cores: reading beside it slows it by more than reading between batches takes
+            beside = self.pipeline.family.device != "cpu"
+            work = partial(self._read, refresh=refresh)
+            for read in _ahead(readers, work, sources, 2 * self._images.size, beside=beside):
                 waiting.append(read)
                 pictures = [r.found for r in waiting if isinstance(r.found, Picture)]
                 room = sum(map(_pixels, pictures)) <= _MOST_PIXELS and len(waiting) < 4 * self._images.size
@@ -397,18 +400,27 @@ def _written(done: Iterable[_Done]) -> Iterator[tuple[str, EncodedImage | Gridpr
 
 
 def _ahead(
-    threads: ThreadPoolExecutor, work: Callable[[Source], _Read], sources: Iterable[Source], most: int
+    threads: ThreadPoolExecutor, work: Callable[[Source], _Read], sources: Iterable[Source], most: int, *, beside: bool
 ) -> Iterator[_Read]:
-    """What `work` makes of sources, in turn, up to `most` of them ahead; fewer where pictures are large."""
+    """What `work` makes of sources, in turn, up to `most` of them ahead; fewer where pictures are large.
+
+    `beside`: while the caller does other things. Else none of it goes on meanwhile.
+    """
     rest = iter(sources)
     flying: deque[Future[_Read]] = deque()
+    recent = deque([_MOST_PIXELS // 4], maxlen=8)  # pixels; how large the first ones are is not known
     while True:
-        held = sum(_pixels(future.result().found) for future in flying if future.done())
-        while len(flying) < most and held <= _MOST_PIXELS and (source := next(rest, None)) is not None:
-            flying.append(threads.submit(work, source))
+        if beside or not flying:
+            room = min(most, max(1, _MOST_PIXELS // max(1, *recent)))
+            while len(flying) < room and (source := next(rest, None)) is not None:
+                flying.append(threads.submit(work, source))
+            if not beside:
+                wait(flying)
         if not flying:
             return
-        yield flying.popleft().result()
+        read = flying.popleft().result()
+        recent.append(_pixels(read.found))
+        yield read
 
 
 def _pixels(found: EncodedImage | Picture | GridpruneError) -> int:

@@ -233,10 +233,10 @@ _NEAR = sum(
 
 
 def looks_like_scene(picture: Image.Image) -> bool:
-    """Whether a picture can be a scene: of its size, and with a share of its pixels in the palette's plain colours."""
+    """Whether an RGB picture can be a scene: of its size, a share of its pixels in the palette's plain colours."""
     if picture.size != (SIZE, SIZE):
         return False
-    smooth = picture.convert("RGB").reduce(2)  # averages most of the noise away
+    smooth = picture.reduce(2)  # averages most of the noise away
     red, green, blue = np.moveaxis(np.asarray(smooth), -1, 0)
     return bool(((_NEAR[0, red] & _NEAR[1, green] & _NEAR[2, blue]) > 0).mean() >= 0.02)
 

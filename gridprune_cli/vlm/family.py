@@ -174,7 +174,7 @@ class Family(ABC):
         """Runs the tower on pictures. Loads the tower, and the projector where states are stored projected."""
 
     def prepare(self, picture: Image) -> None:
-        """Does the processor's work ahead of `encode`, on the CPU. For worker threads, while the tower runs."""
+        """Does the processor's work ahead of `encode`, on the CPU. For worker threads."""
         with suppress(Exception):  # `encode` meets it again, and knows what to say of it
             picture.__dict__[_PREPARED] = self._process(picture)  # goes when the picture goes
 
@@ -188,10 +188,13 @@ class Family(ABC):
         return inputs, placeholder
 
     def _process(self, picture: Image) -> tuple[dict[str, Any], str]:
-        known = self.processor.tokenizer.init_kwargs
-        settings = self.processor._merge_kwargs(tokenizer_init_kwargs=known, return_tensors="pt")["images_kwargs"]
-        data, (placeholder,) = self.processor._process_images([picture], **settings)
+        data, (placeholder,) = self.processor._process_images([picture], **self._image_settings)
         return data, placeholder
+
+    @cached_property
+    def _image_settings(self) -> dict[str, Any]:
+        known = self.processor.tokenizer.init_kwargs
+        return dict(self.processor._merge_kwargs(tokenizer_init_kwargs=known, return_tensors="pt")["images_kwargs"])
 
     # ---- pruning -----------------------------------------------------------------------------------------------------
 
