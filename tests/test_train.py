@@ -11,45 +11,62 @@ from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcesso
 
 from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline, Pruning
-from gridprune_cli.scenes import train
+from gridprune_cli.scenes import model as built
 from gridprune_cli.scenes.model import IMAGE, WIDTH
-from gridprune_cli.scenes.scene import covering, draw, make_scene, neighbour, questions
+from gridprune_cli.scenes.scene import (
+    CHARACTERS,
+    COLOURS,
+    DIRECTIONS,
+    PLACES,
+    SHAPES,
+    covering,
+    draw,
+    make_scene,
+    neighbour,
+    questions,
+)
+from gridprune_cli.scenes.train import run
+from gridprune_cli.scenes.train.data import IGNORE, Pool, asked_patches, normalise
+from gridprune_cli.scenes.train.language import pack, places_of, whiten
+from gridprune_cli.scenes.train.localizer import LOCALIZER_HEADS, Localizer, extents, seen_owners, shrink
+from gridprune_cli.scenes.train.plan import Plan
+from gridprune_cli.scenes.train.tower import HEADS, properties
 from gridprune_cli.vlm.compressor import load_compressor
 
 
 @pytest.fixture
 def short(monkeypatch):
     """Plans of a few steps."""
-    monkeypatch.setattr(train, "LOG_EVERY", 1)
-    monkeypatch.setattr(train, "TOWER", train.Plan(3, 2, 4, 0, 1e-3, ((0.5, 128), (0.5, 256))))
-    monkeypatch.setattr(train, "TOWER_AGAIN", train.Plan(2, 2, 4, 0, 1e-3, ((1.0, 128),), start=3))
-    monkeypatch.setattr(train, "LANGUAGE", train.Plan(3, 2, 4, 4, 1e-3, ((0.5, 32), (0.5, 256))))
+    monkeypatch.setattr(run, "LOG_EVERY", 1)
+    monkeypatch.setattr(run, "TOWER", Plan(3, 2, 4, 0, 1e-3, ((0.5, 128), (0.5, 256))))
+    monkeypatch.setattr(run, "TOWER_AGAIN", Plan(2, 2, 4, 0, 1e-3, ((1.0, 128),), start=3))
+    monkeypatch.setattr(run, "LANGUAGE", Plan(3, 2, 4, 4, 1e-3, ((0.5, 32), (0.5, 256))))
     closely = {"led": ((2, 2), (3, 4)), "closely": True}
-    monkeypatch.setattr(train, "LANGUAGE_AGAIN", train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 256),), start=3, **closely))
-    monkeypatch.setattr(train, "LANGUAGE_LAST", train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 64),), start=4, **closely))
-    counts = train.Plan(1, 2, 4, 4, 1e-3, ((1.0, 64),), start=5, placed=True, **closely)
-    monkeypatch.setattr(train, "LANGUAGE_COUNTS", counts)
-    plan = train.Plan(3, 2, 4, 0, 1e-3, ((0.5, 72), (0.5, 144)), led=((1, 2),), closely=True)
-    monkeypatch.setattr(train, "LOCALIZER", plan)
+    monkeypatch.setattr(run, "LANGUAGE_AGAIN", Plan(1, 2, 4, 4, 1e-3, ((1.0, 256),), start=3, **closely))
+    monkeypatch.setattr(run, "LANGUAGE_LAST", Plan(1, 2, 4, 4, 1e-3, ((1.0, 64),), start=4, **closely))
+    counts = Plan(1, 2, 4, 4, 1e-3, ((1.0, 64),), start=5, placed=True, **closely)
+    monkeypatch.setattr(run, "LANGUAGE_COUNTS", counts)
+    plan = Plan(3, 2, 4, 0, 1e-3, ((0.5, 72), (0.5, 144)), led=((1, 2),), closely=True)
+    monkeypatch.setattr(run, "LOCALIZER", plan)
     tower = replace(plan, steps=1, first_seed=4, start=3, part="tower")
-    monkeypatch.setattr(train, "LOCALIZER_TOWER", tower)
+    monkeypatch.setattr(run, "LOCALIZER_TOWER", tower)
     again = replace(plan, steps=2, first_seed=4, start=4, led=((2, 2), (3, 4)), part="language")
-    monkeypatch.setattr(train, "LOCALIZER_AGAIN", again)
-    monkeypatch.setattr(train, "COMPRESSOR", train.Plan(3, 2, 4, 4, 1e-3, ((0.5, 28), (0.5, 13))))
+    monkeypatch.setattr(run, "LOCALIZER_AGAIN", again)
+    monkeypatch.setattr(run, "COMPRESSOR", Plan(3, 2, 4, 4, 1e-3, ((0.5, 28), (0.5, 13))))
 
 
-def run(folder):
-    train.train(folder / "out", folder / "work", 0, torch.device("cpu"))
+def trained(folder):
+    run.train(folder / "out", folder / "work", 0, torch.device("cpu"))
     out = folder / "out"
     models = (LlavaForConditionalGeneration.from_pretrained(out), CLIPModel.from_pretrained(out / "clip"))
     return *models, load_compressor(out)
 
 
 def test_a_run_that_was_stopped_ends_where_another_would(short, tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole")
+    whole = trained(tmp_path / "whole")
     ran: list[tuple[str, int, int]] = []
     for name in ("Tower", "Language", "Compression"):
-        kind = getattr(train, name)
+        kind = getattr(run, name)
         losses = kind.losses
 
         def stop(self, pool, step, plan, device, losses=losses):
@@ -59,11 +76,11 @@ def test_a_run_that_was_stopped_ends_where_another_would(short, tmp_path, monkey
             return losses(self, pool, step, plan, device)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "SAVE_EVERY", 1)
+            patch.setattr(run, "SAVE_EVERY", 1)
             patch.setattr(kind, "losses", stop)
             with pytest.raises(KeyboardInterrupt):
-                run(tmp_path / "stopped")
-    resumed = run(tmp_path / "stopped")
+                trained(tmp_path / "stopped")
+    resumed = trained(tmp_path / "stopped")
     for a, b in zip(whole, resumed, strict=True):
         for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
             assert torch.allclose(x.float(), y.float(), atol=1e-6), name
@@ -75,7 +92,7 @@ def test_a_run_that_was_stopped_ends_where_another_would(short, tmp_path, monkey
 
 
 def test_the_towers_of_both_checkpoints_are_one(short, tmp_path):
-    llava, clip, _ = run(tmp_path)
+    llava, clip, _ = trained(tmp_path)
     assert llava.dtype == clip.dtype == torch.bfloat16
     theirs = clip.vision_model.state_dict()
     mine = llava.model.vision_tower.state_dict()
@@ -84,7 +101,7 @@ def test_the_towers_of_both_checkpoints_are_one(short, tmp_path):
 
 
 def test_the_localizer_starts_from_the_towers_first_layers(short, tmp_path):
-    train.train(tmp_path / "out", tmp_path / "work", 0, torch.device("cpu"), "localizer")
+    run.train(tmp_path / "out", tmp_path / "work", 0, torch.device("cpu"), "localizer")
     llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
     processor = LlavaProcessor.from_pretrained(tmp_path / "out")
     saved = torch.load(tmp_path / "work/tower-again.pt", weights_only=True)["model"]
@@ -113,12 +130,12 @@ def test_the_localizer_starts_from_the_towers_first_layers(short, tmp_path):
 
 def test_the_localizer_takes_over_the_main_models_words_and_rows(short, tmp_path):
     """Behind the main model's own tower states, scaled down, its projector would give the main model's rows."""
-    pool = train.Pool(tmp_path, 4, 64)
-    tower, language = train.Tower(), train.Language()
-    language.features = train.store_features(tower, pool, tmp_path / "features.npy", torch.device("cpu"))
+    pool = Pool(tmp_path, 4, 64)
+    tower, language = run.Tower(), run.Language()
+    language.features = run.store_features(tower, pool, tmp_path / "features.npy", torch.device("cpu"))
     states = torch.from_numpy(np.array(language.features)).float()
-    train.whiten(language.llava.model.multi_modal_projector, states.flatten(0, 1))
-    localizer = train.Localizer(tower)
+    whiten(language.llava.model.multi_modal_projector, states.flatten(0, 1))
+    localizer = Localizer(tower)
 
     def scaled(grid):
         grid = grid.transpose(1, 2).unflatten(2, (16, 16))
@@ -143,47 +160,45 @@ def test_the_localizer_takes_over_the_main_models_words_and_rows(short, tmp_path
 def test_the_localizer_sees_the_owners_and_pixels_of_its_own_size():
     scene = make_scene(3)
     picture, owner = draw(scene)
-    seen = train.seen_owners(scene).reshape(12, 12)
+    seen = seen_owners(scene).reshape(12, 12)
     for row in range(12):
         for col in range(12):
             if seen[row, col] >= 0:  # three quarters of the size: the object is within a pixel of that patch
                 y, x = int(row * 56 / 3), int(col * 56 / 3)
                 assert (owner[max(0, y - 1) : y + 20, max(0, x - 1) : x + 20] == seen[row, col] + 1).mean() > 0.2
     assert {o - 1 for o in set(owner.flatten().tolist()) if o} <= set(seen.flatten().tolist())
-    processor = train.built.make_processor(168, train.built.make_localizer_tokenizer()).image_processor
-    pixels = train.normalise(train.shrink(np.asarray(picture)[None]), torch.device("cpu"))
+    processor = built.make_processor(168, built.make_localizer_tokenizer()).image_processor
+    pixels = normalise(shrink(np.asarray(picture)[None]), torch.device("cpu"))
     assert torch.equal(pixels, processor([picture], return_tensors="pt")["pixel_values"])
 
 
 def test_extents_are_the_boxes_of_the_object_its_like_and_its_neighbours():
     for seed in range(20):
         scene = make_scene(seed)
-        table = train.extents(scene)
-        assert table.shape == (8, len(train.LOCALIZER_HEADS))
-        assert all(
-            (column < classes).all() for column, (classes, _) in zip(table.T, train.LOCALIZER_HEADS, strict=True)
-        )
+        table = extents(scene)
+        assert table.shape == (8, len(LOCALIZER_HEADS))
+        assert all((column < classes).all() for column, (classes, _) in zip(table.T, LOCALIZER_HEADS, strict=True))
         for i, (row, o) in enumerate(zip(table, scene.objects, strict=False)):
             assert tuple(row[3:7]) == covering(scene, (i,))
             x0, y0, x1, y1 = (o.box[0] // 28, o.box[1] // 28, (o.box[2] - 1) // 28, (o.box[3] - 1) // 28)
             assert tuple(row[3:7]) == (x0, y0, x1, y1)
             same = tuple(j for j, p in enumerate(scene.objects) if p.shape == o.shape)
             assert tuple(row[11:15]) == covering(scene, same)
-            for d, direction in enumerate(train.DIRECTIONS):
+            for d, direction in enumerate(DIRECTIONS):
                 j, told = neighbour(scene, i, direction), tuple(row[19 + 4 * d : 23 + 4 * d])
-                assert told == ((train.IGNORE,) * 4 if j is None else (8,) * 4 if j < 0 else covering(scene, (j,)))
+                assert told == ((IGNORE,) * 4 if j is None else (8,) * 4 if j < 0 else covering(scene, (j,)))
 
 
 def test_the_compressor_learns_from_what_it_will_be_given(short, tmp_path):
     """Saliency and relevance in training are those of the pipeline, but for the rounding of 16 bit."""
-    run(tmp_path)
+    trained(tmp_path)
     pipeline = Pipeline(str(tmp_path / "out"), dtype="float32")
-    seed, text = train.COMPRESSOR.first_seed, "Where is the star?"
+    seed, text = run.COMPRESSOR.first_seed, "Where is the star?"
     image = pipeline.encode([Picture(draw(make_scene(seed))[0], "0" * 64, "scene", ())])[0]
     stored = torch.from_numpy(np.load(tmp_path / "work/compressor-saliency.npy")[0])
     assert torch.allclose(stored, image.saliency, rtol=0.1, atol=1e-4)
     models = (LlavaForConditionalGeneration, tmp_path / "out"), (CLIPModel, tmp_path / "out/clip")
-    stage = train.Compression(*(kind.from_pretrained(folder, dtype=torch.float32) for kind, folder in models))
+    stage = run.Compression(*(kind.from_pretrained(folder, dtype=torch.float32) for kind, folder in models))
     found = stage.relevance(image.states[None], [text])[0]
     assert torch.allclose(found, pipeline.family.relevance(image.states, text), atol=1e-5)
     made = pipeline.prune(image, text, Pruning(plc="trained"))
@@ -191,7 +206,7 @@ def test_the_compressor_learns_from_what_it_will_be_given(short, tmp_path):
 
 
 def test_a_plan_shows_the_tokens_and_rates_it_says():
-    plan = train.Plan(1000, 4, 10, 0, 1.0, ((0.25, 32), (0.75, 256)), start=500)
+    plan = Plan(1000, 4, 10, 0, 1.0, ((0.25, 32), (0.75, 256)), start=500)
     assert [plan.tokens_at(step) for step in (500, 749, 750, 1499)] == [32, 32, 256, 256]
     rates = [plan.rate_at(step) for step in range(500, 1500)]
     assert rates[0] < 0.01 and max(rates) == pytest.approx(rates[199], rel=0.05) and rates[-1] < 0.03
@@ -202,9 +217,9 @@ def test_packed_questions_see_the_image_and_themselves_alone():
     owners = torch.full((1, 256), -1)
     owners[0, :9] = 0
     chosen = torch.arange(256)[None]
-    tokenizer = train.built.make_tokenizer(close=False)
+    tokenizer = built.make_tokenizer(close=False)
     asked = questions(make_scene(0), 3, random.Random(0))
-    packed = train.pack([asked], chosen, owners, tokenizer, random.Random(1))
+    packed = pack([asked], chosen, owners, tokenizer, random.Random(1))
     segments = []
     for row in packed.rows[0]:
         sees = packed.mask[0, 0, row].nonzero()[:, 0]
@@ -224,29 +239,29 @@ def test_the_places_of_what_is_asked_for_are_as_many_as_the_answer_to_how_many()
     rng = random.Random(0)
     scenes = [make_scene(seed) for seed in range(30)]
     groups = [questions(scene, 8, rng) for scene in scenes]
-    places = train.places_of(groups, scenes)
+    places = places_of(groups, scenes)
     assert places.shape == (30, 8, 9)
     for held, question in zip(places.flatten(0, 1), (q for group in groups for q in group), strict=True):
         if question.kind == "count":
             assert held.sum() == int(question.answer)
         elif question.kind == "place":
-            assert [train.PLACES[i] for i in held.nonzero()[:, 0]] == [question.answer]
+            assert [PLACES[i] for i in held.nonzero()[:, 0]] == [question.answer]
         elif question.kind != "exists":
             assert held.sum() == 1
 
 
 def test_asked_patches_share_one():
     owners = torch.tensor([-1, 0, 0, 1, -2, 2])
-    assert train.asked_patches(owners, (0, 2)).tolist() == pytest.approx([0, 1 / 3, 1 / 3, 0, 0, 1 / 3])
-    assert train.asked_patches(owners, ()).sum() == 0
+    assert asked_patches(owners, (0, 2)).tolist() == pytest.approx([0, 1 / 3, 1 / 3, 0, 0, 1 / 3])
+    assert asked_patches(owners, ()).sum() == 0
 
 
 def test_the_tower_reads_properties_of_the_right_object():
-    table = train.properties(make_scene(0))
+    table = properties(make_scene(0))
     objects = make_scene(0).objects
-    assert table.shape == (8, len(train.HEADS)) and (table[len(objects) :] == train.IGNORE).all()
+    assert table.shape == (8, len(HEADS)) and (table[len(objects) :] == IGNORE).all()
     for row, o in zip(table, objects, strict=False):
-        assert list(train.COLOURS)[row[0]] == o.colour and train.SHAPES[row[1]] == o.shape
-        assert train.CHARACTERS[row[2]] == o.character and train.PLACES[row[3]] == o.place
+        assert list(COLOURS)[row[0]] == o.colour and SHAPES[row[1]] == o.shape
+        assert CHARACTERS[row[2]] == o.character and PLACES[row[3]] == o.place
         assert row[4] == sum(p.colour == o.colour for p in objects) - 1
-    assert train.Tower().heads.in_features == WIDTH
+    assert run.Tower().heads.in_features == WIDTH

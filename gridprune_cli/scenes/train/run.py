@@ -1,0 +1,182 @@
+"""The stages one after another, each going on from the state that it finds."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gridprune_cli.scenes import model as built
+from gridprune_cli.scenes.train.compressor import Compression
+from gridprune_cli.scenes.train.data import Pool, normalise, progress
+from gridprune_cli.scenes.train.language import Language, whiten
+from gridprune_cli.scenes.train.localizer import Localizer, shrink
+from gridprune_cli.scenes.train.plan import (
+    COMPRESSOR,
+    LANGUAGE,
+    LANGUAGE_AGAIN,
+    LANGUAGE_COUNTS,
+    LANGUAGE_LAST,
+    LOCALIZER,
+    LOCALIZER_AGAIN,
+    LOCALIZER_TOWER,
+    TOWER,
+    TOWER_AGAIN,
+    N,
+    Plan,
+)
+from gridprune_cli.scenes.train.tower import Tower
+from gridprune_cli.vlm.compressor import save_compressor
+
+SAVE_EVERY = 200  # steps
+LOG_EVERY = 50
+
+
+class Log:
+    """Mean losses every few steps, a JSON line each."""
+
+    def __init__(self, path: Path, stage: str, first: int):
+        self.path, self.stage = path, stage
+        self.sums: dict[str, float] = {}
+        self.began = time.time()
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        kept = [line for line in lines if line["stage"] != stage or line["step"] <= first]  # later ones come again
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def add(self, step: int, losses: dict[str, Tensor], tokens: int) -> None:
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+        if (step + 1) % LOG_EVERY == 0:
+            means = {name: round(total / LOG_EVERY, 4) for name, total in self.sums.items()}
+            line = {"stage": self.stage, "step": step + 1, "tokens": tokens, **means}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line | {"seconds": round(time.time() - self.began)}) + "\n")
+            self.sums.clear()
+
+
+def optimise(
+    name: str,
+    model: Tower | Language | Localizer | Compression,
+    pool: Pool,
+    plan: Plan,
+    work: Path,
+    device: torch.device,
+) -> None:
+    """Runs a stage to its end, saving its state every `SAVE_EVERY` steps and starting from the state that it finds."""
+    state = work / f"{name}.pt"
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.05},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.98), fused=True)
+    first, last = plan.start, plan.last
+    if state.exists():
+        saved = torch.load(state, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        first = saved["step"]
+    log = Log(work / "log.jsonl", name, first)
+    with progress() as bar:
+        task = bar.add_task(name, total=last - plan.start, completed=first - plan.start)
+        for step in range(first, last):
+            for group in optimiser.param_groups:
+                group["lr"] = plan.rate_at(step)
+            with torch.autocast(device.type, torch.bfloat16):
+                losses = model.losses(pool, step, plan, device)
+            torch.stack(list(losses.values())).sum().backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            log.add(step, losses, plan.tokens_at(step))
+            bar.update(task, completed=step + 1 - plan.start)
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == last:
+                partial = state.with_suffix(".tmp")
+                saved = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
+                torch.save(saved, partial)
+                partial.replace(state)
+
+
+@torch.no_grad()
+def store_features(tower: Tower, pool: Pool, path: Path, device: torch.device) -> np.ndarray:
+    """Penultimate-layer patch states of a pool, `(scenes, N, D)` float16, on disk."""
+    if not path.exists():
+        partial = path.with_suffix(".tmp")
+        out = np.lib.format.open_memmap(partial, "w+", np.float16, (pool.count, N, built.WIDTH))
+        with progress() as bar, torch.autocast(device.type, torch.bfloat16):
+            for at in bar.track(range(0, pool.count, 64), description="encoding scenes"):
+                states, _ = tower.states(normalise(pool.pixels[at : at + 64], device))
+                out[at : at + 64] = states[:, 1:].half().cpu().numpy()
+        out.flush()
+        partial.replace(path)
+    return np.load(path, mmap_mode="r")
+
+
+@torch.no_grad()
+def store_encodings(tower: Tower, pool: Pool, work: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """States of a pool, as `store_features` has them, and saliency `(scenes, N)`: the penultimate layer's, of CLS."""
+    paths = [work / f"compressor-{name}.npy" for name in ("features", "saliency")]
+    if not paths[1].exists():  # written last
+        features, seen = [], []
+        attention = tower.clip.vision_model.encoder.layers[-2].self_attn
+        hook = attention.register_forward_hook(lambda _, __, out: seen.append(out[1][:, :, 0, 1:].float().mean(1)))
+        with progress() as bar, torch.autocast(device.type, torch.bfloat16):
+            for at in bar.track(range(0, pool.count, 64), description="encoding scenes"):
+                states, _ = tower.states(normalise(pool.pixels[at : at + 64], device))
+                features.append(states[:, 1:].half().cpu())
+        hook.remove()
+        for path, parts in zip(paths, (features, seen), strict=True):
+            partial = path.with_suffix(".tmp.npy")
+            np.save(partial, torch.cat(parts).cpu().numpy())
+            partial.replace(path)
+    return np.load(paths[0], mmap_mode="r"), np.load(paths[1])
+
+
+def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "model") -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    tower = Tower().to(device)
+    scenes = Pool(work, TOWER.first_seed, TOWER.scenes)
+    optimise("tower", tower, scenes, TOWER, work, device)
+    optimise("tower-again", tower, scenes, TOWER_AGAIN, work, device)
+    tower.clip.to(torch.bfloat16).to(torch.float32)  # what ships is 16-bit: the language model learns from just that
+    torch.manual_seed(seed)
+    language = Language().to(device)
+    language.llava.model.vision_tower.load_state_dict(tower.clip.vision_model.state_dict())
+    pool = Pool(work, LANGUAGE.first_seed, LANGUAGE.scenes)
+    language.features = store_features(tower, pool, work / "features.npy", device)
+    states = torch.from_numpy(np.array(language.features[:1000])).flatten(0, 1)
+    whiten(language.llava.model.multi_modal_projector, states)
+    optimise("language", language, pool, LANGUAGE, work, device)
+    optimise("language-again", language, pool, LANGUAGE_AGAIN, work, device)
+    optimise("language-last", language, pool, LANGUAGE_LAST, work, device)
+    optimise("language-counts", language, pool, LANGUAGE_COUNTS, work, device)
+    if part == "localizer":
+        torch.manual_seed(seed)
+        train_localizer(out, work, tower, language, scenes, pool, device)
+        return
+    language.llava.model.language_model.set_attn_implementation("sdpa")
+    built.save(out, language.llava, tower.clip)
+    torch.manual_seed(seed)
+    pool = Pool(work, COMPRESSOR.first_seed, COMPRESSOR.scenes)
+    compression = Compression(language.llava.float(), tower.clip.float()).to(device)
+    compression.features, compression.saliency = store_encodings(tower, pool, work, device)
+    optimise("compressor", compression, pool, COMPRESSOR, work, device)
+    save_compressor(compression.compressor, out)
+
+
+def train_localizer(
+    out: Path, work: Path, tower: Tower, language: Language, scenes: Pool, pool: Pool, device: torch.device
+) -> None:
+    localizer = Localizer(tower).to(device)
+    with torch.no_grad():
+        states = localizer.states(normalise(shrink(scenes.pixels[:256]), device))
+    whiten(localizer.llava.model.multi_modal_projector, states.flatten(0, 1))
+    optimise("localizer", localizer, scenes, LOCALIZER, work, device)
+    optimise("localizer-tower", localizer, pool, LOCALIZER_TOWER, work, device)
+    localizer.adopt(language, pool)
+    optimise("localizer-again", localizer, pool, LOCALIZER_AGAIN, work, device)
+    localizer.llava.set_attn_implementation("sdpa")
+    built.save_localizer(out, localizer.llava)
