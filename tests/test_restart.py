@@ -19,24 +19,23 @@ IMAGES, QUESTIONS = 40, ("What colour is the star?", "Where is it?", "How many c
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory, tiny_llava):
-    """A folder with pictures and questions, what undisturbed runs make of them, and how to call."""
-    import numpy as np
-    from PIL import Image
+def work(tmp_path_factory):
+    """A folder with pictures and questions, what undisturbed runs make of them, and how to call.
+
+    Of the embedded model: a tiny one's matrix products round by how many images are in a batch.
+    """
+    from gridprune_cli.scenes.scene import draw, make_scene
 
     folder = tmp_path_factory.mktemp("work")
     (folder / "photos").mkdir()
     lines = []
     for seed in range(IMAGES):
-        pixels = np.random.default_rng(seed).integers(0, 256, (60, 50 + seed, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / "photos" / f"{seed}.png")
+        draw(make_scene(seed))[0].save(folder / "photos" / f"{seed}.png")
         lines += [json.dumps({"image": f"photos/{seed}.png", "question": question}) for question in QUESTIONS]
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
 
     def call(*arguments, cache):
         environment = os.environ | {
-            "GRIDPRUNE_MODEL": str(tiny_llava),
-            "GRIDPRUNE_MAX_NEW_TOKENS": "4",
             "GRIDPRUNE_CACHE_DIR": str(folder / cache),
         }
         return {
