@@ -2,8 +2,8 @@
 
     lmms-eval --model gridprune --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=gridprune,keep=0.11 --tasks ...
 
-lmms-eval finds it by the entry point `lmms_eval.models`. The options are those of `gridprune ask`, with `_` for `-`;
-`pretrained` is `--model`.
+lmms-eval finds it by the entry point `lmms_eval.models`. The options are those of `gridprune ask` for the model and
+the pruning, with `_` for `-`; `pretrained` is `--model` and `storage` is `--store`.
 """
 
 import inspect

@@ -31,7 +31,7 @@ def evaluate(
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="Folder for the results. Holds it a stopped run, this one goes on there."),
+        typer.Option("--output", "-o", help="Folder for the results; a run that was stopped there goes on."),
     ],
     pipeline: "Pipeline",
     prompt: dict[str, Any],

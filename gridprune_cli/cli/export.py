@@ -21,7 +21,9 @@ def export(
     to: Annotated[str, typer.Option(help="The engine: vllm.", show_default=False)],
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="Folder for the files, NAME.vllm.safetensors.", show_default=False),
+        typer.Option(
+            "--output", "-o", help="Folder, which must exist, for the files NAME.vllm.safetensors.", show_default=False
+        ),
     ],
     model: Annotated[
         str | None,

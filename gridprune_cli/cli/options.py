@@ -104,7 +104,7 @@ Revision = Annotated[str | None, _option("Branch, tag or commit of a hub model."
 Clip = Annotated[
     str | None, _option("CLIP that the model's tower was taken from, for relevance: a folder or hub name.", _MODEL)
 ]
-Device = Annotated[str, _option("auto, cpu, cuda, ...", _MODEL, envvar="GRIDPRUNE_DEVICE")]
+Device = Annotated[str, _option(DEVICE, _MODEL, envvar="GRIDPRUNE_DEVICE")]
 Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16.", _MODEL, envvar="GRIDPRUNE_DTYPE")]
 
 
