@@ -15,7 +15,7 @@ from pathlib import Path
 from gridprune_cli.scenes import CHECKPOINT
 
 IMAGE = Path(__file__).parent.parent / "sample_images/scene-1.png"
-QUESTION = "What is the A written on?"
+QUESTION = "Which object has the T?"
 PLAIN = f"""
 import torch
 from PIL import Image

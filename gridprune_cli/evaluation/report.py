@@ -34,8 +34,8 @@ _STYLES = ("-", "--", ":", "-.")
 
 def lacking() -> str:
     """One line about what the report needs and is not installed, or nothing."""
-    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
-    return f"no report.html: {' and '.join(missing)} missing; pip install 'gridprune[report]'" if missing else ""
+    missing = importlib.util.find_spec("matplotlib") is None
+    return "no report.html: matplotlib missing; pip install 'gridprune[report]'" if missing else ""
 
 
 def losses(plan: Plan, rows: Rows) -> tuple[list[Cell], list[Item]]:
