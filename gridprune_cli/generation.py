@@ -4,7 +4,7 @@ What leaves inside the language model does so in `inner.py`.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,13 @@ def check_model(family: Family, pruned: PrunedSet) -> None:
         )
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises BadInput for options of transformers' `generate` that make something else of a prompt than one answer."""
+    for name, one in (("num_return_sequences", (None, 1)), ("return_dict_in_generate", (None, False))):
+        if options.get(name) not in one:
+            raise BadInput(f"--generation {name}={options[name]}: a question has one answer; leave it out")
+
+
 @torch.inference_mode()
 def generate(
     family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, *, stream: bool = False, **options: Any
@@ -75,8 +82,9 @@ def generate(
     """Answers from pruned sets, greedily, in one left-padded batch. Loads the language model only.
 
     `stream` prints the answer of a batch of one to stdout as it comes. `options` go to transformers' `generate`. Raises
-    BadInput for a set that was made for another model.
+    BadInput for a set that was made for another model, and as `check_options` does.
     """
+    check_options(options)
     for pruned in batch:
         check_model(family, pruned)
     model = family.load("language")

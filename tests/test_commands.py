@@ -442,8 +442,15 @@ def test_generation_options_reach_transformers(run, image):
     greedy = run("ask", image, QUESTION, *long)[1]
     assert run("ask", image, QUESTION, *long, "--generation", "num_beams=1")[1] == greedy
     assert run("ask", image, QUESTION, *long, "--generation", "repetition_penalty=50.0")[1] != greedy
-    code, _, err = run("ask", image, QUESTION, "--generation", "warmth=2")
-    assert code == 2 and "--generation warmth=2" in err
+    sampled = ("--generation", "do_sample=true", "--generation", "num_return_sequences=2")
+    for given, says in [
+        (("--generation", "warmth=2"), "--generation warmth=2"),
+        (("--generation", "max_new_tokens=2"), "--max-new-tokens"),
+        (("--generation", "return_dict_in_generate=true"), "one answer"),
+        (sampled, "--generation num_return_sequences=2: a question has one answer"),
+    ]:
+        code, _, err = run("ask", image, QUESTION, *given)
+        assert code == 2 and says in err and err.count("\n") == 1
 
 
 def test_a_streamed_answer_is_the_answer(run, image):

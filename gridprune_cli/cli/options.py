@@ -344,7 +344,12 @@ def generation(
         return {}
     from transformers import GenerationConfig
 
+    from gridprune_cli.generation import check_options
+
     options = _named(generation, "--generation")
+    check_options(options)
+    if "max_new_tokens" in options:
+        raise BadInput("--generation max_new_tokens: has an option of its own, --max-new-tokens")
     for name in options:
         if not hasattr(GenerationConfig(), name):
             raise BadInput(f"--generation {name}={options[name]}: no option that transformers' generate knows")
