@@ -18,6 +18,13 @@ from gridprune_cli.inner import prune_inside
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.family import Family
 
+# Said each time, since a checkpoint's settings may say otherwise: training leaves `use_cache: false` behind.
+_FIXED = {
+    "num_return_sequences": (1, "a question has one answer"),
+    "return_dict_in_generate": (False, "a question has one answer"),
+    "use_cache": (True, "without the cache each step would read image tokens as words"),
+}
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -69,10 +76,10 @@ def check_model(family: Family, pruned: PrunedSet) -> None:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises BadInput for options of transformers' `generate` that make something else of a prompt than one answer."""
-    for name, one in (("num_return_sequences", (None, 1)), ("return_dict_in_generate", (None, False))):
-        if options.get(name) not in one:
-            raise BadInput(f"--generation {name}={options[name]}: a question has one answer; leave it out")
+    """Raises BadInput for options of transformers' `generate` that make something else of a prompt than its answer."""
+    for name, (value, reason) in _FIXED.items():
+        if options.get(name) not in (None, value):
+            raise BadInput(f"--generation {name}={options[name]}: {reason}; leave it out")
 
 
 @torch.inference_mode()
@@ -101,7 +108,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList([clock]),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-            **{"do_sample": False} | options,
+            **{"do_sample": False} | options | {name: value for name, (value, _) in _FIXED.items()},
         )
     end = time.perf_counter()
     first = clock.first or end

@@ -585,7 +585,10 @@ class Pipeline:
         max_new_tokens: int = 128,
         **options: Any,
     ) -> Answer:
-        """encode, prune and generate, timed. A picture in the cache is not decoded, and the tower is not loaded."""
+        """encode, prune and generate, timed. A picture in the cache is not decoded, and the tower is not loaded.
+
+        `options` go to transformers' `generate`. Raises BadInput, naming them, where it can't use them.
+        """
         ms = dict.fromkeys(("load", "localize", "encode", "select", "prefill", "decode", "total"), 0.0)
         with _timed(ms, "total"):
             check_question(question)
@@ -608,7 +611,14 @@ class Pipeline:
                 images = self._finish(found)
             with _timed(ms, "select"):
                 pruned = self.prune(images, question, pruning, system=system, template=template, localized=localized)
-            made = generate(self.family, [pruned], max_new_tokens, **options)[0]
+            try:
+                made = generate(self.family, [pruned], max_new_tokens, **options)[0]
+            except (ValueError, TypeError, ImportError) as fault:  # by transformers, of their values
+                named = ", ".join(name for name in options if name != "stream")
+                if not named:
+                    raise
+                first = (str(fault).splitlines() or [""])[0].strip()
+                raise BadInput(f"--generation {named}: transformers can't use it ({first})") from fault
         ms |= {"prefill": made.prefill, "decode": made.decode}
         notes = tuple(dict.fromkeys(f"{image.name}: {note}" for image in images for note in image.notes))
         return Answer(made.text, pruned, notes, tuple(isinstance(hit, EncodedImage) for hit in found), ms)

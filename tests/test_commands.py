@@ -442,15 +442,35 @@ def test_generation_options_reach_transformers(run, image):
     greedy = run("ask", image, QUESTION, *long)[1]
     assert run("ask", image, QUESTION, *long, "--generation", "num_beams=1")[1] == greedy
     assert run("ask", image, QUESTION, *long, "--generation", "repetition_penalty=50.0")[1] != greedy
-    sampled = ("--generation", "do_sample=true", "--generation", "num_return_sequences=2")
-    for given, says in [
-        (("--generation", "warmth=2"), "--generation warmth=2"),
-        (("--generation", "max_new_tokens=2"), "--max-new-tokens"),
-        (("--generation", "return_dict_in_generate=true"), "one answer"),
-        (sampled, "--generation num_return_sequences=2: a question has one answer"),
-    ]:
-        code, _, err = run("ask", image, QUESTION, *given)
-        assert code == 2 and says in err and err.count("\n") == 1
+    assert run("ask", image, QUESTION, *long, "--generation", "use_cache=true")[1] == greedy
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("warmth=2",), "--generation warmth=2: no option that"),
+        (("to_dict=1",), "--generation to_dict=1: no option that"),
+        (("max_new_tokens=2",), "--generation max_new_tokens: has an option of its own, --max-new-tokens"),
+        (("use_cache=false",), "--generation use_cache=False: without the cache"),
+        (("return_dict_in_generate=true",), "--generation return_dict_in_generate=True: a question has one answer"),
+        (("do_sample=true", "temperature=-1"), "--generation do_sample, temperature: transformers can't use it"),
+        (("do_sample=true", "top_p=much"), "--generation do_sample, top_p: transformers can't use it"),
+        (("num_beams=2", "num_return_sequences=2"), "--generation num_return_sequences=2: a question has one answer"),
+    ],
+)
+def test_generation_options_that_cannot_be_followed(run, image, options, told):
+    named = [part for option in options for part in ("--generation", option)]
+    code, out, err = run("ask", image, QUESTION, *named)
+    assert (code, out) == (2, "") and told in err and err.count("\n") == 1
+
+
+def test_beams_are_not_streamed_unless_asked(run, image, monkeypatch):
+    beams = ("--generation", "num_beams=2")
+    answer = run("ask", image, QUESTION, *beams, "--no-stream")[1]
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
+    assert run("ask", image, QUESTION, *beams)[:2] == (0, answer)
+    code, out, err = run("ask", image, QUESTION, *beams, "--stream")
+    assert (code, out) == (2, "") and "--generation num_beams: transformers can't use it" in err
 
 
 def test_a_streamed_answer_is_the_answer(run, image):

@@ -40,6 +40,13 @@ def test_the_second_question_loads_no_tower(pipeline, image, tiny_llava):
     assert names and not any("vision_tower" in name for name in names)
 
 
+@pytest.mark.parametrize("setting", [{"use_cache": False}, {"return_dict_in_generate": True}])
+def test_settings_that_training_leaves_in_a_checkpoint_change_no_answer(pipeline, image, setting):
+    expected = pipeline.ask(image, QUESTION, max_new_tokens=8).text
+    pipeline.family.load("language").generation_config.update(**setting)
+    assert pipeline.ask(image, QUESTION, max_new_tokens=8).text == expected
+
+
 def test_encoding_loads_the_tower_alone(pipeline, image):
     pipeline.encode_one(image)
     assert set(pipeline.family._loaded) == {"tower"}

@@ -350,8 +350,9 @@ def generation(
     check_options(options)
     if "max_new_tokens" in options:
         raise BadInput("--generation max_new_tokens: has an option of its own, --max-new-tokens")
+    known = vars(GenerationConfig())
     for name in options:
-        if not hasattr(GenerationConfig(), name):
+        if name not in known or name.startswith("_"):
             raise BadInput(f"--generation {name}={options[name]}: no option that transformers' generate knows")
     return options
 
