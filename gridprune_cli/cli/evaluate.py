@@ -79,6 +79,10 @@ evaluate.examples = (  # type: ignore[attr-defined]
 )
 
 
+# between two methods: a comma before a letter, outside of quotes; a region's box has commas, too
+_BETWEEN = re.compile(r""",\s*(?=[A-Za-z])(?=(?:[^"']|"[^"]*"|'[^']*')*$)""")
+
+
 def read_cells(methods: list[str], keeps: str) -> tuple["Cell", ...]:
     """The cells of a table: every method at every keep. Raises BadInput for what names none.
 
@@ -96,8 +100,11 @@ def read_cells(methods: list[str], keeps: str) -> tuple["Cell", ...]:
             raise BadInput(f"--keep {keeps}: {text.strip()!r} is no number; give shares, as in 0.22,0.11") from fault
     found = []
     for text in methods:
-        for given in re.split(r",\s*(?=[A-Za-z])", text.strip().strip(",")):  # a region's box has commas, too
-            words = shlex.split(given)
+        for given in _BETWEEN.split(text.strip().strip(",")):
+            try:
+                words = shlex.split(given)
+            except ValueError as fault:
+                raise BadInput(f"--methods {given}: can't be read as a shell would ({fault})") from fault
             if not words:
                 raise BadInput("--methods: names none; `gridprune ask --help` lists them")
             found.append((" ".join(words), _pruning(words)))
