@@ -108,9 +108,20 @@ def read_cells(methods: list[str], keeps: str) -> tuple["Cell", ...]:
             if not words:
                 raise BadInput("--methods: names none; `gridprune ask --help` lists them")
             found.append((" ".join(words), _pruning(words)))
-    # all tokens are part of every table, so a keep of 1 would only say it again, but for what leaves further inside
+    # all tokens are part of every table, so a keep of 1 would mostly say it again
     return tuple(
-        Cell(name, replace(p, keep=share)) for share in shares for name, p in found if share != 1 or p.ilp is not None
+        Cell(name, replace(p, keep=share)) for share in shares for name, p in found if share != 1 or _says_more(p)
+    )
+
+
+def _says_more(pruning: "Pruning") -> bool:
+    """Whether a keep of 1 gives something else than all tokens: fewer, further inside too, or other positions."""
+    inside = pruning.method.stages([1], [1], range(1, 2))
+    return (
+        pruning.ilp is not None
+        or any(stage.keep != (1,) for stage in inside)
+        or bool(pruning.inside_ratio and pruning.outside_ratio)
+        or pruning.positions != "original"
     )
 
 
