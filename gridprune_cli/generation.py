@@ -4,7 +4,7 @@ What leaves inside the language model does so in `inner.py`.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,13 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.inner import prune_inside
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.family import Family
+
+# Said each time, since a checkpoint's settings may say otherwise: training leaves `use_cache: false` behind.
+_FIXED = {
+    "num_return_sequences": (1, "a question has one answer"),
+    "return_dict_in_generate": (False, "a question has one answer"),
+    "use_cache": (True, "without the cache each step would read image tokens as words"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,13 @@ def check_model(family: Family, pruned: PrunedSet) -> None:
         )
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises BadInput for options of transformers' `generate` that make something else of a prompt than its answer."""
+    for name, (value, reason) in _FIXED.items():
+        if options.get(name) not in (None, value):
+            raise BadInput(f"--generation {name}={options[name]}: {reason}; leave it out")
+
+
 @torch.inference_mode()
 def generate(
     family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, *, stream: bool = False, **options: Any
@@ -75,8 +89,9 @@ def generate(
     """Answers from pruned sets, greedily, in one left-padded batch. Loads the language model only.
 
     `stream` prints the answer of a batch of one to stdout as it comes. `options` go to transformers' `generate`. Raises
-    BadInput for a set that was made for another model.
+    BadInput for a set that was made for another model, and as `check_options` does.
     """
+    check_options(options)
     for pruned in batch:
         check_model(family, pruned)
     model = family.load("language")
@@ -93,7 +108,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList([clock]),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-            **{"do_sample": False} | options,
+            **{"do_sample": False} | options | {name: value for name, (value, _) in _FIXED.items()},
         )
     end = time.perf_counter()
     first = clock.first or end

@@ -94,6 +94,8 @@ class Pruning:
             )
         if self.localizer_template and "{question}" not in self.localizer_template:
             raise BadInput("--localizer-template: needs {question}, where the question goes")
+        if self.query is not None and not self.query.strip():
+            raise BadInput("--query: is empty; give a text, or leave it out to take the question")
         if self.positions not in POSITIONS:
             raise BadInput(f"--positions {self.positions}: not one of {', '.join(POSITIONS)}")
         if self.ilp is not None and self.ilp != "region":
@@ -110,6 +112,8 @@ class Pruning:
             raise BadInput("--ilp-layer: only with --ilp, which says what stays")
         if self.plc not in PLC:
             raise BadInput(f"--plc {self.plc}: not one of {', '.join(PLC)}")
+        if self.plc != "off" and isinstance(self.method, InnerMethod):
+            raise BadInput(f"--plc: not with --method {self.method.name}, which prunes inside the language model alone")
         for flag, ratio in (("--inside-ratio", self.inside_ratio), ("--outside-ratio", self.outside_ratio)):
             if ratio is None:
                 continue
@@ -585,7 +589,10 @@ class Pipeline:
         max_new_tokens: int = 128,
         **options: Any,
     ) -> Answer:
-        """encode, prune and generate, timed. A picture in the cache is not decoded, and the tower is not loaded."""
+        """encode, prune and generate, timed. A picture in the cache is not decoded, and the tower is not loaded.
+
+        `options` go to transformers' `generate`. Raises BadInput, naming them, where it can't use them.
+        """
         ms = dict.fromkeys(("load", "localize", "encode", "select", "prefill", "decode", "total"), 0.0)
         with _timed(ms, "total"):
             check_question(question)
@@ -608,7 +615,14 @@ class Pipeline:
                 images = self._finish(found)
             with _timed(ms, "select"):
                 pruned = self.prune(images, question, pruning, system=system, template=template, localized=localized)
-            made = generate(self.family, [pruned], max_new_tokens, **options)[0]
+            try:
+                made = generate(self.family, [pruned], max_new_tokens, **options)[0]
+            except (ValueError, TypeError, ImportError) as fault:  # by transformers, of their values
+                named = ", ".join(name for name in options if name != "stream")
+                if not named:
+                    raise
+                first = (str(fault).splitlines() or [""])[0].strip()
+                raise BadInput(f"--generation {named}: transformers can't use it ({first})") from fault
         ms |= {"prefill": made.prefill, "decode": made.decode}
         notes = tuple(dict.fromkeys(f"{image.name}: {note}" for image in images for note in image.notes))
         return Answer(made.text, pruned, notes, tuple(isinstance(hit, EncodedImage) for hit in found), ms)
@@ -704,7 +718,10 @@ def _ilp(
         return RegionAttention(), tuple(max(1, int(what * count + 0.5)) for count in counts)
     budgets = []
     if any(own.region is None for own in signals):
-        raise BadInput("--ilp region: there is no region; give one as --region, or a share as --ilp")
+        raise BadInput(
+            "--ilp region: there is no region; it takes --method gridprune, without --region none and, for several "
+            "images, --share-budget. Or give a share as --ilp"
+        )
     for own, part in zip(signals, kept, strict=True):
         assert own.region is not None
         budgets.append(int(inside(own.views, own.region)[part].sum()))

@@ -28,6 +28,7 @@ BUCKET = "visual-v1"
 DEFAULT_LIMIT = "20G"
 REMEMBERED = "remembered.json"
 MOST_REMEMBERED = 64
+_TRIES = 3  # to write an entry whose folder vanishes
 TEMPORARY_LIFE = 86_400.0  # seconds after which a writer's temporary file counts as left behind
 
 _BUCKET = re.compile(r"visual-v(\d+)")
@@ -123,14 +124,18 @@ class Store:
         with suppress(OSError):
             if path.read_bytes() == data:
                 return True
-        try:
-            self._prepare(path.parent.parent, encoder)
-            path.parent.mkdir(exist_ok=True)
-            files.write_atomic(path, data, sync=False)
-        except (OSError, GridpruneError) as error:
+        for more in reversed(range(_TRIES)):
+            try:
+                self._prepare(path.parent.parent, encoder)
+                path.parent.mkdir(exist_ok=True)
+                files.write_atomic(path, data, sync=False)
+                break
+            except (OSError, GridpruneError) as error:
+                cause = error if isinstance(error, OSError) else error.__cause__ or error
+            if more and isinstance(cause, FileNotFoundError | FileExistsError):  # another process clears folders, too
+                continue
             if self.writable:
                 self.writable = False
-                cause = error if isinstance(error, OSError) else error.__cause__ or error
                 reason = getattr(cause, "strerror", None) or cause
                 self._warn(f"{self.root}: the cache can't be written ({reason}); going on without it")
             return False

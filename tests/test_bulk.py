@@ -315,6 +315,12 @@ def test_what_fails_fails_alone(pipeline, pictures, tmp_path):
     assert "gone.png" in str(replies[2]) and "--tokens 99" in str(replies[4])
 
 
+def test_several_answers_to_a_question_are_refused_not_given_to_others(pipeline, pictures):
+    options = {"do_sample": True, "num_return_sequences": 2}
+    replies = list(Bulk(pipeline, notice=silent).answer(asks(pictures), max_new_tokens=2, **options))
+    assert all("num_return_sequences" in str(reply) for reply in replies) and isinstance(replies[0], BadInput)
+
+
 def test_memory_that_runs_out_in_the_language_model_halves_the_batch(pipeline, pictures, monkeypatch):
     questions = asks(pictures)
     expected = [reply.text for reply in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)]

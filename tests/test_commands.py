@@ -117,6 +117,7 @@ def test_methods_inside_the_language_model(run, image):
         (("--ilp", "region", "--region", "none"), "--ilp region: there is no region"),
         (("--ilp", "region", "--method", "fastervlm"), "--ilp region: there is no region"),
         (("--ilp", "0.1", "--method", "fastv"), "--ilp: not with --method fastv"),
+        (("--plc", "pool", "--method", "fastv", "--layer", "1"), "--plc: not with --method fastv"),
         (("--method", "fastv", "--layer", "0"), "--method fastv: layer must be at least 1"),
         (("--method", "fastv", "--layer", "5"), "--layer 5: in this model"),
         (("--method", "vtw", "--layer", "3"), "--layer 3: in this model"),
@@ -202,6 +203,10 @@ def test_show_draws_a_png_and_a_coarse_picture(run, image, tmp_path):
         (["--method", "vispruner", "--method-option", "pace=2"], "method vispruner has no option 'pace'"),
         (["--method", "hired", "--method-option", "base_share"], "--method-option base_share: not NAME=VALUE"),
         (["--literal", "--region", "auto"], "not with --literal"),
+        (["--zone", "4", "--method-option", "zone=2"], "--method-option zone: given twice, also as --zone"),
+        (["--method", "random", "--seed", str(2**63)], "--method random: seed must be from -2^63 to 2^63 - 1"),
+        (["--query", ""], "--query: is empty"),
+        (["--method", "mmtok", "--query", " "], "--query: is empty"),
         (["--region", "7,0,1,1"], "--region"),
         (["--save", "no/folder/p.safetensors"], "--save no/folder/p.safetensors"),
         (["--show", "."], "--show ."),
@@ -406,6 +411,8 @@ def test_several_images_in_one_question(run, image, other, tmp_path):
     assert shared["cache"] == ["hit", "hit"] and shared["tokens"]["kept"] == 8
     assert sum(sum(zones["budgets"]) for zones in shared["zones"]) == 8
     assert run("ask", image, other, QUESTION, "--show", tmp_path / "f.png")[0] == 2
+    code, _, err = run("ask", image, other, QUESTION, "--share-budget", "--ilp", "region", "--region", "0,0,3,3")
+    assert code == 2 and "--ilp region: there is no region" in err and "without" in err and "--share-budget" in err
 
 
 def test_query_and_prompt_options_do_what_they_say(run, image, tmp_path):
@@ -442,8 +449,35 @@ def test_generation_options_reach_transformers(run, image):
     greedy = run("ask", image, QUESTION, *long)[1]
     assert run("ask", image, QUESTION, *long, "--generation", "num_beams=1")[1] == greedy
     assert run("ask", image, QUESTION, *long, "--generation", "repetition_penalty=50.0")[1] != greedy
-    code, _, err = run("ask", image, QUESTION, "--generation", "warmth=2")
-    assert code == 2 and "--generation warmth=2" in err
+    assert run("ask", image, QUESTION, *long, "--generation", "use_cache=true")[1] == greedy
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("warmth=2",), "--generation warmth=2: no option that"),
+        (("to_dict=1",), "--generation to_dict=1: no option that"),
+        (("max_new_tokens=2",), "--generation max_new_tokens: has an option of its own, --max-new-tokens"),
+        (("use_cache=false",), "--generation use_cache=False: without the cache"),
+        (("return_dict_in_generate=true",), "--generation return_dict_in_generate=True: a question has one answer"),
+        (("do_sample=true", "temperature=-1"), "--generation do_sample, temperature: transformers can't use it"),
+        (("do_sample=true", "top_p=much"), "--generation do_sample, top_p: transformers can't use it"),
+        (("num_beams=2", "num_return_sequences=2"), "--generation num_return_sequences=2: a question has one answer"),
+    ],
+)
+def test_generation_options_that_cannot_be_followed(run, image, options, told):
+    named = [part for option in options for part in ("--generation", option)]
+    code, out, err = run("ask", image, QUESTION, *named)
+    assert (code, out) == (2, "") and told in err and err.count("\n") == 1
+
+
+def test_beams_are_not_streamed_unless_asked(run, image, monkeypatch):
+    beams = ("--generation", "num_beams=2")
+    answer = run("ask", image, QUESTION, *beams, "--no-stream")[1]
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
+    assert run("ask", image, QUESTION, *beams)[:2] == (0, answer)
+    code, out, err = run("ask", image, QUESTION, *beams, "--stream")
+    assert (code, out) == (2, "") and "--generation num_beams: transformers can't use it" in err
 
 
 def test_a_streamed_answer_is_the_answer(run, image):

@@ -125,9 +125,30 @@ def test_methods_take_the_options_of_ask():
     assert cells[3].pruning == Pruning(keep=0.5, method=make("random", seed=3), region=cells[3].pruning.region)
 
 
+def test_a_keep_of_1_is_asked_for_where_it_is_not_all_tokens():
+    more = [
+        "gridprune --ilp 0.5",
+        "vtw --layer 2",
+        "gridprune --positions compact",
+        "gridprune --plc pool --inside-ratio 1 --outside-ratio 4",
+    ]
+    same = ["gridprune", "vtw", "fastv", "pyramiddrop", "sparsevlm", "gridprune --plc pool --inside-ratio 2"]
+    assert [cell.name for cell in read_cells([*same, *more], "1")] == more
+
+
+def test_commas_in_quotes_divide_no_methods():
+    ask = "Where, as [x0,y0,x1,y1], is it? {question}"
+    cells = read_cells(
+        [f"gridprune --query 'a, b', gridprune --localizer m --localizer-template '{ask}', uniform"], "1e-1"
+    )
+    assert [cell.pruning.query for cell in cells] == ["a, b", None, None]
+    assert cells[1].pruning.localizer_template == ask and cells[2].name == "uniform"
+
+
 @pytest.mark.parametrize(
     ("methods", "keep", "said"),
     [
+        ("gridprune --query 'what", "0.5", "--methods gridprune --query 'what: can't be read.*No closing quotation"),
         ("gridprune --literal --region auto", "0.5", "--methods gridprune --literal --region auto: --region"),
         ("sharpest", "0.5", "--methods sharpest: .*unknown method"),
         ("fastervlm --keep 0.3", "0.5", "--methods fastervlm --keep 0.3: shares go to eval's own --keep"),

@@ -40,6 +40,22 @@ def test_the_second_question_loads_no_tower(pipeline, image, tiny_llava):
     assert names and not any("vision_tower" in name for name in names)
 
 
+@pytest.mark.parametrize("setting", [{"use_cache": False}, {"return_dict_in_generate": True}])
+def test_settings_that_training_leaves_in_a_checkpoint_change_no_answer(pipeline, image, setting):
+    expected = pipeline.ask(image, QUESTION, max_new_tokens=8).text
+    pipeline.family.load("language").generation_config.update(**setting)
+    assert pipeline.ask(image, QUESTION, max_new_tokens=8).text == expected
+
+
+def test_nobody_is_warned_of_texts_that_are_read_in_pieces_or_pruned(pipeline, image, monkeypatch):
+    from transformers.tokenization_utils_base import logger
+
+    told = []
+    monkeypatch.setattr(logger, "warning", lambda text, *_: told.append(text))
+    pipeline.family.processor.tokenizer.model_max_length = 8
+    assert pipeline.ask(image, QUESTION * 60, max_new_tokens=4).text and not told
+
+
 def test_encoding_loads_the_tower_alone(pipeline, image):
     pipeline.encode_one(image)
     assert set(pipeline.family._loaded) == {"tower"}

@@ -364,6 +364,19 @@ def test_entries_that_vanish_during_a_walk_are_left_out(store: Store) -> None:
     assert sum(1 for _ in store.verify() if Store(store.root, None).clear()) < 40
 
 
+def test_a_clear_while_an_entry_is_written_does_not_stop_the_writer(store: Store, monkeypatch) -> None:
+    write, cleared = files.write_atomic, []
+
+    def clear_first(path: Path, data: bytes, *, sync: bool) -> None:
+        if path.suffix == ".safetensors" and not cleared:
+            cleared.append(Store(store.root, None).clear())
+        write(path, data, sync=sync)
+
+    monkeypatch.setattr(files, "write_atomic", clear_first)
+    fill(store, 2)
+    assert cleared and keys_in(store) == {make(0)[0], make(1)[0]}
+
+
 # ---- the limit -------------------------------------------------------------------------------------------------------
 
 

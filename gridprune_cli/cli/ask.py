@@ -48,7 +48,8 @@ def ask(
     if show and len(images) > 1:
         raise BadInput("--show: draws one image, not several; ask about each")
     sources, asked = read_inputs(images, question)
-    flows = not json and (sys.stdout.isatty() if stream is None else stream)
+    beams = generation.get("num_beams") not in (None, 1)  # of which none is the answer before the end
+    flows = not json and (sys.stdout.isatty() and not beams if stream is None else stream)
     with pipeline:
         answer = pipeline.ask(
             sources, asked, pruning, **prompt, max_new_tokens=max_new_tokens, stream=flows, **generation

@@ -79,6 +79,10 @@ evaluate.examples = (  # type: ignore[attr-defined]
 )
 
 
+# between two methods: a comma before a letter, outside of quotes; a region's box has commas, too
+_BETWEEN = re.compile(r""",\s*(?=[A-Za-z])(?=(?:[^"']|"[^"]*"|'[^']*')*$)""")
+
+
 def read_cells(methods: list[str], keeps: str) -> tuple["Cell", ...]:
     """The cells of a table: every method at every keep. Raises BadInput for what names none.
 
@@ -96,14 +100,28 @@ def read_cells(methods: list[str], keeps: str) -> tuple["Cell", ...]:
             raise BadInput(f"--keep {keeps}: {text.strip()!r} is no number; give shares, as in 0.22,0.11") from fault
     found = []
     for text in methods:
-        for given in re.split(r",\s*(?=[A-Za-z])", text.strip().strip(",")):  # a region's box has commas, too
-            words = shlex.split(given)
+        for given in _BETWEEN.split(text.strip().strip(",")):
+            try:
+                words = shlex.split(given)
+            except ValueError as fault:
+                raise BadInput(f"--methods {given}: can't be read as a shell would ({fault})") from fault
             if not words:
                 raise BadInput("--methods: names none; `gridprune ask --help` lists them")
             found.append((" ".join(words), _pruning(words)))
-    # all tokens are part of every table, so a keep of 1 would only say it again, but for what leaves further inside
+    # all tokens are part of every table, so a keep of 1 would mostly say it again
     return tuple(
-        Cell(name, replace(p, keep=share)) for share in shares for name, p in found if share != 1 or p.ilp is not None
+        Cell(name, replace(p, keep=share)) for share in shares for name, p in found if share != 1 or _says_more(p)
+    )
+
+
+def _says_more(pruning: "Pruning") -> bool:
+    """Whether a keep of 1 gives something else than all tokens: fewer, further inside too, or other positions."""
+    inside = pruning.method.stages([1], [1], range(1, 2))
+    return (
+        pruning.ilp is not None
+        or any(stage.keep != (1,) for stage in inside)
+        or bool(pruning.inside_ratio and pruning.outside_ratio)
+        or pruning.positions != "original"
     )
 
 

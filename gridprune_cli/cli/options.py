@@ -294,7 +294,10 @@ def pruning(
     if literal and region not in (None, "none"):
         raise BadInput("--region: not with --literal, since GridPrune as published has no region")
     options = (LITERAL if literal else {}) | {name: value for name, value in given.items() if value is not None}
-    options |= _named(method_option or [], "--method-option")
+    named = _named(method_option or [], "--method-option")
+    if twice := [name for name in named if given.get(name) is not None]:
+        raise BadInput(f"--method-option {twice[0]}: given twice, also as --{twice[0].replace('_', '-')}")
+    options |= named
     try:
         made = make(method, **options)
     except ValueError as fault:
@@ -344,9 +347,15 @@ def generation(
         return {}
     from transformers import GenerationConfig
 
+    from gridprune_cli.generation import check_options
+
     options = _named(generation, "--generation")
+    check_options(options)
+    if "max_new_tokens" in options:
+        raise BadInput("--generation max_new_tokens: has an option of its own, --max-new-tokens")
+    known = vars(GenerationConfig())
     for name in options:
-        if not hasattr(GenerationConfig(), name):
+        if name not in known or name.startswith("_"):
             raise BadInput(f"--generation {name}={options[name]}: no option that transformers' generate knows")
     return options
 

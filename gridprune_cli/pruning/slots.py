@@ -11,7 +11,8 @@ def staying(slots: Tensor, kept: Tensor, count: int) -> Tensor:
 
     slots (S,) holds each slot's visual token, or `SEPARATOR`. A separator stays where a token of its run does: the
     slots between the separator before it, or the start, and itself. So a row of which nothing is kept leaves no
-    newline behind; one of a row that never had a token stays. Separators are no part of K.
+    newline behind, but for the first behind a base view, whose tokens are part of its run; one of a row that never had
+    a token stays. Separators are no part of K.
     """
     stays = torch.zeros(count, dtype=torch.bool)
     stays[kept] = True

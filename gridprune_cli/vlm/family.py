@@ -249,7 +249,10 @@ class Family(ABC):
         begun = [first is not None and text.startswith(first) for text in texts]  # a second time would be too much
         for has in sorted(set(begun)):
             some = [n for n in range(len(texts)) if begun[n] is has]
-            made = tokenizer([texts[n] for n in some], add_special_tokens=not has, return_attention_mask=False)
+            # verbose would warn of prompts that are too long, by their length before anything is pruned
+            made = tokenizer(
+                [texts[n] for n in some], add_special_tokens=not has, return_attention_mask=False, verbose=False
+            )
             rows |= zip(some, made.input_ids, strict=True)
         out = [torch.tensor(rows[n]) for n in range(len(texts))]
         for ids, (_, images) in zip(out, asked, strict=True):

@@ -17,14 +17,13 @@ class PyramidDrop(InnerMethod):
 
     The same share stays at each of them, `(K/N)^(1/3)`: K = N/8 is the published 1/2, 1/4, 1/8. Those stay that the
     prompt's last token attends to most in the layer that comes next, mean over heads, and what stays is numbered on
-    from 0, both as in the published code. Layers are rounded to the nearest.
+    from 0, both as in the published code. Layers are rounded to the nearest at which tokens can leave.
     """
 
     name: ClassVar[str] = "pyramiddrop"
 
     def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
         left = [dwindling(n, k, len(DEPTHS)) for n, k in zip(counts, budgets, strict=True)]
-        return tuple(
-            Stage(max(layers.start, floor(share * layers.stop + 0.5)), OwnAttention(), keep, "compact")
-            for share, keep in zip(DEPTHS, zip(*left, strict=True), strict=True)
-        )
+        at = [min(max(layers.start, floor(share * layers.stop + 0.5)), layers.stop - 1) for share in DEPTHS]
+        keeps = zip(*left, strict=True)
+        return tuple(Stage(layer, OwnAttention(), keep, "compact") for layer, keep in zip(at, keeps, strict=True))

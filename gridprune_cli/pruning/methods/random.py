@@ -17,6 +17,11 @@ class Random(Method):
     name: ClassVar[str] = "random"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where the seed is none that torch takes."""
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be from -2^63 to 2^63 - 1, not {self.seed}")
+
     def _pick(self, signals: Signals, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randperm(signals.count, generator=generator)[:k].sort().values
