@@ -84,7 +84,8 @@ class ClipRelevance:
         lengths: dict[int, list[tuple[str, list[int]]]] = {}
         for question in dict.fromkeys(questions):
             if question not in self._texts:
-                ids = self.tokenizer(question, add_special_tokens=False).input_ids
+                # not `verbose`: it would warn of a length that is never read at once
+                ids = self.tokenizer(question, add_special_tokens=False, verbose=False).input_ids
                 for i in range(0, max(1, len(ids)), room):
                     piece = [first, *ids[i : i + room], last]
                     lengths.setdefault(len(piece), []).append((question, piece))
