@@ -74,8 +74,8 @@ def parse(line: bytes, place: str) -> Item:
         return Item(ident, place, fault=f"{place}: question is no text; ask something")
     extra = {name: given for name, given in value.items() if name not in _OWN}
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
-        fault = f"{place}: keep {keep!r}: must be above 0 and at most 1"
-        return Item(ident, place, images, question, None, extra, fault)
+        why = f"{place}: keep {keep!r}: must be above 0 and at most 1"
+        return Item(ident, place, images, question, None, extra, why)
     return Item(ident, place, images, question, keep, extra)
 
 
