@@ -449,7 +449,7 @@ def _told(fault: Exception) -> GridpruneError:
 
 def _named(name: str, fault: GridpruneError) -> GridpruneError:
     """The fault, with the name of its picture in front where it does not name it yet."""
-    if name in str(fault):
+    if name in str(fault) or ascii(name) in str(fault):  # as it is written where it can't be printed
         return fault
     told = type(fault)(f"{name}: {fault}")
     told.__cause__ = fault.__cause__

@@ -78,6 +78,8 @@ def may_lack_room(pipeline: Pipeline, store: Store, images: Sequence[Path]) -> b
     """Whether a closer look is due: by the headers of some images, all of them, none of them cached, would not fit."""
     sizes = []
     for image in images[:: -(-len(images) // SAMPLE)] if images else ():
+        if not image.is_file():  # a pipe, as the shell's <(...) is, can be read only once
+            continue
         try:
             sizes.append(entry_bytes(pipeline, measure(image)))
         except (BadInput, ValueError):

@@ -29,11 +29,13 @@ class Item:
     """A line. `fault` says what is wrong with it, and then nothing else but `id` needs to be there.
 
     id        as given; else 16 hex digits of the sha256 of the line's content
+    place     of the line, as in `questions.jsonl:7`
     images    as written in the line, one or several
     extra     what else the line holds
     """
 
     id: Any
+    place: str
     images: tuple[str, ...] = ()
     question: str = ""
     keep: float | None = None
@@ -49,28 +51,32 @@ class Item:
 
 
 def parse(line: bytes, place: str) -> Item:
-    """Reads a line; `place` is what its fault calls it, as in `questions.jsonl:7`."""
+    """Reads a line. `place` is what its fault calls it."""
     try:
         value = json.loads(line, parse_constant=_refuse)
         ident = digest(value)[:16]
     except (ValueError, RecursionError) as fault:
-        return Item(digest(line.decode("latin-1"))[:16], fault=f"{place}: not JSON ({fault}); write an object a line")
+        ident = digest(line.decode("latin-1"))[:16]
+        return Item(ident, place, fault=f"{place}: not JSON ({fault}); write an object a line")
     if not isinstance(value, dict):
-        return Item(ident, fault=f'{place}: not an object; write {{"image": ..., "question": ...}}')
+        return Item(ident, place, fault=f'{place}: not an object; write {{"image": ..., "question": ...}}')
     image, question, keep = value.get("image"), value.get("question"), value.get("keep")
     given = value.get("id")
     if isinstance(given, dict | list | bool):
-        return Item(ident, fault=f"{place}: id is no text and no number; change it, or leave it out")
+        return Item(ident, place, fault=f"{place}: id is no text and no number; change it, or leave it out")
     ident = ident if given is None else given
     images = (image,) if isinstance(image, str) else tuple(image) if isinstance(image, list) else ()
     if not images or not all(isinstance(name, str) and name for name in images):
-        return Item(ident, fault=f"{place}: image is no path and no list of paths; name an image file")
+        return Item(ident, place, fault=f"{place}: image is no path and no list of paths; name an image file")
+    if "-" in images:
+        return Item(ident, place, fault=f"{place}: image -: stdin is none of a line's images; name an image file")
     if not isinstance(question, str):
-        return Item(ident, fault=f"{place}: question is no text; ask something")
+        return Item(ident, place, fault=f"{place}: question is no text; ask something")
     extra = {name: given for name, given in value.items() if name not in _OWN}
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
-        return Item(ident, images, question, None, extra, f"{place}: keep {keep!r}: must be above 0 and at most 1")
-    return Item(ident, images, question, keep, extra)
+        why = f"{place}: keep {keep!r}: must be above 0 and at most 1"
+        return Item(ident, place, images, question, None, extra, why)
+    return Item(ident, place, images, question, keep, extra)
 
 
 def _refuse(name: str) -> None:

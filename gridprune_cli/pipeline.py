@@ -750,9 +750,11 @@ def _zones(method: Method, signals: Signals, kept: Tensor) -> dict[str, Any] | N
 
 
 def check_question(question: str) -> None:
-    """Raises BadInput for an empty question."""
+    """Raises BadInput for an empty question, and for one that is no Unicode text, as JSON can hold it."""
     if not question.strip():
         raise BadInput("the question is empty; ask something")
+    if any("\ud800" <= character <= "\udfff" for character in question):
+        raise BadInput("the question holds half a character, a surrogate alone; write it whole, in UTF-8")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,8 @@ def test_what_fails_is_a_line_and_the_rest_goes_on(run, folder, faulty):
     }
     assert "bad.png" in failed[1]["error"] and "gone.png" in failed[2]["error"]
     assert err.count("warning: ") == 6 and "5 lines failed" in err
+    for number in (3, 4, 10, 11, 12):  # whatever is wrong with it, a line is named
+        assert err.count(f"warning: {faulty}:{number}: ") == 1
     good = [line for line in made if "answer" in line]
     assert good == records(run("batch", folder / "questions.jsonl")[1])
 
@@ -118,6 +121,8 @@ def test_fail_fast_ends_at_the_first_and_resume_goes_on_there(run, folder, fault
     code, _, err = run("batch", faulty, "-o", out, "--fail-fast")
     assert code == 2 and err.splitlines()[-1].startswith("gridprune: ") and "faulty.jsonl:3: not JSON" in err
     assert len(records(out.read_text())) == 1
+    (folder / "empty.jsonl").write_text(json.dumps({"image": "0.png", "question": " "}))
+    assert "empty.jsonl:1: the question is empty" in run("batch", folder / "empty.jsonl", "--fail-fast")[2]
     expected = run("batch", faulty)[1]
     assert run("batch", faulty, "--resume", out)[0] == 3
     assert out.read_text() == expected
@@ -217,6 +222,29 @@ def test_two_lines_of_one_id_do_not_share_a_file(run, folder):
     code, printed, err = run("prune", "--batch", folder / "q.jsonl", "-o", folder, "--json")
     assert code == 3 and "two lines have this id" in err
     assert ["file" in record for record in records(printed)] == [True, False]
+    code, _, err = run("prune", "--batch", folder / "q.jsonl", "-o", folder, "--fail-fast")
+    assert code == 2 and "q.jsonl:2: " in err and "two lines have this id" in err
+
+
+def test_a_model_without_its_clip_is_told_in_bulk_too(run, folder, tiny_llava):
+    bare = shutil.copytree(tiny_llava, folder / "bare", ignore=shutil.ignore_patterns("clip"))
+    for arguments in (["batch"], ["prune", "-o", folder, "--batch"]):
+        code, _, err = run(*arguments, folder / "questions.jsonl", "--model", bare)
+        assert code == 0 and err.count("CLIP of this model's tower was not found") == 1
+
+
+def test_ids_that_make_bad_names_of_files_fail_alone_and_none_is_hidden(run, folder):
+    ids = ["./0.png", "x" * 300, "", "\ud800", ".x", "%2Ex", "y" * 243]
+    lines = [{"id": ident, "image": "0.png", "question": QUESTIONS[0]} for ident in ids]
+    (folder / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = folder / "out"
+    out.mkdir()
+    code, printed, err = run("prune", "--batch", folder / "q.jsonl", "-o", out, "--json")
+    made = records(printed)
+    assert code == 3 and ["file" in record for record in made] == [True, False, False, True, True, True, True]
+    assert "q.jsonl:2: id takes 300 characters" in err and "q.jsonl:3: id takes 0" in err
+    assert sorted(out.glob("[!.]*.safetensors")) == sorted(Path(line["file"]) for line in made if "file" in line)
+    assert (out / "%2E%2F0.png.safetensors").exists() and (out / "%2Ex.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,8 @@ def test_bad_pictures_are_told_in_their_place(pipeline, pictures, tmp_path):
     assert [name for name, _, _ in made] == [*map(str, sources[:4]), "-"]
     assert [isinstance(result, EncodedImage) for _, result, _ in made] == [True, False, True, False, True]
     assert str(bad) in str(made[1][1]) and isinstance(made[3][1], BadInput)
+    ((_, fault, _),) = Bulk(pipeline, notice=silent).encode(["a\nb.png"])
+    assert str(fault) == "'a\\nb.png': no such file; check the path"
 
 
 def test_a_picture_that_the_tower_refuses_is_named(pipeline, pictures, monkeypatch):
@@ -306,13 +308,14 @@ def test_what_fails_fails_alone(pipeline, pictures, tmp_path):
         Ask((gone,), QUESTIONS[0], Pruning()),
         Ask((pictures[0], gone), QUESTIONS[1], Pruning()),
         Ask((pictures[0],), " ", Pruning()),
+        Ask((pictures[0],), "What \ud83d?", Pruning()),
         Ask((pictures[1],), QUESTIONS[1], Pruning(tokens=99)),
         Ask((pictures[1],), QUESTIONS[1], Pruning()),
     ]
     replies = list(Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=2))
-    assert [isinstance(reply, Reply) for reply in replies] == [True, False, False, False, False, True]
-    assert all(isinstance(reply, BadInput) for reply in replies[1:5])
-    assert "gone.png" in str(replies[2]) and "--tokens 99" in str(replies[4])
+    assert [isinstance(reply, Reply) for reply in replies] == [True, False, False, False, False, False, True]
+    assert all(isinstance(reply, BadInput) for reply in replies[1:6])
+    assert "gone.png" in str(replies[2]) and "--tokens 99" in str(replies[5])
 
 
 def test_several_answers_to_a_question_are_refused_not_given_to_others(pipeline, pictures):

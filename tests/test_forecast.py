@@ -1,6 +1,7 @@
 """What `encode` says that it will write, against what it writes."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -142,6 +143,14 @@ def test_some_headers_speak_for_all_images(scenes, monkeypatch):
     assert may_lack_room(pipeline, pipeline.store, images + images[:8])
     pipeline.store.limit = None
     assert not may_lack_room(pipeline, pipeline.store, [])
+
+
+def test_a_pipe_is_left_to_be_encoded(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    looked = []
+    monkeypatch.setattr(module, "measure", lambda image: looked.append(image) or (9, 9))
+    pipeline = Pipeline(store=open_store())
+    assert not may_lack_room(pipeline, pipeline.store, [tmp_path / "pipe"]) and looked == []
 
 
 def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path):

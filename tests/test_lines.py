@@ -46,6 +46,8 @@ def test_a_line_without_an_id_is_known_by_what_it_says():
         (b'{"image": [], "question": "What?"}', "image is no path"),
         (b'{"image": ["a.png", 3], "question": "What?"}', "image is no path"),
         (b'{"image": "", "question": "What?"}', "image is no path"),
+        (b'{"image": "-", "question": "What?"}', "image -: "),
+        (b'{"image": ["a.png", "-"], "question": "What?"}', "image -: "),
         (b'{"image": "a.png"}', "question is no text"),
         (b'{"image": "a.png", "question": "What?", "keep": 0}', "keep 0: must be above 0"),
         (b'{"image": "a.png", "question": "What?", "keep": true}', "keep True"),

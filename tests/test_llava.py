@@ -1,5 +1,7 @@
 """The LLaVA family against transformers itself, on a tiny random checkpoint."""
 
+import logging
+
 import pytest
 import torch
 from PIL import Image
@@ -101,14 +103,17 @@ def test_signals_equal_an_eager_reference(tiny_llava, reference, picture):
     assert torch.allclose(relevance, torch.cosine_similarity(patches, text), atol=1e-5)
 
 
-def test_a_long_question_is_read_to_its_end(tiny_llava, noise):
+def test_a_long_question_is_read_to_its_end(tiny_llava, noise, monkeypatch, caplog):
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
+    pipeline.family.relevance.tokenizer.model_max_length = 12
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     states = pipeline.encode([noise((224, 224))])[0].states
     words = "red star blue cross green circle white square left right"  # ten, what the text tower takes at once
     first, second = words, "What colour is the star?"
     both = pipeline.family.relevance(states, f"{first} {second}")
     pieces = [pipeline.family.relevance(states, part) for part in (first, second)]
     assert torch.allclose(both, torch.stack(pieces).mean(0), atol=1e-6)
+    assert not caplog.records  # nobody is told that it was too long
 
 
 def test_questions_read_together_are_those_read_alone(tiny_llava, noise, monkeypatch):

@@ -133,15 +133,21 @@ def work(
         for item in window:
             result = next(made) if item.fault is None else BadInput(item.fault)
             if isinstance(result, GridpruneError):
-                if fail_fast:
-                    raise result
-                warn(str(result))
+                tell(item, result, fail_fast)
             else:
                 for name, note in result.notes:
                     if note not in told:
                         say(f"{name}: {note}")
                         told.add(note)
             yield item, result
+
+
+def tell(item: "Item", fault: GridpruneError, fail_fast: bool) -> None:
+    """Says which line failed, and how. Raises it instead where that is the end."""
+    told = fault if item.fault else type(fault)(f"{item.place}: {fault}")
+    if fail_fast:
+        raise told from fault
+    warn(str(told))
 
 
 def line(item: "Item", result: "Reply | GridpruneError") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`gridprune export`: pruned sets for a serving engine."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,8 +47,9 @@ def export(
     if not output.is_dir():
         raise BadInput(f"--output {output}: no folder; make it first")
     targets = [output / f"{path.stem}.vllm.safetensors" for path in files]
+    times = Counter(targets)
     for path, target in zip(files, targets, strict=True):
-        if targets.count(target) > 1:
+        if times[target] > 1:
             raise BadInput(f"{path}: another set has this name too, and one folder can't hold both; export it apart")
     families: dict[str, Family] = {}
     failed, rows = 0, set()

@@ -8,13 +8,14 @@ import typer
 
 from gridprune_cli.cli import options
 from gridprune_cli.cli.ask import read_inputs
-from gridprune_cli.cli.batch import FailFast, Tally, work
+from gridprune_cli.cli.batch import FailFast, Tally, tell, work
 from gridprune_cli.cli.output import check_target, emit_json, progress, say, set_quiet, size, warn
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline, Pruning
 
+_LONGEST = 243  # characters of a file's name before .safetensors; file systems take 255
 _WINDOW = 128  # lines of --batch that are looked at together, to find those of one image
 
 
@@ -101,10 +102,12 @@ def prune_lines(
     with pipeline, progress("pruning", reader.count()) as step:
         made = work(reader, pruning, lambda asks: in_order(bulk.prune(asks, **prompt)), _WINDOW, fail_fast)
         for item, result in made:
-            path = folder / f"{quote(str(item.id), safe='')}.safetensors"
-            if path in written:
-                result = BadInput(f"{path}: two lines have this id; give each its own")
-                warn(str(result))
+            if not isinstance(result, GridpruneError):
+                try:
+                    path = _target(folder, item.id, written)
+                except BadInput as fault:
+                    tell(item, fault, fail_fast)
+                    result = fault
             if isinstance(result, GridpruneError):
                 line = item.echo() | {"error": str(result), "error_type": type(result).__name__}
             else:
@@ -116,10 +119,25 @@ def prune_lines(
             if json:
                 emit_json(line)
             step(tally.count(result, reader.skipped), tally.status())
+    for note in pipeline.remarks(pruning):
+        say(note)
     say(tally.summary(0))
     if tally.failed:
         warn(f"{tally.failed} lines failed")
         raise typer.Exit(3)
+
+
+def _target(folder: Path, ident: Any, written: set[Path]) -> Path:
+    """The file of a line; none is hidden, so that `*.safetensors` finds it. Raises BadInput where it can't be so."""
+    name = quote(str(ident), safe="", errors="surrogatepass")
+    if name.startswith("."):
+        name = f"%2E{name[1:]}"
+    if not 0 < len(name) <= _LONGEST:
+        raise BadInput(f"id takes {len(name)} characters in a file's name; give it one that takes 1 to {_LONGEST}")
+    path = folder / f"{name}.safetensors"
+    if path in written:
+        raise BadInput(f"{path}: two lines have this id; give each its own")
+    return path
 
 
 prune.examples = (  # type: ignore[attr-defined]
