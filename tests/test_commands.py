@@ -521,6 +521,7 @@ def test_bench_measures_shapes_and_needs_no_picture(run, monkeypatch):
     [
         (("--layers", "2"), "--layers: only with --shape"),
         (("--shape", "llava"), "--shape llava: not one of"),
+        (("--shape", "llava-1.5-7b", "--device", "map"), "--device map: not with --shape"),
         (("--shape", "qwen2.5-vl-7b", "--layers", "29"), "--layers 29"),
         (("--new-tokens", "1"), "--new-tokens"),
         (("--repeat", "0"), "--repeat"),

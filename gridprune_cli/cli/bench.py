@@ -38,6 +38,8 @@ def subject(
         if layers is not None:
             raise BadInput("--layers: only with --shape; a checkpoint has the layers that it has")
         return lambda: Pipeline(model, revision=revision, clip=clip, device=device, dtype=dtype)
+    if device == "map":
+        raise BadInput("--device map: not with --shape, whose random weights lie on one device")
     from gridprune_cli.device import place
     from gridprune_cli.vlm.shapes import build, find_shape
 
