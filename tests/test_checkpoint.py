@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import socket
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -189,6 +191,23 @@ def test_failures_are_one_line_that_says_what_to_do(case, call, monkeypatch, hub
     with pytest.raises(GridpruneError, match=rf"^--model some/llava: .*{words}") as told:
         open_model("some/llava", "auto", "cpu", revision="v9")
     assert told.value.exit_code == code and "\n" not in str(told.value)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system has no SIGPIPE")
+def test_a_connection_that_breaks_is_told_where_a_closed_pipe_ends_the_process(monkeypatch, hub_cache):
+    def download(*args, **options):
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        ours.send(b"GET")
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as the command line sets it
+    try:
+        with pytest.raises(GridpruneError, match=r"can't be fetched from the hub \(.*Broken pipe"):
+            find("some/llava")
+        assert signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 def find_snapshot(cache: Path) -> Path:

@@ -4,6 +4,8 @@ A failure becomes one line that says what to do.
 """
 
 import re
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,13 +37,13 @@ def locate(name: str, revision: str | None, flag: str, *, cached: bool = False) 
 
     `cached` looks in the hub's cache alone. Raises BadInput or GridpruneError, naming the flag, where there is none.
     """
-    with _told(name, revision, flag), _bars(False):
+    with _told(name, revision, flag), _bars(False), _unbroken():
         return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=cached)).parent
 
 
 def fetch(name: str, commit: str, flag: str, *, bars: bool) -> None:
     """Fetches what is missing of a snapshot. Raises as `locate` does."""
-    with _told(name, commit, flag), _bars(bars):
+    with _told(name, commit, flag), _bars(bars), _unbroken():
         snapshot_download(name, revision=commit, allow_patterns=list(PATTERNS))
 
 
@@ -73,6 +75,19 @@ def _told(name: str, revision: str | None, flag: str) -> Iterator[None]:
     except Exception as fault:  # of the network, the disk, the server: the client lets all sorts of them through
         reason = (str(fault).splitlines() or [""])[0] or type(fault).__name__
         raise GridpruneError(f"{flag} {name}: can't be fetched from the hub ({reason}); try again") from fault
+
+
+@contextmanager
+def _unbroken() -> Iterator[None]:
+    """Lets a connection that breaks raise, where the command line has a closed pipe end the process without a word."""
+    if not hasattr(signal, "SIGPIPE") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 @contextmanager
