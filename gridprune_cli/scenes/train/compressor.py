@@ -15,8 +15,8 @@ from gridprune_cli.pruning.region import contextual_region, inside
 from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.scenes import model as built
 from gridprune_cli.scenes.scene import questions
-from gridprune_cli.scenes.train.data import IGNORE, Pool
-from gridprune_cli.scenes.train.language import pack
+from gridprune_cli.scenes.train.data import Pool
+from gridprune_cli.scenes.train.language import answer_loss, pack
 from gridprune_cli.scenes.train.plan import N, Plan
 from gridprune_cli.vlm.compressor import Compressor
 
@@ -64,18 +64,6 @@ class Compression(nn.Module):
             states, relevance, inner.to(device), torch.stack(pooled).to(device), inner.gather(1, kept).to(device)
         )
 
-        llava = self.frozen[0]
         owners = torch.from_numpy(pool.owners[index]).long()
         packed = pack(asked, kept, owners, self.tokenizers[0], rng)
-        embeds = llava.get_input_embeddings()(packed.ids.to(device))
-        image = (packed.ids == built.IMAGE).to(device)
-        projected = llava.model.multi_modal_projector(rows).to(embeds.dtype)
-        hidden = llava.model.language_model(
-            inputs_embeds=embeds.masked_scatter(image[..., None], projected),
-            attention_mask=packed.mask.to(device),
-            position_ids=packed.positions.to(device),
-            use_cache=False,
-        ).last_hidden_state
-        labelled = packed.labels != IGNORE
-        logits = llava.lm_head(hidden[labelled.to(device)]).float()
-        return {"answer": F.cross_entropy(logits, packed.labels[labelled].to(device))}
+        return {"answer": answer_loss(self.frozen[0], rows, packed)}

@@ -149,6 +149,23 @@ def look_at(seen: Tensor, asked: Tensor) -> Tensor:
     return -hit[known].clamp(min=1e-6).log().mean()
 
 
+def answer_loss(llava: LlavaForConditionalGeneration, features: Tensor, packed: Packed) -> Tensor:
+    """Cross-entropy of the packed questions' answers, from tower states, or what stands for them, `(B, n, D)`."""
+    core, device = llava.model, features.device
+    embeds = core.get_input_embeddings()(packed.ids.to(device))
+    image = (packed.ids == built.IMAGE).to(device)
+    projected = core.multi_modal_projector(features).to(embeds.dtype)
+    hidden = core.language_model(
+        inputs_embeds=embeds.masked_scatter(image[..., None], projected),
+        attention_mask=packed.mask.to(device),
+        position_ids=packed.positions.to(device),
+        use_cache=False,
+    ).last_hidden_state
+    labelled = packed.labels != IGNORE
+    logits = llava.lm_head(hidden[labelled.to(device)]).float()
+    return F.cross_entropy(logits, packed.labels[labelled].to(device))
+
+
 def answer_losses(
     llava: LlavaForConditionalGeneration, features: Tensor, packed: Packed, plan: Plan
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -156,25 +173,13 @@ def answer_losses(
 
     Also what the led heads of the last of their layers gave, `(B, heads, Q, D / heads)`.
     """
-    core, device = llava.model, features.device
-    embeds = core.get_input_embeddings()(packed.ids.to(device))
-    image = (packed.ids == built.IMAGE).to(device)
-    projected = core.multi_modal_projector(features).to(embeds.dtype)
-    embeds = embeds.masked_scatter(image[..., None], projected)
-    led = [(core.language_model.layers[layer].self_attn, heads) for layer, heads in plan.led]
+    device = features.device
+    led = [(llava.model.language_model.layers[layer].self_attn, heads) for layer, heads in plan.led]
     for attention, _ in led:
         attention.rows = packed.rows.to(device)
-    hidden = core.language_model(
-        inputs_embeds=embeds,
-        attention_mask=packed.mask.to(device),
-        position_ids=packed.positions.to(device),
-        use_cache=False,
-    ).last_hidden_state
-    labelled = packed.labels != IGNORE
-    logits = llava.lm_head(hidden[labelled.to(device)]).float()
-    answer = F.cross_entropy(logits, packed.labels[labelled].to(device))
+    answer = answer_loss(llava, features, packed)
 
-    first, n = int(image[0].int().argmax()), packed.asked.shape[2]
+    first, n = int((packed.ids[0] == built.IMAGE).int().argmax()), packed.asked.shape[2]
     looked = torch.cat([attention.seen[:, :heads] for attention, heads in led], 1)  # (B, heads, Q, L)
     told = led[-1][0].told[:, : led[-1][1]].float()
     for attention, _ in led:

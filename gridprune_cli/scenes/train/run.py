@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -100,32 +101,37 @@ def optimise(
 
 
 @torch.no_grad()
+def encodings(tower: Tower, pool: Pool, device: torch.device) -> Iterator[Tensor]:
+    """Penultimate-layer patch states of a pool, 64 scenes at a time: `(64, N, D)` float16."""
+    with progress() as bar:
+        for at in bar.track(range(0, pool.count, 64), description="encoding scenes"):
+            with torch.autocast(device.type, torch.bfloat16):
+                states, _ = tower.states(normalise(pool.pixels[at : at + 64], device))
+            yield states[:, 1:].half().cpu()
+
+
 def store_features(tower: Tower, pool: Pool, path: Path, device: torch.device) -> np.ndarray:
     """Penultimate-layer patch states of a pool, `(scenes, N, D)` float16, on disk."""
     if not path.exists():
         partial = path.with_suffix(".tmp")
         out = np.lib.format.open_memmap(partial, "w+", np.float16, (pool.count, N, built.WIDTH))
-        with progress() as bar, torch.autocast(device.type, torch.bfloat16):
-            for at in bar.track(range(0, pool.count, 64), description="encoding scenes"):
-                states, _ = tower.states(normalise(pool.pixels[at : at + 64], device))
-                out[at : at + 64] = states[:, 1:].half().cpu().numpy()
+        at = 0
+        for states in encodings(tower, pool, device):
+            out[at : at + len(states)] = states.numpy()
+            at += len(states)
         out.flush()
         partial.replace(path)
     return np.load(path, mmap_mode="r")
 
 
-@torch.no_grad()
 def store_encodings(tower: Tower, pool: Pool, work: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
     """States of a pool, as `store_features` has them, and saliency `(scenes, N)`: the penultimate layer's, of CLS."""
     paths = [work / f"compressor-{name}.npy" for name in ("features", "saliency")]
     if not paths[1].exists():  # written last
-        features, seen = [], []
+        seen: list[Tensor] = []
         attention = tower.clip.vision_model.encoder.layers[-2].self_attn
         hook = attention.register_forward_hook(lambda _, __, out: seen.append(out[1][:, :, 0, 1:].float().mean(1)))
-        with progress() as bar, torch.autocast(device.type, torch.bfloat16):
-            for at in bar.track(range(0, pool.count, 64), description="encoding scenes"):
-                states, _ = tower.states(normalise(pool.pixels[at : at + 64], device))
-                features.append(states[:, 1:].half().cpu())
+        features = list(encodings(tower, pool, device))
         hook.remove()
         for path, parts in zip(paths, (features, seen), strict=True):
             partial = path.with_suffix(".tmp.npy")
