@@ -274,7 +274,7 @@ def _cache(pipeline: "Pipeline", refresh: bool) -> _Cache | None:
     """The cache, where images need not be decoded that are in it."""
     from gridprune_cli.pipeline import SIGNALS
 
-    encoder = pipeline.family.encoder  # also made here once, and sent along
+    encoder = pipeline.encoder  # also made here once, and sent along
     return _Cache(pipeline.store.root.absolute(), encoder, SIGNALS) if pipeline.store and not refresh else None
 
 

@@ -228,6 +228,13 @@ def test_stages_encode_as_bulk_does(pipeline, pictures, tmp_path, tiny_llava):
     assert not any(hit for _, _, hit in dict(_received(iter([{"done": row}]), pipeline, pytest.fail))[0])
 
 
+@pytest.mark.parametrize("storage", ["float8", "int8"])
+def test_what_is_stored_in_eight_bits_is_found_and_not_decoded_again(storage, pictures, tmp_path, tiny_llava):
+    pipeline = Pipeline(str(tiny_llava), store=open_store(tmp_path / "small"), dtype="float32", storage=storage)
+    assert sorted(through(pipeline, [pictures])[1][0]) == pictures
+    assert through(pipeline, [pictures])[1] == [{}]
+
+
 def test_the_worker_does_not_decode_what_comes_decoded_and_heeds_a_file_that_changed(pipeline, pictures, monkeypatch):
     worker, loaded = start_worker(pipeline), []
     decode, load = ray_engine._decode, ray_engine.load_image
