@@ -268,8 +268,8 @@ class Pipeline:
     def _refuse(self, name: str, notes: Sequence[str]) -> None:
         if not self.chosen and NO_SCENE in notes:
             raise BadInput(
-                f"{name}: no scene, and the model that comes with the package knows nothing else; choose a real one, as "
-                f"in --model {SMALL_MODEL}, or for good: gridprune models default {SMALL_MODEL}"
+                f"{name}: no scene, and the model that comes with the package knows nothing else; name a real one: "
+                f"--model {SMALL_MODEL}, or for good gridprune models default {SMALL_MODEL}"
             )
 
     def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
