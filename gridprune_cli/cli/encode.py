@@ -111,7 +111,7 @@ def _print(expected: "Forecast", json: bool) -> None:
     if json:
         emit_json(asdict(expected))
         return
-    cannot = f", {expected.unreadable} can't be" if expected.unreadable else ""
+    cannot = f", {expected.unreadable} can't be encoded" if expected.unreadable else ""
     limit = "no limit" if expected.limit is None else f"limit {size(expected.limit)}"
     print(f"{expected.images} images, {expected.hits} of them cached already, {expected.encode} to encode{cannot}")
     print(f"about {size(expected.bytes)} to write; {limit}, {size(expected.free)} free on the disk")

@@ -98,7 +98,7 @@ Model = Annotated[
         "Model: `scenes`, a folder with a checkpoint, or a hub name, OWNER/NAME or OWNER/NAME@REVISION.",
         _MODEL,
         envvar="GRIDPRUNE_MODEL",
-        show_default="that of `gridprune models default`, else scenes, for images that are scenes",
+        show_default="the one of gridprune models default; else scenes, for scenes alone",
     ),
 ]
 Revision = Annotated[str | None, _option("Branch, tag or commit of a hub model.", _MODEL)]
