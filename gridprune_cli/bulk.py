@@ -157,6 +157,7 @@ class Bulk:
             if not refresh and (hit := self.pipeline.look_up(sha256, name)):
                 return _Read(name, hit)
             picture = self._load(data, name)
+            self.pipeline.check(picture)
         except Exception as fault:
             return _Read(name, _named(name, _told(fault)))
         self.pipeline.family.prepare(picture.image)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.images import identify, measure
+from gridprune_cli.images import identify, load_image, measure
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.store import Store
 
@@ -57,6 +57,8 @@ def forecast(
     for image in images:
         try:
             sha256, name, data = identify(image)
+            if not pipeline.chosen:
+                pipeline.check(load_image(data, name))
             key = pipeline.key(sha256)
             there = store.bytes_of(pipeline.encoder, key)
             if key in seen or (there is not None and not refresh):

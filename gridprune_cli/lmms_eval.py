@@ -46,7 +46,7 @@ class GridpruneModel(lmms):
     is_simple = True
 
     def __init__(
-        self, pretrained: str = "scenes", batch_size: int | str = 1, query_lines: str = "first", **given: Any
+        self, pretrained: str | None = None, batch_size: int | str = 1, query_lines: str = "first", **given: Any
     ) -> None:
         super().__init__()
         given.pop("max_batch_size", None)  # lmms-eval passes it where its command line has it

@@ -37,6 +37,8 @@ SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the 
 POSITIONS = ("original", "compact")
 ILP_LAYER = 3  # at whose input tokens leave the language model, where nothing else is said
 PLC = ("off", "pool", "trained")
+NO_SCENE = "no scene: the embedded model knows only its own scenes; name a real one, as in --model FOLDER"  # a note
+SMALL_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"  # to begin with: of family idefics3, half a GB
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,13 @@ class Answer:
 
     text: str
     pruned: PrunedSet
-    notes: tuple[str, ...]  # what a user should know of the images
     hits: tuple[bool, ...]  # of each image, whether it was encoded already
     ms: dict[str, float]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the images."""
+        return self.pruned.notes
 
     @property
     def hit(self) -> bool:
@@ -186,7 +192,8 @@ class Pipeline:
     """A model with its cache. Parts of the model are loaded when they are first needed, and only those.
 
     model     `scenes`, a folder, or a hub name, `owner/name` or `owner/name@revision`; or a family that was opened
-              already, and then only `store` counts of the rest
+              already, and then only `store` counts of the rest. None: none was chosen, so it is `scenes`, and a picture
+              that is no scene is refused, where `scenes` by name answers, with a note
     revision  branch, tag or commit of a hub model
     clip      the CLIP that the model's tower was taken from, a folder or hub name, where it is not found by itself
     store     None means no cache
@@ -199,7 +206,7 @@ class Pipeline:
 
     def __init__(
         self,
-        model: str | Family = "scenes",
+        model: str | Family | None = None,
         *,
         revision: str | None = None,
         clip: str | None = None,
@@ -215,7 +222,9 @@ class Pipeline:
         if isinstance(model, Family):
             self.family = model
         else:
-            self.family = open_model(model, dtype, device, revision=revision, clip=clip, store=store, flag=flag)
+            name = EMBEDDED if model is None else model
+            self.family = open_model(name, dtype, device, revision=revision, clip=clip, store=store, flag=flag)
+        self.chosen = model is not None
         self._placed = {"device": device, "dtype": dtype, "storage": storage}
         self._localizers: dict[str, Pipeline] = {}
         self.model = self.family.checkpoint.name
@@ -240,14 +249,28 @@ class Pipeline:
         return entry_key(image, self.encoder, SIGNALS)
 
     def look_up(self, image: str, name: str) -> EncodedImage | None:
-        """The encoded image from the cache, under the name that it is asked for by now."""
+        """The encoded image from the cache, under the name that it is asked for by now. Raises BadInput as `check`."""
         if self.store is None:
             return None
         found = self.store.get(self.encoder, self.key(image))
         try:
-            return replace(EncodedImage.from_parts(*found), name=name) if found else None
+            encoded = replace(EncodedImage.from_parts(*found), name=name) if found else None
         except (KeyError, TypeError, ValueError):
             return None  # whole, but not what this version writes
+        if encoded:
+            self._refuse(name, encoded.notes)
+        return encoded
+
+    def check(self, picture: Picture) -> None:
+        """Raises BadInput where no model was chosen, and the picture is none that the embedded one knows."""
+        self._refuse(picture.name, self._remarks(picture))
+
+    def _refuse(self, name: str, notes: Sequence[str]) -> None:
+        if not self.chosen and NO_SCENE in notes:
+            raise BadInput(
+                f"{name}: no scene, and the model that comes with the package knows nothing else; name a real one: "
+                f"--model {SMALL_MODEL}, or for good gridprune models default {SMALL_MODEL}"
+            )
 
     def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
         """Runs the tower on pictures, whatever the cache holds, and stores what it gives."""
@@ -257,7 +280,9 @@ class Pipeline:
         return made
 
     def see(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
-        """Runs the tower on pictures, and stores nothing."""
+        """Runs the tower on pictures, and stores nothing. Raises BadInput as `check`."""
+        for picture in pictures:
+            self.check(picture)
         encodings = self.family.encode([picture.image for picture in pictures])
         return [self._encoded(picture, encoding) for picture, encoding in zip(pictures, encodings, strict=True)]
 
@@ -289,7 +314,7 @@ class Pipeline:
     def _remarks(self, picture: Picture) -> tuple[str, ...]:
         if self.model != EMBEDDED or looks_like_scene(picture.image):
             return ()
-        return ("no scene: the embedded model knows only its own scenes; name a real one, as in --model FOLDER",)
+        return (NO_SCENE,)
 
     def remarks(self, pruning: Pruning, pruned: PrunedSet | None = None) -> tuple[str, ...]:
         """What a user should know of how this model prunes, and pruned this set."""
@@ -472,6 +497,7 @@ class Pipeline:
                     zones=_zones(pruning.method, known, mine),
                     localizer=_found_by(pruning, known, named),
                     ratios=None if pruning.plc == "off" else ratios(mine, _within(known)),
+                    notes=image.notes,
                 )
                 for image, known, mine, named in zip(images, signals, chosen, asked.said, strict=True)
             ),
@@ -624,8 +650,7 @@ class Pipeline:
                 first = (str(fault).splitlines() or [""])[0].strip()
                 raise BadInput(f"--generation {named}: transformers can't use it ({first})") from fault
         ms |= {"prefill": made.prefill, "decode": made.decode}
-        notes = tuple(dict.fromkeys(f"{image.name}: {note}" for image in images for note in image.notes))
-        return Answer(made.text, pruned, notes, tuple(isinstance(hit, EncodedImage) for hit in found), ms)
+        return Answer(made.text, pruned, tuple(isinstance(hit, EncodedImage) for hit in found), ms)
 
     def encode_all(
         self,

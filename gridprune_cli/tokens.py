@@ -132,6 +132,7 @@ class Origin:
     zones: dict[str, Any] | None  # rows, cols and budgets, where the method has zones
     localizer: dict[str, Any] | None = None  # what found the region; of a model its answer, and whether that was a box
     ratios: dict[str, float | None] | None = None  # visual tokens per row inside and outside, where compressed
+    notes: tuple[str, ...] = ()  # of the encoded image
 
     @property
     def count(self) -> int:
@@ -157,6 +158,7 @@ class Origin:
             zones,
             parts.get("localizer"),
             parts.get("ratios"),
+            tuple(parts.get("notes", ())),
         )
 
 
@@ -202,6 +204,11 @@ class PrunedSet:
         """How many visual tokens stay, in words."""
         return f"{len(self.kept)} of {self.count} visual tokens" + (f", {self.inside}" if self.inside else "")
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the images, each with the image's name in front."""
+        return tuple(dict.fromkeys(f"{image.name}: {note}" for image in self.images for note in image.notes))
+
     def to_bytes(self) -> bytes:
         header = {"kind": "pruned", "schema": SCHEMA, "images": [asdict(image) for image in self.images]}
         header |= {name: getattr(self, name) for name in (*_PRUNED_TEXT, "plc")}
@@ -233,6 +240,7 @@ class PrunedSet:
             "inside": self.inside.to_json() if self.inside else None,
             "plc": self.plc,
             "ratios": each("ratios"),
+            "notes": list(self.notes),
         }
 
     @classmethod

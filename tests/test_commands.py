@@ -274,7 +274,18 @@ def test_models_and_env(run, tmp_path):
     assert settings["device"]["value"] and settings["dtype"]["from"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["ask", "--help"], ["models"], ["cache", "ls"], ["cache", "info"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["ask", "--help"],
+        ["models"],
+        ["models", "default"],
+        ["cache", "ls"],
+        ["cache", "info"],
+    ],
+)
 def test_light_commands_import_no_torch(arguments):
     code = (
         "import sys; sys.argv = ['gridprune', *sys.argv[1:]]\n"

@@ -1,6 +1,7 @@
 """The checkpoint that ships: two plain checkpoints of one tower, and right answers through the whole pipeline."""
 
 import json
+import pickle
 import random
 from pathlib import Path
 
@@ -8,21 +9,24 @@ import pytest
 import torch
 from transformers import AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 
+from gridprune_cli.errors import BadInput
 from gridprune_cli.evaluation.data import open_data
 from gridprune_cli.evaluation.results import summarise
 from gridprune_cli.evaluation.run import Cell, Plan, answers
 from gridprune_cli.generation import generate
-from gridprune_cli.images import Picture
+from gridprune_cli.images import Picture, load_image
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.scenes import CHECKPOINT
 from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene, questions
+from gridprune_cli.store import open_store
+from gridprune_cli.tokens import EncodedImage
 
 SAMPLES = Path(__file__).parent.parent / "sample_images"
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return Pipeline()
+    return Pipeline("scenes")
 
 
 def test_plain_transformers_loads_both():
@@ -83,7 +87,108 @@ def test_an_evaluation_on_a_few_scenes(pipeline):
     assert region["contains"] > 0.8 and region["area"] < 0.5 and region["questions"] > 40
 
 
-def test_other_pictures_are_remarked_on(pipeline):
-    answer = pipeline.ask(SAMPLES / "hills.jpg", "What colour is the star?")
-    assert any("knows only its own scenes" in note for note in answer.notes)
-    assert not pipeline.ask(SAMPLES / "scene-1.png", "What colour is the star?").notes
+# ---- pictures that are no scenes -------------------------------------------------------------------------------------
+
+PHOTO, SCENE, QUESTION = SAMPLES / "hills.jpg", SAMPLES / "scene-1.png", "Which object has the T?"
+NOTE = f"{PHOTO}: no scene: the embedded model knows only its own scenes"
+REFUSED = f"{PHOTO}: no scene, and the model that comes with the package knows nothing else"
+
+
+@pytest.fixture
+def questions_file(tmp_path):
+    """A question about a picture that is no scene, and one about a scene."""
+    path = tmp_path / "questions.jsonl"
+    lines = [
+        {"id": name, "image": str(image), "question": QUESTION, "answers": ["red star"]}
+        for name, image in (("photo", PHOTO), ("scene", SCENE))
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def records(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ask", PHOTO, QUESTION),
+        ("ask", SCENE, PHOTO, QUESTION, "--json"),
+        ("prune", PHOTO, QUESTION, "-o", "p.safetensors"),
+        ("show", PHOTO, QUESTION),
+        ("bench", PHOTO, "--repeat", "1"),
+        ("eval", "questions.jsonl", "-o", "run"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_without_a_model_chosen_they_are_refused(command, pipeline, tmp_path, monkeypatch, arguments, cached, request):
+    if cached:
+        encoded, _ = pipeline.encode_one(PHOTO)
+        open_store().put(encoded.encoder, encoded.key, encoded.to_bytes())
+    request.getfixturevalue("questions_file")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and REFUSED in err
+    assert "--model HuggingFaceTB/SmolVLM-256M-Instruct" in err and "gridprune models default Hugging" in err
+    assert not (tmp_path / "p.safetensors").exists()
+
+
+def test_without_a_model_chosen_the_others_of_many_go_on(command, questions_file, tmp_path):
+    for _ in range(2):
+        code, out, err = command("batch", questions_file)
+        photo, scene = records(out)
+        assert code == 3 and photo["error"].startswith(REFUSED) and photo["error_type"] == "BadInput"
+        assert (scene["answer"], scene["notes"]) == ("red star", [])
+        assert "questions.jsonl:1: " + REFUSED in err
+        command("encode", PHOTO, "--model", "scenes")  # so that the second time it is in the cache
+    code, out, _ = command("prune", "--batch", questions_file, "-o", tmp_path, "--json")
+    photo, scene = records(out)
+    assert code == 3 and photo["error"].startswith(REFUSED) and scene["notes"] == []
+    assert not (tmp_path / "photo.safetensors").exists() and (tmp_path / "scene.safetensors").exists()
+    code, out, err = command("encode", PHOTO, SCENE, "--json")
+    assert code == 3 and "1 of 2 could not be encoded" in err
+    assert records(out)[0]["error"].startswith(REFUSED) and records(out)[1]["cache"] == "hit"
+    for refresh in ((), ("--refresh",)):
+        plan = json.loads(command("encode", PHOTO, SCENE, "--dry-run", "--json", *refresh)[1])
+        assert (plan["unreadable"], plan["hits"] + plan["encode"]) == (1, 1)
+
+
+def test_where_scenes_is_chosen_they_are_answered_with_a_note(command, questions_file, tmp_path, monkeypatch):
+    for chosen in ("flag", "config", "variable"):
+        flag = ("--model", "scenes") if chosen == "flag" else ()
+        if chosen == "config":
+            (tmp_path / "config" / "gridprune").mkdir(parents=True)
+            (tmp_path / "config" / "gridprune" / "config.toml").write_text('model = "scenes"\n')
+        if chosen == "variable":
+            monkeypatch.setenv("GRIDPRUNE_MODEL", "scenes")
+        code, out, err = command("ask", PHOTO, QUESTION, "--json", "-q", *flag)
+        record = json.loads(out)
+        assert (code, err) == (0, "") and record["answer"]
+        assert len(record["notes"]) == 1 and record["notes"][0].startswith(NOTE)
+    photo, scene = records(command("batch", questions_file, "-q")[1])
+    assert (photo["notes"], photo["answer"]) == (record["notes"], record["answer"]) and scene["notes"] == []
+    lines = records(command("encode", PHOTO, SCENE, "--json", "-q")[1])
+    assert [line["notes"] for line in lines] == [record["notes"], []]
+    saved = tmp_path / "p.safetensors"
+    code, out, _ = command("prune", PHOTO, SCENE, QUESTION, "-o", saved, "--json", "-q")
+    assert code == 0 and json.loads(out)["notes"] == record["notes"]
+    monkeypatch.delenv("GRIDPRUNE_MODEL")
+    (tmp_path / "config" / "gridprune" / "config.toml").unlink()
+    code, out, _ = command("generate", saved, "--json")  # whose model is the set's
+    assert code == 0 and json.loads(out)["notes"] == record["notes"]
+
+
+def test_in_python_too_scenes_is_taken_by_name(pipeline):
+    answer = pipeline.ask(PHOTO, QUESTION)
+    assert len(answer.notes) == 1 and answer.notes[0].startswith(NOTE)
+    nobodys = Pipeline()
+    assert nobodys.ask(SCENE, QUESTION).text == pipeline.ask(SCENE, QUESTION).text == "red star"
+    with pytest.raises(BadInput, match="no scene"):
+        nobodys.encode([load_image(PHOTO)])
+    copied = pickle.loads(pickle.dumps(Pipeline()))  # as Ray's workers get it
+    with pytest.raises(BadInput, match="no scene"):
+        copied.encode_one(PHOTO)
+    shown = [type(result) for _, result, _ in nobodys.encode_all([PHOTO, SCENE])]
+    assert shown == [BadInput, EncodedImage]

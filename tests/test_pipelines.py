@@ -20,10 +20,7 @@ pytestmark = pytest.mark.skipif(not shutil.which("bash") or not shutil.which("jq
 @pytest.fixture
 def shell(tmp_path):
     """Runs a block of the page in a folder with the sample images, and gives what it prints."""
-    (tmp_path / "sample_images").mkdir()
-    for path in (ROOT / "sample_images").glob("scene-*.png"):
-        shutil.copy(path, tmp_path / "sample_images")
-    shutil.copy(ROOT / "sample_images" / "questions.jsonl", tmp_path / "sample_images")
+    shutil.copytree(ROOT / "sample_images", tmp_path / "sample_images")
     command = tmp_path / "bin" / "gridprune"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gridprune_cli "$@"\n')

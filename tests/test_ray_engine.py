@@ -201,6 +201,17 @@ def start_worker(pipeline, refresh=False):
     return _Worker(pickle.dumps(pipeline), job, 2, os.getcwd(), torch.get_num_threads())
 
 
+def test_stages_refuse_what_the_embedded_model_does_not_know(tmp_path, noise):
+    photo = tmp_path / "photo.png"
+    noise((60, 60)).image.save(photo)
+    for _ in range(2):
+        nobodys = Pipeline(store=open_store())
+        row, _ = through(nobodys, [[str(photo)]])
+        ((_, ((name, result, _),)),) = _received(iter([{"done": row}]), nobodys, pytest.fail)
+        assert name == str(photo) and isinstance(result, BadInput) and str(result).startswith(f"{photo}: no scene")
+        Pipeline("scenes", store=open_store()).encode_one(photo)  # so that the second time it is in the cache
+
+
 def test_stages_encode_as_bulk_does(pipeline, pictures, tmp_path, tiny_llava):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")

@@ -3,10 +3,12 @@
 import os
 import signal
 import sys
+from importlib.metadata import version as version_of
+from typing import Annotated
 
 import typer
 
-from gridprune_cli.cli import cache
+from gridprune_cli.cli import cache, models
 from gridprune_cli.cli.ask import ask
 from gridprune_cli.cli.batch import batch
 from gridprune_cli.cli.bench import bench
@@ -15,7 +17,6 @@ from gridprune_cli.cli.env import env
 from gridprune_cli.cli.evaluate import evaluate
 from gridprune_cli.cli.export import export
 from gridprune_cli.cli.generate import generate
-from gridprune_cli.cli.models import models
 from gridprune_cli.cli.output import printable, set_quiet
 from gridprune_cli.cli.prune import prune
 from gridprune_cli.cli.show import show
@@ -28,10 +29,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (ask, batch, encode, prune, generate, export, show, bench, models, env):
+for command in (ask, batch, encode, prune, generate, export, show, bench, env):
     app.command(epilog=getattr(command, "examples", None))(command)
 app.command("eval", epilog=evaluate.examples)(evaluate)  # type: ignore[attr-defined]
+app.add_typer(models.app, name="models")
 app.add_typer(cache.app, name="cache")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"gridprune {version_of('gridprune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def gridprune(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options of `gridprune` itself."""
 
 
 _UsageError = typer.BadParameter.__mro__[1]  # of what the command line itself can get wrong; Typer does not export it

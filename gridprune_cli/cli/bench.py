@@ -20,7 +20,7 @@ _SHAPE = (
 
 
 def subject(
-    model: options.Model = "scenes",
+    model: options.Model = None,
     shape: Annotated[str | None, typer.Option(help=_SHAPE, rich_help_panel="Model and cache")] = None,
     layers: Annotated[
         int | None,
@@ -31,13 +31,17 @@ def subject(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> Callable[[], "Pipeline"]:
-    """Opens what is measured; nothing comes from the cache. A shape goes before a model that a variable names."""
+    """Opens what is measured; nothing comes from the cache. A shape goes before a model, whatever names that."""
+    from gridprune_cli.config import choose_model
     from gridprune_cli.pipeline import Pipeline
 
     if shape is None:
         if layers is not None:
             raise BadInput("--layers: only with --shape; a checkpoint has the layers that it has")
-        return lambda: Pipeline(model, revision=revision, clip=clip, device=device, dtype=dtype)
+        choice = choose_model(model)
+        return lambda: Pipeline(
+            choice.model, revision=revision, clip=clip, device=device, dtype=dtype, flag=choice.flag
+        )
     if device == "map":
         raise BadInput("--device map: not with --shape, whose random weights lie on one device")
     from gridprune_cli.device import place

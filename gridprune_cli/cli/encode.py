@@ -79,6 +79,7 @@ def encode(
                 done, hits = done + 1, hits + hit
                 size_of_new += 0 if hit else result.nbytes
                 line = {"image": name, "key": result.key, "tokens": result.count, "cache": "hit" if hit else "miss"}
+                line["notes"] = [f"{name}: {note}" for note in result.notes]
             if json:
                 emit_json(line)
             step(1, f"{(done + failed) / (time.perf_counter() - start):.1f} images/s, {hits} hits")
@@ -110,7 +111,7 @@ def _print(expected: "Forecast", json: bool) -> None:
     if json:
         emit_json(asdict(expected))
         return
-    cannot = f", {expected.unreadable} can't be read" if expected.unreadable else ""
+    cannot = f", {expected.unreadable} can't be encoded" if expected.unreadable else ""
     limit = "no limit" if expected.limit is None else f"limit {size(expected.limit)}"
     print(f"{expected.images} images, {expected.hits} of them cached already, {expected.encode} to encode{cannot}")
     print(f"about {size(expected.bytes)} to write; {limit}, {size(expected.free)} free on the disk")

@@ -19,13 +19,16 @@ def env(
 ) -> None:
     """Print the settings in force and where each came from, versions, and device and dtype with the reason."""
     from gridprune_cli import store
+    from gridprune_cli.config import choose_model
     from gridprune_cli.device import place
+    from gridprune_cli.vlm.checkpoint import EMBEDDED
 
-    model = _setting("MODEL", _default(options.pipeline, "model"))
-    placed = place(_setting("DEVICE", "auto")[0], _setting("DTYPE", "auto")[0], model[0])
+    choice = choose_model()
+    model = choice.model or EMBEDDED
+    placed = place(_setting("DEVICE", "auto")[0], _setting("DTYPE", "auto")[0], model)
     root = str(store.open_store(cache_dir).root)
     rows = [
-        ("model", *model),
+        ("model", model, choice.origin),
         ("keep", *_setting("KEEP", _default(options.pruning, "keep"))),
         ("method", *_setting("METHOD", _default(options.pruning, "method"))),
         ("plc", *_setting("PLC", _default(options.pruning, "plc"))),

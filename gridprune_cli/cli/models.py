@@ -1,7 +1,12 @@
-"""`gridprune models`: what can be named after --model."""
+"""`gridprune models`: what can be named after --model, and what is taken where nothing is named."""
+
+import os
+from typing import Annotated
+
+import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import emit_json, table
+from gridprune_cli.cli.output import emit_json, say, set_quiet, size, table, warn
 
 _CLIP = "its CLIP, for relevance: found in FOLDER/clip or the hub's cache, or named with --clip"
 _WORDS = "nothing else; relevance from the model's own words"
@@ -20,16 +25,88 @@ _ROWS = (
     ("paligemma", "google/paligemma2-3b-mix-448", _WORDS),
 )
 
+app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
 
-def models(json: options.Json = False) -> None:
+
+@app.callback()
+def models(context: typer.Context, json: options.Json = False) -> None:
     """List the model families, with an example of what can be named after --model, and what each needs.
 
     A model is `scenes`, a folder with a checkpoint of one of these families in transformers' format, or its name on the
-    hub.
+    hub. Models that are in the hub's cache already follow, with their size, and whether they can be used.
     """
+    if context.invoked_subcommand is not None:
+        return
+    from gridprune_cli.vlm.cached import list_cached
+
     names = ("family", "example", "needs")
+    cached, broken = list_cached()
     if json:
-        for row in _ROWS:
-            emit_json(dict(zip(names, row, strict=True)))
+        emit_json(*(dict(zip(names, row, strict=True)) for row in _ROWS))
+        for model in cached:
+            emit_json(
+                {
+                    "cached": model.name,
+                    "family": model.family,
+                    "bytes": model.bytes,
+                    "usable": not model.reason,
+                    "reason": model.reason or None,
+                }
+            )
     else:
         table(names, _ROWS)
+        if cached:
+            print()
+            table(
+                ("in the hub's cache", "family", "size ", "usable"),
+                [(m.name, m.family or "?", size(m.bytes), f"no: {m.reason}" if m.reason else "yes") for m in cached],
+            )
+    if broken:
+        warn(f"left out what can't be read in the hub's cache, {len(broken)} in all; the first: {broken[0]}")
+
+
+@app.command("default", epilog="Example: `gridprune models default HuggingFaceTB/SmolVLM-256M-Instruct`")
+def default(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A folder or a hub name; scenes: none any more.")
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Remember the model that commands take where neither --model nor GRIDPRUNE_MODEL names one, or print it.
+
+    Of a model on the hub config.json is fetched to look at; the rest comes when it is first needed.
+    """
+    from gridprune_cli.config import VARIABLE, choose_model, remember_model
+    from gridprune_cli.vlm.checkpoint import EMBEDDED
+
+    set_quiet(quiet)
+    if name == EMBEDDED:
+        path = remember_model(None)
+        say(f"{path}: names no model any more; without --model, {EMBEDDED} answers about scenes, and nothing else")
+    elif name is not None:
+        known, family = _check(name)
+        path = remember_model(known)
+        say(f"{path}: {known}, of family {family}, is the model where --model names none")
+    choice = choose_model()
+    if name is not None and choice.origin == VARIABLE:
+        warn(f"{VARIABLE} is set, and goes before it: {choice.model}")
+    if json:
+        emit_json({"model": choice.model or EMBEDDED, "from": choice.origin})
+    elif name is None:
+        table(("model", "from"), [(choice.model or EMBEDDED, choice.origin)])
+
+
+def _check(name: str) -> tuple[str, str]:
+    """The name as it is found again from anywhere, and the family. Raises BadInput where it can't be used.
+
+    Of a hub model config.json alone is looked at.
+    """
+    from gridprune_cli.vlm import find_supported
+
+    flag = "models default"
+    checkpoint = find_supported(name, flag=flag)
+    if checkpoint.commit is None:
+        checkpoint.complete(flag)
+        return os.path.abspath(checkpoint.folder), checkpoint.family
+    return checkpoint.name, checkpoint.family

@@ -93,11 +93,12 @@ _ENGINE = "Engine"
 
 
 Model = Annotated[
-    str,
+    str | None,
     _option(
         "Model: `scenes`, a folder with a checkpoint, or a hub name, OWNER/NAME or OWNER/NAME@REVISION.",
         _MODEL,
         envvar="GRIDPRUNE_MODEL",
+        show_default="the one of gridprune models default; else scenes, for scenes alone",
     ),
 ]
 Revision = Annotated[str | None, _option("Branch, tag or commit of a hub model.", _MODEL)]
@@ -109,7 +110,7 @@ Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16.", _MODEL, en
 
 
 def pipeline(
-    model: Model = "scenes",
+    model: Model = None,
     revision: Revision = None,
     clip: Clip = None,
     device: Device = "auto",
@@ -132,13 +133,24 @@ def pipeline(
 ) -> "Pipeline":
     """The model with its cache."""
     from gridprune_cli.cli.output import warn
+    from gridprune_cli.config import choose_model
     from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.store import open_store, parse_size
 
+    choice = choose_model(model)
     store = None if no_cache else open_store(cache_dir, warn)
     if store and cache_limit is not None:
         store.limit = parse_size(cache_limit, "--cache-limit") or None
-    return Pipeline(model, revision=revision, clip=clip, store=store, device=device, dtype=dtype, storage=storage)
+    return Pipeline(
+        choice.model,
+        revision=revision,
+        clip=clip,
+        store=store,
+        device=device,
+        dtype=dtype,
+        storage=storage,
+        flag=choice.flag,
+    )
 
 
 def engine(

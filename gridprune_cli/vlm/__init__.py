@@ -25,6 +25,17 @@ FAMILIES = {
 }
 
 
+def find_supported(
+    model: str, revision: str | None = None, *, flag: str = "--model", store: "Store | None" = None
+) -> Checkpoint:
+    """The checkpoint of a name, as `find`. Raises BadInput also where its family is none that this package knows."""
+    checkpoint = find(model, revision, flag=flag, store=store)
+    if checkpoint.family not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise BadInput(f"{flag} {model}: model type {checkpoint.family!r} is not supported (supported: {known})")
+    return checkpoint
+
+
 def open_model(
     model: str,
     dtype: str,
@@ -44,14 +55,11 @@ def open_model(
 
     from gridprune_cli.device import place
 
-    checkpoint = find(model, revision, flag=flag, store=store)
-    if checkpoint.family not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise BadInput(f"{flag} {model}: model type {checkpoint.family!r} is not supported (supported: {known})")
+    checkpoint = find_supported(model, revision, flag=flag, store=store)
     module = import_module(f"gridprune_cli.vlm.{checkpoint.family}")
     kind = getattr(module, FAMILIES[checkpoint.family])
     placed = place(device, dtype, model, checkpoint.stored)
     return kind(checkpoint.complete(flag), placed.dtype, placed.device, find_clip(checkpoint, clip), placed.spread)
 
 
-__all__ = ["FAMILIES", "Checkpoint", "find", "open_model"]
+__all__ = ["FAMILIES", "Checkpoint", "find", "find_supported", "open_model"]

@@ -1,0 +1,112 @@
+"""Which model the commands work with: the flag's, else the variable's, else that of the user's config file, else none.
+
+The file is TOML, `gridprune/config.toml` in $XDG_CONFIG_HOME or ~/.config, and its key is `model`. Nothing here needs
+torch.
+"""
+
+import json
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.files import write_atomic
+
+VARIABLE = "GRIDPRUNE_MODEL"
+
+_LINE = re.compile(r"^model[ \t]*=.*(\n|\Z)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model, and what chose it: `--model`, the variable, or the config file's path. None and `default`: nothing."""
+
+    model: str | None
+    origin: str
+
+    @property
+    def flag(self) -> str:
+        """What an error about the model names."""
+        return f"{self.origin}: model" if os.path.isabs(self.origin) else "--model"
+
+
+def choose_model(named: str | None = None) -> ModelChoice:
+    """The model in force. `named` is what `--model` or its variable says, which arrive as one.
+
+    Raises BadInput, naming the config file, where that decides and can't be read.
+    """
+    variable = os.environ.get(VARIABLE)
+    if named is not None:
+        return ModelChoice(named, VARIABLE if named == variable else "--model")
+    if variable:
+        return ModelChoice(variable, VARIABLE)
+    path = config_path()
+    model = _parse(path, _read(path)).get("model")
+    if model is None:
+        return ModelChoice(None, "default")
+    if not isinstance(model, str) or not model.strip():
+        raise BadInput(f"{path}: model = {model!r} names no model; set one with `gridprune models default NAME`")
+    return ModelChoice(model, str(path))
+
+
+def remember_model(model: str | None) -> Path:
+    """Writes the model into the config file, or takes it out where it is None, and gives the file's path.
+
+    What else the file holds stays, comments too. Raises BadInput where it can't be read or changed, GridpruneError
+    where it can't be written.
+    """
+    path = config_path()
+    if not path.is_absolute():
+        raise BadInput("XDG_CONFIG_HOME: there is no home folder for the config; set this variable to a folder")
+    text = _read(path)
+    settings = _parse(path, text)
+    line = "" if model is None else f"model = {json.dumps(model, ensure_ascii=False)}\n"
+    changed, lines = _LINE.subn(lambda _: line, text, count=1)
+    if not lines:  # first of all, since behind a table's head it would be the table's
+        changed = line + text
+    expected = {name: value for name, value in settings.items() if name != "model"}
+    expected |= {} if model is None else {"model": model}
+    try:
+        data, kept = changed.encode(), tomllib.loads(changed) == expected
+    except ValueError:
+        kept = False
+    if not kept:
+        raise BadInput(f"{path}: `model` can't be changed without harm to the rest; change it with an editor")
+    if changed == text:
+        return path
+    target = Path(os.path.realpath(path))  # not the link that leads there
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise GridpruneError(f"{target.parent}: can't be made ({fault.strerror}); check XDG_CONFIG_HOME") from fault
+    write_atomic(target, data, sync=True)
+    return path
+
+
+def config_path() -> Path:
+    """gridprune/config.toml in $XDG_CONFIG_HOME, else in ~/.config."""
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification says to ignore a relative one
+        base = os.path.expanduser("~/.config")
+    return Path(base, "gridprune", "config.toml")
+
+
+def _read(path: Path) -> str:
+    """The file's text; none where there is no file."""
+    try:
+        return path.read_bytes().decode()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) else "no UTF-8"
+        raise BadInput(f"{path}: can't be read ({reason}); mend it, or remove it") from fault
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except ValueError as fault:
+        raise BadInput(f"{path}: no TOML ({fault}); mend it, or remove it") from fault

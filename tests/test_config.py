@@ -1,0 +1,141 @@
+"""Which model is in force, and the config file that remembers one."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from gridprune_cli.config import ModelChoice, choose_model, config_path, remember_model
+from gridprune_cli.errors import BadInput, GridpruneError
+
+NAMES = ("some/model", "some/model@v2", '/models/with "quotes" and \\ and Ünïcode', "a\tb")
+
+
+def write(text: str | bytes) -> Path:
+    path = config_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_flag_before_variable_before_config_before_nothing(monkeypatch):
+    assert choose_model() == ModelChoice(None, "default")
+    path = write('model = "of/config"\n')
+    assert choose_model() == ModelChoice("of/config", str(path))
+    monkeypatch.setenv("GRIDPRUNE_MODEL", "")  # as if it were not set
+    assert choose_model().origin == str(path)
+    monkeypatch.setenv("GRIDPRUNE_MODEL", "of/variable")
+    assert choose_model() == ModelChoice("of/variable", "GRIDPRUNE_MODEL")
+    assert choose_model("of/variable") == ModelChoice("of/variable", "GRIDPRUNE_MODEL")
+    assert choose_model("of/flag") == ModelChoice("of/flag", "--model")
+
+
+def test_where_the_file_lies(monkeypatch, tmp_path):
+    assert config_path() == tmp_path / "config" / "gridprune" / "config.toml"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for base in ("", "relative/folder"):
+        monkeypatch.setenv("XDG_CONFIG_HOME", base)
+        assert config_path() == tmp_path / "home" / ".config" / "gridprune" / "config.toml"
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    assert remember_model("a/b") == tmp_path / "home" / ".config" / "gridprune" / "config.toml"
+    assert choose_model().model == "a/b"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_comes_back_as_it_was_written(name):
+    path = remember_model(name)
+    assert choose_model() == ModelChoice(name, str(path))
+    assert [entry.name for entry in path.parent.iterdir()] == ["config.toml"]
+    remember_model(None)
+    assert choose_model().model is None
+
+
+def test_what_else_stands_in_the_file_stays(tmp_path):
+    other = '# mine\nkeep = 0.2\n{}[table]\nmodel = "not this one"\n'
+    path = write(other.format('model = "a/b" # so far\n'))
+    remember_model("c/d")
+    assert path.read_text() == other.format('model = "c/d"\n')
+    remember_model(None)
+    assert path.read_text() == other.format("") and choose_model().model is None
+
+
+def test_a_key_is_not_put_into_a_table():
+    path = write('[table]\nmodel = "not this one"\n')
+    with pytest.raises(BadInput, match=f"{path}: `model` can't be changed without harm"):
+        remember_model("a/b")
+    assert path.read_text() == '[table]\nmodel = "not this one"\n'
+    path = write("[table]\nother = 1\n")
+    remember_model("a/b")
+    assert path.read_text() == 'model = "a/b"\n[table]\nother = 1\n'
+
+
+def test_a_link_is_written_through(tmp_path):
+    real = tmp_path / "dotfiles.toml"
+    real.write_text("")
+    config_path().parent.mkdir(parents=True)
+    config_path().symlink_to(real)
+    remember_model("a/b")
+    assert config_path().is_symlink() and real.read_text() == 'model = "a/b"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("model = a/b\n", "no TOML"), (b"model = '\xff'\n", "no UTF-8"), ('model = "a"\nmodel = "b"\n', "no TOML")],
+)
+def test_a_broken_file_is_named_and_left_alone(text, told):
+    path = write(text)
+    before = path.read_bytes()
+    for call in (choose_model, lambda: remember_model("a/b"), lambda: remember_model(None)):
+        with pytest.raises(BadInput, match=f"{path}: .*{told}.*; mend it, or remove it"):
+            call()
+    assert path.read_bytes() == before
+    assert choose_model("a/b").model == "a/b"  # for which it is not read
+
+
+@pytest.mark.parametrize("value", ["3", '""', "[1]"])
+def test_a_model_that_is_no_name_can_be_replaced(value):
+    path = write(f"model = {value}\n")
+    with pytest.raises(BadInput, match=f"{path}: model = .* names no model"):
+        choose_model()
+    remember_model("a/b")
+    assert choose_model().model == "a/b"
+
+
+def test_a_file_that_cannot_be_written_or_read(tmp_path, monkeypatch):
+    write("").unlink()
+    config_path().mkdir()
+    with pytest.raises(BadInput, match=r"config.toml: can't be read \(Is a directory\)"):
+        choose_model()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    assert choose_model().model is None
+    with pytest.raises(GridpruneError, match="can't be made"):
+        remember_model("a/b")
+
+
+# ---- as commands -----------------------------------------------------------------------------------------------------
+
+
+def test_ask_and_env_heed_the_config(command, tiny_llava, noise, tmp_path, monkeypatch):
+    noise((60, 60)).image.save(tmp_path / "noise.png")
+    asked = ("ask", tmp_path / "noise.png", "What is it?", "--json", "--max-new-tokens", 2)
+    assert command(*asked)[0] == 2  # the embedded model knows no such thing
+    path = write(f"model = {json.dumps(str(tiny_llava))}\n")
+    code, out, _ = command(*asked)
+    assert code == 0 and json.loads(out)["model"] == str(tiny_llava)
+    model = json.loads(command("env", "--json")[1])["model"]
+    assert model == {"value": str(tiny_llava), "from": str(path)}
+    write('model = "no/such folder"\n')
+    code, out, err = command(*asked)
+    assert (code, out) == (2, "") and f"{path}: model no/such folder: no folder with" in err
+    assert command(*asked, "--model", tiny_llava)[0] == 0
+    write("model = \n")
+    for arguments in (asked, ("env",), ("models", "default")):
+        code, out, err = command(*arguments)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and f"{path}: no TOML" in err
+    path.unlink()
+    assert json.loads(command("env", "--json")[1])["model"] == {"value": "scenes", "from": "default"}
+    monkeypatch.setenv("GRIDPRUNE_MODEL", str(tiny_llava))
+    assert json.loads(command("env", "--json")[1])["model"]["from"] == "GRIDPRUNE_MODEL"
+    assert os.listdir(tmp_path / "config" / "gridprune") == []
