@@ -28,6 +28,7 @@ def subject(
     ] = None,
     revision: options.Revision = None,
     clip: options.Clip = None,
+    relevance: options.Relevance = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> Callable[[], "Pipeline"]:
@@ -37,14 +38,14 @@ def subject(
     if shape is None:
         if layers is not None:
             raise BadInput("--layers: only with --shape; a checkpoint has the layers that it has")
-        return lambda: Pipeline(model, revision=revision, clip=clip, device=device, dtype=dtype)
+        return lambda: Pipeline(model, revision=revision, clip=clip, relevance=relevance, device=device, dtype=dtype)
     if device == "map":
         raise BadInput("--device map: not with --shape, whose random weights lie on one device")
     from gridprune_cli.device import place
     from gridprune_cli.vlm.shapes import build, find_shape
 
     placed, found = place(device, dtype, shape), find_shape(shape)
-    return lambda: Pipeline(build(found, placed.dtype, placed.device, layers))
+    return lambda: Pipeline(build(found, placed.dtype, placed.device, layers, relevance))
 
 
 @options.takes(opened=subject, pruning=options.pruning)

@@ -104,6 +104,15 @@ Revision = Annotated[str | None, _option("Branch, tag or commit of a hub model."
 Clip = Annotated[
     str | None, _option("CLIP that the model's tower was taken from, for relevance: a folder or hub name.", _MODEL)
 ]
+Relevance = Annotated[
+    str,
+    _option(
+        "What relevance comes from: clip, the CLIP of the model's tower; words, the language model's embeddings; auto: "
+        "clip where the tower is a CLIP's, else words.",
+        _MODEL,
+        envvar="GRIDPRUNE_RELEVANCE",
+    ),
+]
 Device = Annotated[str, _option(DEVICE, _MODEL, envvar="GRIDPRUNE_DEVICE")]
 Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16.", _MODEL, envvar="GRIDPRUNE_DTYPE")]
 
@@ -112,6 +121,7 @@ def pipeline(
     model: Model = "scenes",
     revision: Revision = None,
     clip: Clip = None,
+    relevance: Relevance = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     cache_dir: CacheDir = None,
@@ -138,7 +148,16 @@ def pipeline(
     store = None if no_cache else open_store(cache_dir, warn)
     if store and cache_limit is not None:
         store.limit = parse_size(cache_limit, "--cache-limit") or None
-    return Pipeline(model, revision=revision, clip=clip, store=store, device=device, dtype=dtype, storage=storage)
+    return Pipeline(
+        model,
+        revision=revision,
+        clip=clip,
+        relevance=relevance,
+        store=store,
+        device=device,
+        dtype=dtype,
+        storage=storage,
+    )
 
 
 def engine(
