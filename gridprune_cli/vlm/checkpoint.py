@@ -108,7 +108,9 @@ class Checkpoint:
         paths = weight_files(self.folder)
         if not paths:
             online = ", or go online if it has them" if self.commit else ""
-            return f"no weights as model.safetensors or pytorch_model.bin, or as their shards; name a copy that has{online}"
+            return (
+                f"no weights as model.safetensors or pytorch_model.bin, or their shards; name a copy that has{online}"
+            )
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
             return f"{len(missing)} of {len(paths)} files of weights missing (first: {missing[0]}); fetch them"
