@@ -329,6 +329,10 @@ class Pipeline:
         if pruning.needs_relevance:
             _ = self.family.clip
 
+    def relevance_source(self, pruning: Pruning) -> dict[str, Any] | None:
+        """What relevance comes from, as results say it; None where the pruning needs none. Raises as `Family.clip`."""
+        return self.family.relevance_source if pruning.needs_relevance else None
+
     def _prepare(self, given: Sequence[tuple[str, str, bytes]]) -> list[EncodedImage | Picture]:
         """What there is of pictures, as `identify` gives them: encoded, or decoded. Loads what then is needed."""
         found = [self.look_up(image, name) or load_image(data, name) for image, name, data in given]
@@ -506,7 +510,7 @@ class Pipeline:
             slots=slots[stays] if leaving else None,
             inside=leaving,
             plc=pruning.plc,
-            source=self.family.relevance_source if pruning.needs_relevance else None,
+            source=self.relevance_source(pruning),
         )
         return states, slots[stays], make
 

@@ -57,7 +57,9 @@ def test_pickled_weights_answer_as_safetensors_do(kind, tiny_llava, tmp_path, no
 
 @pytest.mark.parametrize("place", [".", "clip"])
 @pytest.mark.parametrize("unrestricted", ["", "1"])
-def test_a_pickle_with_code_in_it_runs_nothing(place, unrestricted, run, tiny_llava, tmp_path, noise, monkeypatch):
+def test_a_pickle_with_code_in_it_runs_nothing(
+    place, unrestricted, run, tiny_llava, tmp_path, noise, monkeypatch, recwarn
+):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", unrestricted)
     folder = shutil.copytree(tiny_llava, tmp_path / "model")
     (folder / place / "model.safetensors").unlink()
@@ -76,6 +78,7 @@ def test_a_pickle_with_code_in_it_runs_nothing(place, unrestricted, run, tiny_ll
         with pytest.raises(BadInput):
             list(tensors(folder / place))
         assert not ran.exists()
+    assert not any("pickle" in str(warning.message) for warning in recwarn)
     pickle.loads((folder / place / "pytorch_model.bin").read_bytes())
     assert ran.exists()  # it would have
 

@@ -82,7 +82,8 @@ def bench(
     }
     if json:
         asked = {"image": picture.name, "question": question, "method": pruning.method.name}
-        emit_json(place | asked | {"repeat": repeat, "new_tokens": new_tokens} | report.to_json())
+        source = {"relevance": pipeline.relevance_source(pruning)}
+        emit_json(place | asked | source | {"repeat": repeat, "new_tokens": new_tokens} | report.to_json())
         return
     where = place["device"] if device.startswith("cuda") else f"{device}, {place['threads']} threads"
     print(printable(f"{pipeline.model}, {place['dtype']}, {where}; {picture.name}; medians of {repeat}, quartiles"))

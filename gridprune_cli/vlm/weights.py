@@ -1,6 +1,7 @@
 """The weights of a checkpoint on disk: which files hold them, and their tensors, without running what a file holds."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,8 @@ def check_pickles(folder: Path) -> None:
     for path in weight_files(folder):
         if path.suffix == SAFE:
             continue
+        # torch asks to be told of protocols that its unpickler may not know: what it can't read is told here
+        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
         try:
             load_state_dict(path, weights_only=True)
         except (MemoryError, OutOfMemoryError):
