@@ -160,6 +160,7 @@ def measure(
     if repeat < 1 or new_tokens < 2:
         raise BadInput("--repeat must be at least 1, and --new-tokens 2: the first token is part of the prefill")
     family = pipeline.family
+    pipeline.find_relevance(pruning)
     held = {"tower", "projector", "language"} <= family._loaded.keys()
     start = time.perf_counter()
     family.load("tower", "projector", "language")

@@ -298,6 +298,8 @@ class Bulk:
         `options` go to transformers' `generate`.
         """
         if asks:
+            for pruning in {ask.pruning for ask in asks}:
+                self.pipeline.find_relevance(pruning)
             self.pipeline.family.load("projector", "language")
         return in_order(self._answer(asks, system, template, max_new_tokens, options))
 

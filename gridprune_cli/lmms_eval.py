@@ -62,6 +62,7 @@ class GridpruneModel(lmms):
             given["cache_dir"] = Path(given["cache_dir"])
         self.pipeline = options.pipeline(model=pretrained, **{n: v for n, v in given.items() if n in of_model})
         self.pruning = options.pruning(**{n: v for n, v in given.items() if n in of_pruning})
+        self.pipeline.find_relevance(self.pruning)
         self.batch = int(batch_size)
         self.first_line = query_lines == "first"
 

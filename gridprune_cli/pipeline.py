@@ -31,7 +31,7 @@ from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm import open_model
 from gridprune_cli.vlm.checkpoint import EMBEDDED, EMBEDDED_LOCALIZER
 from gridprune_cli.vlm.family import Encoding, Family
-from gridprune_cli.vlm.words import WordRelevance, keywords
+from gridprune_cli.vlm.words import keywords
 
 SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
 POSITIONS = ("original", "compact")
@@ -196,6 +196,8 @@ class Pipeline:
               that is no scene is refused, where `scenes` by name answers, with a note
     revision  branch, tag or commit of a hub model
     clip      the CLIP that the model's tower was taken from, a folder or hub name, where it is not found by itself
+    relevance what it comes from: "clip", the CLIP of the model's tower; "words", the language model's; or "auto", CLIP
+              where the tower is a CLIP's, else words
     store     None means no cache
     storage   how states are stored: `full`, as the tower gives them, or `float8` or `int8`, which is less exact.
               Answers are made from what is stored, also where it was just encoded, or is not stored at all
@@ -210,6 +212,7 @@ class Pipeline:
         *,
         revision: str | None = None,
         clip: str | None = None,
+        relevance: str = "auto",
         store: Store | None = None,
         device: str = "auto",
         dtype: str = "auto",
@@ -223,7 +226,9 @@ class Pipeline:
             self.family = model
         else:
             name = EMBEDDED if model is None else model
-            self.family = open_model(name, dtype, device, revision=revision, clip=clip, store=store, flag=flag)
+            self.family = open_model(
+                name, dtype, device, revision=revision, clip=clip, relevance=relevance, store=store, flag=flag
+            )
         self.chosen = model is not None
         self._placed = {"device": device, "dtype": dtype, "storage": storage}
         self._localizers: dict[str, Pipeline] = {}
@@ -319,10 +324,19 @@ class Pipeline:
     def remarks(self, pruning: Pruning, pruned: PrunedSet | None = None) -> tuple[str, ...]:
         """What a user should know of how this model prunes, and pruned this set."""
         out = []
-        if self.family.lacks_clip and pruning.needs_relevance:
-            out.append(
-                "the CLIP of this model's tower was not found, so relevance makes do with words; name it as --clip"
-            )
+        family = self.family
+        # nothing was pruned where the CLIP was not looked for yet
+        if pruning.needs_relevance and not family.by_words and "clip" in vars(family) and family.clip:
+            if getattr(pruning.method, "relevance_sign", 1) == 0:
+                out.append(
+                    f"{pruning.method.name} turns CLIP's relevance round, as published; --relevance-sign 1 takes it as "
+                    "it is"
+                )
+            if family.tower_differs:
+                out.append(
+                    f"this model's tower has other weights than {family.clip.name}, from which its relevance comes; "
+                    "compare it with --relevance words"
+                )
         for image in pruned.images if pruned else ():
             if image.localizer and not image.localizer.get("parsed", True):
                 out.append(
@@ -330,6 +344,19 @@ class Pipeline:
                     "which is no region; the one of the relevance was taken"
                 )
         return tuple(out)
+
+    def find_relevance(self, pruning: Pruning) -> None:
+        """Finds, and fetches where it is not here, the CLIP that relevance comes from, where the pruning needs one.
+
+        To be called before long work, so that what is missing is told at once. Raises BadInput where there is none that
+        is the tower's, GridpruneError where the hub fails.
+        """
+        if pruning.needs_relevance:
+            _ = self.family.clip
+
+    def relevance_source(self, pruning: Pruning) -> dict[str, Any] | None:
+        """What relevance comes from, as results say it; None where the pruning needs none. Raises as `Family.clip`."""
+        return self.family.relevance_source if pruning.needs_relevance else None
 
     def _prepare(self, given: Sequence[tuple[str, str, bytes]]) -> list[EncodedImage | Picture]:
         """What there is of pictures, as `identify` gives them: encoded, or decoded. Loads what then is needed."""
@@ -509,6 +536,7 @@ class Pipeline:
             slots=slots[stays] if leaving else None,
             inside=leaving,
             plc=pruning.plc,
+            source=self.relevance_source(pruning),
         )
         return states, slots[stays], make
 
@@ -563,7 +591,7 @@ class Pipeline:
                         image.states.to(family.device) if "states" in needs else None,
                         family.own_rows(image.states).to(family.device) if "rows" in needs else None,
                         words,
-                        isinstance(family.relevance, WordRelevance),
+                        family.by_words,
                     )
                 )
         for views, places in unknown.items():
@@ -626,6 +654,7 @@ class Pipeline:
             given = [identify(source) for source in (sources if isinstance(sources, list) else [sources])]
             localizer, localized = self.localizer(pruning, len(given)), None
             with _timed(ms, "load"):
+                self.find_relevance(pruning)
                 if pruning.plc == "trained":
                     _ = self.family.compressor
                 found = self._prepare(given)

@@ -94,6 +94,8 @@ class Ray:
         """
         from gridprune_cli.bulk import in_order
 
+        for pruning in {ask.pruning for ask in asks}:
+            pipeline.find_relevance(pruning)  # here, once, and not in every worker
         together: dict[Any, list[int]] = {}
         for index, ask in enumerate(asks):
             together.setdefault(ask.sources[0], []).append(index)

@@ -14,7 +14,7 @@ from gridprune_cli.pruning.signals import Box, View
 from gridprune_cli.pruning.stages import Inside
 from gridprune_cli.storage import KINDS, Packed
 
-SCHEMA = 1  # of a pruned set; an encoded image has the store's, which refuses any other
+SCHEMA = 2  # of a pruned set; an encoded image has the store's, which refuses any other
 
 _DTYPES = {
     torch.float64: "F64",
@@ -193,6 +193,7 @@ class PrunedSet:
     slots: Tensor | None = None
     inside: Inside | None = None
     plc: str = "off"  # how rows were compressed: "off", "pool" or "trained"
+    source: dict[str, Any] | None = None  # what relevance came from: "source", "clip" or "words", and CLIP's "model"
 
     @property
     def count(self) -> int:
@@ -213,6 +214,7 @@ class PrunedSet:
         header = {"kind": "pruned", "schema": SCHEMA, "images": [asdict(image) for image in self.images]}
         header |= {name: getattr(self, name) for name in (*_PRUNED_TEXT, "plc")}
         header["inside"] = self.inside.to_json() if self.inside else None
+        header["relevance"] = self.source
         tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
         return files.encode(tensors, header)
 
@@ -229,6 +231,7 @@ class PrunedSet:
             "model": self.model,
             "method": self.method["name"],
             "options": {name: value for name, value in self.method.items() if name != "name"},
+            "relevance": self.source,
             "keep": round(len(self.kept) / self.count, 4),
             "tokens": {"full": self.count, "kept": len(self.kept), "separators": len(self.rows) - len(self.kept)},
             "grid": each("grid"),
@@ -258,6 +261,7 @@ class PrunedSet:
                 inside=Inside.from_json(header["inside"]) if header.get("inside") else None,
                 **{name: header[name] for name in _PRUNED_TEXT},
                 plc=header.get("plc", "off"),  # sets from before there was compression don't say
+                source=header["relevance"],
                 images=tuple(Origin.from_header(parts) for parts in header["images"]),
             )
             if len(made.rows) < len(made.kept) or made.position_ids.shape[-1] != len(made.input_ids):

@@ -226,11 +226,14 @@ def test_two_lines_of_one_id_do_not_share_a_file(run, folder):
     assert code == 2 and "q.jsonl:2: " in err and "two lines have this id" in err
 
 
-def test_a_model_without_its_clip_is_told_in_bulk_too(run, folder, tiny_llava):
+def test_a_model_without_its_clip_is_refused_in_bulk_too_and_words_are_named_in_each_line(run, folder, tiny_llava):
     bare = shutil.copytree(tiny_llava, folder / "bare", ignore=shutil.ignore_patterns("clip"))
-    for arguments in (["batch"], ["prune", "-o", folder, "--batch"]):
-        code, _, err = run(*arguments, folder / "questions.jsonl", "--model", bare)
-        assert code == 0 and err.count("CLIP of this model's tower was not found") == 1
+    for arguments in (["batch"], ["prune", "-o", folder, "--json", "--batch"]):
+        code, out, err = run(*arguments, folder / "questions.jsonl", "--model", bare, "-q")
+        assert (code, out) == (2, "") and err.count("\n") == 1 and "name it as --clip, or take --relevance words" in err
+        code, out, _ = run(*arguments, folder / "questions.jsonl", "--model", bare, "--relevance", "words")
+        assert code == 0
+        assert all(record["relevance"] == {"source": "words", "model": None} for record in records(out))
 
 
 def test_ids_that_make_bad_names_of_files_fail_alone_and_none_is_hidden(run, folder):

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled, filter_repo_objects
+from safetensors.torch import load_file
+from tiny_families import make as make_tiny
 
 from gridprune_cli.cli import options
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pruning.methods import make
 from gridprune_cli.store import MOST_REMEMBERED, REMEMBERED, Store, open_store
-from gridprune_cli.vlm import find, hub, identity, open_model
+from gridprune_cli.vlm import checkpoint, find, hub, identity, open_model
 from gridprune_cli.vlm.checkpoint import Checkpoint, find_clip
 from gridprune_cli.vlm.clip import ClipRelevance
 from gridprune_cli.vlm.words import WordRelevance
@@ -103,8 +107,6 @@ def test_an_unknown_family_is_refused_before_its_weights_are_fetched(monkeypatch
 
 
 def test_only_what_holds_no_code_is_fetched(monkeypatch, hub_cache, tiny_llava):
-    from huggingface_hub.utils import filter_repo_objects
-
     snapshot = put(hub_cache, "some/llava", tiny_llava)
     asked = {}
 
@@ -221,89 +223,200 @@ def test_offline_and_not_in_the_cache(hub_cache):
         find("some/..llava")
 
 
-@pytest.mark.parametrize("where", ["folder", "hub"])
-def test_pickled_weights_are_refused(where, hub_cache, tiny_llava, tmp_path):
-    folder = put(hub_cache, "some/llava", tiny_llava)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(BadInput, match="pickled ones are not read, since reading a pickle runs the code in it"):
-        Pipeline("some/llava" if where == "hub" else str(folder))
-
-
-def test_missing_shards_are_told_at_once(tiny_llava, tmp_path):
+def test_missing_weights_are_told_at_once(tiny_llava, tmp_path):
     folder = shutil.copytree(tiny_llava, tmp_path / "llava")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    with pytest.raises(BadInput, match=r"no weights as model.safetensors or pytorch_model.bin, or their shards"):
+        Pipeline(str(folder))
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
     with pytest.raises(BadInput, match=r"1 of 2 files of weights missing \(first: model-2.safetensors\)"):
         Pipeline(str(folder))
     index.write_text("[1")
-    with pytest.raises(BadInput, match=r"index.json can't be read"):
+    with pytest.raises(BadInput, match=r"index.json: can't be read"):
         Pipeline(str(folder))
+
+
+def test_an_adapter_is_not_left_out_in_silence(tiny_llava, tmp_path):
+    folder = shutil.copytree(tiny_llava, tmp_path / "llava")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"--model .*llava: has an adapter .* merge it into the weights"):
+        Pipeline(str(folder))
+
+
+@pytest.mark.parametrize("weights", ["safetensors", "bin", "shards"])
+def test_pickled_weights_are_fetched_where_a_repository_has_no_others(weights, monkeypatch, hub_cache, tiny_llava):
+    files = ["config.json", "training_args.bin", "optimizer.bin", "model.pt", "pytorch_model_fsdp.bin"]
+    files += {
+        "safetensors": ["model.safetensors", "pytorch_model.bin"],
+        "bin": ["pytorch_model.bin"],
+        "shards": [*(shards := ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"])],
+    }[weights]
+    if weights == "shards":
+        files.append("pytorch_model.bin.index.json")
+    snapshot = put(hub_cache, "some/llava", tiny_llava)
+    (snapshot / "model.safetensors").unlink()
+
+    def download(name, *, allow_patterns, **options):
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            if file not in os.listdir(snapshot):
+                content = {"weight_map": dict(enumerate(shards))} if file.endswith("index.json") else {}
+                (snapshot / file).write_text(json.dumps(content))
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    found = find("some/llava").complete()
+    there = {path.name for path in snapshot.iterdir() if path.name in files}
+    assert there == set(files) - {"training_args.bin", "optimizer.bin", "model.pt", "pytorch_model_fsdp.bin"} - (
+        {"pytorch_model.bin"} if weights == "safetensors" else set()
+    )
+    assert found.folder == snapshot
 
 
 # ---- the CLIP of a tower ---------------------------------------------------------------------------------------------
 
 
-def test_clip_is_found_in_its_sub_folder_or_named(hub_cache, tiny_llava, tmp_path, noise):
-    alone = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
+TOWER = {"model_type": "clip_vision_model", "hidden_size": 32, "patch_size": 14, "image_size": 56}
+KNOWN = "known/clip"
+
+
+@pytest.fixture
+def alone(tiny_llava, tmp_path):
+    """A LLaVA without its CLIP."""
+    return shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
+
+
+@pytest.fixture
+def known(hub_cache, monkeypatch):
+    """The tower of the tiny LLaVA is known to be that of a CLIP on the hub."""
+    monkeypatch.setattr(checkpoint, "_KNOWN_TOWERS", {KNOWN: TOWER})
+    return hub_cache
+
+
+def edit(folder: Path, **changes: object) -> Path:
+    """Changes the vision_config of a checkpoint."""
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_clip_is_found_in_its_sub_folder_or_named(hub_cache, tiny_llava, alone, noise):
     put(hub_cache, "some/clip", tiny_llava / "clip")
     states = Pipeline(str(alone), dtype="float32").encode([noise((60, 60))])[0].states
     relevance = []
     for model, clip in ((tiny_llava, None), (alone, str(tiny_llava / "clip")), (alone, "some/clip")):
         family = Pipeline(str(model), clip=clip, dtype="float32").family
-        assert isinstance(family.relevance, ClipRelevance) and not family.lacks_clip
+        assert isinstance(family.relevance, ClipRelevance)
+        assert family.relevance_source == {"source": "clip", "model": clip or f"{tiny_llava}/clip"}
         relevance.append(family.relevance(states, "What colour is the star?").tolist())
     assert relevance[0] == relevance[1] == relevance[2]
-    family = Pipeline(str(alone), dtype="float32").family
-    assert isinstance(family.relevance, WordRelevance) and family.lacks_clip
 
 
-def test_states_do_not_depend_on_the_clip(tiny_llava, tmp_path):
-    alone = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
+def test_words_are_taken_where_asked_for_or_where_there_is_nothing_else(tiny_llava, alone, tmp_path):
+    for model in (tiny_llava, alone):
+        family = Pipeline(str(model), relevance="words").family
+        assert isinstance(family.relevance, WordRelevance)
+        assert family.relevance_source == {"source": "words", "model": None}
+    other = str(make_tiny("qwen2_vl", tmp_path / "qwen"))
+    assert isinstance(Pipeline(other).family.relevance, WordRelevance)
+    with pytest.raises(BadInput, match=r"^--relevance clip: the tower of .* is no CLIP; use --relevance words"):
+        Pipeline(other, relevance="clip")
+    with pytest.raises(BadInput, match=r"^--clip .*: not with --relevance words"):
+        Pipeline(str(alone), clip=str(tiny_llava / "clip"), relevance="words")
+    with pytest.raises(BadInput, match=r"^--relevance both: not one of auto, clip, words"):
+        Pipeline(str(alone), relevance="both")
+
+
+def test_a_clip_that_nobody_knows_is_not_swapped_for_words(alone):
+    for relevance in ("auto", "clip"):
+        pipeline = Pipeline(str(alone), relevance=relevance)
+        pipeline.find_relevance(Pruning(keep=1.0, method=make("uniform")))  # needs none
+        with pytest.raises(BadInput, match=r"which CLIP .* is not known; name it as --clip, or take --relevance words"):
+            pipeline.find_relevance(Pruning())
+    config = json.loads((alone / "config.json").read_text())
+    del config["vision_config"]  # then it is a CLIP's, as transformers reads it
+    (alone / "config.json").write_text(json.dumps(config))
+    assert find(str(alone)).clip_tower.image_size == 336
+
+
+def test_states_do_not_depend_on_the_clip(tiny_llava, alone):
     keys = {Pipeline(str(alone), clip=clip).key(PHOTO) for clip in (None, str(tiny_llava / "clip"))}
     assert keys == {Pipeline(str(tiny_llava)).key(PHOTO)}
 
 
-def test_what_is_no_clip_of_this_tower(tiny_llava, tmp_path, noise):
+def test_what_is_no_clip_of_this_tower(tiny_llava, alone, tmp_path, noise):
     with pytest.raises(BadInput, match="no CLIP with a text tower"):
         Pipeline(str(tiny_llava), clip=str(tiny_llava))
     with pytest.raises(BadInput, match=r"^--clip .*nowhere: no folder"):
         Pipeline(str(tiny_llava), clip=str(tmp_path / "nowhere"))
-    folder = shutil.copytree(tiny_llava, tmp_path / "siglip")
-    config = json.loads((folder / "config.json").read_text())
-    config["vision_config"]["model_type"] = "siglip_vision_model"
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match=r"the tower of .* is no CLIP; leave --clip out"):
-        find_clip(find(str(folder)), str(tiny_llava / "clip"))
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
     states = pipeline.encode([noise((60, 60))])[0].states
     with pytest.raises(BadInput, match=r"rows of 32, the model's of 31; name the CLIP"):
         pipeline.family.relevance(states[:, 1:], "What?")
+    edit(alone, model_type="siglip_vision_model")
+    with pytest.raises(BadInput, match=r"the tower of .* is no CLIP; leave --clip out"):
+        find_clip(find(str(alone)), str(tiny_llava / "clip"))
 
 
-@pytest.mark.parametrize("held", ["nothing", "pickled", "whole"])
-def test_the_clip_of_a_known_tower_is_taken_from_the_hubs_cache(held, hub_cache, tiny_llava, tmp_path, monkeypatch):
-    config = {
-        "model_type": "llava",
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "hidden_size": 1024,
-            "patch_size": 14,
-            "image_size": 336,
-            "num_hidden_layers": 24,
-        },
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # it still asks nobody
-    name = "openai/clip-vit-large-patch14-336"
-    if held != "nothing":
-        snapshot = put(hub_cache, name, tiny_llava / "clip")
-        if held == "pickled":
+@pytest.mark.parametrize(
+    "size", ["image_size", "patch_size", "num_hidden_layers", "intermediate_size", "projection_dim"]
+)
+@pytest.mark.parametrize("where", ["named", "sub-folder"])
+def test_a_clip_of_other_sizes_than_the_tower_is_refused_before_its_weights_are_read(size, where, tiny_llava, alone):
+    clip = shutil.copytree(tiny_llava / "clip", alone / "clip" if where == "sub-folder" else alone / "other")
+    (clip / "model.safetensors").unlink()
+    before = json.loads((clip / "config.json").read_text())["vision_config"][size]
+    edit(alone, **{size: 2 * before})
+    with pytest.raises(BadInput, match=rf"can't be the CLIP .*: its {size} is {before}, that of .* {2 * before}; name"):
+        find_clip(find(str(alone)), str(clip) if where == "named" else None)
+
+
+@pytest.mark.parametrize("cached", ["nothing", "pickled", "whole"])
+def test_the_known_clip_is_taken_from_the_hubs_cache_unless_it_is_not_whole(cached, known, tiny_llava, alone):
+    if cached != "nothing":
+        snapshot = put(known, KNOWN, tiny_llava / "clip")
+        if cached == "pickled":
+            weights = load_file(snapshot / "model.safetensors")
+            torch.save(weights, snapshot / "pytorch_model.bin")
             (snapshot / "model.safetensors").unlink()
-    found = find_clip(find(str(tmp_path)))
-    assert (found and found.identity) == (f"hub:{name}@{SHA}" if held == "whole" else None)
-    config["vision_config"]["num_hidden_layers"] = 23
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert find_clip(find(str(tmp_path))) is None
+    if cached in ("pickled", "whole"):
+        assert find_clip(find(str(alone))).identity == f"hub:{KNOWN}@{SHA}"
+    else:
+        remedies = r"HF_HUB_OFFLINE forbids to fetch it; .* --clip FOLDER, or take --relevance words$"
+        with pytest.raises(BadInput, match=rf"^the CLIP {KNOWN}: .*{remedies}"):
+            find_clip(find(str(alone)))
+
+
+def test_the_known_clip_is_fetched_where_relevance_is_needed(known, tiny_llava, alone, monkeypatch):
+    calls = []
+
+    def locate(name, revision, flag, *, cached=False):
+        calls.append((name, cached))
+        if cached:
+            raise BadInput("not here")
+        return put(known, name, tiny_llava / "clip")
+
+    monkeypatch.setattr(hub, "locate", locate)
+    monkeypatch.setattr(hub, "fetch", lambda name, *_, **__: calls.append(name))
+    pipeline = Pipeline(str(alone), dtype="float32")
+    pipeline.find_relevance(Pruning(keep=1.0, method=make("uniform")))
+    assert calls == []
+    pipeline.find_relevance(Pruning())
+    assert calls == [(KNOWN, True), (KNOWN, False), KNOWN]
+    pipeline.find_relevance(Pruning())
+    assert len(calls) == 3 and pipeline.family.relevance_source == {"source": "clip", "model": KNOWN}
+
+
+@pytest.mark.parametrize(("fault", "code"), [("network", 2), ("server", 1), ("disk", 1)])
+def test_a_known_clip_that_cannot_be_fetched_is_told_with_both_remedies(fault, code, known, alone, monkeypatch):
+    def fail(*args, local_files_only, **options):
+        raise errors.LocalEntryNotFoundError("none") if local_files_only else FAILURES[fault][0]
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with pytest.raises(GridpruneError, match=r"--clip FOLDER, or take --relevance words$") as told:
+        find_clip(find(str(alone)))
+    assert told.value.exit_code == code and "\n" not in str(told.value)
 
 
 # ---- identities ------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def test_ask_json_has_what_the_contract_names(run, image):
     names = ["image", "question", "answer", "model", "method", "keep", "tokens", "grid"]
     names += ["region", "localizer", "zones", "cache", "key", "positions", "ms"]
     assert set(names) <= set(record)
+    assert record["relevance"] == {"source": "clip", "model": f"{record['model']}/clip"}
     assert record["tokens"] == {"full": 16, "kept": 8, "separators": 0} and record["grid"] == [4, 4]
     assert record["zones"]["rows"] == record["zones"]["cols"] == 2 and sum(record["zones"]["budgets"]) == 8
     assert set(record["ms"]) == {"load", "localize", "encode", "select", "prefill", "decode", "total"}
@@ -148,6 +149,42 @@ def test_generate_needs_neither_image_nor_cache_nor_tower(run, image, tmp_path, 
     save_file(rest, model / "model.safetensors", {"format": "pt"})
     assert run("generate", saved)[:2] == (0, answer)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_clip_that_can_neither_be_known_nor_fetched_ends_the_command(run, image, tmp_path, tiny_llava, monkeypatch):
+    from huggingface_hub import constants
+
+    from gridprune_cli.vlm import checkpoint
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    tower = {"model_type": "clip_vision_model", "hidden_size": 32}
+    monkeypatch.setattr(checkpoint, "_KNOWN_TOWERS", {"known/clip": tower})
+    bare = shutil.copytree(tiny_llava, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
+    for command in (
+        ("ask", image, QUESTION),
+        ("show", image, QUESTION),
+        ("prune", image, QUESTION, "-o", tmp_path / "p"),
+    ):
+        code, out, err = run(*command, "--model", bare, "-q")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "known/clip" in err and "name a copy as --clip FOLDER, or take --relevance words" in err
+    assert not (tmp_path / "cache").exists()  # before the image was encoded
+    code, out, err = run("ask", image, QUESTION, "--model", bare, "--relevance", "words", "--json")
+    assert code == 0 and json.loads(out)["relevance"] == {"source": "words", "model": None}
+
+
+def test_a_sign_that_is_turned_round_is_said_once(run, image, tmp_path):
+    lines = "".join(
+        json.dumps({"image": str(image), "question": f"{QUESTION} {n}", "id": str(n)}) + "\n" for n in range(3)
+    )
+    (tmp_path / "q.jsonl").write_text(lines)
+    for command in (("ask", image, QUESTION), ("batch", tmp_path / "q.jsonl"), ("show", image, QUESTION)):
+        assert run(*command, "--method", "trim")[2].count("trim turns CLIP's relevance round, as published") == 1
+    (tmp_path / "e.jsonl").write_text(lines.replace("}", ', "answers": ["x"]}'))
+    call = ("eval", tmp_path / "e.jsonl", "-o", tmp_path / "run", "--methods", "trim, uniform", "--keep", "0.5,0.2")
+    err = run(*call)[2]
+    assert err.count("trim turns CLIP's relevance round, as published") == 1
 
 
 def test_several_pruned_sets(run, image, tmp_path):
@@ -272,6 +309,7 @@ def test_models_and_env(run, tmp_path):
     assert settings["model"]["from"] == "GRIDPRUNE_MODEL" and settings["keep"]["from"] == "default"
     assert settings["cache-dir"]["value"] == str(tmp_path / "cache")
     assert settings["device"]["value"] and settings["dtype"]["from"]
+    assert settings["relevance"] == {"value": "auto", "from": "default"}
 
 
 @pytest.mark.parametrize(
@@ -522,9 +560,12 @@ def test_bench_measures_shapes_and_needs_no_picture(run, monkeypatch):
     from gridprune_cli.vlm import shapes
 
     monkeypatch.setitem(shapes.SHAPES, "llava-1.5-7b", shrunk("llava-1.5-7b"))
-    code, out, _ = run("bench", "--shape", "llava-1.5-7b", "--layers", "1", "--repeat", "1", "--new-tokens", "2")
+    shape = ("bench", "--shape", "llava-1.5-7b", "--layers", "1", "--repeat", "1", "--new-tokens", "2")
+    code, out, _ = run(*shape)
     assert code == 0 and "random weights, 1 of 3 layers" in out and "a scene of 672 x 672 pixels" in out
     assert re.search(r"visual tokens +576 +63 ", out) and "\nload" not in out
+    monkeypatch.setenv("GRIDPRUNE_RELEVANCE", "words")
+    assert json.loads(run(*shape, "--json")[1])["relevance"] == {"source": "words", "model": None}
 
 
 @pytest.mark.parametrize(

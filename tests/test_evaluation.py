@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from gridprune_cli.cli.app import main
 from gridprune_cli.cli.evaluate import read_cells
@@ -24,6 +25,7 @@ from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene
+from gridprune_cli.vlm import find
 
 needs_report = pytest.mark.skipif(bool(report.lacking()), reason=report.lacking())
 
@@ -293,6 +295,35 @@ def test_other_settings_are_refused_in_one_line(run, finished, questions):
     questions.write_text(questions.read_text().replace("Question 3?", "Question three?"))
     assert "(data_digest)" in run(*call, "-o", whole)[2]
     assert before == {path.name: path.read_bytes() for path in whole.iterdir()}
+
+
+def test_a_run_goes_on_with_the_same_clip_alone_and_says_which(run, finished, tiny_llava, tmp_path):
+    whole, call = finished
+    results = json.loads((whole / "results.json").read_text())
+    assert results["relevance"] == {"source": "clip", "model": f"{tiny_llava}/clip"}
+    assert results["relevance_digest"] == find(str(tiny_llava / "clip")).identity
+    assert f"Relevance comes from {tiny_llava}/clip." in (whole / "results.md").read_text()
+    lines = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert [line["relevance"] for line in lines] == [
+        results["relevance"] if line["method"] == "gridprune" else None for line in lines
+    ]
+    assert "(relevance, relevance_digest)" in run(*call, "--relevance", "words", "-o", whole)[2]
+    model = shutil.copytree(tiny_llava, tmp_path / "model")
+    call += ["--model", model, "-o", tmp_path / "out"]
+    assert run(*call)[0] == 0
+    for folder, tensor, named in (
+        (model / "clip", "logit_scale", "relevance_digest"),
+        (model, "q_proj", "model_digest"),
+    ):
+        path = folder / "model.safetensors"
+        before, weights = path.read_bytes(), load_file(path)
+        name = next(name for name in weights if tensor in name)
+        weights[name].view(-1)[0] += 1
+        save_file(weights, path, {"format": "pt"})
+        code, _, err = run(*call)
+        assert code == 2 and f"holds a run with other settings ({named})" in err
+        path.write_bytes(before)
+    assert run(*call)[0] == 0
 
 
 def test_damage_inside_the_answers_is_named(run, finished):

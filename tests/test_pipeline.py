@@ -1,11 +1,13 @@
 """The pipeline: what is computed when, what the cache saves, what the options do."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from gridprune_cli.bulk import Ask, Bulk
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Asked, Pipeline, Pruning
@@ -76,7 +78,6 @@ def test_equal_bytes_are_one_entry_and_new_bytes_a_miss(pipeline, image, tmp_pat
 @pytest.mark.parametrize("change", ["dtype", "processor", "weights"])
 def test_what_an_encoding_depends_on_is_in_its_key(pipeline, tiny_llava, tmp_path, change):
     import json
-    import shutil
 
     folder = shutil.copytree(tiny_llava, tmp_path / "other")
     assert Pipeline(str(folder), dtype="float32").key("0" * 64) == pipeline.key(
@@ -240,11 +241,57 @@ def test_models_that_cannot_be_used(tmp_path):
         Pipeline(device="abacus")
 
 
-def test_a_model_without_a_text_tower_uses_its_own_words(tiny_llava, tmp_path, image):
-    import shutil
+def test_a_set_says_what_its_relevance_came_from(pipeline, image, tiny_llava):
+    encoded, _ = pipeline.encode_one(image)
+    clip = {"source": "clip", "model": f"{tiny_llava}/clip"}
+    words = Pipeline(str(tiny_llava), dtype="float32", relevance="words")
+    for made, pruning, expected in (
+        (pipeline, Pruning(), clip),
+        (pipeline, Pruning(plc="pool"), clip),
+        (words, Pruning(), {"source": "words", "model": None}),
+        (pipeline, Pruning(method=make("uniform")), None),
+    ):
+        pruned = made.prune(encoded, QUESTION, pruning)
+        assert pruned.to_json()["relevance"] == expected
+        assert PrunedSet.from_bytes(pruned.to_bytes(), "set").source == expected
 
+
+@pytest.mark.parametrize(
+    ("method", "options", "relevance", "turned"),
+    [
+        ("cdpruner", {}, "clip", True),
+        ("trim", {}, "clip", True),
+        ("trim", {}, "words", False),
+        ("trim", {"relevance_sign": -1}, "clip", False),
+        ("gridprune", {}, "clip", False),
+    ],
+)
+def test_a_sign_that_turns_relevance_round_as_published_is_a_remark(
+    method, options, relevance, turned, tiny_llava, image
+):
+    pipeline = Pipeline(str(tiny_llava), dtype="float32", relevance=relevance)
+    pruning = Pruning(method=make(method, **options))
+    assert pipeline.remarks(pruning) == ()  # nothing was pruned
+    pruned = pipeline.ask(image, QUESTION, pruning, max_new_tokens=1).pruned
+    expected = (f"{method} turns CLIP's relevance round, as published; --relevance-sign 1 takes it as it is",)
+    assert pipeline.remarks(pruning, pruned) == (expected if turned else ())
+
+
+def test_a_clip_that_is_not_there_is_told_before_anything_is_loaded(tiny_llava, tmp_path, image):
     folder = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
     pipeline = Pipeline(str(folder), dtype="float32")
+    with pytest.raises(BadInput, match="--relevance words"):
+        pipeline.ask(image, QUESTION)
+    with pytest.raises(BadInput, match="--relevance words"):
+        list(Bulk(pipeline).answer([Ask((image,), QUESTION, Pruning())]))
+    assert pipeline.family._loaded == {}
+    whole = Pruning(keep=1.0, method=make("uniform"))
+    assert len(pipeline.ask(image, QUESTION, whole, max_new_tokens=1).pruned.kept) == 16
+
+
+def test_a_model_without_a_text_tower_uses_its_own_words(tiny_llava, tmp_path, image):
+    folder = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
+    pipeline = Pipeline(str(folder), dtype="float32", relevance="words")
     encoded, _ = pipeline.encode_one(image)
     pruned = pipeline.prune(encoded, QUESTION)
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)

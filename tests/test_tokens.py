@@ -56,6 +56,7 @@ def pruned_set(relevance=True):
         model="m",
         fingerprint="f" * 64,
         question="Où?",
+        source={"source": "clip", "model": "ä/clip"} if relevance else None,
         method={"name": "gridprune", "zone": 4},
         positions="original",
     )
@@ -122,7 +123,7 @@ def of_schema_9(data):
         (lambda data: b"", "not a pruned set"),
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "not a pruned set"),
         (lambda data: encoded_image(torch.float32).to_bytes(), "it holds something else"),
-        (lambda data: of_schema_9(data), "its schema is 9, this version reads 1"),
+        (lambda data: of_schema_9(data), "its schema is 9, this version reads 2"),
         (lambda data: dataclasses.replace(pruned_set(), rows=torch.zeros(1, 4)).to_bytes(), "do not fit each other"),
     ],
 )

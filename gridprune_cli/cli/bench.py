@@ -28,6 +28,7 @@ def subject(
     ] = None,
     revision: options.Revision = None,
     clip: options.Clip = None,
+    relevance: options.Relevance = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> Callable[[], "Pipeline"]:
@@ -40,7 +41,13 @@ def subject(
             raise BadInput("--layers: only with --shape; a checkpoint has the layers that it has")
         choice = choose_model(model)
         return lambda: Pipeline(
-            choice.model, revision=revision, clip=clip, device=device, dtype=dtype, flag=choice.flag
+            choice.model,
+            revision=revision,
+            clip=clip,
+            relevance=relevance,
+            device=device,
+            dtype=dtype,
+            flag=choice.flag,
         )
     if device == "map":
         raise BadInput("--device map: not with --shape, whose random weights lie on one device")
@@ -48,7 +55,7 @@ def subject(
     from gridprune_cli.vlm.shapes import build, find_shape
 
     placed, found = place(device, dtype, shape), find_shape(shape)
-    return lambda: Pipeline(build(found, placed.dtype, placed.device, layers))
+    return lambda: Pipeline(build(found, placed.dtype, placed.device, layers, relevance))
 
 
 @options.takes(opened=subject, pruning=options.pruning)
@@ -85,7 +92,8 @@ def bench(
     }
     if json:
         asked = {"image": picture.name, "question": question, "method": pruning.method.name}
-        emit_json(place | asked | {"repeat": repeat, "new_tokens": new_tokens} | report.to_json())
+        source = {"relevance": pipeline.relevance_source(pruning)}
+        emit_json(place | asked | source | {"repeat": repeat, "new_tokens": new_tokens} | report.to_json())
         return
     where = place["device"] if device.startswith("cuda") else f"{device}, {place['threads']} threads"
     print(printable(f"{pipeline.model}, {place['dtype']}, {where}; {picture.name}; medians of {repeat}, quartiles"))

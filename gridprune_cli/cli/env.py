@@ -29,6 +29,7 @@ def env(
     root = str(store.open_store(cache_dir).root)
     rows = [
         ("model", model, choice.origin),
+        ("relevance", *_setting("RELEVANCE", _default(options.pipeline, "relevance"))),
         ("keep", *_setting("KEEP", _default(options.pruning, "keep"))),
         ("method", *_setting("METHOD", _default(options.pruning, "method"))),
         ("plc", *_setting("PLC", _default(options.pruning, "plc"))),

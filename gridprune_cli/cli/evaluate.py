@@ -64,6 +64,8 @@ def evaluate(
         rows = resume(pipeline, plan, output)
         if rows:
             say(f"{output}: going on after {len(rows)} of {plan.count} answers")
+        for remark in dict.fromkeys(remark for cell in cells for remark in pipeline.remarks(cell.pruning)):
+            say(remark)
         try:
             with progress("answering", plan.count - len(rows)) as step:
                 fill(pipeline, plan, output, rows, step)

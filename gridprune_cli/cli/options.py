@@ -105,6 +105,15 @@ Revision = Annotated[str | None, _option("Branch, tag or commit of a hub model."
 Clip = Annotated[
     str | None, _option("CLIP that the model's tower was taken from, for relevance: a folder or hub name.", _MODEL)
 ]
+Relevance = Annotated[
+    str,
+    _option(
+        "What relevance comes from: clip, the CLIP of the model's tower; words, the language model's embeddings; auto: "
+        "clip where the tower is a CLIP's, else words.",
+        _MODEL,
+        envvar="GRIDPRUNE_RELEVANCE",
+    ),
+]
 Device = Annotated[str, _option(DEVICE, _MODEL, envvar="GRIDPRUNE_DEVICE")]
 Dtype = Annotated[str, _option("auto, float32, bfloat16 or float16.", _MODEL, envvar="GRIDPRUNE_DTYPE")]
 
@@ -113,6 +122,7 @@ def pipeline(
     model: Model = None,
     revision: Revision = None,
     clip: Clip = None,
+    relevance: Relevance = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     cache_dir: CacheDir = None,
@@ -145,6 +155,7 @@ def pipeline(
         choice.model,
         revision=revision,
         clip=clip,
+        relevance=relevance,
         store=store,
         device=device,
         dtype=dtype,

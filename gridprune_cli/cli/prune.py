@@ -62,6 +62,7 @@ def prune(
         raise BadInput("name an image and a question, or --batch FILE; see `gridprune prune --help`")
     check_target(output, "--output")
     sources, asked = read_inputs(images, question)
+    pipeline.find_relevance(pruning)
     with pipeline:
         localized = pipeline.localize(sources, asked, pruning)
         found = [pipeline.encode_one(source) for source in sources]

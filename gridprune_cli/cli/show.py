@@ -35,6 +35,7 @@ def show(
     set_quiet(quiet)
     check_target(output, "--output")
     (source,), asked = read_inputs([image], question)
+    pipeline.find_relevance(pruning)
     with pipeline:
         localized = pipeline.localize(source, asked, pruning)
         encoded, _ = pipeline.encode_one(source)

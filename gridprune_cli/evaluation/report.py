@@ -11,7 +11,7 @@ from PIL import Image
 
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.evaluation.data import Item
-from gridprune_cli.evaluation.results import region_line
+from gridprune_cli.evaluation.results import region_line, relevance_line
 from gridprune_cli.evaluation.run import FULL, Cell, Plan, Rows, place
 
 LOSSES = 6  # questions in the gallery
@@ -89,6 +89,7 @@ def html(plan: Plan, results: dict[str, Any], rows: Rows, picture: Callable[[Cel
             bars=_bars(results["cells"]),
             gallery=gallery,
             keep=cells[0].pruning.keep if cells else None,
+            relevance=relevance_line(results),
             regions=[region_line(cell) for cell in results["cells"] if "region" in cell],
         )
     )

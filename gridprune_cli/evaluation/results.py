@@ -124,11 +124,21 @@ def markdown(results: dict[str, Any]) -> str:
         ]
         lines.append(f"| {cell['name'].replace('|', chr(92) + '|')} | " + " | ".join(row) + " |")
     lines += ["", results["caption"]]
+    if line := relevance_line(results):
+        lines += ["", line]
     told = [cell for cell in cells if "region" in cell]
     for cell in told:
         if cell["region"] not in [other["region"] for other in told[: told.index(cell)]]:
             lines += ["", region_line(cell)]
     return "\n".join(lines) + "\n"
+
+
+def relevance_line(results: dict[str, Any]) -> str:
+    """What relevance came from, or nothing where no method needed it."""
+    source = results.get("relevance")
+    if source is None:
+        return ""
+    return f"Relevance comes from {source['model'] or 'the words of the language model'}."
 
 
 def region_line(cell: dict[str, Any]) -> str:

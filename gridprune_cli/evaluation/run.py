@@ -86,12 +86,15 @@ class Plan:
     def settings(self, pipeline: Pipeline) -> dict[str, Any]:
         """What must be the same for a stopped run to go on."""
         family = pipeline.family
+        relevance = any(cell.pruning.needs_relevance for cell in self.cells)
         return {
             "data": self.data.name,
             "questions": len(self.data.items),
             "data_digest": self.data.digest,
             "model": pipeline.model,
-            "model_digest": family.fingerprint,
+            "model_digest": family.checkpoint.identity,
+            "relevance": family.relevance_source if relevance else None,
+            "relevance_digest": family.clip.identity if relevance and family.clip else None,
             "device": str(family.device),
             "dtype": str(family.dtype).removeprefix("torch."),
             "storage": pipeline.storage,
@@ -242,6 +245,7 @@ def _line(plan: Plan, item: Item, cell: Cell, pruned: PrunedSet, answer: str) ->
         "kept": len(pruned.kept),
         "tokens": pruned.count,
         "region": origin.region,
+        "relevance": pruned.source,
         "answer": answer,
         "answers": list(item.answers),
         "score": METRICS[plan.metric](answer, item.answers),

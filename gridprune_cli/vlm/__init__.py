@@ -43,13 +43,15 @@ def open_model(
     *,
     revision: str | None = None,
     clip: str | None = None,
+    relevance: str = "auto",
     store: "Store | None" = None,
     flag: str = "--model",
 ) -> "Family":
-    """The adapter of a model by name, and its CLIP's. A hub model is fetched where it is not here; nothing is loaded.
+    """The adapter of a model by name. A hub model is fetched where it is not here; nothing is loaded.
 
-    Raises BadInput, naming the flag, for unknown names and families and a device or dtype that can't be used, and
-    GridpruneError where the hub can't be asked.
+    A CLIP that is named is looked at, and fetched, before the model is; another one once relevance is needed. Raises
+    BadInput, naming the flag, for unknown names and families and a device, dtype or source of relevance that can't be
+    used, and GridpruneError where the hub can't be asked.
     """
     from importlib import import_module
 
@@ -59,7 +61,13 @@ def open_model(
     module = import_module(f"gridprune_cli.vlm.{checkpoint.family}")
     kind = getattr(module, FAMILIES[checkpoint.family])
     placed = place(device, dtype, model, checkpoint.stored)
-    return kind(checkpoint.complete(flag), placed.dtype, placed.device, find_clip(checkpoint, clip), placed.spread)
+    family: Family = kind(checkpoint, placed.dtype, placed.device, spread=placed.spread, relevance=relevance)
+    if clip:
+        if relevance == "words":
+            raise BadInput(f"--clip {clip}: not with --relevance words; leave one of them out")
+        family.clip = find_clip(checkpoint, clip)
+    checkpoint.complete(flag)
+    return family
 
 
 __all__ = ["FAMILIES", "Checkpoint", "find", "find_supported", "open_model"]

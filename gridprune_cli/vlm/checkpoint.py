@@ -6,12 +6,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import LocalEntryNotFoundError
+
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.scenes import CHECKPOINT, LOCALIZER
 from gridprune_cli.vlm import hub
 from gridprune_cli.vlm.identity import identify_folder
+from gridprune_cli.vlm.weights import SAFE, weight_files
 
 if TYPE_CHECKING:
+    from transformers import CLIPVisionConfig
+
     from gridprune_cli.store import Store
 
 EMBEDDED = "scenes"
@@ -27,6 +32,15 @@ _KNOWN_TOWERS = {  # the CLIP on the hub that towers were taken from: what their
         "num_hidden_layers": 24,
     },
 }
+_TOWER_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,14 @@ class Checkpoint:
         """The config of its vision tower, or nothing."""
         return self.config.get("vision_config") or {}
 
+    @cached_property
+    def clip_tower(self) -> "CLIPVisionConfig | None":
+        """The config of its vision tower, with the values that it leaves out, where that is a CLIP's."""
+        from transformers import AutoConfig
+
+        tower = getattr(AutoConfig.from_pretrained(self.folder, local_files_only=True), "vision_config", None)
+        return tower if getattr(tower, "model_type", None) == CLIP_TOWER else None
+
     @property
     def stored(self) -> str:
         """The dtype of its weights, as its config says; older ones call it `torch_dtype`, and some say it per part."""
@@ -73,26 +95,25 @@ class Checkpoint:
         """Fetches what is missing of a hub model. Raises BadInput where there are no weights that may be read."""
         if self.commit:
             hub.fetch(self.repo, self.commit, flag, bars=bool(self._lacks()))
+            if not any(path.suffix == SAFE for path in weight_files(self.folder)):  # the repository has none
+                hub.fetch(self.repo, self.commit, flag, bars=bool(self._lacks()), patterns=hub.PICKLED)
         if lacks := self._lacks():
             raise BadInput(f"{flag} {self.name}: {lacks}")
         return self
 
     def _lacks(self) -> str:
         """What is wrong with the weights on disk."""
-        if not any(self.folder.glob("*.safetensors")):
-            reached = ", or go online if it has them" if self.commit else ""
+        if (self.folder / "adapter_config.json").is_file():
+            return "has an adapter (adapter_config.json), and adapters are not applied; merge it into the weights first"
+        paths = weight_files(self.folder)
+        if not paths:
+            online = ", or go online if it has them" if self.commit else ""
             return (
-                "no weights as *.safetensors; pickled ones are not read, since reading a pickle runs the code in it: "
-                f"name a converted copy{reached}"
+                f"no weights as model.safetensors or pytorch_model.bin, or their shards; name a copy that has{online}"
             )
-        index = self.folder / "model.safetensors.index.json"
-        try:
-            named = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else set()
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return f"{index.name} can't be read; fetch it again"
-        missing = sorted(name for name in named if not (self.folder / name).is_file())
+        missing = [path.name for path in paths if not path.is_file()]
         if missing:
-            return f"{len(missing)} of {len(named)} files of weights missing (first: {missing[0]}); fetch them"
+            return f"{len(missing)} of {len(paths)} files of weights missing (first: {missing[0]}); fetch them"
         return ""
 
 
@@ -124,27 +145,68 @@ def find(model: str, revision: str | None = None, *, flag: str = "--model", stor
     return checkpoint
 
 
-def find_clip(checkpoint: Checkpoint, named: str | None = None) -> Checkpoint | None:
-    """The CLIP checkpoint that a model's tower was taken from, for relevance, or None.
+def find_clip(checkpoint: Checkpoint, named: str | None = None) -> Checkpoint:
+    """The CLIP checkpoint that a model's tower was taken from, for relevance.
 
-    It is what the user named; else the sub-folder `clip`; else, for towers that are known, what the hub's cache holds.
-    Raises BadInput where what was named is no CLIP, or the model's tower is none.
+    It is what the user named; else the sub-folder `clip`; else, for towers that are known, the one on the hub, which is
+    fetched where it is not here. Raises BadInput where there is none of these, or it can't be the tower's.
     """
+    if checkpoint.clip_tower is None:
+        raise BadInput(f"--clip {named}: the tower of {checkpoint.name} is no CLIP; leave --clip out")
     if named:
-        if checkpoint.tower.get("model_type") != CLIP_TOWER:
-            raise BadInput(f"--clip {named}: the tower of {checkpoint.name} is no CLIP; leave --clip out")
-        clip = find(named, flag="--clip")
-        if clip.family != "clip":
-            raise BadInput(f"--clip {named}: model type {clip.family!r} is no CLIP with a text tower; name another")
+        clip = find(named, flag="--clip", store=checkpoint.store)
+        _check_clip(clip, checkpoint, f"--clip {named}")
         return clip.complete("--clip")
     if (checkpoint.folder / "clip" / "config.json").is_file():
-        return Checkpoint(f"{checkpoint.name}/clip", checkpoint.folder / "clip").complete()
-    repo = next((name for name, said in _KNOWN_TOWERS.items() if said.items() <= checkpoint.tower.items()), None)
+        clip = Checkpoint(f"{checkpoint.name}/clip", checkpoint.folder / "clip", store=checkpoint.store)
+        _check_clip(clip, checkpoint, clip.name)
+        return clip.complete()
+    tower = checkpoint.clip_tower.to_dict()
+    repo = next((name for name, sizes in _KNOWN_TOWERS.items() if sizes.items() <= tower.items()), None)
     if repo is None:
-        return None
+        raise BadInput(
+            f"{checkpoint.name}: which CLIP its tower was taken from is not known; name it as --clip, or take "
+            "--relevance words"
+        )
+    return _known_clip(repo)
+
+
+def _known_clip(repo: str) -> Checkpoint:
+    """A CLIP on the hub. What lies whole in the hub's cache is taken as it is, without asking whether it changed."""
     try:
-        folder = hub.locate(repo, None, "--clip", cached=True)
-    except GridpruneError:  # not there, and nobody asked for it
-        return None
-    clip = Checkpoint(repo, folder, folder.name)
-    return None if clip._lacks() else clip
+        folder = hub.locate(repo, None, "the CLIP", cached=True)
+        clip = Checkpoint(repo, folder, folder.name)
+        if not clip._lacks() and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            return clip
+    except GridpruneError:  # not here yet
+        pass
+    try:
+        folder = hub.locate(repo, None, "the CLIP")
+        return Checkpoint(repo, folder, folder.name).complete("the CLIP")
+    except GridpruneError as fault:
+        unreachable = isinstance(fault.__cause__, LocalEntryNotFoundError)
+        kind = BadInput if unreachable else type(fault)
+        raise kind(
+            f"{fault}; relevance comes from it: go online without HF_HUB_OFFLINE, name a copy as --clip FOLDER, or "
+            "take --relevance words"
+        ) from fault
+
+
+def _check_clip(clip: Checkpoint, checkpoint: Checkpoint, name: str) -> None:
+    """Raises BadInput, beginning with a name, where the tower of a model can't have been taken from a CLIP."""
+    if clip.family != "clip":
+        raise BadInput(f"{name}: model type {clip.family!r} is no CLIP with a text tower; name another")
+    from transformers import AutoConfig
+
+    config, tower = AutoConfig.from_pretrained(clip.folder, local_files_only=True), checkpoint.clip_tower
+    pairs = {size: (getattr(config.vision_config, size), getattr(tower, size)) for size in _TOWER_SIZES}
+    # many configs repeat in their tower's the width that CLIP's two halves meet in
+    stated = checkpoint.tower.get("projection_dim")
+    if stated not in (None, config.projection_dim, config.vision_config.projection_dim):
+        pairs["projection_dim"] = config.projection_dim, stated
+    for size, (its, needed) in pairs.items():
+        if its != needed:
+            raise BadInput(
+                f"{name}: can't be the CLIP of this tower: its {size} is {its}, that of {checkpoint.name} {needed}; "
+                "name the CLIP that the tower was taken from as --clip, or take --relevance words"
+            )

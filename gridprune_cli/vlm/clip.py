@@ -8,6 +8,7 @@ CLIP applies that head to the CLS token only).
 
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,38 @@ from transformers import AutoTokenizer, CLIPModel
 from gridprune_cli.errors import BadInput
 from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.loading import load_part
+from gridprune_cli.vlm.weights import tensors
 
 # all of the vision tower but its last layer norm
 _TEXTS = 8192  # questions whose vectors are kept
 _BATCH = 64  # and that are read at once
 _WITHOUT = tuple(f"vision_model.{name}" for name in ("embeddings", "pre_layrnorm", "encoder"))
+# weights of a tower that are compared with its CLIP's: few, of its start and its middle, so that it costs no time
+_COMPARED = tuple(f"{n}.weight" for n in ("patch_embedding", "layers.0.self_attn.q_proj", "layers.{}.self_attn.q_proj"))
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def weights_differ(model: Path, clip: Path) -> bool:
+    """Whether some weights of a model's tower differ from its CLIP's by more than rounding to 16 bits makes.
+
+    The arguments are folders of checkpoints. What can't be compared, as quantised weights, counts as equal.
+    """
+    of_clip, of_model = _towers_weights(clip), _towers_weights(model)
+    for name in of_clip.keys() & of_model.keys():
+        ours, theirs = of_model[name], of_clip[name]
+        if ours.dtype in _PLAIN and theirs.dtype in _PLAIN and ours.shape == theirs.shape:
+            gap = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+            if gap > 2**-8:  # bfloat16 rounds by 2**-9 of a value at most, and each of the two may have been
+                return True
+    return False
+
+
+def _towers_weights(folder: Path) -> dict[str, Tensor]:
+    """The compared weights of a checkpoint's vision tower, by the end of their names."""
+    named = {name: tensor for name, tensor in tensors(folder) if "vision" in name}
+    layers = sum(name.endswith("self_attn.q_proj.weight") for name in named)
+    ends = [end.format(layers // 2) for end in _COMPARED]
+    return {end: tensor for name, tensor in named.items() for end in ends if name.endswith(f".{end}")}
 
 
 class ClipRelevance:

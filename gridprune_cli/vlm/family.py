@@ -29,14 +29,15 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm.attention import NAME
-from gridprune_cli.vlm.checkpoint import CLIP_TOWER, Checkpoint
-from gridprune_cli.vlm.clip import ClipRelevance
+from gridprune_cli.vlm.checkpoint import Checkpoint, find_clip
+from gridprune_cli.vlm.clip import ClipRelevance, weights_differ
 from gridprune_cli.vlm.compressor import FILE, Compressor, load_compressor
 from gridprune_cli.vlm.fit import fingerprint
 from gridprune_cli.vlm.loading import load_part
 from gridprune_cli.vlm.words import WordRelevance
 
 PARTS = ("tower", "projector", "language")
+RELEVANCE = ("auto", "clip", "words")  # what it may come from; "auto" is CLIP where the tower is a CLIP's, else words
 _PREPARED = "gridprune_prepared"  # attribute of a picture
 
 
@@ -75,8 +76,19 @@ class Family(ABC):
         device: str,
         clip: Checkpoint | None = None,
         spread: bool = False,
+        relevance: str = "auto",
     ):
-        self.checkpoint, self.dtype, self.device, self.clip, self.spread = checkpoint, dtype, device, clip, spread
+        """`clip` is the CLIP that relevance comes from, where it is known already. Raises BadInput for a source of
+        relevance that the model does not have.
+        """
+        if relevance not in RELEVANCE:
+            raise BadInput(f"--relevance {relevance}: not one of {', '.join(RELEVANCE)}")
+        if relevance == "clip" and checkpoint.clip_tower is None:
+            raise BadInput(f"--relevance clip: the tower of {checkpoint.name} is no CLIP; use --relevance words")
+        self.checkpoint, self.dtype, self.device, self.spread = checkpoint, dtype, device, spread
+        self._relevance = relevance
+        if clip is not None:
+            self.clip = clip
         self._loaded: dict[str, Any] = {}
 
     # ---- parts -------------------------------------------------------------------------------------------------------
@@ -127,7 +139,7 @@ class Family(ABC):
 
     @cached_property
     def relevance(self) -> ClipRelevance | WordRelevance:
-        """Gives the relevance `(N,)` of states `(N, C)` to a question."""
+        """Gives the relevance `(N,)` of states `(N, C)` to a question. Raises as `clip`."""
         return ClipRelevance(self.clip, self.dtype, self.device) if self.clip else self.vocabulary
 
     @cached_property
@@ -135,10 +147,28 @@ class Family(ABC):
         """The language model's words."""
         return WordRelevance(self)
 
+    @cached_property
+    def by_words(self) -> bool:
+        """Whether relevance comes from words, not from CLIP."""
+        return self._relevance == "words" or self.checkpoint.clip_tower is None
+
+    @cached_property
+    def clip(self) -> Checkpoint | None:
+        """The CLIP that relevance comes from, or None where words are. It is fetched where it is not here.
+
+        Raises BadInput where it is not known, is not the tower's, or can't be had, GridpruneError where the hub fails.
+        """
+        return None if self.by_words else find_clip(self.checkpoint)
+
     @property
-    def lacks_clip(self) -> bool:
-        """Whether the tower is a CLIP's, but that CLIP was not found, so that relevance makes do with words."""
-        return self.clip is None and self.checkpoint.tower.get("model_type") == CLIP_TOWER
+    def relevance_source(self) -> dict[str, Any]:
+        """What relevance comes from, as results say it. Raises as `clip`."""
+        return {"source": "clip" if self.clip else "words", "model": self.clip.name if self.clip else None}
+
+    @cached_property
+    def tower_differs(self) -> bool:
+        """Whether the tower's weights are seen to differ from those of the CLIP that relevance comes from."""
+        return self.clip is not None and weights_differ(self.checkpoint.folder, self.clip.folder)
 
     @cached_property
     def config(self) -> Any:

@@ -3,24 +3,39 @@
 import hashlib
 import json
 
-from safetensors import safe_open
+import torch
+from torch import Tensor
 
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.vlm.checkpoint import Checkpoint
+from gridprune_cli.vlm.weights import tensors
+
+_BLOCK = 4096  # bytes that are read at the start, in the middle and at the end of each weight
+_ELSEWHERE = ("vision", "visual", "projector", "connector", "image_newline")  # in names of what is no language model's
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """What tells language models apart: sha256 over the language model's config and its final norm's weights.
+    """What tells language models apart: sha256 over its config, and the name, shape and samples of each of its weights.
 
-    Reads nothing of the vision tower, so it is the same where that has been taken away. Training changes every weight,
-    so one small tensor will do. Raises GridpruneError where the checkpoint has no such tensor.
+    Samples, since all of them would take as long as loading them. Training changes nearly every value of the weights
+    that it does not freeze, and merging an adapter nearly every one of those that it adapts, so some sample differs; a
+    change of single values need not show. Reads nothing of the vision tower and the projector, so it is the same where
+    those have been taken away. Raises GridpruneError where the checkpoint has no weights of a language model.
     """
     config = checkpoint.config.get("text_config", checkpoint.config)
-    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for path in sorted(checkpoint.folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in sorted(file.keys()):
-                if name.endswith(".norm.weight") and "visi" not in name and "visual" not in name:
-                    total.update(file.get_tensor(name).float().numpy().tobytes())
-                    return total.hexdigest()
-    raise GridpruneError(f"{checkpoint.folder}: no final norm of a language model among its weights")
+    found = {
+        name: f"{name} {tuple(tensor.shape)} {_sample(tensor)}"
+        for name, tensor in tensors(checkpoint.folder)
+        if not any(word in name for word in _ELSEWHERE)
+    }
+    if not found:
+        raise GridpruneError(f"{checkpoint.folder}: no language model among its weights")
+    lines = [json.dumps(config, sort_keys=True), *(found[name] for name in sorted(found))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _sample(tensor: Tensor) -> str:
+    data = tensor.contiguous().flatten().view(torch.uint8)
+    middle = (len(data) - _BLOCK) // 2
+    blocks = [data] if len(data) <= 3 * _BLOCK else [data[:_BLOCK], data[middle : middle + _BLOCK], data[-_BLOCK:]]
+    return hashlib.sha256(b"".join(block.numpy().tobytes() for block in blocks)).hexdigest()

@@ -23,8 +23,9 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from gridprune_cli.errors import BadInput, GridpruneError
 
-# what transformers reads of a checkpoint; never what can hold code: pickled weights and Python files
+# what transformers reads of a checkpoint; never Python files
 PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")  # weights, where a repository has no safetensors
 
 
 def is_name(text: str) -> bool:
@@ -41,10 +42,10 @@ def locate(name: str, revision: str | None, flag: str, *, cached: bool = False) 
         return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=cached)).parent
 
 
-def fetch(name: str, commit: str, flag: str, *, bars: bool) -> None:
+def fetch(name: str, commit: str, flag: str, *, bars: bool, patterns: tuple[str, ...] = PATTERNS) -> None:
     """Fetches what is missing of a snapshot. Raises as `locate` does."""
     with _told(name, commit, flag), _bars(bars), _unbroken():
-        snapshot_download(name, revision=commit, allow_patterns=list(PATTERNS))
+        snapshot_download(name, revision=commit, allow_patterns=list(patterns))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gridprune_cli import files
+from gridprune_cli.vlm.weights import weight_files
 
 if TYPE_CHECKING:
     from gridprune_cli.store import Store
@@ -16,6 +17,8 @@ SETTLED = 2_000_000_000  # ns; file systems note times in ticks of up to two sec
 
 def identify_folder(folder: Path, store: "Store | None") -> str:
     """sha256 over the names and contents of all config and weight files of the folder, not of its sub-folders.
+
+    Pickled weights count where they are read, which is where there are no others.
 
     A store remembers it for the state that the file system reports of the files. A file's bytes can't change without
     its change time doing so, which nobody can set; and a state with a change so fresh that another one could fall into
@@ -38,8 +41,9 @@ def identify_folder(folder: Path, store: "Store | None") -> str:
 def _state(folder: Path) -> list[tuple[str, int, int, int, int]]:
     """Name, inode, bytes, and times in ns of the last write and the last change, of each file by name."""
     found = []
+    weights = weight_files(folder)
     for path in sorted(folder.iterdir()):
-        if path.suffix in SUFFIXES and path.is_file():
+        if (path.suffix in SUFFIXES or path in weights) and path.is_file():
             status = path.stat()
             found.append((path.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     return found

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from gridprune_cli.errors import GridpruneError
+from gridprune_cli.vlm.weights import check_pickles
 
 
 def load_part(
@@ -24,8 +25,11 @@ def load_part(
     sub-module that is taken out while building costs neither. The subclass keeps the class's name and module, because
     transformers looks its checkpoint key mappings up by them.
 
-    Raises GridpruneError where a weight that the part needs is not in the checkpoint.
+    Raises GridpruneError where a weight that the part needs is not in the checkpoint, BadInput for pickled weights that
+    hold more than tensors.
     """
+
+    check_pickles(folder)
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
@@ -42,7 +46,7 @@ def load_part(
     logging.disable_progress_bar()
     try:
         model, info = part.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
+            folder, dtype=dtype, output_loading_info=True, local_files_only=True, weights_only=True, **options
         )
     except (OSError, ValueError, SafetensorError) as fault:
         first = (str(fault).splitlines() or [""])[0]

@@ -223,7 +223,7 @@ def find_shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = None) -> Family:
+def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = None, relevance: str = "auto") -> Family:
     """The family of a shape, all of it in memory, with the first `layers` of its language model.
 
     Raises BadInput where it has fewer layers, or is larger than the memory that is free.
@@ -235,8 +235,8 @@ def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = No
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         _write(shape, count, folder)
-        clip = Checkpoint(f"{name}, CLIP", folder / "clip") if shape.clip else None
-        family = shape.family(Checkpoint(name, folder), dtype, device, clip)
+        clip = Checkpoint(f"{name}, CLIP", folder / "clip") if shape.clip and relevance != "words" else None
+        family = shape.family(Checkpoint(name, folder), dtype, device, clip, relevance=relevance)
         family.fingerprint = name  # there are no weights on disk to tell it by
         model = _random(shape.family.model_class, folder, dtype, device)
         model.set_attn_implementation({"vision_config": NAME})
@@ -244,7 +244,7 @@ def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = No
         if isinstance(family.relevance, ClipRelevance):
             family.relevance.model = _random(CLIPModel, folder / "clip", dtype, device)
         family.relevance.load()
-        _ = family.processor, family.encoder, family.checkpoint.config  # what else is read of the folder
+        _ = family.processor, family.encoder, family.by_words, family.checkpoint.config  # also read of the folder
     return family
 
 
