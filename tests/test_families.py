@@ -25,7 +25,7 @@ QUESTION = "what colour is the left object?"
 SIZES = {"square": (100, 100), "wide": (210, 70), "tall": (60, 200), "tiny": (31, 29)}
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=[*FAMILIES, "llava_siglip"])
 def family(request, tmp_path_factory):
     """A family's tiny checkpoint: (folder, whole model of plain transformers, its processor)."""
     folder = make(request.param, tmp_path_factory.mktemp(request.param))

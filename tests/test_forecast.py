@@ -20,7 +20,7 @@ from gridprune_cli.vlm import FAMILIES
 SIZES = [(100, 100), (210, 70), (60, 200), (31, 29), (640, 480)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "llava_siglip"])
 def test_a_familys_settings_give_the_tokens_of_a_size_and_their_width(name, tmp_path, noise):
     pipeline = Pipeline(str(make(name, tmp_path / "model")), dtype="bfloat16")
     counted = [pipeline.family.count_slots(size) for size in SIZES]

@@ -16,7 +16,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.pruning.slots import SEPARATOR
-from gridprune_cli.vlm.family import Encoding
+from gridprune_cli.vlm.family import Encoding, Family
 from gridprune_cli.vlm.llava import Llava
 
 _TILES = 8  # tiles at a time: the attention of a large picture's dozens would not fit
@@ -25,6 +25,8 @@ _TILES = 8  # tiles at a time: the attention of a large picture's dozens would n
 class LlavaNext(Llava):
     model_class = LlavaNextForConditionalGeneration
     processor_class = LlavaNextProcessor
+
+    count_slots = Family.count_slots
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:

@@ -1,6 +1,7 @@
 """Loading a part of a checkpoint: what is left out is never built, and its weights are never read from disk."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,30 @@ def load_part(
     Without a device, accelerate divides it over all there are: GPUs first, then memory.
 
     transformers builds a model without memory first and reads only the weights that it then finds a place for, so a
-    sub-module that is taken out while building costs neither. The subclass keeps the class's name and module, because
-    transformers looks its checkpoint key mappings up by them.
+    sub-module that is taken out in between costs neither. It is taken out after a quantised checkpoint's layers were
+    put in, because which layers are quantised is decided on the whole model. The subclass keeps the class's name and
+    module, because transformers looks its checkpoint key mappings up by them.
 
     Raises GridpruneError where a weight that the part needs is not in the checkpoint.
     """
+    built: list[nn.Module] = []
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
+        built.append(self)
+
+    @contextmanager
+    def take_out() -> Iterator[None]:
+        yield
         for path in without:
-            _take_out(self, path)
+            _take_out(built[0], path)
+
+    def contexts(_: Any, *args: Any, **kwargs: Any) -> list[AbstractContextManager]:
+        """What transformers builds a model within; the first is left last."""
+        return [take_out(), *cls.get_init_context(*args, **kwargs)]
 
     made: dict[str, Any] = {"__init__": build, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    made["get_init_context"] = classmethod(contexts)
     if "lm_head" in without:
         made["_tied_weights_keys"] = {}  # tied to a module that isn't there
     part: Any = type(cls.__name__, (cls,), made)
