@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gridprune_cli.store import Store
     from gridprune_cli.vlm.family import Family
 
+
 def open_model(
     model: str,
     dtype: str,

@@ -90,18 +90,23 @@ def unsupported(config: Mapping[str, Any]) -> str:
     Whether a quantised one can be used on this machine too, `quantization` and its `lacks` tell.
     """
     kind = config["model_type"]
-    if any(key.startswith("mm_") for key in config) or (kind not in FAMILIES and kind in _CONVERTED):
-        layout = "with mm_* settings" if kind in FAMILIES else repr(kind)
-        return f"the original layout {layout}, which transformers does not read; name a converted one, as {_conversion(config)}"
+    mm_settings = kind.startswith("llava") and any(key.startswith("mm_") for key in config)
+    if mm_settings or kind in _CONVERTED:
+        layout = f"{kind!r} with mm_* settings" if mm_settings else repr(kind)
+        return (
+            f"the original layout {layout}, which transformers does not read; name a converted checkpoint, such as "
+            f"{_conversion(config)}"
+        )
     if kind not in FAMILIES:
         return f"model type {kind!r} is not supported (supported: {', '.join(sorted(FAMILIES))})"
     if isinstance(layers := config.get("vision_feature_layer"), list):
-        return f"features of several layers of the tower ({layers}) are not supported; name a checkpoint with one{_such(kind)}"
+        return f"features of several layers of the tower ({layers}) are not supported; name another{_such(kind)}"
     if kind in _TOWERS:
         towers = _TOWERS[kind]
         tower = (config.get("vision_config") or {}).get("model_type") or next(iter(towers))
         if tower not in towers:
-            return f"a vision tower {tower!r} is not supported (supported: {', '.join(towers)}); name another{_such(kind)}"
+            known = ", ".join(towers)
+            return f"a vision tower {tower!r} is not supported (supported: {known}); name another{_such(kind)}"
         strategy = config.get("vision_feature_select_strategy", next(iter(towers.values())))
         if strategy != towers[tower]:
             return (
