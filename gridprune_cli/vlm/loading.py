@@ -70,7 +70,20 @@ def load_part(
             f"{folder}: {len(missing)} weights that {cls.__name__} needs are missing or of another shape "
             f"(first: {missing[0]}); the checkpoint is incomplete, fetch it again"
         )
+    if hook := getattr(model, "ct_decompress_hook", None):
+        hook.remove()
+        _decompress(model)
     return model.eval() if device is None else model.eval().to(device)
+
+
+def _decompress(model: nn.Module) -> None:
+    """Unpacks weights now that compressed-tensors would unpack when the whole model is called: its modules are too."""
+    from compressed_tensors.compressors import decompress_module
+    from compressed_tensors.quantization.utils import is_module_quantized
+
+    for module in model.modules():
+        if is_module_quantized(module):
+            decompress_module(module)
 
 
 def _take_out(model: nn.Module, path: str) -> None:
