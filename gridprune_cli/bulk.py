@@ -120,9 +120,11 @@ class Bulk:
     # ---- encode ------------------------------------------------------------------------------------------------------
 
     def encode(
-        self, sources: Iterable[Source], *, refresh: bool = False
+        self, sources: Iterable[Source], *, refresh: bool = False, several: bool = False
     ) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
         """Encodes pictures into the cache: (name, what came of it, whether the tower was spared), in turn.
+
+        `several`: each picture will be one of several in a prompt.
 
         What is given was written before, where the cache can be written. A picture that can't be read or encoded gives
         its fault in place of an encoded image, and the rest goes on.
@@ -137,34 +139,35 @@ class Bulk:
             done: list[_Done] = []
             # a tower on the CPU takes all cores: reading beside it slows it by more than reading between batches takes
             beside = self.pipeline.family.device != "cpu"
-            work = partial(self._read, refresh=refresh)
+            work = partial(self._read, refresh=refresh, several=several)
             for read in _ahead(readers, work, sources, 2 * self._images.size, beside=beside):
                 waiting.append(read)
                 pictures = [r.found for r in waiting if isinstance(r.found, Picture)]
                 room = sum(map(_pixels, pictures)) <= _MOST_PIXELS and len(waiting) < 4 * self._images.size
                 if not pictures or len(pictures) >= self._images.size or not room:
-                    now = self._see(waiting, latest, writer)
+                    now = self._see(waiting, latest, writer, several)
                     yield from _written(done)  # while the tower ran
                     done, waiting = now, []
-            now = self._see(waiting, latest, writer)
+            now = self._see(waiting, latest, writer, several)
             yield from _written(done + now)
 
-    def _read(self, source: Source, refresh: bool) -> "_Read":
+    def _read(self, source: Source, refresh: bool, several: bool) -> "_Read":
         """An encoded image from the cache, else a decoded picture, prepared for the tower. Runs in worker threads."""
         name = "-" if isinstance(source, bytes) else str(source)
         try:
             sha256, name, data = identify(source)
-            if not refresh and (hit := self.pipeline.look_up(sha256, name)):
+            if not refresh and (hit := self.pipeline.look_up(sha256, name, several)):
                 return _Read(name, hit)
             picture = self._load(data, name)
             self.pipeline.check(picture)
         except Exception as fault:
             return _Read(name, _named(name, _told(fault)))
-        self.pipeline.family.prepare(picture.image)
+        if not (several and self.pipeline.family.together):
+            self.pipeline.family.prepare(picture.image)
         return _Read(name, picture)
 
     def _see(
-        self, reads: Sequence["_Read"], latest: dict[str, EncodedImage], writer: ThreadPoolExecutor
+        self, reads: Sequence["_Read"], latest: dict[str, EncodedImage], writer: ThreadPoolExecutor, several: bool
     ) -> list["_Done"]:
         """Runs the tower on the pictures among `reads`, each once, and hands what it gives to the writer."""
         pictures = {read.found.sha256: read.found for read in reads if isinstance(read.found, Picture)}
@@ -175,7 +178,9 @@ class Bulk:
             self._seeing = True
         results: dict[str, EncodedImage | GridpruneError] = dict(latest)
         writes = {}
-        for picture, result in zip(new, self._images.run(new, self.pipeline.see), strict=True):
+        for picture, result in zip(
+            new, self._images.run(new, partial(self.pipeline.see, several=several)), strict=True
+        ):
             results[picture.sha256] = result
             if isinstance(result, EncodedImage):
                 latest[picture.sha256] = result
@@ -205,14 +210,24 @@ class Bulk:
             self.pipeline.family.relevance.load()  # what fails here would fail for every question
             with suppress(Exception):  # a question that can't be read is told when its turn comes
                 self.pipeline.family.relevance.read(queries)
-        users: dict[Source, list[int]] = {}
+        apart: dict[bool, list[int]] = {}  # by whether the images of a question are encoded as some of several
         for index, ask in enumerate(asks):
-            for source in dict.fromkeys(ask.sources):
+            apart.setdefault(self.pipeline.family.together and len(ask.sources) > 1, []).append(index)
+        for several, indices in apart.items():
+            yield from self._prune_images(asks, indices, several, system, template)
+
+    def _prune_images(
+        self, asks: Sequence[Ask], indices: Sequence[int], several: bool, system: str | None, template: str | None
+    ) -> Iterator[tuple[int, Pruned | GridpruneError]]:
+        """`prune` for the questions of some indices, whose images are encoded in one way."""
+        users: dict[Source, list[int]] = {}
+        for index in indices:
+            for source in dict.fromkeys(asks[index].sources):
                 users.setdefault(source, []).append(index)
         left = {source: len(indices) for source, indices in users.items()}
         found: dict[Source, tuple[EncodedImage | GridpruneError, bool]] = {}
         ready: list[_Ready] = []
-        for source, (_, result, hit) in zip(users, self.encode(users), strict=True):
+        for source, (_, result, hit) in zip(users, self.encode(users, several=several), strict=True):
             found[source] = result, hit
             for index in users[source]:
                 ask = asks[index]

@@ -84,7 +84,7 @@ class GridpruneModel(lmms):
         images = to_images(self.task_dict[task][split][document])
         if not images or not all(isinstance(image, Image.Image) for image in images):
             raise GridpruneError(f"{task}, document {document}: gridprune answers about images, and about nothing else")
-        encoded = [self.pipeline.encode_one(_bytes(image))[0] for image in images]
+        encoded = [self.pipeline.encode_one(_bytes(image), several=len(images) > 1)[0] for image in images]
         text = context.replace(f"{_PLACEHOLDER}\n", "").replace(_PLACEHOLDER, "").strip()
         query = self.pruning.query or (text.partition("\n")[0] if self.first_line else text)
         return self.pipeline.prune(encoded, text, replace(self.pruning, query=query))

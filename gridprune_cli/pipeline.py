@@ -246,18 +246,26 @@ class Pipeline:
 
     @property
     def encoder(self) -> dict[str, Any]:
-        """What an encoded image depends on besides the picture: the family's encoder, and how states are stored."""
-        return self.family.encoder | ({} if self.storage == "full" else {"storage": self.storage})
+        """`encoder_of` pictures that are alone in their prompts."""
+        return self.encoder_of(several=False)
 
-    def key(self, image: str) -> str:
+    def encoder_of(self, several: bool) -> dict[str, Any]:
+        """What an encoded image depends on besides the picture: the family's encoder, and how states are stored.
+
+        And in some families whether the picture is one of several in its prompt.
+        """
+        together = {"together": True} if several and self.family.together else {}
+        return self.family.encoder | together | ({} if self.storage == "full" else {"storage": self.storage})
+
+    def key(self, image: str, several: bool = False) -> str:
         """Cache key of a picture by the sha256 of its file's bytes."""
-        return entry_key(image, self.encoder, SIGNALS)
+        return entry_key(image, self.encoder_of(several), SIGNALS)
 
-    def look_up(self, image: str, name: str) -> EncodedImage | None:
+    def look_up(self, image: str, name: str, several: bool = False) -> EncodedImage | None:
         """The encoded image from the cache, under the name that it is asked for by now. Raises BadInput as `check`."""
         if self.store is None:
             return None
-        found = self.store.get(self.encoder, self.key(image))
+        found = self.store.get(self.encoder_of(several), self.key(image, several))
         try:
             encoded = replace(EncodedImage.from_parts(*found), name=name) if found else None
         except (KeyError, TypeError, ValueError):
@@ -277,35 +285,39 @@ class Pipeline:
                 f"--model {SMALL_MODEL}, or for good gridprune models default {SMALL_MODEL}"
             )
 
-    def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
-        """Runs the tower on pictures, whatever the cache holds, and stores what it gives."""
-        made = self.see(pictures)
+    def encode(self, pictures: Sequence[Picture], several: bool = False) -> list[EncodedImage]:
+        """Runs the tower on pictures, whatever the cache holds, and stores what it gives.
+
+        `several`: each picture will be one of several in a prompt.
+        """
+        made = self.see(pictures, several)
         for encoded in made:
             self.keep(encoded)
         return made
 
-    def see(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
+    def see(self, pictures: Sequence[Picture], several: bool = False) -> list[EncodedImage]:
         """Runs the tower on pictures, and stores nothing. Raises BadInput as `check`."""
         for picture in pictures:
             self.check(picture)
-        encodings = self.family.encode([picture.image for picture in pictures])
-        return [self._encoded(picture, encoding) for picture, encoding in zip(pictures, encodings, strict=True)]
+        encode = self.family.encode_together if several else self.family.encode
+        encodings = encode([picture.image for picture in pictures])
+        return [self._encoded(*own, several) for own in zip(pictures, encodings, strict=True)]
 
     def keep(self, encoded: EncodedImage) -> None:
         """Stores an encoded image, where there is a cache."""
         if self.store is not None:
             self.store.put(encoded.encoder, encoded.key, encoded.to_bytes())
 
-    def _encoded(self, picture: Picture, encoding: Encoding) -> EncodedImage:
+    def _encoded(self, picture: Picture, encoding: Encoding, several: bool) -> EncodedImage:
         if not (torch.isfinite(encoding.states).all() and torch.isfinite(encoding.saliency).all()):
             raise GridpruneError(f"{picture.name}: the tower gave values that are not finite; try --dtype float32")
         packed = None if self.storage == "full" else pack(encoding.states, self.storage)
         return EncodedImage(
-            key=self.key(picture.sha256),
+            key=self.key(picture.sha256, several),
             model=self.model,
             image=picture.sha256,
             name=picture.name,
-            encoder=self.encoder,
+            encoder=self.encoder_of(several),
             size=picture.image.size,
             views=encoding.views,
             states=packed.unpack(encoding.states.dtype) if packed else encoding.states,
@@ -358,23 +370,26 @@ class Pipeline:
         """What relevance comes from, as results say it; None where the pruning needs none. Raises as `Family.clip`."""
         return self.family.relevance_source if pruning.needs_relevance else None
 
-    def _prepare(self, given: Sequence[tuple[str, str, bytes]]) -> list[EncodedImage | Picture]:
+    def _prepare(self, given: Sequence[tuple[str, str, bytes]], several: bool = False) -> list[EncodedImage | Picture]:
         """What there is of pictures, as `identify` gives them: encoded, or decoded. Loads what then is needed."""
-        found = [self.look_up(image, name) or load_image(data, name) for image, name, data in given]
+        found = [self.look_up(image, name, several) or load_image(data, name) for image, name, data in given]
         self.family.load(*(("tower",) if any(isinstance(f, Picture) for f in found) else ()), "projector", "language")
         return found
 
-    def _finish(self, found: Sequence[EncodedImage | Picture]) -> list[EncodedImage]:
+    def _finish(self, found: Sequence[EncodedImage | Picture], several: bool = False) -> list[EncodedImage]:
         """Encodes what `_prepare` did not find."""
         pictures = [f for f in found if isinstance(f, Picture)]
-        new = iter(self.encode(pictures) if pictures else [])
+        new = iter(self.encode(pictures, several) if pictures else [])
         return [next(new) if isinstance(f, Picture) else f for f in found]
 
-    def encode_one(self, source: Source) -> tuple[EncodedImage, bool]:
-        """An encoded image, and whether it came from the cache. Raises BadInput for a picture that can't be read."""
+    def encode_one(self, source: Source, several: bool = False) -> tuple[EncodedImage, bool]:
+        """An encoded image, and whether it came from the cache. Raises BadInput for a picture that can't be read.
+
+        `several`: it will be one of several in a prompt.
+        """
         image, name, data = identify(source)
-        found = self.look_up(image, name)
-        return (found, True) if found else (self.encode([load_image(data, name)])[0], False)
+        found = self.look_up(image, name, several)
+        return (found, True) if found else (self.encode([load_image(data, name)], several)[0], False)
 
     # ---- localise ----------------------------------------------------------------------------------------------------
 
@@ -657,7 +672,7 @@ class Pipeline:
                 self.find_relevance(pruning)
                 if pruning.plc == "trained":
                     _ = self.family.compressor
-                found = self._prepare(given)
+                found = self._prepare(given, several=len(given) > 1)
                 if pruning.needs_relevance:
                     self.family.relevance.load()
                 if "words" in pruning.method.requires:
@@ -667,7 +682,7 @@ class Pipeline:
                 with _timed(ms, "localize"):
                     localized = localizer.name_regions(localizer._finish(shown), [question] * len(shown), pruning)
             with _timed(ms, "encode"):
-                images = self._finish(found)
+                images = self._finish(found, several=len(given) > 1)
             with _timed(ms, "select"):
                 pruned = self.prune(images, question, pruning, system=system, template=template, localized=localized)
             try:

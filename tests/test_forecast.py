@@ -6,30 +6,48 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_families import make
 
 from gridprune_cli import forecast as module
+from gridprune_cli.errors import BadInput
 from gridprune_cli.forecast import entry_bytes, forecast, free_bytes, may_lack_room
-from gridprune_cli.images import load_image, measure
+from gridprune_cli.images import Picture, load_image, measure
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.scenes.scene import draw, make_scene
 from gridprune_cli.store import open_store
 from gridprune_cli.vlm import FAMILIES
 
-SIZES = [(100, 100), (210, 70), (60, 200), (31, 29), (640, 480)]
+
+@pytest.fixture(scope="module", params=[*FAMILIES, "llava_siglip"])
+def pipeline(request, tmp_path_factory):
+    return Pipeline(str(make(request.param, tmp_path_factory.mktemp(request.param))), dtype="bfloat16")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_familys_settings_give_the_tokens_of_a_size_and_their_width(name, tmp_path, noise):
-    pipeline = Pipeline(str(make(name, tmp_path / "model")), dtype="bfloat16")
-    counted = [pipeline.family.count_slots(size) for size in SIZES]
-    width = pipeline.family.width
-    assert not pipeline.family._loaded  # no weights were read for it
-    for size, count in zip(SIZES, counted, strict=True):
-        encoded = pipeline.encode([noise(size)])[0]
-        assert (count, width) == (len(encoded.slots), encoded.states.shape[1])
-        assert encoded.states.dtype == encoded.saliency.dtype == torch.bfloat16  # so that one tells the other's
+def test_no_weights_are_read_to_count_tokens(pipeline):
+    assert pipeline.family.count_slots((640, 480)) > 0 and pipeline.family.width > 0
+    assert not pipeline.family._loaded
+
+
+@settings(max_examples=12)
+@example((640, 480))
+@example((210, 70))
+@example((31, 29))
+@example((1, 300))
+@given(st.tuples(*[st.integers(1, 400)] * 2))
+def test_a_familys_settings_give_the_tokens_of_a_size_and_their_width(pipeline, size):
+    picture = Picture(Image.new("RGB", size, "red"), "0" * 64, "a", ())
+    try:
+        count = pipeline.family.count_slots(size)
+    except ValueError:
+        with pytest.raises(BadInput):
+            pipeline.encode([picture])
+        return
+    encoded = pipeline.encode([picture])[0]
+    assert (count, pipeline.family.width) == (len(encoded.slots), encoded.states.shape[1])
+    assert encoded.states.dtype == encoded.saliency.dtype == torch.bfloat16  # so that one tells the other's
 
 
 @pytest.fixture

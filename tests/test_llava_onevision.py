@@ -1,10 +1,16 @@
 """LLaVA-OneVision: its signals and its geometry, against eager attention, packing and shrinking by hand."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 from test_llava_next import QUESTION, SIDE, check_rows, check_spots, mosaic, open_tiny, seen
+
+from gridprune_cli.bulk import Ask, Bulk
+from gridprune_cli.errors import GridpruneError
+from gridprune_cli.pipeline import Pruning
+from gridprune_cli.store import open_store
 
 TILES = 2  # mosaics of much more than so many are shrunk to about as many
 
@@ -82,3 +88,49 @@ def test_signals_equal_an_eager_reference(tiny, noise, size, shape, grid, box):
 @pytest.mark.parametrize("size", [(100, 50), (224, 224), (210, 70), (60, 200), (31, 29), (900, 4)])
 def test_rows_and_newlines_are_the_models_own(tiny, noise, size):
     check_rows(tiny, noise(size))
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((100, 50), (0, -0.5, 1, 1.5)),
+        ((70, 210), (-1, 0, 2, 1)),
+        ((112, 112), (0, 0, 1, 1)),
+        ((31, 28), (0, -1 / 28, 1, 30 / 28)),  # a line of padding above, two below
+    ],
+)
+def test_one_of_several_is_a_base_view_of_the_padded_picture(tiny, noise, size, box):
+    pictures = [noise(size), noise((60, 90), seed=1)]
+    images = [picture.image for picture in pictures]
+    pixels = tiny.pipeline.family.processor.image_processor([images], return_tensors="pt")["pixel_values"]
+    states, attention = seen(tiny.whole, pixels[:, 0], -1)
+    with torch.no_grad():
+        rows = tiny.whole.model.multi_modal_projector(states)
+    encoded = tiny.pipeline.encode(pictures, several=True)
+    for n, one in enumerate(encoded):
+        assert [(view.rows, view.cols) for view in one.views] == [(SIDE, SIDE)]
+        assert one.slots.tolist() == [*range(SIDE * SIDE), -1]  # and the newline
+        assert torch.allclose(one.states, rows[n], atol=1e-4)
+        assert torch.allclose(one.saliency, attention[n].mean((0, 1)), atol=1e-6)
+    assert encoded[0].views[0].box == pytest.approx(box)
+
+
+def test_what_is_encoded_alone_is_not_taken_for_one_of_several(tiny, noise, tmp_path):
+    paths = [tmp_path / f"{n}.png" for n in range(2)]
+    for n, path in enumerate(paths):
+        noise((210, 70), seed=n).image.save(path)
+    pipeline = tiny.pipeline
+    alone, several = (pipeline.encoder_of(several=several) for several in (False, True))
+    assert alone != several and pipeline.encoder == alone
+    pipeline.store = open_store(tmp_path / "cache")
+    try:
+        pruning = Pruning(keep=0.5)
+        asks = [Ask((paths[0],), QUESTION, pruning), Ask(tuple(paths), QUESTION, pruning)]
+        replies = list(Bulk(pipeline).answer([*asks, replace(asks[0], question="Which?")], max_new_tokens=6))
+        assert not any(isinstance(reply, GridpruneError) for reply in replies)
+        assert len(list(pipeline.store.entries())) == 3
+        for ask, reply in zip(asks, replies, strict=False):
+            answer = pipeline.ask(list(ask.sources), QUESTION, pruning, max_new_tokens=6)
+            assert (answer.text, answer.hit, reply.hit) == (reply.text, True, False)
+    finally:
+        pipeline.store = None

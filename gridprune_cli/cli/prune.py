@@ -65,7 +65,7 @@ def prune(
     pipeline.find_relevance(pruning)
     with pipeline:
         localized = pipeline.localize(sources, asked, pruning)
-        found = [pipeline.encode_one(source) for source in sources]
+        found = [pipeline.encode_one(source, several=len(sources) > 1) for source in sources]
     pruned = pipeline.prune([image for image, _ in found], asked, pruning, **prompt, localized=localized)
     data = pruned.to_bytes()
     write_atomic(output, data, sync=True)

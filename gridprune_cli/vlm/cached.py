@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
-from gridprune_cli.vlm import FAMILIES
 from gridprune_cli.vlm.checkpoint import Checkpoint
+from gridprune_cli.vlm.support import quantization, unsupported
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ def _look_into(name: str, folder: Path, commit: str, size: int) -> CachedModel:
         return CachedModel(name, None, size, "its config.json can't be read, or names no model_type")
     if family == "clip":
         reason = "a CLIP, for relevance alone: name it after --clip"
-    elif family not in FAMILIES:
-        reason = f"model type {family!r} is not supported"
-    else:
-        reason = checkpoint._lacks()
+    elif not (reason := unsupported(checkpoint.config) or checkpoint._lacks()):
+        stored = quantization(checkpoint.config)
+        reason = stored.lacks("") if stored else ""  # the device is asked where the model is opened
     return CachedModel(name, family, size, reason)

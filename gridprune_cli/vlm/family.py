@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -67,6 +67,7 @@ class Family(ABC):
     modules: ClassVar[dict[str, tuple[str, ...]]]  # part -> dotted paths of its sub-modules
     words: ClassVar[str] = "model.language_model"  # dotted path of the language model's text part
     batched: ClassVar[bool] = False  # whether `generate` takes features as one tensor (1, N, D), not a list of (N, D)
+    together: ClassVar[bool] = False  # whether a picture is encoded in another way where a prompt has several
     version: ClassVar[int] = 1  # part of every cache key: raise it when `encode` changes what it gives
 
     def __init__(
@@ -203,6 +204,10 @@ class Family(ABC):
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
         """Runs the tower on pictures. Loads the tower, and the projector where states are stored projected."""
 
+    def encode_together(self, pictures: Sequence[Image]) -> list[Encoding]:
+        """`encode` for pictures each of which is one of several in a prompt. Another way only where `together`."""
+        return self.encode(pictures)
+
     def prepare(self, picture: Image) -> None:
         """Does the processor's work ahead of `encode`, on the CPU. For worker threads."""
         with suppress(Exception):  # `encode` meets it again, and knows what to say of it
@@ -211,11 +216,15 @@ class Family(ABC):
     def process(self, picture: Image) -> tuple[dict[str, Tensor], str]:
         """The processor's model inputs for one picture, on the device, and the placeholder that it becomes."""
         data, placeholder = picture.__dict__.pop(_PREPARED, None) or self._process(picture)
+        return self._place(data), placeholder
+
+    def _place(self, data: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The processor's model inputs on the device."""
         inputs = {}
         for name, value in data.items():
             tensor = torch.as_tensor(value)
             inputs[name] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
-        return inputs, placeholder
+        return inputs
 
     def _process(self, picture: Image) -> tuple[dict[str, Any], str]:
         data, (placeholder,) = self.processor._process_images([picture], **self._image_settings)

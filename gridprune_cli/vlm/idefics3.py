@@ -31,7 +31,7 @@ class Idefics3(InternVL):
         return self.config.scale_factor
 
     def count_slots(self, size: tuple[int, int]) -> int:
-        tiles, *_ = self.processor.image_processor.get_number_of_image_patches(*size[::-1])
+        tiles, *_ = self.processor.image_processor.get_number_of_image_patches(*size[::-1], self._image_settings)
         return tiles * self.processor.image_seq_len
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

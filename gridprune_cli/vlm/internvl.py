@@ -57,7 +57,8 @@ class InternVL(Family):
         return self.side**2 * super().width
 
     def count_slots(self, size: tuple[int, int]) -> int:
-        return self.processor.image_processor.get_number_of_image_patches(*size[::-1]) * self.processor.image_seq_length
+        images = self.processor.image_processor
+        return images.get_number_of_image_patches(*size[::-1], self._image_settings) * self.processor.image_seq_length
 
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Patch states `(T, P, C)` of tiles `(T, 3, H, W)`, and the CLS token's attention to them `(T, P)`."""

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and its like: a CLIP tower, one square view, a projector that works row by row."""
+"""LLaVA-1.5 and its like: a CLIP or SigLIP tower, one square view, a projector that works row by row."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -8,7 +8,6 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.vlm.attention import watch
 from gridprune_cli.vlm.family import Encoding, Family
@@ -39,10 +38,15 @@ class Llava(Family):
             for i, picture in enumerate(pictures)
         ]
 
+    def count_slots(self, size: tuple[int, int]) -> int:
+        """A picture of any size is brought to that of the tower."""
+        tower = self.config.vision_config
+        return (tower.image_size // tower.patch_size) ** 2
+
     def unread(self) -> list[str]:
         layers = self.checkpoint.tower.get("num_hidden_layers")
         layer = self.checkpoint.config.get("vision_feature_layer")
-        if not isinstance(layers, int) or not isinstance(layer, int):  # not said, or several: then all are built
+        if layers is None or layer is None:  # not in the config: then all are built
             return []
         return [f"model.vision_tower.encoder.layers.{i}" for i in range(layer % (layers + 1), layers)]
 
@@ -50,8 +54,6 @@ class Llava(Family):
         """Patch states `(B, N, C)` of the layer that the projector reads, and the saliency `(B, N)` of that layer."""
         model = self.load("tower")
         tower, layer = model.model.vision_tower, model.config.vision_feature_layer
-        if not isinstance(layer, int):
-            raise BadInput(f"--model {self.checkpoint.name}: features of several layers ({layer}) are not supported")
         cls = model.config.vision_feature_select_strategy == "default"
         layer %= model.config.vision_config.num_hidden_layers + 1  # layers behind it may be missing
         # hidden_states[i] is what layer i - 1 gave, so the saliency is that of the layer whose output is used

@@ -16,7 +16,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.pruning.slots import SEPARATOR
-from gridprune_cli.vlm.family import Encoding
+from gridprune_cli.vlm.family import Encoding, Family
 from gridprune_cli.vlm.llava import Llava
 
 _TILES = 8  # tiles at a time: the attention of a large picture's dozens would not fit
@@ -26,12 +26,16 @@ class LlavaNext(Llava):
     model_class = LlavaNextForConditionalGeneration
     processor_class = LlavaNextProcessor
 
+    count_slots = Family.count_slots
+
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
-        return [self._encode_one(picture) for picture in pictures]
+        return [self._encode_tiles(*self.process(picture)) for picture in pictures]
 
-    def _encode_one(self, picture: Image) -> Encoding:
-        inputs, placeholder = self.process(picture)
+    def _encode_tiles(
+        self, inputs: dict[str, Tensor], placeholder: str, box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    ) -> Encoding:
+        """The base view, which covers the part `box` of the picture, and the mosaic where there are tiles besides."""
         size = inputs["image_sizes"].cpu()  # (1, 2), height and width
         parts = [self.see(pixels) for pixels in inputs["pixel_values"][0].split(_TILES)]
         states, saliency = (torch.cat(part) for part in zip(*parts, strict=True))  # (T, N, C) and (T, N)
@@ -40,8 +44,8 @@ class LlavaNext(Llava):
         rows = int((~token).sum())
         cols = (int(token.sum()) - saliency.shape[1]) // rows if rows else 0
         side = round(saliency.shape[1] ** 0.5)
-        views = [View(side, side)]
-        if cols:  # of a picture that is hardly more than a line, nothing is left between the padding
+        views = [View(side, side, box)]
+        if cols:  # nothing is left between the padding of a picture that is hardly more than a line, or without tiles
             views.append(View(rows, cols, self._mosaic(size[0], side)))
         return Encoding(
             self._pack(self._stored(states), size)[token].cpu(),

@@ -1,13 +1,14 @@
 """LLaVA-OneVision: LLaVA-NeXT's views over a SigLIP tower; the mosaic of a large picture is shrunk.
 
-Shrinking follows the projector and mixes tokens, so states are stored projected. A picture is encoded in tiles however
-many are asked about, as the processor does for a flat list of pictures; of a nested list it makes base views alone.
+Shrinking follows the projector and mixes tokens, so states are stored projected. Of several pictures in a prompt each
+has a base view alone, of the picture padded to a square, and one newline.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image as PIL
 from PIL.Image import Image
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
@@ -19,6 +20,7 @@ from gridprune_cli.vlm.llava_next import LlavaNext
 class LlavaOnevision(LlavaNext):
     model_class = LlavaOnevisionForConditionalGeneration
     processor_class = LlavaOnevisionProcessor
+    together = True
 
     @property
     def width(self) -> int:
@@ -29,6 +31,17 @@ class LlavaOnevision(LlavaNext):
         self.load("tower", "projector")
         return super().encode(pictures)
 
+    @torch.inference_mode()
+    def encode_together(self, pictures: Sequence[Image]) -> list[Encoding]:
+        self.load("tower", "projector")
+        return [self._encode_base(picture) for picture in pictures]
+
+    def _encode_base(self, picture: Image) -> Encoding:
+        beside = PIL.new("RGB", (1, 1))  # with it, the processor sees one of several; what it makes of it is not used
+        data, (placeholder, _) = self.processor._process_images([[picture, beside]], **self._image_settings)
+        inputs = {name: value[:1] for name, value in self._place(data).items()}
+        return self._encode_tiles(inputs, placeholder, _square(*picture.size))
+
     def _stored(self, states: Tensor) -> Tensor:
         return self.load("projector").model.multi_modal_projector(states.to(self.device))
 
@@ -37,3 +50,10 @@ class LlavaOnevision(LlavaNext):
 
     def _packing(self) -> dict[str, Any]:
         return {"vision_aspect_ratio": self.load("tower").config.vision_aspect_ratio}
+
+
+def _square(width: int, height: int) -> tuple[float, float, float, float]:
+    """A picture padded on both sides to a square of whole pixels, in fractions of the picture."""
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    return -left / width, -top / height, (side - left) / width, (side - top) / height

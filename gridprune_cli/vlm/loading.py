@@ -1,6 +1,7 @@
 """Loading a part of a checkpoint: what is left out is never built, and its weights are never read from disk."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,33 @@ def load_part(
     Without a device, accelerate divides it over all there are: GPUs first, then memory.
 
     transformers builds a model without memory first and reads only the weights that it then finds a place for, so a
-    sub-module that is taken out while building costs neither. The subclass keeps the class's name and module, because
-    transformers looks its checkpoint key mappings up by them.
+    sub-module that is taken out in between costs neither. It is taken out after a quantised checkpoint's layers were
+    put in, because which layers are quantised is decided on the whole model. The subclass keeps the class's name and
+    module, because transformers looks its checkpoint key mappings up by them.
 
     Raises GridpruneError where a weight that the part needs is not in the checkpoint, BadInput for pickled weights that
     hold more than tensors.
     """
+    built: list[nn.Module] = []
 
     check_pickles(folder)
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
+        built.append(self)
+
+    @contextmanager
+    def take_out() -> Iterator[None]:
+        yield
         for path in without:
-            _take_out(self, path)
+            _take_out(built[0], path)
+
+    def contexts(_: Any, *args: Any, **kwargs: Any) -> list[AbstractContextManager]:
+        """What transformers builds a model within; the first is left last."""
+        return [take_out(), *cls.get_init_context(*args, **kwargs)]
 
     made: dict[str, Any] = {"__init__": build, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    made["get_init_context"] = classmethod(contexts)
     if "lm_head" in without:
         made["_tied_weights_keys"] = {}  # tied to a module that isn't there
     part: Any = type(cls.__name__, (cls,), made)
@@ -61,7 +74,20 @@ def load_part(
             f"{folder}: {len(missing)} weights that {cls.__name__} needs are missing or of another shape "
             f"(first: {missing[0]}); the checkpoint is incomplete, fetch it again"
         )
+    if hook := getattr(model, "ct_decompress_hook", None):
+        hook.remove()
+        _decompress(model)
     return model.eval() if device is None else model.eval().to(device)
+
+
+def _decompress(model: nn.Module) -> None:
+    """Unpacks weights now that compressed-tensors would unpack when the whole model is called: its modules are too."""
+    from compressed_tensors.compressors import decompress_module
+    from compressed_tensors.quantization.utils import is_module_quantized
+
+    for module in model.modules():
+        if is_module_quantized(module):
+            decompress_module(module)
 
 
 def _take_out(model: nn.Module, path: str) -> None:

@@ -30,7 +30,8 @@ def make(folder: Path, layer: int = -1) -> Path:
         )
     )
     wake(model, embeddings=0.03)
-    images = GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1, max_patches=6)
+    sizes = {"size": {"height": 56, "width": 56}, "min_patches": 1, "max_patches": 6}
+    images = GotOcr2ImageProcessor(**sizes, crop_to_patches=False)  # as published; the processor tiles all the same
     processor = _without_video(InternVLProcessor)(
         image_processor=images, tokenizer=words, video_processor=None, image_seq_length=4
     )
