@@ -24,6 +24,7 @@ from gridprune_cli.store import MOST_REMEMBERED, REMEMBERED, Store, open_store
 from gridprune_cli.vlm import checkpoint, find, hub, identity, open_model
 from gridprune_cli.vlm.checkpoint import Checkpoint, find_clip
 from gridprune_cli.vlm.clip import ClipRelevance
+from gridprune_cli.vlm.shapes import SHAPES
 from gridprune_cli.vlm.words import WordRelevance
 
 SHA, OTHER = "a" * 40, "b" * 40
@@ -405,6 +406,20 @@ def test_the_known_clip_is_fetched_where_relevance_is_needed(known, tiny_llava, 
     assert calls == [(KNOWN, True), (KNOWN, False), KNOWN]
     pipeline.find_relevance(Pruning())
     assert len(calls) == 3 and pipeline.family.relevance_source == {"source": "clip", "model": KNOWN}
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next-7b"])
+def test_the_clip_of_the_published_models_is_known(name, tmp_path, hub_cache):
+    """Their configs are written as old ones are, without defaults, and with the sizes of the CLIP's halves twice."""
+    shape = SHAPES[name]
+    (tmp_path / "config.json").write_text(json.dumps(shape.config))
+    snapshot = put(hub_cache, "openai/clip-vit-large-patch14-336", None)
+    twice = {f"{half}_config_dict": shape.clip[f"{half}_config"] for half in ("vision", "text")}
+    (snapshot / "config.json").write_text(json.dumps(shape.clip | twice))
+    for file in ("pytorch_model.bin", "vocab.json"):
+        (snapshot / file).write_text("{}")
+    model = find(str(tmp_path))
+    assert find_clip(model).folder == find_clip(model, "openai/clip-vit-large-patch14-336").folder == snapshot
 
 
 @pytest.mark.parametrize(("fault", "code"), [("network", 2), ("server", 1), ("disk", 1)])

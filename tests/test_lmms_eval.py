@@ -3,6 +3,7 @@
 import abc
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -117,6 +118,13 @@ def test_relevance_sees_the_first_line_or_all(plugin, documents, tiny_llava, mon
         request.args = (f"<image>\n{request.args[0]}", *request.args[1:])
         model.generate_until([request])
         assert seen[-1] == ("Question 0?\nShortly.", query)
+
+
+def test_a_clip_that_is_missing_is_told_at_once_and_words_can_be_asked_for(plugin, tiny_llava, tmp_path):
+    bare = shutil.copytree(tiny_llava, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
+    with pytest.raises(BadInput, match="take --relevance words"):
+        plugin.GridpruneModel(pretrained=str(bare))
+    assert plugin.GridpruneModel(pretrained=str(bare), relevance="words").pipeline.family.by_words
 
 
 def test_how_a_task_generates(plugin):

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -334,6 +335,14 @@ def test_a_device_that_workers_cannot_have_is_refused(pipeline, pictures, monkey
     with pytest.raises(BadInput, match="a worker has one device"):
         list(Ray().encode(pipeline, pictures, notice=pytest.fail))
     assert list(Ray().answer(pipeline, [], notice=pytest.fail)) == []  # nothing to do, and no Ray for it
+
+
+def test_a_clip_that_is_missing_is_told_before_ray_starts(tiny_llava, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_engine, "find_spec", lambda name: True)
+    monkeypatch.setattr(Ray, "_run", lambda *_: pytest.fail("started"))
+    bare = shutil.copytree(tiny_llava, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
+    with pytest.raises(BadInput, match="take --relevance words"):
+        Ray().answer(Pipeline(str(bare)), [Ask(("0.png",), "What?", Pruning())], notice=pytest.fail)
 
 
 def test_questions_about_one_image_share_a_part(pipeline, monkeypatch):
