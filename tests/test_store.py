@@ -228,9 +228,14 @@ def test_an_entry_that_is_a_folder_or_a_dangling_link_is_a_miss(store: Store) ->
     assert store.get(ENCODER, key) is None
     path.unlink()
     path.mkdir()
+    (path / "thesis.tex").write_text("x")
     assert store.get(ENCODER, key) is None
-    with pytest.warns(RuntimeWarning):
+    with pytest.warns(RuntimeWarning, match="this is no file"):
         assert not store.put(ENCODER, key, data)
+    assert (path / "thesis.tex").exists() and store.writable  # it is the one entry that can't be written
+    assert store.put(ENCODER, *make(2))
+    (path / "thesis.tex").unlink()
+    assert store.put(ENCODER, key, data) and store.get(ENCODER, key) == files.decode(data)
 
 
 # ---- a cache that can't be written -----------------------------------------------------------------------------------
