@@ -243,11 +243,15 @@ class Pipeline:
         """The encoded image from the cache, under the name that it is asked for by now."""
         if self.store is None:
             return None
-        found = self.store.get(self.encoder, self.key(image))
+        parts = self.store.get(self.encoder, self.key(image))
+        if parts is None:
+            return None
         try:
-            return replace(EncodedImage.from_parts(*found), name=name) if found else None
-        except (KeyError, TypeError, ValueError):
-            return None  # whole, but not what this version writes
+            found = EncodedImage.from_parts(*parts)
+            self.family.check(found)
+        except ValueError:  # whole, but not what this version writes
+            return None
+        return replace(found, name=name) if found.image == image else None
 
     def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
         """Runs the tower on pictures, whatever the cache holds, and stores what it gives."""

@@ -29,13 +29,13 @@ def encoded_image(dtype, rows=3, cols=5, name="ä \n.png"):
         model="m",
         image="i" * 64,
         name=name,
-        encoder={"family": "llava"},
+        encoder={"family": "llava", "dtype": str(dtype).removeprefix("torch.")},
         size=(7, 9),
         views=(View(rows, cols, (0.1, 0.0, 0.9, 1.0)), View(1, 2)),
         states=torch.randn(rows * cols + 2, 6).to(dtype),
         saliency=torch.rand(rows * cols + 2).to(dtype),
         slots=torch.tensor([*range(rows * cols), -1, rows * cols + 1, rows * cols], dtype=torch.int32),
-        prompt={"grid": [1, 2]},
+        prompt={"placeholder": "<image>", "grid": [1, 2]},
         notes=("first of 2 frames",),
     )
 
@@ -50,7 +50,7 @@ def pruned_set(relevance=True):
         saliency=torch.rand(6),
         relevance=torch.rand(6) if relevance else None,
         images=(
-            Origin("k", "i", "n", (View(1, 2),), (1, 2, 3, 4) if relevance else None, {"rows": 1, "budgets": [2]}),
+            Origin("k", "i", "n", (View(1, 2),), (1, 2, 3, 4) if relevance else None, {"rows": 1, "cols": 1, "budgets": [1]}),
             Origin("l", "j", "o", (View(2, 2, (0.25, 0.0, 0.75, 1.0)),), None, None),
         ),
         model="m",
@@ -63,7 +63,7 @@ def pruned_set(relevance=True):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     st.integers(1, 7),
     st.integers(1, 7),
     st.text(max_size=20),
@@ -95,7 +95,7 @@ def test_a_llava_image_takes_at_most_1_2_mib():
 def test_states_of_another_length_are_refused():
     header, tensors = files.decode(encoded_image(torch.float32).to_bytes())
     header["views"] = header["views"][:1]
-    with pytest.raises(ValueError, match="for 15 tokens"):
+    with pytest.raises(ValueError, match="another number of tokens"):
         EncodedImage.from_parts(header, tensors)
 
 
