@@ -392,6 +392,34 @@ def test_encode_into_a_cache_that_cannot_be_written_fails(run, image, tmp_path):
     assert code == 1 and "can't be written" in err
 
 
+MISFITS = {
+    "a token that the model lacks": swap("input_ids", lambda ids: torch.where(ids == ids[0], 1 << 40, ids)),
+    "an image token more": swap(
+        "input_ids", lambda ids: ids[ids != ids[0]].new_full(ids.shape, int(ids.mode().values))
+    ),
+    "wider rows": swap("rows", lambda rows: torch.cat([rows, rows], 1)),
+    "positions in three axes": swap("position_ids", lambda places: places.expand(3, -1)),
+    "a schedule for more layers": lambda header, _: header["inside"]["tokens"].append(header["inside"]["tokens"][-1]),
+    "out of range": swap("kept", lambda kept: kept + 1000),
+}
+
+
+def test_a_set_of_no_sense_ends_itself_alone(run, image, tmp_path):
+    """Among several it is named and the others are answered; by itself it is bad input."""
+    good, answer = tmp_path / "good.safetensors", None
+    run("prune", image, QUESTION, "--keep", "0.5", "--ilp", "0.2", "--ilp-layer", "1", "-o", good)
+    bad = []
+    for what, fault in MISFITS.items():
+        bad.append(tmp_path / f"{what}.safetensors")
+        bad[-1].write_bytes(changed(good.read_bytes(), fault))
+        code, out, err = run("generate", bad[-1], "--quiet")
+        assert (code, out) == (2, "") and "unexpected" not in err and err.count("\n") == 1, what
+    answer = run("generate", good)[1]
+    code, out, err = run("generate", good, *bad, good, "--quiet")
+    assert code == 3 and out == answer * 2
+    assert all(f"{path}: " in err for path in bad) and err.count("\n") == len(bad) + 1 and "unexpected" not in err
+
+
 @pytest.fixture
 def other(tmp_path):
     path = tmp_path / "other.png"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzz.files import ENTRY_FAULTS, changed, put, swap
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from gridprune_cli.files import RawTensor
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.storage import KINDS, Packed, pack
 from gridprune_cli.store import open_store
-from gridprune_cli.tokens import EncodedImage
 
 EIGHT = sorted(KINDS)
 SIMPLE = st.one_of(
@@ -158,6 +158,28 @@ def test_parts_that_do_not_fit_are_a_miss(pipeline: Pipeline, noise, how: str) -
     header, tensors = files.decode(made.to_bytes())
     pipeline.store.put(pipeline.encoder, made.key, files.encode(SPOILT[how](header, tensors), header))
     assert pipeline.look_up(picture.sha256, "a") is None
+
+
+def test_an_entry_of_no_sense_is_a_miss_and_is_written_anew(tiny_llava: Path, noise) -> None:
+    """Digests are right, contents are not. The last of them only the model can tell."""
+    pipeline, picture = Pipeline(str(tiny_llava), store=open_store(), dtype="bfloat16"), noise((90, 70))
+    (image,) = pipeline.encode([dataclasses.replace(picture, notes=("noise",))])
+    wider = torch.cat([image.states, image.states], 1)
+    faults = ENTRY_FAULTS | {
+        "wider states": swap("states", lambda _: wider),
+        "another placeholder": put("prompt", "placeholder", value="<image>"),
+        "separators": swap("slots", lambda slots: torch.cat([slots, slots[:1] * 0 - 1])),
+        "another image": put("image", value="0" * 64),
+    }
+    told = []
+    for what, fault in faults.items():
+        data = changed(image.to_bytes(), fault)
+        assert pipeline.store.put(pipeline.encoder, image.key, data)
+        if pipeline.look_up(picture.sha256, "a") is not None:
+            told.append(what)
+    assert not told
+    (again,) = pipeline.encode([dataclasses.replace(picture, notes=("noise",))])
+    assert again.to_bytes() == image.to_bytes() and pipeline.look_up(picture.sha256, "a") is not None
 
 
 def test_every_flipped_bit_of_codes_and_scales_is_a_miss(pipeline: Pipeline, noise) -> None:
