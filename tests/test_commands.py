@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from fuzz.files import changed, swap
 from PIL import Image
 
 from gridprune_cli.scenes.scene import draw, make_scene
@@ -390,6 +392,60 @@ def test_encode_into_a_cache_that_cannot_be_written_fails(run, image, tmp_path):
     blocked.write_bytes(b"")
     code, _, err = run("encode", image, "--cache-dir", blocked / "below")
     assert code == 1 and "can't be written" in err
+
+
+LONG = "a" * 300  # a name may have 255 bytes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ask", "IMAGE", QUESTION, "--model", LONG),
+        ("ask", "IMAGE", QUESTION, "--model", f"owner/{LONG}"),
+        ("ask", "IMAGE", QUESTION, "--model", "~nobody/model"),
+        ("ask", "IMAGE", QUESTION, "--clip", LONG),
+        ("ask", "IMAGE", QUESTION, "--save", LONG),
+        ("ask", "IMAGE", QUESTION, "--save", f"{LONG}/x"),
+        ("ask", "IMAGE", QUESTION, "--show", LONG),
+        ("ask", "IMAGE", QUESTION, "--localizer", LONG),
+        ("ask", LONG, QUESTION),
+        ("prune", "IMAGE", QUESTION, "-o", LONG),
+        ("prune", "--batch", "LINES", "-o", LONG),
+        ("batch", "LINES", "-o", LONG),
+        ("batch", "LINES", "--resume", LONG),
+        ("batch", LONG),
+        ("eval", "--data", LONG, "-o", "results"),
+        ("eval", "--data", "LINES", "-o", "results"),
+        ("eval", "--data", "scenes:1", "-o", LONG),
+        ("generate", LONG),
+        ("generate", "SAVED", "--model", LONG),
+        ("export", LONG, "--to", "vllm", "-o", "."),
+        ("export", "SAVED", "--to", "vllm", "-o", LONG),
+    ],
+    ids=lambda arguments: " ".join(part[:10] for part in arguments),
+)
+def test_a_name_too_long_is_bad_input(run, image, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    lines, saved = tmp_path / "lines.jsonl", tmp_path / "saved.safetensors"
+    lines.write_text(json.dumps({"id": 1, "image": LONG, "question": QUESTION, "answers": ["red"]}) + "\n")
+    if "SAVED" in arguments:
+        run("prune", image, QUESTION, "-o", saved)
+    given = {"IMAGE": image, "LINES": lines, "SAVED": saved}
+    code, out, err = run(*(given.get(part, part) for part in arguments))
+    assert (code, out) == (2, "") and "unexpected" not in err and err.count("\n") == 1, err
+
+
+def test_an_image_of_a_name_too_long_is_left_out_alone(run, image):
+    code, out, err = run("encode", LONG, image, "--json")
+    assert code == 3 and "unexpected" not in err
+    assert [("error" in record, record["image"]) for record in map(json.loads, out.splitlines())] == [
+        (True, LONG),
+        (False, str(image)),
+    ]
+    code, out, err = run("encode", LONG, image, "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["unreadable"] == 1 and json.loads(out)["hits"] == 1
+    assert run("encode", image, "--cache-dir", LONG)[0] == 1  # nothing can be written there
+    assert run("cache", "ls", "--cache-dir", LONG)[0] == 0
 
 
 MISFITS = {

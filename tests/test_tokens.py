@@ -63,7 +63,7 @@ def pruned_set(relevance=True):
                 "n",
                 (View(1, 2),),
                 (1, 2, 3, 4) if relevance else None,
-                {"rows": 1, "cols": 1, "budgets": [1]},
+                zones,
             ),
             Origin("l", "j", "o", (View(2, 2, (0.25, 0.0, 0.75, 1.0)),), None, None),
         ),
