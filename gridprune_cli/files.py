@@ -168,8 +168,9 @@ def write_atomic(path: Path, data: bytes, *, sync: bool) -> None:
     stem = os.fsdecode(os.fsencode(path.name)[:200])  # a name may have 255 bytes
     temporary = path.with_name(f".{stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        if path.exists() and not path.is_file():  # replacing /dev/null or a pipe would break more than this call
-            raise OSError(errno.EINVAL, "not a regular file")
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.stat().st_mode):  # replacing /dev/null or a pipe would break more than this call
+                raise OSError(errno.EINVAL, "not a regular file")
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(data)
             if sync:
