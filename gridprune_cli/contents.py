@@ -40,7 +40,7 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     count = _count(header.get("views"))
     _need(header.get("tokens") == count, "its views have another number of tokens than it tells")
     size, prompt, notes = header.get("size"), header.get("prompt"), header.get("notes")
-    _need(_all_whole(size, 1, 1 << 31) and len(size) == 2, "its size is no width and height")
+    _need(isinstance(size, list) and len(size) == 2 and _all_whole(size, 1, 1 << 31), "its size is no width and height")
     _need(isinstance(prompt, dict) and isinstance(prompt.get("placeholder"), str), "its prompt has no placeholder")
     _need(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "its notes are no texts")
     dtype = FLOATS[encoder["dtype"]]

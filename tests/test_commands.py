@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -616,3 +617,26 @@ def test_bench_measures_shapes_and_needs_no_picture(run, monkeypatch):
 def test_bench_refuses(run, arguments, told):
     code, out, err = run("bench", *arguments)
     assert (code, out) == (2, "") and told in err and err.count("\n") == 1
+
+
+def test_a_second_interrupt_ends_the_process_without_a_word():
+    """Also where an exception can't be raised, as in a weak reference's callback: Python prints a traceback there."""
+    code = (
+        "import time, weakref; from gridprune_cli.cli import app as module\n"
+        "class Held: pass\n"
+        "def work(**_):\n"
+        "    held = Held()\n"
+        "    ref = weakref.ref(held, lambda _: (print('ending', flush=True), time.sleep(60)))\n"
+        "    try:\n"
+        "        print('working', flush=True); time.sleep(60)\n"
+        "    finally:\n"
+        "        del held\n"
+        "module.app = work; module.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for state in ("working", "ending"):
+        assert process.stdout.readline() == f"{state}\n"
+        process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130 and process.stderr.read() == ""
+    process.stdout.close()
+    process.stderr.close()
