@@ -4,6 +4,7 @@ An image's bytes follow from its number of visual tokens, which the family's set
 the width of a state, which its config gives. What else is in a file is rounded up.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def may_lack_room(pipeline: Pipeline, store: Store, images: Sequence[Path]) -> b
     """Whether a closer look is due: by the headers of some images, all of them, none of them cached, would not fit."""
     sizes = []
     for image in images[:: -(-len(images) // SAMPLE)] if images else ():
-        if not image.is_file():  # a pipe, as the shell's <(...) is, can be read only once
+        if not os.path.isfile(image):  # a pipe, as the shell's <(...) is, can be read only once
             continue
         try:
             sizes.append(entry_bytes(pipeline, measure(image)))
@@ -101,4 +102,4 @@ def entry_bytes(pipeline: Pipeline, size: tuple[int, int]) -> int:
 def free_bytes(folder: Path) -> int:
     """Bytes free on the disk that a folder, which need not be there yet, is or will be on."""
     folder = folder.absolute()
-    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if os.path.exists(place))).free

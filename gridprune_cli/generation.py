@@ -67,12 +67,33 @@ def prompts(family: Family, batch: Sequence[PrunedSet]) -> tuple[Tensor, Tensor,
 
 
 def check_model(family: Family, pruned: PrunedSet) -> None:
-    """Raises BadInput for a set that was made for another model."""
+    """Raises BadInput for a set that was made for another model, or does not fit the model that it names."""
     if pruned.fingerprint != family.fingerprint:
         raise BadInput(
             f"the pruned set was made for another model ({pruned.model}) than --model {family.checkpoint.name}; "
             "name that one, or prune again"
         )
+    if reason := _misfit(family, pruned):
+        raise BadInput(f"the pruned set does not fit its own model ({reason}); prune again")
+
+
+def _misfit(family: Family, pruned: PrunedSet) -> str:
+    """What of a set this model can't work with, or nothing. Indices out of range would end a GPU's whole process."""
+    ids, text = pruned.input_ids, family.config.get_text_config()
+    images = ids == family.image_token
+    if int(images.sum()) != len(pruned.rows):
+        return f"{int(images.sum())} image tokens for {len(pruned.rows)} rows"
+    if not images.all() and int(ids[~images].max()) >= text.vocab_size:
+        return f"a token id of {int(ids[~images].max())}, where there are {text.vocab_size}"
+    if pruned.rows.shape[1] != family.row_width:
+        return f"rows of {pruned.rows.shape[1]} numbers, not {family.row_width}"
+    if pruned.position_ids.dim() == 2 and family.axes != len(pruned.position_ids):
+        return f"positions in {len(pruned.position_ids)} axes, not {family.axes}"
+    if pruned.inside and len(pruned.inside.tokens) != family.depth:
+        return f"a schedule for {len(pruned.inside.tokens)} layers of {family.depth}"
+    if pruned.inside and pruned.inside.stages[0].layer < family.first_inner:
+        return f"tokens leave at layer {pruned.inside.stages[0].layer}, before layer {family.first_inner}"
+    return ""
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -265,14 +265,18 @@ class Pipeline:
         """The encoded image from the cache, under the name that it is asked for by now. Raises BadInput as `check`."""
         if self.store is None:
             return None
-        found = self.store.get(self.encoder_of(several), self.key(image, several))
+        parts = self.store.get(self.encoder_of(several), self.key(image, several))
+        if parts is None:
+            return None
         try:
-            encoded = replace(EncodedImage.from_parts(*found), name=name) if found else None
-        except (KeyError, TypeError, ValueError):
-            return None  # whole, but not what this version writes
-        if encoded:
-            self._refuse(name, encoded.notes)
-        return encoded
+            encoded = EncodedImage.from_parts(*parts)
+            self.family.check(encoded)
+        except ValueError:  # whole, but not what this version writes
+            return None
+        if encoded.image != image:
+            return None
+        self._refuse(name, encoded.notes)
+        return replace(encoded, name=name)
 
     def check(self, picture: Picture) -> None:
         """Raises BadInput where no model was chosen, and the picture is none that the embedded one knows."""

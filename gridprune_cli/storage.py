@@ -40,7 +40,7 @@ class Packed:
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The rows `(N, C)` in a dtype to compute in."""
-        return (self.codes.float() * self.scales[:, None]).to(dtype)
+        return self.codes.float().mul_(self.scales[:, None]).to(dtype)
 
 
 def pack(rows: Tensor, storage: str) -> Packed:

@@ -26,8 +26,9 @@ from gridprune_cli.files import FileFault, RawTensor
 SCHEMA = 1
 BUCKET = "visual-v1"
 DEFAULT_LIMIT = "20G"
-REMEMBERED = "remembered.json"
+TAG, IGNORE, REMEMBERED = "CACHEDIR.TAG", ".gitignore", "remembered.json"  # the root's own files
 MOST_REMEMBERED = 64
+_LONGEST_REMEMBERED = 1 << 16  # bytes; as many as there are at most take 9 KiB
 _TRIES = 3  # to write an entry whose folder vanishes
 TEMPORARY_LIFE = 86_400.0  # seconds after which a writer's temporary file counts as left behind
 
@@ -36,7 +37,9 @@ _ENCODER = re.compile(r"[0-9a-f]{16}")
 _FAN = re.compile(r"[0-9a-f]{2}")
 _ENTRY = re.compile(r"([0-9a-f]{64})\.safetensors")
 _TEMPORARY = re.compile(r"\.([0-9a-f]{64}\.safetensors|encoder\.json)\.\d+\.[0-9a-f]{8}\.tmp")
+_ROOT_TEMPORARY = re.compile(r"\.(CACHEDIR\.TAG|\.gitignore|remembered\.json)\.\d+\.[0-9a-f]{8}\.tmp")
 
+_EVERYTHING = b"*\n"  # what the root's .gitignore names
 _TAG = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# This folder holds the cache of gridprune; all of it can be made again.\n"
@@ -66,12 +69,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Removed:
-    """What a clean-up took (or would take), and what entries stay."""
+    """What a clean-up took (or would take), and what entries stay. `stuck` of them should have gone, but can't."""
 
     entries: int
     bytes: int
     kept_entries: int
     kept_bytes: int
+    stuck: int = 0
 
 
 def _warn(message: str) -> None:
@@ -91,6 +95,7 @@ class Store:
         self._warn = warn
         self.writable = True  # until a write fails, or the user wants none
         self._over = False
+        self._marked = False  # whether the root was looked at for its tag
         self._own: set[str] = set()
         self._unchecked = 0  # bytes written since the last look
 
@@ -106,8 +111,7 @@ class Store:
         try:
             found = _load(path)
         except FileFault:
-            with suppress(OSError):
-                path.unlink()
+            _remove(str(path))
             return None
         except OSError:
             return None
@@ -118,12 +122,19 @@ class Store:
     def put(self, encoder: Mapping[str, Any], key: str, data: bytes) -> bool:
         """Store an encoded file whose header has at least schema, key and encoder. An equal file stays untouched.
 
-        False where it can't be written, with one warning per Store: work goes on without the cache.
+        False where it can't be written, with one warning per Store: work goes on without the cache. False too, with a
+        warning of its own, for an entry that is too large to be read again, or whose place something else holds.
         """
         path = self._path(encoder, key)
-        with suppress(OSError):
-            if path.read_bytes() == data:
+        if len(data) > files.MAX_BYTES:
+            self._warn(f"{path}: not cached, since {len(data)} bytes are more than the {files.MAX_BYTES} of an entry")
+            return False
+        with suppress(OSError, FileFault):
+            if files.read_bytes(path, len(data)) == data:
                 return True
+        if _irregular(path) and not _remove(str(path)) and _irregular(path):
+            self._warn(f"{path}: not cached, since this is no file and can't be removed; remove it")
+            return False
         for more in reversed(range(_TRIES)):
             try:
                 self._prepare(path.parent.parent, encoder)
@@ -151,7 +162,7 @@ class Store:
 
     def holds(self, encoder: Mapping[str, Any], key: str) -> bool:
         """Whether there is a file for an entry. Only `get` tells whether it is whole."""
-        return self._path(encoder, key).exists()
+        return self.bytes_of(encoder, key) is not None
 
     def bytes_of(self, encoder: Mapping[str, Any], key: str) -> int | None:
         """Bytes of an entry, or None where there is none. It is neither read nor checked, nor counts as used."""
@@ -177,8 +188,8 @@ class Store:
             files.write_atomic(self.root / REMEMBERED, text.encode(), sync=False)
 
     def _remembered(self) -> dict[str, Any]:
-        with suppress(OSError, ValueError, RecursionError):
-            found = json.loads((self.root / REMEMBERED).read_bytes())
+        with suppress(OSError, FileFault, ValueError, RecursionError):
+            found = json.loads(files.read_bytes(self.root / REMEMBERED, _LONGEST_REMEMBERED))
             return found if isinstance(found, dict) else {}
         return {}
 
@@ -195,7 +206,10 @@ class Store:
                 )
 
     def entries(self) -> Iterator[Entry]:
-        """Every entry, in no order, one at a time; those that vanish meanwhile are left out."""
+        """Every entry, in no order, one at a time; those that vanish meanwhile are left out.
+
+        What has an entry's name and is no regular file, as a pipe or a folder, is one too: a broken one, of 0 bytes.
+        """
         for item, encoder in _walk(self.root / BUCKET):
             if (match := _ENTRY.fullmatch(item.name)) and (found := _entry(item, encoder, match[1])):
                 yield found
@@ -213,12 +227,13 @@ class Store:
             except OSError as error:
                 fault = f"can't be read ({error.strerror or error})"
             if fault and delete:
-                _unlink(entry.path)
+                _remove(entry.path)
             yield entry, fault
 
     def gc(self, *, max_bytes: int | None = None, older_than: float | None = None, dry_run: bool = False) -> Removed:
         """Remove entries unused for `older_than` seconds; then, if more than `max_bytes` are left, the least recently
-        used ones, down to 90 % of it. Sweeps temporary files older than a day, and buckets of earlier layouts."""
+        used ones, down to 90 % of it. Sweeps temporary files older than a day, and buckets of earlier layouts.
+        """
         removed = self._trim(max_bytes, older_than, dry_run)
         if not dry_run:
             self._sweep()
@@ -243,7 +258,7 @@ class Store:
     def remove(self, prefix: str) -> Entry:
         """Remove the entry that `find` finds, and return it. Raises BadInput as `find` does."""
         entry = self.find(prefix)
-        if not _unlink(entry.path) and os.path.lexists(entry.path):
+        if not _remove(entry.path) and os.path.lexists(entry.path):
             raise GridpruneError(f"{entry.path}: can't be removed; see to the permissions of its folder")
         return entry
 
@@ -254,14 +269,16 @@ class Store:
             for item, encoder in _walk(bucket):
                 match = _ENTRY.fullmatch(item.name)
                 entry = _entry(item, encoder, match[1]) if match else None
-                gone = _unlink(item.path)
+                gone = _remove(item.path)
                 if entry and gone:
                     entries, size = entries + 1, size + entry.bytes
                 elif entry:
                     left, left_size = left + 1, left_size + entry.bytes
             _remove_empty(bucket)
-        _unlink(os.path.join(self.root, REMEMBERED))
-        return Removed(entries, size, left, left_size)
+        _remove(os.path.join(self.root, REMEMBERED))
+        for item in self._root_temporaries():
+            _remove(item.path)
+        return Removed(entries, size, left, left_size, stuck=left)
 
     def _path(self, encoder: Mapping[str, Any], key: str) -> Path:
         if not re.fullmatch(r"[0-9a-f]{64}", key):
@@ -270,18 +287,43 @@ class Store:
 
     def _prepare(self, folder: Path, encoder: Mapping[str, Any]) -> None:
         """Make the folders, mark the root as a cache, and say in words what the encoder's folder is for."""
+        if not self._marked:
+            self._make_root()
         if (folder / "encoder.json").exists():
             return
-        self._make_root()
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(encoder, indent=2, sort_keys=True) + "\n"
         files.write_atomic(folder / "encoder.json", text.encode(), sync=False)
 
     def _make_root(self) -> None:
+        """The root's folder, and what marks it as a cache, where a killed writer left it without, too."""
         self.root.mkdir(parents=True, exist_ok=True)
-        if not any(self.root.iterdir()):  # a folder with other things in it is not ours to hide from backups and git
-            files.write_atomic(self.root / "CACHEDIR.TAG", _TAG.encode(), sync=False)
-            files.write_atomic(self.root / ".gitignore", b"*\n", sync=False)
+        marks = {self.root / TAG: _TAG.encode(), self.root / IGNORE: _EVERYTHING}
+        missing = [path for path in marks if not path.exists()]
+        if missing and self._root_is_ours():
+            for path in missing:
+                files.write_atomic(path, marks[path], sync=False)
+        self._marked = True
+
+    def _root_is_ours(self) -> bool:
+        """Whether nothing but the cache is in the root: another folder is not ours to hide from backups and git."""
+        with os.scandir(self.root) as items:
+            for item in items:
+                if item.name == IGNORE:
+                    with suppress(OSError, FileFault):
+                        if files.read_bytes(item.path, len(_EVERYTHING)) == _EVERYTHING:
+                            continue
+                    return False
+                known = item.name in (TAG, REMEMBERED) or _BUCKET.fullmatch(item.name)
+                if not (known or _ROOT_TEMPORARY.fullmatch(item.name)):
+                    return False
+        return True
+
+    def _root_temporaries(self) -> list[os.DirEntry[str]]:
+        """What writers of the root's own files are writing, or left behind."""
+        with suppress(OSError), os.scandir(self.root) as items:
+            return [i for i in items if _ROOT_TEMPORARY.fullmatch(i.name) and not i.is_symlink()]
+        return []
 
     def _trim(self, max_bytes: int | None, older_than: float | None, dry_run: bool) -> Removed:
         oldest = time.time() - older_than if older_than is not None else float("-inf")
@@ -296,13 +338,22 @@ class Store:
                 if entry[2] not in self._own:
                     stale.append(entry)
                     kept -= entry[1]
-        gone = [size for _, size, path in stale if dry_run or _unlink(path)]
+        gone, stuck = [], 0
+        for _, size, path in stale:
+            if dry_run or _remove(path):
+                gone.append(size)
+            else:
+                stuck += os.path.lexists(path)  # else another process was faster
         total = sum(size for _, size, _ in entries)
-        return Removed(len(gone), sum(gone), len(entries) - len(gone), total - sum(gone))
+        return Removed(len(gone), sum(gone), len(entries) - len(gone), total - sum(gone), stuck)
 
     def _sweep(self) -> None:
         oldest = time.time() - TEMPORARY_LIFE
         current = int(BUCKET.removeprefix("visual-v"))
+        for item in self._root_temporaries():
+            with suppress(OSError):
+                if item.stat(follow_symlinks=False).st_mtime < oldest:
+                    os.unlink(item.path)
         for bucket in _folders(self.root, _BUCKET):
             outdated = int(bucket.name.removeprefix("visual-v")) < current  # a newer gridprune may be using a newer one
             for item, _ in _walk(bucket):
@@ -354,7 +405,7 @@ def _encoder_name(encoder: Any) -> str:
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, RawTensor]]:
     """A whole entry that is what its place says. Raises FileFault, or OSError."""
-    header, tensors = files.decode(path.read_bytes())
+    header, tensors = files.read_path(path)
     if header.get("schema") != SCHEMA:
         raise FileFault(f"schema {header.get('schema')!r}, not {SCHEMA}")
     if header.get("key") != path.stem:
@@ -374,6 +425,7 @@ def _folders(parent: Path, pattern: re.Pattern[str]) -> list[Path]:
 def _walk(bucket: Path, fan: str = "") -> Iterator[tuple[os.DirEntry[str], str]]:
     """Our own files in a bucket, with the encoder folder's name: entries, temporary files, and encoder.json.
 
+    Links are left out. Pipes, folders and the like in an entry's place are not, so that they are seen and removed.
     `fan` limits the walk to one of the folders that split the keys.
     """
     if os.path.islink(bucket):
@@ -383,8 +435,9 @@ def _walk(bucket: Path, fan: str = "") -> Iterator[tuple[os.DirEntry[str], str]]
             with suppress(OSError), os.scandir(folder) as items:
                 for item in items:
                     name = item.name
-                    ours = _ENTRY.fullmatch(name) or name == "encoder.json" or _TEMPORARY.fullmatch(name)
-                    if ours and item.is_file(follow_symlinks=False):
+                    entry = _ENTRY.fullmatch(name) is not None
+                    ours = entry or name == "encoder.json" or _TEMPORARY.fullmatch(name)
+                    if ours and (item.is_file(follow_symlinks=False) or (entry and not item.is_symlink())):
                         yield item, encoder.name
 
 
@@ -393,15 +446,27 @@ def _entry(item: os.DirEntry[str], encoder: str, key: str) -> Entry | None:
         status = item.stat(follow_symlinks=False)
     except OSError:
         return None
-    return Entry(key, encoder, item.path, status.st_size, status.st_mtime)
+    size = status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return Entry(key, encoder, item.path, size, status.st_mtime)
 
 
-def _unlink(path: str) -> bool:
-    """Whether the file is gone by our doing."""
+def _irregular(path: Path) -> bool:
+    """Whether there is something that is no regular file, nor a link to one or to nothing."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _remove(path: str) -> bool:
+    """Removes a file, or an empty folder in its place: what is in a folder is not ours. Whether that is our doing."""
     try:
         os.unlink(path)
     except OSError:
-        return False
+        try:
+            os.rmdir(path)
+        except OSError:
+            return False
     return True
 
 

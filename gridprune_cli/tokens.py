@@ -1,18 +1,21 @@
 """The two things that are kept on disk, and their safetensors form: an encoded image, and a pruned set."""
 
+import io
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from gridprune_cli import files, store
+from gridprune_cli.contents import MAX_NUMBERS, check_encoded, check_pruned, check_range, views_of
 from gridprune_cli.errors import BadInput
 from gridprune_cli.files import RawTensor
 from gridprune_cli.pruning.signals import Box, View
 from gridprune_cli.pruning.stages import Inside
-from gridprune_cli.storage import KINDS, Packed
+from gridprune_cli.storage import Packed
 
 SCHEMA = 2  # of a pruned set; an encoded image has the store's, which refuses any other
 
@@ -89,20 +92,15 @@ class EncodedImage:
 
     @classmethod
     def from_parts(cls, header: dict[str, Any], tensors: dict[str, RawTensor]) -> "EncodedImage":
-        """The inverse of `to_bytes`, after `files.decode`. Raises ValueError where the parts don't fit each other."""
-        views = _views(header["views"])
-        states, saliency, slots = (_tensor(tensors[name]) for name in _ENCODED_TENSORS)
+        """The inverse of `to_bytes`, after `files.decode`. Raises ValueError as `contents.check_encoded` does."""
+        loaded = _tensors(tensors)
+        check_encoded(header, loaded)
+        views, (states, saliency, slots) = views_of(header["views"]), (loaded[name] for name in _ENCODED_TENSORS)
         packed = None
-        if kind := KINDS.get(header["encoder"].get("storage")):
-            packed = Packed(states, _tensor(tensors["scales"]))
-            if states.dtype != kind:
-                raise ValueError(f"states are {states.dtype}, not {kind}")
+        if "scales" in loaded:
+            packed = Packed(states, loaded["scales"])
             states = packed.unpack(saliency.dtype)  # both come from the tower, in what it computes in
-        count = sum(view.count for view in views)
-        if states.dim() != 2 or len(states) != count or saliency.shape != (count,):
-            raise ValueError(f"states {tuple(states.shape)} and saliency {tuple(saliency.shape)} for {count} tokens")
-        if not torch.equal(slots[slots >= 0].sort().values.long(), torch.arange(count)):
-            raise ValueError("slots do not hold every token once")
+            check_range("states", states)
         return cls(
             key=header["key"],
             model=header["model"],
@@ -148,7 +146,7 @@ class Origin:
     @classmethod
     def from_header(cls, parts: dict[str, Any]) -> "Origin":
         region = tuple(parts["region"]) if parts["region"] else None
-        views, zones = _views(parts["views"]), parts["zones"]
+        views, zones = views_of(parts["views"]), parts["zones"]
         return cls(
             parts["key"],
             parts["image"],
@@ -211,11 +209,15 @@ class PrunedSet:
         return tuple(dict.fromkeys(f"{image.name}: {note}" for image in self.images for note in image.notes))
 
     def to_bytes(self) -> bytes:
+        """The file. Raises BadInput where it would be larger than what is read again."""
         header = {"kind": "pruned", "schema": SCHEMA, "images": [asdict(image) for image in self.images]}
         header |= {name: getattr(self, name) for name in (*_PRUNED_TEXT, "plc")}
         header["inside"] = self.inside.to_json() if self.inside else None
         header["relevance"] = self.source
         tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
+        size = sum(len(tensor.data) for tensor in tensors.values()) + files.MAX_HEADER
+        if size > files.MAX_BYTES or self.rows.numel() > MAX_NUMBERS:  # which nobody could read again
+            raise BadInput(f"the pruned set takes {size} bytes, more than a file may have; keep less, with --keep")
         return files.encode(tensors, header)
 
     def to_json(self) -> dict[str, Any]:
@@ -249,37 +251,44 @@ class PrunedSet:
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> "PrunedSet":
         """Raises BadInput, naming `source`, where the bytes are no pruned set that this version can read."""
-        try:
-            header, tensors = files.decode(data)
-            if header.get("kind") != "pruned":
-                raise ValueError("it holds something else")
-            if header.get("schema") != SCHEMA:
-                raise ValueError(f"its schema is {header.get('schema')}, this version reads {SCHEMA}")
-            loaded: dict[str, Any] = {name: _tensor(tensors[name]) for name in _PRUNED_TENSORS if name in tensors}
-            made = cls(
-                **({"relevance": None} | loaded),
-                inside=Inside.from_json(header["inside"]) if header.get("inside") else None,
-                **{name: header[name] for name in _PRUNED_TEXT},
-                plc=header.get("plc", "off"),  # sets from before there was compression don't say
-                source=header["relevance"],
-                images=tuple(Origin.from_header(parts) for parts in header["images"]),
-            )
-            if len(made.rows) < len(made.kept) or made.position_ids.shape[-1] != len(made.input_ids):
-                raise ValueError("its tensors do not fit each other")
-            if made.inside and (made.slots is None or len(made.slots) != len(made.rows)):
-                raise ValueError("it does not say which visual tokens its rows are")
-        except (files.FileFault, KeyError, TypeError, ValueError) as fault:
-            raise BadInput(f"{source}: not a pruned set ({fault}); make one with `gridprune prune`") from fault
-        return made
+        return read_pruned(io.BytesIO(data), source)
+
+    @classmethod
+    def from_parts(cls, header: dict[str, Any], tensors: dict[str, RawTensor]) -> "PrunedSet":
+        """The inverse of `to_bytes`, after `files.decode`. Raises ValueError as `contents.check_pruned` does."""
+        if header.get("kind") != "pruned":
+            raise ValueError("it holds something else")
+        if header.get("schema") != SCHEMA:
+            raise ValueError(f"its schema is {header.get('schema')}, this version reads {SCHEMA}")
+        loaded: dict[str, Any] = _tensors(tensors)
+        check_pruned(header, loaded)
+        return cls(
+            **({"relevance": None} | loaded),
+            inside=Inside.from_json(header["inside"]) if header["inside"] else None,
+            **{name: header[name] for name in _PRUNED_TEXT},
+            plc=header["plc"],
+            source=header["relevance"],
+            images=tuple(Origin.from_header(parts) for parts in header["images"]),
+        )
 
 
 def load_pruned(path: str | Path) -> PrunedSet:
     """Reads a pruned set from a file. Raises BadInput, naming the file, where it can't be read or is none."""
+    return _pruned(lambda: files.read_path(path), str(path))
+
+
+def read_pruned(file: BinaryIO, source: str) -> PrunedSet:
+    """Reads a pruned set from a stream. Raises BadInput, naming `source`, where it holds none."""
+    return _pruned(lambda: files.read(file), source)
+
+
+def _pruned(read: Callable[[], tuple[dict[str, Any], dict[str, RawTensor]]], source: str) -> PrunedSet:
     try:
-        data = Path(path).read_bytes()
+        return PrunedSet.from_parts(*read())
     except OSError as fault:
-        raise BadInput(f"{path}: can't be read ({fault.strerror}); check the path") from fault
-    return PrunedSet.from_bytes(data, str(path))
+        raise BadInput(f"{source}: can't be read ({fault.strerror}); check the path") from fault
+    except (files.FileFault, ValueError) as fault:
+        raise BadInput(f"{source}: not a pruned set ({fault}); make one with `gridprune prune`") from fault
 
 
 _ENCODED_TENSORS = ("states", "saliency", "slots")
@@ -287,13 +296,16 @@ _PRUNED_TENSORS = ("rows", "kept", "input_ids", "position_ids", "saliency", "rel
 _PRUNED_TEXT = ("model", "fingerprint", "question", "method", "positions")
 
 
-def _views(parts: list[dict[str, Any]]) -> tuple[View, ...]:
-    return tuple(View(part["rows"], part["cols"], tuple(part["box"])) for part in parts)
-
-
 def _raw(tensor: Tensor) -> RawTensor:
     plain = tensor.detach().cpu().contiguous()
     return RawTensor(_DTYPES[plain.dtype], tuple(plain.shape), plain.flatten().view(torch.uint8).numpy().tobytes())
+
+
+def _tensors(raw: dict[str, RawTensor]) -> dict[str, Tensor]:
+    """Raises ValueError for a dtype that no file of ours has."""
+    if strange := sorted({tensor.dtype for tensor in raw.values()} - _TORCH.keys()):
+        raise ValueError(f"it holds numbers of the type {strange[0]}")
+    return {name: _tensor(tensor) for name, tensor in raw.items()}
 
 
 def _tensor(raw: RawTensor) -> Tensor:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from gridprune_cli import files
 from gridprune_cli.cli import output
 from gridprune_cli.cli.cache import app
-from gridprune_cli.errors import BadInput
+from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.files import RawTensor
 from gridprune_cli.store import Store, entry_key
 
@@ -160,6 +160,49 @@ def test_gc(keys: list[str], store: Store, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("GRIDPRUNE_CACHE_LIMIT", "10")
     done("gc")
     assert not list(store.entries())
+
+
+@pytest.mark.parametrize("command", [["gc", "--older-than", "0s"], ["gc", "--max-size", "1"], ["clear", "--yes"]])
+def test_what_cannot_be_removed_is_a_failure(
+    keys: list[str], store: Store, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    result = call(*command)
+    assert isinstance(result.exception, GridpruneError) and not isinstance(result.exception, BadInput)
+    assert str(result.exception) == f"{store.root}: 4 entries can't be removed; see its permissions"
+    assert "0 entries, 0 B removed" in result.output
+    assert done("gc", "--older-than", "7d").exit_code == 0  # nothing was to go
+    monkeypatch.undo()
+    assert len(list(store.entries())) == 4
+
+
+@pytest.mark.parametrize("value", [3, None, ["scenes"], {"a": 1}])
+@pytest.mark.parametrize("field", ["model", "name", "image", "tokens"])
+def test_a_header_of_no_sense_is_shown_as_damaged(keys: list[str], store: Store, field: str, value: object) -> None:
+    """Its digests are right, so that `verify` finds nothing."""
+    path = Path(store.find(keys[0]).path)
+    header, tensors = files.decode(path.read_bytes())
+    path.write_bytes(files.encode(tensors, header | {field: "3" if field == "tokens" else value}))
+    for command in (["ls"], ["ls", "--sort", "name"], ["info"]):
+        assert done(*command).stdout
+    lines = [json.loads(line) for line in done("ls", "--json").stdout.splitlines()]
+    assert [line["model"] for line in lines if line["key"] == keys[0]] == [None]
+    assert sum(line["model"] is None for line in lines) == 1
+
+
+def test_a_pipe_in_an_entry_s_place_is_seen_by_every_command(keys: list[str], store: Store) -> None:
+    path = Path(store.find(keys[0]).path)
+    path.unlink()
+    os.mkfifo(path)
+    assert "damaged" in done("ls").stdout and done("info").stdout
+    result = call("verify")
+    assert result.exit_code == 1 and result.stdout == f"{path}: not a regular file\n"
+    assert done("verify", "--delete").stderr == "4 checked, 1 broken, 1 removed\n" and not path.exists()
+    os.mkfifo(path)
+    assert "4 entries" in done("clear", "--yes").stderr and not path.exists()
 
 
 @pytest.mark.parametrize("arguments", [["--max-size", "much"], ["--older-than", "7"]])

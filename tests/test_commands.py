@@ -3,10 +3,13 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
+from fuzz.files import changed, swap
 from PIL import Image
 
 from gridprune_cli.scenes.scene import draw, make_scene
@@ -441,6 +444,88 @@ def test_encode_into_a_cache_that_cannot_be_written_fails(run, image, tmp_path):
     assert code == 1 and "can't be written" in err
 
 
+LONG = "a" * 300  # a name may have 255 bytes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ask", "IMAGE", QUESTION, "--model", LONG),
+        ("ask", "IMAGE", QUESTION, "--model", f"owner/{LONG}"),
+        ("ask", "IMAGE", QUESTION, "--model", "~nobody/model"),
+        ("ask", "IMAGE", QUESTION, "--clip", LONG),
+        ("ask", "IMAGE", QUESTION, "--save", LONG),
+        ("ask", "IMAGE", QUESTION, "--save", f"{LONG}/x"),
+        ("ask", "IMAGE", QUESTION, "--show", LONG),
+        ("ask", "IMAGE", QUESTION, "--localizer", LONG),
+        ("ask", LONG, QUESTION),
+        ("prune", "IMAGE", QUESTION, "-o", LONG),
+        ("prune", "--batch", "LINES", "-o", LONG),
+        ("batch", "LINES", "-o", LONG),
+        ("batch", "LINES", "--resume", LONG),
+        ("batch", LONG),
+        ("eval", "--data", LONG, "-o", "results"),
+        ("eval", "--data", "LINES", "-o", "results"),
+        ("eval", "--data", "scenes:1", "-o", LONG),
+        ("generate", LONG),
+        ("generate", "SAVED", "--model", LONG),
+        ("export", LONG, "--to", "vllm", "-o", "."),
+        ("export", "SAVED", "--to", "vllm", "-o", LONG),
+    ],
+    ids=lambda arguments: " ".join(part[:10] for part in arguments),
+)
+def test_a_name_too_long_is_bad_input(run, image, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    lines, saved = tmp_path / "lines.jsonl", tmp_path / "saved.safetensors"
+    lines.write_text(json.dumps({"id": 1, "image": LONG, "question": QUESTION, "answers": ["red"]}) + "\n")
+    if "SAVED" in arguments:
+        run("prune", image, QUESTION, "-o", saved)
+    given = {"IMAGE": image, "LINES": lines, "SAVED": saved}
+    code, out, err = run(*(given.get(part, part) for part in arguments))
+    assert (code, out) == (2, "") and "unexpected" not in err and err.count("\n") == 1, err
+
+
+def test_an_image_of_a_name_too_long_is_left_out_alone(run, image):
+    code, out, err = run("encode", LONG, image, "--json")
+    assert code == 3 and "unexpected" not in err
+    assert [("error" in record, record["image"]) for record in map(json.loads, out.splitlines())] == [
+        (True, LONG),
+        (False, str(image)),
+    ]
+    code, out, err = run("encode", LONG, image, "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["unreadable"] == 1 and json.loads(out)["hits"] == 1
+    assert run("encode", image, "--cache-dir", LONG)[0] == 1  # nothing can be written there
+    assert run("cache", "ls", "--cache-dir", LONG)[0] == 0
+
+
+MISFITS = {
+    "a token that the model lacks": swap("input_ids", lambda ids: torch.where(ids == ids[0], 1 << 40, ids)),
+    "an image token more": swap(
+        "input_ids", lambda ids: ids[ids != ids[0]].new_full(ids.shape, int(ids.mode().values))
+    ),
+    "wider rows": swap("rows", lambda rows: torch.cat([rows, rows], 1)),
+    "positions in three axes": swap("position_ids", lambda places: places.expand(3, -1)),
+    "a schedule for more layers": lambda header, _: header["inside"]["tokens"].append(header["inside"]["tokens"][-1]),
+    "out of range": swap("kept", lambda kept: kept + 1000),
+}
+
+
+def test_a_set_of_no_sense_ends_itself_alone(run, image, tmp_path):
+    """Among several it is named and the others are answered; by itself it is bad input."""
+    good, answer = tmp_path / "good.safetensors", None
+    run("prune", image, QUESTION, "--keep", "0.5", "--ilp", "0.2", "--ilp-layer", "1", "-o", good)
+    bad = []
+    for what, fault in MISFITS.items():
+        bad.append(tmp_path / f"{what}.safetensors")
+        bad[-1].write_bytes(changed(good.read_bytes(), fault))
+        code, out, err = run("generate", bad[-1], "--quiet")
+        assert (code, out) == (2, "") and "unexpected" not in err and err.count("\n") == 1, what
+    answer = run("generate", good)[1]
+    code, out, err = run("generate", good, *bad, good, "--quiet")
+    assert code == 3 and out == answer * 2
+    assert all(f"{path}: " in err for path in bad) and err.count("\n") == len(bad) + 1 and "unexpected" not in err
+
+
 @pytest.fixture
 def other(tmp_path):
     path = tmp_path / "other.png"
@@ -584,3 +669,26 @@ def test_bench_measures_shapes_and_needs_no_picture(run, monkeypatch):
 def test_bench_refuses(run, arguments, told):
     code, out, err = run("bench", *arguments)
     assert (code, out) == (2, "") and told in err and err.count("\n") == 1
+
+
+def test_a_second_interrupt_ends_the_process_without_a_word():
+    """Also where an exception can't be raised, as in a weak reference's callback: Python prints a traceback there."""
+    code = (
+        "import time, weakref; from gridprune_cli.cli import app as module\n"
+        "class Held: pass\n"
+        "def work(**_):\n"
+        "    held = Held()\n"
+        "    ref = weakref.ref(held, lambda _: (print('ending', flush=True), time.sleep(60)))\n"
+        "    try:\n"
+        "        print('working', flush=True); time.sleep(60)\n"
+        "    finally:\n"
+        "        del held\n"
+        "module.app = work; module.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for state in ("working", "ending"):
+        assert process.stdout.readline() == f"{state}\n"
+        process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130 and process.stderr.read() == ""
+    process.stdout.close()
+    process.stderr.close()

@@ -203,7 +203,9 @@ def test_encoded_images_make_sense(family, noise, size):
     from gridprune_cli import files
 
     folder, _, _ = family
-    image = Pipeline(str(folder), dtype="float32").encode([noise(SIZES[size])])[0]
+    pipeline = Pipeline(str(folder), dtype="float32")
+    image = pipeline.encode([noise(SIZES[size])])[0]
+    pipeline.family.check(image)  # raises nothing
     assert len(image.states) == len(image.saliency) == image.count == int((image.slots >= 0).sum())
     assert torch.isfinite(image.states).all() and (image.saliency >= 0).all() and image.saliency.std() > 0
     for view in image.views:

@@ -228,9 +228,69 @@ def test_an_entry_that_is_a_folder_or_a_dangling_link_is_a_miss(store: Store) ->
     assert store.get(ENCODER, key) is None
     path.unlink()
     path.mkdir()
+    (path / "thesis.tex").write_text("x")
     assert store.get(ENCODER, key) is None
-    with pytest.warns(RuntimeWarning):
+    with pytest.warns(RuntimeWarning, match="this is no file"):
         assert not store.put(ENCODER, key, data)
+    assert (path / "thesis.tex").exists() and store.writable  # it is the one entry that can't be written
+    assert store.put(ENCODER, *make(2))
+    (path / "thesis.tex").unlink()
+    assert store.put(ENCODER, key, data) and store.get(ENCODER, key) == files.decode(data)
+
+
+PLACED: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "folder": Path.mkdir,
+    "link to a pipe": lambda path: (os.mkfifo(path.with_suffix(".x")), path.symlink_to(path.with_suffix(".x"))),
+    "300 GB of nothing": lambda path: (path.touch(), os.truncate(path, 300 << 30)),
+}
+
+
+@pytest.mark.parametrize("what", PLACED)
+def test_what_stands_in_an_entry_s_place_is_a_miss_and_goes(store: Store, what: str) -> None:
+    key, data = make(1)
+    store.put(ENCODER, key, data)
+    path = path_of(store, key)
+
+    def place() -> None:
+        path.unlink(missing_ok=True)
+        PLACED[what](path)
+
+    for act in (lambda: store.get(ENCODER, key) is None, lambda: store.put(ENCODER, key, data)):
+        place()
+        assert act() and store.put(ENCODER, key, data)
+        assert store.get(ENCODER, key) == files.decode(data)
+        path.with_suffix(".x").unlink(missing_ok=True)
+    place()
+    if "link" in what:  # links are never followed by a walk
+        assert list(store.verify()) == [] and store.clear().entries == 0
+        return
+    ((entry, fault),) = store.verify()
+    assert entry.key == key and ("not a safetensors file" in fault or "not a regular file" in fault)
+    assert [entry.key for entry, _ in store.verify(delete=True)] == [key] and not os.path.lexists(path)
+    place()
+    assert store.clear().entries == 1 and not os.path.lexists(path)
+
+
+def test_an_entry_too_large_to_be_read_again_is_not_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_BYTES", 2000)
+    with pytest.warns(RuntimeWarning, match="not cached"):
+        assert not store.put(ENCODER, *make(1, size=2000))
+    assert store.writable and store.put(ENCODER, *make(2))
+
+
+def test_what_is_remembered_is_read_from_a_small_file_alone(store: Store) -> None:
+    store.remember("a", "0" * 64)
+    path = store.root / "remembered.json"
+    path.unlink()
+    os.mkfifo(path)
+    assert store.recall("a") is None
+    path.unlink()
+    path.touch()
+    os.truncate(path, 300 << 30)
+    assert store.recall("a") is None
+    store.remember("a", "0" * 64)
+    assert store.recall("a") == "0" * 64
 
 
 # ---- a cache that can't be written -----------------------------------------------------------------------------------
@@ -351,6 +411,51 @@ def test_a_writer_that_is_killed_leaves_no_entry_and_gc_sweeps_up(store: Store) 
     store.gc()
     assert not left.exists()
     assert keys_in(store) == {make(1)[0]}
+
+
+@pytest.mark.parametrize("name", ["CACHEDIR.TAG", ".gitignore", "remembered.json"])
+def test_a_writer_that_is_killed_at_a_file_of_the_root_leaves_what_gc_and_clear_see(store: Store, name: str) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from tests.test_store import *\n"
+        "store, real = Store(Path(sys.argv[1]), None), os.replace\n"
+        "def replace(old, new):\n"
+        f"    os.kill(os.getpid(), signal.SIGKILL) if new.name == {name!r} else real(old, new)\n"
+        "os.replace = replace\n"
+        "store.remember('a', '0' * 64); store.put(ENCODER, *make(1))\n"
+    )
+    for number, clean in enumerate((Store.clear, Store.gc)):
+        process = start(store, code)
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        (left,) = store.root.glob("*.tmp")
+        store.gc()
+        assert left.exists()  # it could be a writer that is still at work
+        os.utime(left, (0, 0))
+        clean(store)
+        assert not list(store.root.rglob("*.tmp"))
+        assert Store(store.root, None).put(ENCODER, *make(2 + number))
+        assert {"CACHEDIR.TAG", ".gitignore"} <= {path.name for path in store.root.iterdir()}
+        for mark in ("CACHEDIR.TAG", ".gitignore", "remembered.json"):
+            (store.root / mark).unlink(missing_ok=True)
+
+
+def test_a_gitignore_of_somebody_else_s_marks_another_folder(store: Store) -> None:
+    store.root.mkdir()
+    (store.root / ".gitignore").write_text("*.pdf\n")
+    assert store.put(ENCODER, *make(1))
+    assert not (store.root / "CACHEDIR.TAG").exists()
+    assert (store.root / ".gitignore").read_text() == "*.pdf\n"
+
+
+def test_nothing_is_read_wrong_or_left_behind_under_kill_9(store: Store) -> None:
+    """Some seconds of what `python tests/fuzz/crash.py SECONDS` does for as long as one likes."""
+    code = "import sys; from tests.fuzz.crash import *; print(soak(4, Path(sys.argv[1])))"
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(store.root)], capture_output=True, text=True, cwd=root, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout.endswith(", [])\n"), done.stdout + done.stderr
+    assert done.stderr == "" and "'hits': " in done.stdout
 
 
 def test_entries_that_vanish_during_a_walk_are_left_out(store: Store) -> None:

@@ -58,6 +58,8 @@ def main() -> None:
     """Runs the command line. Whatever goes wrong is told in one line; `GRIDPRUNE_DEBUG=1` shows where it came from."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has left, as `head` does, ends us quietly
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a script has it ignored
+        signal.signal(signal.SIGINT, _interrupt)
     set_quiet(False)
     debug = os.environ.get("GRIDPRUNE_DEBUG", "0") not in ("", "0")
     try:
@@ -68,6 +70,21 @@ def main() -> None:
         if debug:
             raise
         sys.exit(_tell(fault))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Ctrl-C ends the work in order; a second one, while that lasts, the process at once.
+
+    An exception that is raised amid threads that end, or in a weak reference's callback, would print a traceback.
+    """
+    signal.signal(signal.SIGINT, _abort)
+    raise KeyboardInterrupt
+
+
+def _abort(number: int, frame: object) -> None:
+    if sys.stderr is not None and sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
+    os._exit(130)
 
 
 def _tell(fault: Exception) -> int:

@@ -1,11 +1,11 @@
 """`gridprune cache`: see and tidy the encoded images on disk."""
 
 import heapq
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -13,7 +13,7 @@ import typer
 from gridprune_cli.cli import options, output
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.files import FileFault
-from gridprune_cli.store import Entry, Removed, open_store, parse_age, parse_size
+from gridprune_cli.store import Entry, Removed, Store, open_store, parse_age, parse_size
 
 BLOCK = 64  # lines of JSON that are written at once
 
@@ -99,7 +99,7 @@ def verify(
             step()
             if fault:
                 broken += 1
-                left += Path(entry.path).exists()
+                left += os.path.lexists(entry.path)
                 print(output.printable(f"{entry.path}: {fault}"))
     output.say(f"{checked} checked, {broken} broken, {broken - left} removed")
     if left:
@@ -123,6 +123,7 @@ def gc(
     removed = store.gc(max_bytes=max_bytes, older_than=seconds, dry_run=dry_run)
     _say_removed(removed, "would go" if dry_run else "removed")
     output.say(f"{removed.kept_entries} entries, {output.size(removed.kept_bytes)} kept")
+    _check_stuck(removed, store)
 
 
 @app.command(epilog="Example: `gridprune cache rm 3fa9c1 77b2e0`")
@@ -150,12 +151,17 @@ def clear(
     if output.confirm(f"Remove every encoded image in {output.printable(str(store.root))}?", yes):
         removed = store.clear()
         _say_removed(removed, "removed")
-        if removed.kept_entries:
-            raise GridpruneError(f"{store.root}: {removed.kept_entries} entries can't be removed; see its permissions")
+        _check_stuck(removed, store)
 
 
 def _say_removed(removed: Removed, what: str) -> None:
     output.say(f"{removed.entries} entries, {output.size(removed.bytes)} {what}")
+
+
+def _check_stuck(removed: Removed, store: Store) -> None:
+    """Raises GridpruneError where entries should have gone, and are still there."""
+    if removed.stuck:
+        raise GridpruneError(f"{store.root}: {removed.stuck} entries can't be removed; see its permissions")
 
 
 def _ordered(entries: Iterable[Entry], sort: str, limit: int | None) -> Iterator[Entry]:
@@ -173,14 +179,12 @@ def _ordered(entries: Iterable[Entry], sort: str, limit: int | None) -> Iterator
 def _describe(entry: Entry) -> dict[str, Any]:
     """One row of `ls`; of a broken entry, only what the file system knows."""
     row: dict[str, Any] = {"key": entry.key, "bytes": entry.bytes, "used": entry.used}
+    kinds = {"name": str, "image": str, "model": str, "tokens": int}
     try:
         header = entry.header()
-        shown = {
-            "image": header["name"],
-            "sha256": header["image"],
-            "model": header["model"],
-            "tokens": header["tokens"],
-        }
-    except (FileFault, OSError, KeyError, TypeError):
+        if any(type(header[name]) is not kind for name, kind in kinds.items()):
+            raise FileFault("damaged: its header is none of an encoded image")
+        image, sha256, model, tokens = (header[name] for name in kinds)
+    except (FileFault, OSError, KeyError):
         return row | dict.fromkeys(("image", "sha256", "model", "tokens"))
-    return row | shown
+    return row | {"image": image, "sha256": sha256, "model": model, "tokens": tokens}

@@ -1,5 +1,6 @@
 """`gridprune export`: pruned sets for a serving engine."""
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +45,7 @@ def export(
     set_quiet(quiet)
     if to != "vllm":
         raise BadInput(f"--to {to}: not one of vllm")
-    if not output.is_dir():
+    if not os.path.isdir(output):
         raise BadInput(f"--output {output}: no folder; make it first")
     targets = [output / f"{path.stem}.vllm.safetensors" for path in files]
     times = Counter(targets)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import emit_json, progress, read_stdin, say, set_quiet, warn
+from gridprune_cli.cli.output import emit_json, open_stdin, progress, say, set_quiet, warn
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
@@ -106,10 +106,10 @@ def _answers(
 
 
 def _load(path: Path) -> "PrunedSet | GridpruneError":
-    from gridprune_cli.tokens import PrunedSet, load_pruned
+    from gridprune_cli.tokens import load_pruned, read_pruned
 
     try:
-        return PrunedSet.from_bytes(read_stdin("a pruned set"), "-") if str(path) == "-" else load_pruned(path)
+        return read_pruned(open_stdin("a pruned set"), "-") if str(path) == "-" else load_pruned(path)
     except GridpruneError as fault:
         return fault
 

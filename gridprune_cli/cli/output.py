@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from gridprune_cli.errors import BadInput, GridpruneError
 
@@ -188,14 +189,25 @@ def check_target(path: Path | None, option: str) -> None:
     """Raises BadInput where a file can't be written to `path`, before any work is done for it."""
     if path is None:
         return
-    if path.is_dir():
+    if os.path.isdir(path):
         raise BadInput(f"{option} {path}: a folder; name a file in it")
-    if not path.parent.is_dir():
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as fault:  # the name is too long, a folder on the way can't be entered, ...
+        raise BadInput(f"{option} {path}: can't be written ({fault.strerror}); name another file") from fault
+    if not os.path.isdir(path.parent):
         raise BadInput(f"{option} {path}: there is no folder {path.parent}; make it first")
 
 
 def read_stdin(what: str) -> bytes:
     """All of stdin. Raises BadInput where nobody has piped anything into it."""
+    return open_stdin(what).read()
+
+
+def open_stdin(what: str) -> BinaryIO:
+    """stdin, to be read. Raises BadInput where nobody has piped anything into it."""
     if sys.stdin is None or sys.stdin.isatty():
         raise BadInput(f"-: nothing is piped into stdin; give {what} there")
-    return sys.stdin.buffer.read()
+    return sys.stdin.buffer

@@ -1,5 +1,6 @@
 """`gridprune prune`: the pruned set of a question, for `generate` to answer from."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
@@ -95,7 +96,7 @@ def prune_lines(
     from gridprune_cli.files import write_atomic
     from gridprune_cli.lines import Reader
 
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise BadInput(f"--output {folder}: with --batch, a folder; make it first")
     reader = Reader(file, mine=options.in_shard(shard))
     bulk, tally = Bulk(pipeline, notice=say), Tally()

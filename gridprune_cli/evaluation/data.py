@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import re
 from collections.abc import Callable
@@ -115,7 +116,7 @@ def _item(line: str, folder: Path) -> Item:
     answers = found.get("answers")
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise ValueError("'answers' must be a list of texts, one at least")
-    if not (folder / found["image"]).is_file():
+    if not os.path.isfile(folder / found["image"]):
         raise ValueError(f"no image {folder / found['image']}; paths count from the JSONL file's folder")
     return Item(found["id"], found["image"], found["question"], tuple(answers), found["category"])
 

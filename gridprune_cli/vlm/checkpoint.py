@@ -1,6 +1,7 @@
 """Which checkpoint a model's name means, and what identifies its contents."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -124,10 +125,10 @@ def find(model: str, revision: str | None = None, *, flag: str = "--model", stor
     there is no such model, and GridpruneError where the hub can't be asked.
     """
     embedded = {EMBEDDED: CHECKPOINT, EMBEDDED_LOCALIZER: LOCALIZER}.get(model)
-    folder = embedded or Path(model).expanduser()
+    folder = embedded or Path(os.path.expanduser(model))
     repo, _, named = model.partition("@")
     commit = None
-    if embedded is None and hub.is_name(repo) and not folder.exists():
+    if embedded is None and hub.is_name(repo) and not os.path.exists(folder):
         if revision and named and revision != named:
             raise BadInput(f"--revision {revision}: {flag} {model} names another one")
         revision = revision or named or None
@@ -135,7 +136,7 @@ def find(model: str, revision: str | None = None, *, flag: str = "--model", stor
         model, commit = f"{repo}@{revision}" if revision else repo, folder.name
     elif revision:
         raise BadInput(f"--revision {revision}: only models from the hub have revisions, {flag} {model} is a folder")
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise BadInput(f"{flag} {model}: no folder with a config.json; `gridprune models` lists what can be named")
     try:
         checkpoint = Checkpoint(model, folder, commit, store)

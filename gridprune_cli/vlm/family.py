@@ -68,6 +68,7 @@ class Family(ABC):
     words: ClassVar[str] = "model.language_model"  # dotted path of the language model's text part
     batched: ClassVar[bool] = False  # whether `generate` takes features as one tensor (1, N, D), not a list of (N, D)
     together: ClassVar[bool] = False  # whether a picture is encoded in another way where a prompt has several
+    axes: ClassVar[int] = 1  # of `positions`
     version: ClassVar[int] = 1  # part of every cache key: raise it when `encode` changes what it gives
 
     def __init__(
@@ -182,6 +183,21 @@ class Family(ABC):
     def width(self) -> int:
         """C, how many numbers a state has, by the config."""
         return self.config.vision_config.hidden_size
+
+    @property
+    def row_width(self) -> int:
+        """D, how many numbers a row has that the language model receives."""
+        return self.config.get_text_config().hidden_size
+
+    def check(self, image: EncodedImage) -> None:
+        """Raises ValueError where an encoded image, as a cache holds it, is none that `encode` gives."""
+        if image.states.shape[1] != self.width:
+            raise ValueError(f"states of {image.states.shape[1]} numbers, not {self.width}")
+        token = self.processor.tokenizer.convert_ids_to_tokens(self.image_token)
+        if image.prompt["placeholder"].count(token) != len(image.slots):
+            raise ValueError(f"its placeholder does not hold {token} {len(image.slots)} times")
+        if type(self).separator is Family.separator and len(image.slots) != image.count:
+            raise ValueError("separators, of which this model has none")
 
     def count_slots(self, size: tuple[int, int]) -> int:
         """S of a picture of a width and height in pixels, by the settings. ValueError where it can't be processed."""

@@ -27,9 +27,16 @@ class Qwen2VL(Family):
         "language": ("model.language_model", "lm_head"),
     }
 
+    axes: ClassVar[int] = 3
+
     @property
     def width(self) -> int:
         return self.config.get_text_config().hidden_size
+
+    def check(self, image: EncodedImage) -> None:
+        super().check(image)
+        if len(image.views) != 1:
+            raise ValueError(f"{len(image.views)} views, not one")
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:

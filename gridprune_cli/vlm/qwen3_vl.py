@@ -28,6 +28,10 @@ class Qwen3VL(Qwen2VL):
         return (1 + self._levels) * super().width
 
     @property
+    def row_width(self) -> int:
+        return self.width
+
+    @property
     def _levels(self) -> int:
         return len(self.checkpoint.config["vision_config"]["deepstack_visual_indexes"])
 

@@ -35,6 +35,14 @@ class Suppression(Rule):
     spread: float = 1.5
     likeness: float = 0.05
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where an option is out of its range."""
+        if not (self.radius >= 0 and isfinite(self.radius)):
+            raise ValueError(f"radius must be 0 or more, not {self.radius}")
+        for option in ("centre", "spread", "likeness"):
+            if not (getattr(self, option) > 0 and isfinite(getattr(self, option))):
+                raise ValueError(f"{option} must be above 0, not {getattr(self, option)}")
+
     def pick(self, sight: Sight, k: int) -> Tensor:
         assert sight.attention is not None and sight.keys is not None
         places = torch.cat([_places(number, view) for number, view in enumerate(sight.views)])[sight.tokens]
@@ -92,12 +100,10 @@ class AdaptPrune(InnerMethod):
         """Raises ValueError where an option is out of its range."""
         if self.layer < 1:
             raise ValueError(f"layer must be at least 1, not {self.layer}")
-        if not (self.radius >= 0 and isfinite(self.radius)):
-            raise ValueError(f"radius must be 0 or more, not {self.radius}")
-        for option in ("centre", "spread", "likeness"):
-            if not (getattr(self, option) > 0 and isfinite(getattr(self, option))):
-                raise ValueError(f"{option} must be above 0, not {getattr(self, option)}")
+        self._rule()
+
+    def _rule(self) -> Suppression:
+        return Suppression(self.centre, self.radius, self.spread, self.likeness)
 
     def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
-        rule = Suppression(self.centre, self.radius, self.spread, self.likeness)
-        return (Stage(self.layer, rule, tuple(budgets)),)
+        return (Stage(self.layer, self._rule(), tuple(budgets)),)

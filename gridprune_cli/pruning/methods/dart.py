@@ -28,6 +28,12 @@ class Duplication(Rule):
     visual_pivots: int = 4
     text_pivots: int = 4
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where an option is out of its range."""
+        for option, least in (("visual_pivots", 1), ("text_pivots", 0)):
+            if getattr(self, option) < least:
+                raise ValueError(f"{option} must be at least {least}, not {getattr(self, option)}")
+
     def pick(self, sight: Sight, k: int) -> Tensor:
         assert sight.keys is not None and sight.states is not None
         assert sight.text_keys is not None and sight.text_states is not None
@@ -67,9 +73,12 @@ class Dart(InnerMethod):
 
     def __post_init__(self) -> None:
         """Raises ValueError where an option is out of its range."""
-        for option, least in (("layer", 1), ("visual_pivots", 1), ("text_pivots", 0)):
-            if getattr(self, option) < least:
-                raise ValueError(f"{option} must be at least {least}, not {getattr(self, option)}")
+        if self.layer < 1:
+            raise ValueError(f"layer must be at least 1, not {self.layer}")
+        self._rule()
+
+    def _rule(self) -> Duplication:
+        return Duplication(self.visual_pivots, self.text_pivots)
 
     def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
-        return (Stage(self.layer, Duplication(self.visual_pivots, self.text_pivots), tuple(budgets)),)
+        return (Stage(self.layer, self._rule(), tuple(budgets)),)

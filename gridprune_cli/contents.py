@@ -1,0 +1,254 @@
+"""What must hold of the contents of an encoded image and of a pruned set, whoever wrote the file.
+
+Digests say that a file is as it was written; these checks say that what was written makes sense, so that nothing after
+them meets an index out of range or a number that is not finite. What depends on the model is checked where the model is
+known: `Family.check` and `generation.check_model`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gridprune_cli.pruning.methods import RULES
+from gridprune_cli.pruning.region import GRID, inside
+from gridprune_cli.pruning.signals import View
+from gridprune_cli.pruning.stages import Inside, Region, plan
+from gridprune_cli.storage import KINDS
+
+MAX_NUMBERS = 1 << 27  # of states or rows: 16,384 visual tokens of 8,192 numbers
+MAX_POSITION = 1 << 24  # from there on float32, in which rotary angles are computed, can't tell neighbours apart
+MAX_LAYERS = 1 << 10  # of a language model; the deepest have about 130
+MAX_COORDINATE = 1e6  # of a view's box, in pictures: a tile that is padded leaves 0..1, but not by far
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # what a model computes in
+
+
+def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, with the reason, where these are no encoded image; shapes are `EncodedImage`'s."""
+    _check_texts(header, ("key", "model", "image", "name"))
+    _need(header.get("kind") == "encoded", "it holds something else")
+    encoder = header.get("encoder")
+    _need(isinstance(encoder, dict) and isinstance(encoder.get("dtype"), str), "its encoder names no dtype")
+    assert isinstance(encoder, dict)
+    _need(encoder["dtype"] in FLOATS, "its encoder names no dtype")
+    kind = KINDS.get(encoder["storage"]) if isinstance(encoder.get("storage"), str) else None
+    _need(kind is not None or "storage" not in encoder, "its encoder names no storage")
+    names = {"states", "saliency", "slots"} | ({"scales"} if kind else set())
+    _need(tensors.keys() == names, f"it holds {_listed(tensors)}, not {_listed(names)}")
+    count = _count(header.get("views"))
+    _need(header.get("tokens") == count, "its views have another number of tokens than it tells")
+    size, prompt, notes = header.get("size"), header.get("prompt"), header.get("notes")
+    _need(isinstance(size, list) and len(size) == 2 and _all_whole(size, 1, 1 << 31), "its size is no width and height")
+    _need(isinstance(prompt, dict) and isinstance(prompt.get("placeholder"), str), "its prompt has no placeholder")
+    _need(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "its notes are no texts")
+    dtype = FLOATS[encoder["dtype"]]
+    states, saliency, slots = tensors["states"], tensors["saliency"], tensors["slots"]
+    _check_shape("states", states, kind or dtype, (count, -1))
+    _need(0 < states.numel() <= MAX_NUMBERS, f"states {tuple(states.shape)} are none, or too many")
+    _check_shape("saliency", saliency, dtype, (count,))
+    _check_shape("slots", slots, torch.int32, (-1,))
+    if kind:
+        _check_shape("scales", tensors["scales"], torch.float32, (count,))
+        check_range("scales", tensors["scales"], 0)
+    else:
+        check_range("states", states)
+    check_range("saliency", saliency, 0)
+    check_range("slots", slots, -1)
+    tokens = slots[slots >= 0].sort().values.long()
+    _need(torch.equal(tokens, torch.arange(count)), "slots do not hold every token once")
+
+
+def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, with the reason, where these are no pruned set; shapes are `PrunedSet`'s."""
+    _check_texts(header, ("model", "fingerprint", "question"))
+    method, images = header.get("method"), header.get("images")
+    _need(isinstance(method, dict) and isinstance(method.get("name"), str), "its method has no name")
+    _need(header.get("positions") in ("original", "compact"), "positions are neither original nor compact")
+    _need(header.get("plc") in ("off", "pool", "trained"), "plc is none of off, pool and trained")
+    source = header.get("relevance")
+    if source is not None:
+        _need(isinstance(source, dict) and source.get("source") in ("clip", "words"), "relevance has no source")
+        _need(isinstance(source.get("model"), str | None), "relevance has no model")
+    _need((source is None) == ("relevance" not in tensors), "relevance and its source do not fit each other")
+    _need("inside" in header, "it does not say what leaves inside the language model")
+    _need(isinstance(images, list) and len(images) > 0, "it holds no images")
+    assert isinstance(images, list)
+    needed, known = {"rows", "kept", "input_ids", "position_ids", "saliency"}, {"relevance", "slots"}
+    _need(needed <= tensors.keys() <= needed | known, f"it holds {_listed(tensors)}")
+    counts = []
+    for image in images:
+        _need(isinstance(image, dict), "an image is no object")
+        _check_texts(image, ("key", "image", "name"))
+        notes = image.get("notes")
+        _need(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "an image's notes are no texts")
+        counts.append(_count(image.get("views")))
+    total = sum(counts)
+    rows, kept, ids, places = (tensors[name] for name in ("rows", "kept", "input_ids", "position_ids"))
+    _need(rows.dtype in FLOATS.values() and rows.dim() == 2, f"rows are {_told(rows)}")
+    _need(0 < rows.numel() <= MAX_NUMBERS, f"rows are {_told(rows)}, none or too many")
+    check_range("rows", rows)
+    _check_shape("kept", kept, torch.int64, (-1,))
+    _need(0 < len(kept) <= len(rows), f"{len(kept)} kept tokens and {len(rows)} rows do not fit each other")
+    check_range("kept", kept, 0, total - 1)
+    _need(_ascending(kept), "kept is not sorted, or holds a token twice")
+    _check_shape("input_ids", ids, torch.int64, (-1,))
+    _need(len(ids) >= len(rows), f"{len(ids)} input_ids and {len(rows)} rows do not fit each other")
+    check_range("input_ids", ids, 0)
+    _check_shape("position_ids", places, torch.int64, (3, len(ids)) if places.dim() == 2 else (len(ids),))
+    check_range("position_ids", places, 0, MAX_POSITION)
+    if header["positions"] == "compact":
+        _need(torch.equal(places, torch.arange(len(ids))), "position_ids are not compact")
+    _need(places.dim() == 2 or _ascending(places), "position_ids do not ascend")
+    _need(tensors["saliency"].dtype in FLOATS.values(), f"saliency is {_told(tensors['saliency'])}")
+    _check_shape("saliency", tensors["saliency"], None, (total,))
+    check_range("saliency", tensors["saliency"], 0)
+    if "relevance" in tensors:
+        _check_shape("relevance", tensors["relevance"], torch.float32, (total,))
+        check_range("relevance", tensors["relevance"])
+    if "slots" in tensors:
+        slots = tensors["slots"]
+        _check_shape("slots", slots, torch.int64, (len(rows),))
+        check_range("slots", slots, -1)
+        _need(torch.equal(slots[slots >= 0].sort().values, kept), "slots and kept do not fit each other")
+    firsts = torch.tensor([0, *counts]).cumsum(0)
+    places_of = torch.searchsorted(kept, firsts)  # where each image's own begin among the kept
+    own = [part - first for part, first in zip(kept.split(places_of.diff().tolist()), firsts, strict=False)]
+    for image, part in zip(images, own, strict=True):
+        _check_origin(image, len(part))
+    if header.get("inside") is not None:
+        _need("slots" in tensors, "it does not say which visual tokens its rows are")
+        _check_inside(header["inside"], images, own)
+
+
+def _check_origin(image: Mapping[str, Any], kept: int) -> None:
+    """How an image, with its `kept` tokens, was divided."""
+    region, zones = image.get("region"), image.get("zones")
+    if region is not None:
+        _need(_all_whole(region, 0, GRID - 1) and len(region) == 4, "a region is no box")
+        _need(region[0] <= region[2] and region[1] <= region[3], "a region is no box")
+    if zones is not None:
+        _need(isinstance(zones, dict) and _all_whole(zones.get("budgets"), 0, kept), "zones have no budgets")
+        sides = [zones.get("rows"), zones.get("cols")]
+        if len(image["views"]) == 1:
+            sides = [[side] for side in sides]
+        _need(all(_all_whole(side, 1, 1 << 31) and len(side) == len(image["views"]) for side in sides), "zones")
+        cells = sum(high * wide for high, wide in zip(*sides, strict=True))
+        _need(cells == len(zones["budgets"]), f"{cells} zones have {len(zones['budgets'])} budgets")
+        _need(sum(zones["budgets"]) == kept, "the zones' budgets are not what was kept")
+    localizer, ratios = image.get("localizer"), image.get("ratios")
+    if localizer is not None:
+        _need(isinstance(localizer, dict) and isinstance(localizer.get("name"), str), "a localizer has no name")
+        _need(isinstance(localizer.get("answer", ""), str), "a localizer's answer is no text")
+        _need(isinstance(localizer.get("parsed", True), bool), "a localizer's answer was parsed or not")
+    if ratios is not None:
+        _need(isinstance(ratios, dict) and ratios.keys() == {"inside", "outside"}, "ratios are of two sides")
+        _need(all(ratio is None or _number(ratio, 1, 1 << 31) for ratio in ratios.values()), "ratios are no numbers")
+
+
+def _check_inside(parts: Any, images: Sequence[Mapping[str, Any]], kept: Sequence[Tensor]) -> None:
+    """What leaves inside the language model; `kept` holds each image's own tokens."""
+    _need(isinstance(parts, dict) and isinstance(parts.get("stages"), list) and bool(parts["stages"]), "no stages")
+    tokens = parts.get("tokens")
+    _need(_all_whole(tokens, 0, 1 << 31) and 0 < len(tokens) <= MAX_LAYERS, "no number of tokens for each layer")
+    for stage in parts["stages"]:
+        _need(isinstance(stage, dict) and isinstance(stage.get("rule"), dict), "a stage has no rule")
+        _need(_whole(stage.get("layer"), 0, len(tokens) - 1), f"a stage is at none of {len(tokens)} layers")
+        _need(_all_whole(stage.get("keep"), 0, 1 << 31), "a stage keeps no number of tokens")
+        _need(stage.get("positions") in ("original", "compact"), "a stage's positions")
+        _check_rule(stage["rule"])
+    layers = [stage["layer"] for stage in parts["stages"]]
+    _need(layers == sorted(set(layers)), "its stages do not ascend")
+    each = len(parts["stages"][0]["keep"])
+    _need(each in (1, len(images)), f"a stage keeps tokens of {each} images")
+    _need(all(len(stage["keep"]) == each for stage in parts["stages"]), "its stages do not fit each other")
+    present = [len(own) for own in kept]
+    leaving = Inside.from_json(parts)
+    planned = plan(leaving.stages, present if each > 1 or len(images) == 1 else [sum(present)], len(tokens))
+    _need(leaving == planned, "its stages and the tokens in each layer do not fit each other")
+    for stage in leaving.stages:
+        if isinstance(stage.rule, Region):
+            _need(each == len(images), "a stage keeps regions of no images")
+            for image, own, keep in zip(images, kept, stage.keep, strict=True):
+                _need(image.get("region") is not None, "a stage keeps a region, and there is none")
+                within = inside(views_of(image["views"]), tuple(image["region"]))[own]
+                _need(int(within.sum()) == keep, "a stage does not keep what is inside its region")
+
+
+def _check_rule(parts: Mapping[str, Any]) -> None:
+    """The rule of a stage: its name, and options of the kinds that it has."""
+    name = parts.get("name")
+    _need(isinstance(name, str) and name in RULES, f"unknown rule {name!r}")
+    assert isinstance(name, str)
+    kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(RULES[name])}
+    _need(parts.keys() == kinds.keys() | {"name"}, f"rule {name} has other options")
+    for option, kind in kinds.items():
+        good = _whole(parts[option], 0, 1 << 31) if kind is int else _number(parts[option], 0, 1e9)
+        _need(good, f"{option} of rule {name} is of no use")
+
+
+def _count(views: Any) -> int:
+    """How many visual tokens there are in views as a header tells them."""
+    _need(isinstance(views, list) and len(views) > 0, "it has no views")
+    for view in views:
+        _need(isinstance(view, dict), "a view is no object")
+        _need(_all_whole([view.get("rows"), view.get("cols")], 1, 1 << 31), "a view has no rows and columns")
+        box = view.get("box")
+        _need(isinstance(box, list) and len(box) == 4, "a view covers no box")
+        _need(all(_number(side, -MAX_COORDINATE, MAX_COORDINATE) for side in box), "a view covers no box")
+        _need(box[0] < box[2] and box[1] < box[3], "a view covers no box")
+    return sum(view["rows"] * view["cols"] for view in views)
+
+
+def views_of(parts: Sequence[Mapping[str, Any]]) -> tuple[View, ...]:
+    return tuple(View(part["rows"], part["cols"], tuple(part["box"])) for part in parts)
+
+
+def _check_texts(header: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        _need(isinstance(header.get(name), str), f"its {name} is no text")
+
+
+def _check_shape(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...]) -> None:
+    """-1 is any length."""
+    fits = len(shape) == tensor.dim() and all(w in (-1, g) for w, g in zip(shape, tensor.shape, strict=True))
+    _need(fits and dtype in (None, tensor.dtype), f"{name}: {_told(tensor)} does not fit")
+
+
+def check_range(name: str, tensor: Tensor, low: float = -torch.inf, high: float = torch.inf) -> None:
+    """Numbers, all of them, from `low` to `high` and finite. Needs no memory of the tensor's size."""
+    if not tensor.numel():
+        return
+    least, most = (bound.item() for bound in tensor.aminmax())  # not a number where one of them is none
+    _need(low <= least <= most <= high and -torch.inf < least <= most < torch.inf, f"{name} from {least} to {most}")
+
+
+def _ascending(values: Tensor) -> bool:
+    return bool((values[1:] > values[:-1]).all())
+
+
+def _need(holds: bool, reason: str) -> None:
+    if not holds:
+        raise ValueError(reason)
+
+
+def _told(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _all_whole(values: Any, low: int, high: int) -> bool:
+    return isinstance(values, list) and all(_whole(value, low, high) for value in values)
+
+
+def _number(value: Any, low: float, high: float) -> bool:
+    """Compared without a conversion, which fails for a whole number of 400 digits. No number is no number here."""
+    return type(value) in (int, float) and low <= value <= high
