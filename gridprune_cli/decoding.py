@@ -190,17 +190,20 @@ def _apart(image: Image.Image) -> bool:
 def _decode_apart(data: bytes, clock: Clock) -> tuple[Image.Image, tuple[str, ...]]:
     folders = [str(Path(module).resolve().parents[1]) for module in (__file__, cast(str, PIL.__file__))]
     code = f"import sys; sys.path += {folders!r}; from gridprune_cli.decoding import _serve; _serve()"
-    with tempfile.TemporaryFile() as complaints:  # no pipe, so that what fills it is left out
+    # files, not pipes: the worker needs no one to feed it, and complaints that would fill its file are left out
+    with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as complaints:
+        file.write(data)
+        file.seek(0)
         worker = subprocess.Popen(
             [sys.executable, "-I", "-S", "-W", "ignore", "-c", code],
-            stdin=subprocess.PIPE,
+            stdin=file,
             stdout=subprocess.PIPE,
             stderr=complaints,
             env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # address space that threads reserve would count as memory
         )
         with worker:
             try:
-                out = _communicate(worker, data, clock)
+                out = _output(worker, clock)
             except BaseException:
                 worker.kill()
                 raise
@@ -219,13 +222,11 @@ def _decode_apart(data: bytes, clock: Clock) -> tuple[Image.Image, tuple[str, ..
     return Image.frombytes("RGB", tuple(answer["size"]), memoryview(out)[len(head) + 1 :]), tuple(answer["notes"])
 
 
-def _communicate(worker: "subprocess.Popen[bytes]", data: bytes, clock: Clock) -> bytes:
-    rest: bytes | None = data
+def _output(worker: "subprocess.Popen[bytes]", clock: Clock) -> bytes:
     while True:
         clock.check()
         with suppress(subprocess.TimeoutExpired):
-            return worker.communicate(rest, timeout=0.2)[0]
-        rest = None  # it goes on with what is left of the data
+            return worker.communicate(timeout=0.2)[0]
 
 
 def _serve() -> None:
