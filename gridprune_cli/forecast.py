@@ -4,6 +4,7 @@ An image's bytes follow from its number of visual tokens, which the family's set
 the width of a state, which its config gives. What else is in a file is rounded up.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,10 +52,17 @@ def forecast(
     refresh: bool = False,
     step: Callable[[], None] = lambda: None,
 ) -> Forecast:
-    """Looks at every image: its bytes, for the key, and its header. Calls `step` after each."""
+    """Looks at every image: its bytes, for the key, and its header. Calls `step` after each.
+
+    A pipe is counted as one to encode, of no size.
+    """
     hits = encode = unreadable = written = growth = total = 0
     seen: set[str] = set()
     for image in images:
+        if os.path.exists(image) and not os.path.isfile(image):  # a pipe can be read only once, and is not to be waited for
+            encode += 1
+            step()
+            continue
         try:
             sha256, name, data = identify(image)
             key = pipeline.key(sha256)
@@ -78,7 +86,7 @@ def may_lack_room(pipeline: Pipeline, store: Store, images: Sequence[Path]) -> b
     """Whether a closer look is due: by the headers of some images, all of them, none of them cached, would not fit."""
     sizes = []
     for image in images[:: -(-len(images) // SAMPLE)] if images else ():
-        if not image.is_file():  # a pipe, as the shell's <(...) is, can be read only once
+        if not os.path.isfile(image):  # a pipe, as the shell's <(...) is, can be read only once
             continue
         try:
             sizes.append(entry_bytes(pipeline, measure(image)))
