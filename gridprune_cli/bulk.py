@@ -13,19 +13,21 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any, TypeVar
 
 import torch
 
+from gridprune_cli.decoding import BYTES_PER_PIXEL, stop_when
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.generation import generate
-from gridprune_cli.images import Picture, Source, identify, load_image
+from gridprune_cli.images import Picture, Source, identify, load_image, memory_of
 from gridprune_cli.localize import Localized
 from gridprune_cli.pipeline import Asked, Pipeline, Pruning
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
-_MOST_PIXELS = 100_000_000  # held decoded at once; about 300 MB
+_MOST_PIXELS = 36_000_000  # that wait decoded for the tower; about 150 MB
+_MOST_MEMORY = 1_050_000_000  # bytes that reading ahead takes; the largest image alone takes as much
 _MOST_BYTES = 1 << 29  # of rows of pruned sets that wait for their turn
 _GROUP = 4  # batches of questions among which those of like length are put together
 _WORKERS = 16  # threads at most; more would wait for one another
@@ -131,20 +133,23 @@ class Bulk:
         """
         _ = self.pipeline.family.encoder  # made before the threads ask for it
         with ExitStack() as stack:
-            readers, writer = ThreadPoolExecutor(_workers()), ThreadPoolExecutor(1)
+            room = _Room(_MOST_MEMORY)
+            readers = ThreadPoolExecutor(_workers(), initializer=stop_when, initargs=(lambda: room.closed,))
+            writer = ThreadPoolExecutor(1)
             stack.callback(writer.shutdown)  # what is on its way to the disk gets there
             stack.callback(readers.shutdown, cancel_futures=True)
+            stack.callback(room.close)  # an image that is being read is not waited for
             latest: dict[str, EncodedImage] = {}  # by sha256: the same file again, read before it was written
             waiting: list[_Read] = []
             done: list[_Done] = []
             # a tower on the CPU takes all cores: reading beside it slows it by more than reading between batches takes
             beside = self.pipeline.family.device != "cpu"
             work = partial(self._read, refresh=refresh, several=several)
-            for read in _ahead(readers, work, sources, 2 * self._images.size, beside=beside):
+            for read in _ahead(readers, work, sources, 2 * self._images.size, room, beside=beside):
                 waiting.append(read)
                 pictures = [r.found for r in waiting if isinstance(r.found, Picture)]
-                room = sum(map(_pixels, pictures)) <= _MOST_PIXELS and len(waiting) < 4 * self._images.size
-                if not pictures or len(pictures) >= self._images.size or not room:
+                full = sum(map(_pixels, pictures)) > _MOST_PIXELS or len(waiting) >= 4 * self._images.size
+                if not pictures or len(pictures) >= self._images.size or full:
                     now = self._see(waiting, latest, writer, several)
                     yield from _written(done)  # while the tower ran
                     done, waiting = now, []
@@ -160,6 +165,7 @@ class Bulk:
                 return _Read(name, hit)
             picture = self._load(data, name)
             self.pipeline.check(picture)
+            del data  # preparing takes the most memory
         except Exception as fault:
             return _Read(name, _named(name, _told(fault)))
         if not (several and self.pipeline.family.together):
@@ -417,27 +423,84 @@ def _written(done: Iterable[_Done]) -> Iterator[tuple[str, EncodedImage | Gridpr
             yield one.name, _named(one.name, one.result), False
 
 
+class _Room:
+    """Bytes of memory that threads may take, granted in the order of tickets 0, 1, ...; each is to `enter`, in turn.
+
+    What is more than all of it gets in alone. Since no one waits for a later one, none waits for ever.
+    """
+
+    def __init__(self, most: int):
+        self.most, self.closed = most, False
+        self.blocked = False  # whether the next in turn waits
+        self._held: dict[int, int] = {}
+        self._turn, self._changed = 0, Condition()
+
+    def enter(self, ticket: int, size: int) -> None:
+        """Waits until `size` bytes are there. Raises GridpruneError once it is closed."""
+
+        def fits() -> bool:
+            if self._turn != ticket:
+                return False
+            self.blocked = bool(self._held) and sum(self._held.values()) + size > self.most
+            return not self.blocked
+
+        with self._changed:
+            self._changed.wait_for(lambda: self.closed or fits())
+            if self.closed:
+                raise GridpruneError("interrupted")
+            self._held[ticket] = size
+            self._turn += 1
+            self._changed.notify_all()
+
+    def leave(self, ticket: int) -> None:
+        """Gives back what `enter` took."""
+        with self._changed:
+            self._held.pop(ticket, None)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Lets everyone go who waits, and those who read stop."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+
 def _ahead(
-    threads: ThreadPoolExecutor, work: Callable[[Source], _Read], sources: Iterable[Source], most: int, *, beside: bool
+    threads: ThreadPoolExecutor,
+    work: Callable[[Source], _Read],
+    sources: Iterable[Source],
+    most: int,
+    room: _Room,
+    *,
+    beside: bool,
 ) -> Iterator[_Read]:
     """What `work` makes of sources, in turn, up to `most` of them ahead; fewer where pictures are large.
 
     `beside`: while the caller does other things. Else none of it goes on meanwhile.
     """
-    rest = iter(sources)
-    flying: deque[Future[_Read]] = deque()
-    recent = deque([_MOST_PIXELS // 4], maxlen=8)  # pixels; how large the first ones are is not known
+
+    def enter(ticket: int, source: Source) -> _Read:
+        room.enter(ticket, memory_of(source))
+        return work(source)
+
+    rest = enumerate(sources)
+    flying: deque[tuple[int, Future[_Read]]] = deque()
+    recent = deque([_MOST_MEMORY // 4], maxlen=8)  # bytes; how large the first ones are is not known
     while True:
         if beside or not flying:
-            room = min(most, max(1, _MOST_PIXELS // max(1, *recent)))
-            while len(flying) < room and (source := next(rest, None)) is not None:
-                flying.append(threads.submit(work, source))
+            several = min(most, max(1, _MOST_MEMORY // max(1, *recent)))
+            while len(flying) < several and (pair := next(rest, None)) is not None:
+                flying.append((pair[0], threads.submit(enter, *pair)))
             if not beside:
-                wait(flying)
+                # one that waits for room gets it only when others have been handed on
+                while wait([future for _, future in flying], timeout=0.05).not_done and not room.blocked:
+                    pass
         if not flying:
             return
-        read = flying.popleft().result()
-        recent.append(_pixels(read.found))
+        ticket, future = flying.popleft()
+        read = future.result()
+        room.leave(ticket)
+        recent.append(BYTES_PER_PIXEL * _pixels(read.found))
         yield read
 
 

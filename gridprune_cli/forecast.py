@@ -52,10 +52,17 @@ def forecast(
     refresh: bool = False,
     step: Callable[[], None] = lambda: None,
 ) -> Forecast:
-    """Looks at every image: its bytes, for the key, and its header. Calls `step` after each."""
+    """Looks at every image: its bytes, for the key, and its header. Calls `step` after each.
+
+    A pipe is counted as one to encode, of no size.
+    """
     hits = encode = unreadable = written = growth = total = 0
     seen: set[str] = set()
     for image in images:
+        if os.path.exists(image) and not os.path.isfile(image):  # a pipe can be read only once, and is not to be waited for
+            encode += 1
+            step()
+            continue
         try:
             sha256, name, data = identify(image)
             if not pipeline.chosen:

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -222,10 +223,68 @@ def test_few_pictures_are_held_however_many_there_are(pipeline, noise, tmp_path,
 
     for most, size in ((bulk_module._MOST_PIXELS, 2), (2499, 2), (2499, 50)):
         monkeypatch.setattr(bulk_module, "_MOST_PIXELS", most)
+        monkeypatch.setattr(bulk_module, "_MOST_MEMORY", 14 * most)
         read = 0
         for given, _ in enumerate(Bulk(pipeline, images=size, notice=silent).encode(sources(), refresh=True)):
             assert read - given <= 4 * 2
         assert read == 200
+
+
+def test_room_is_granted_in_turn_and_never_more_than_there_is():
+    room, held, most, order = bulk_module._Room(100), [0], [0], []
+    sizes = [60, 30, 90, 5, 250, 40, 60, 10]
+    lock = threading.Lock()
+
+    def take(ticket):
+        room.enter(ticket, sizes[ticket])
+        with lock:
+            order.append(ticket)
+            held[0] += sizes[ticket]
+            most[0] = max(most[0], held[0] if sizes[ticket] <= 100 else 0)
+            assert sizes[ticket] <= 100 or held[0] == sizes[ticket]  # what is more than all gets in alone
+        threading.Event().wait(0.01)
+        with lock:
+            held[0] -= sizes[ticket]
+        room.leave(ticket)
+
+    with ThreadPoolExecutor(8) as threads:
+        futures = [threads.submit(take, ticket) for ticket in reversed(range(8))]
+        for future in futures:
+            future.result(timeout=10)
+    assert sorted(order) == list(range(8)) and most[0] <= 100
+
+
+def test_who_waits_for_room_goes_when_it_is_closed():
+    room = bulk_module._Room(1)
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(room.enter, 1, 1)  # whose turn never comes
+        room.close()
+        with pytest.raises(GridpruneError, match="interrupted"):
+            future.result(timeout=10)
+
+
+def test_large_pictures_are_read_one_at_a_time_and_all_of_them(pipeline, noise, tmp_path, monkeypatch):
+    paths, now, most = [], [0], [0]
+    for number in range(6):
+        paths.append(tmp_path / f"{number}.png")
+        noise((60 + number, 60)).image.save(paths[-1])
+
+    def load(data, name):
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        threading.Event().wait(0.01)
+        picture = load_image(data, name)
+        now[0] -= 1
+        return picture
+
+    monkeypatch.setattr(bulk_module, "_workers", lambda: 4)
+    for memory, together in ((bulk_module._MOST_MEMORY, 4), (1, 1)):
+        monkeypatch.setattr(bulk_module, "_MOST_MEMORY", memory)
+        most[0] = 0
+        bulk = Bulk(pipeline, notice=silent, load=load)
+        results = [result for _, result, _ in bulk.encode(paths, refresh=True)]
+        assert len(results) == 6 and all(isinstance(result, EncodedImage) for result in results)
+        assert 1 <= most[0] <= together
 
 
 def test_a_cache_that_cannot_be_written_stops_encode_all_and_not_bulk(tiny_llava, pictures, tmp_path):

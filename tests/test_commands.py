@@ -433,8 +433,8 @@ def test_notes_are_told_on_a_hit_too(run, tmp_path):
     frames = [Image.new("RGB", (60, 60), colour) for colour in ("red", "blue")]
     frames[0].save(animated, save_all=True, append_images=frames[1:])
     for _ in range(2):
-        assert "first of 2" in run("ask", animated, QUESTION)[2]
-    assert "first of 2" in run("encode", animated)[2]
+        assert "the first frame is taken" in run("ask", animated, QUESTION)[2]
+    assert "the first frame is taken" in run("encode", animated)[2]
 
 
 def test_encode_into_a_cache_that_cannot_be_written_fails(run, image, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from gridprune_cli import images
+from gridprune_cli import decoding, images
 from gridprune_cli.errors import BadInput
 from gridprune_cli.images import find_images, identify, load_image, read_image, read_source
 
@@ -181,7 +181,9 @@ def test_of_several_frames_the_first_is_taken_and_that_is_noted(kind: str) -> No
     options = {"lossless": True} if kind == "WEBP" else {}
     picture = load_image(write(frames[0], kind, save_all=True, append_images=frames[1:], **options))
     assert picture.image.getpixel((3, 3)) == (255, 0, 0)
-    assert picture.notes == ("several pages: first of 3" if kind == "TIFF" else "animated: first of 3 frames",)
+    assert picture.notes == (
+        "several pages: the first is taken" if kind == "TIFF" else "animated: the first frame is taken",
+    )
 
 
 def test_a_camera_jpeg_with_a_preview_is_one_picture() -> None:
@@ -264,7 +266,7 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(monkeypatch: py
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         for width, height in ((20_000, 20_000), (2**31 - 1, 2**31 - 1)):
             assert "million" in refused(_claims(width, height))
-    monkeypatch.setattr(images, "MAX_PIXELS", 60)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 60)
     assert pixels(write(Image.fromarray(RGB))).shape == (6, 10, 3)
     assert "10 x 7 pixels" in refused(write(Image.new("RGB", (10, 7))))
 
@@ -296,9 +298,9 @@ def test_nothing_is_printed() -> None:
     palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
     palette.putpalette([0] * 6)
     code = "import sys; from gridprune_cli.images import *; load_image('-')"
-    for data in (write(palette, transparency=b"\0\x80"), write(Image.new("1", (9500, 9500)))):  # both make Pillow warn
-        done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True)
-        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    data = write(palette, transparency=b"\0\x80")  # makes Pillow warn
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
