@@ -42,7 +42,8 @@ def losses(plan: Plan, rows: Rows) -> tuple[list[Cell], list[Item]]:
     """The cells at the keep nearest to the default, and the questions on which they lose most against all tokens.
 
     Most first: what the method that was named first loses counts before what all lose together, since a weak method
-    loses everywhere. Of equal ones, the one that was asked first. Only questions that lose at all.
+    loses everywhere. Of equal ones, the one that was asked first. Only questions that lose at all, about one image:
+    what was kept of several can't be drawn as one picture.
     """
     keeps = {cell.pruning.keep for cell in plan.cells if cell.name != FULL.name}
     shown = min(keeps, key=lambda keep: (abs(keep - _USUAL_KEEP), keep), default=None)
@@ -52,7 +53,8 @@ def losses(plan: Plan, rows: Rows) -> tuple[list[Cell], list[Item]]:
         each = [rows[place(FULL, item)].score - rows[place(cell, item)].score for cell in cells]
         return max(each[0], 0.0), sum(max(loss, 0.0) for loss in each)
 
-    worst = sorted((item for item in plan.data.items if cells and lost(item)[1] > 0), key=lost, reverse=True)
+    drawable = [item for item in plan.data.items if len(item.images) == 1]
+    worst = sorted((item for item in drawable if cells and lost(item)[1] > 0), key=lost, reverse=True)
     return cells, worst[:LOSSES]
 
 

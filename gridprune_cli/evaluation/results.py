@@ -34,7 +34,7 @@ def summarise(plan: Plan, rows: Rows) -> dict[str, Any]:
     """
     items = plan.data.items
     full = _column(rows, FULL, items)
-    images = len({row.key for row in full})
+    images = len({key for row in full for key in row.key.split()})
     return {
         "images": images,
         "caption": _caption(len(items), images, plan.metric),
