@@ -468,6 +468,24 @@ def test_the_report_is_one_file_with_curves_bars_and_pictures():
     assert text == report.html(plan, results, rows, picture)  # nothing in it depends on the time
 
 
+@needs_report
+def test_categories_and_options_are_text_in_the_report_and_the_table():
+    """Dollars are no mathematics, bars divide no cells, and a terminal that shows a file obeys nothing in it."""
+    plan, rows = made_up()
+    odd = "$x$ $\\frac{ | `a` \x1b[31m\nb\u202ec\ud800"
+    items = tuple(replace(item, category=odd) for item in plan.data.items)
+    plan = replace(plan, data=replace(plan.data, items=items), cells=(Cell(odd, HALF.pruning),))
+    rows |= {(odd, *where[1:]): row for where, row in rows.items() if where[0] == "half"}
+    results = plan_results(plan, rows)
+    text = report.html(plan, results, rows, lambda *_: Image.new("RGB", (9, 5)))
+    shown = r"$x$ $\frac{ | `a` \x1b[31m\nb\u202ec\ud800"
+    assert text.count(shown) == 3  # in both legends, and below the bars
+    table = markdown(results)
+    assert table.splitlines()[3].startswith(r"| $x$ $\\frac{ \| \`a\` \x1b[31m\nb\u202ec\ud800 | 0.5 |")
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()[:4]}) == 1
+    assert not re.search("[\x1b\u202e\ud800]", text + table)
+
+
 def plan_results(plan, rows):
     told = {"model": "tiny", "data": "made up", "device": "cpu", "dtype": "float32", "versions": {"gridprune": "0"}}
     return told | summarise(plan, rows)

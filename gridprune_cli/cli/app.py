@@ -16,10 +16,11 @@ from gridprune_cli.cli.evaluate import evaluate
 from gridprune_cli.cli.export import export
 from gridprune_cli.cli.generate import generate
 from gridprune_cli.cli.models import models
-from gridprune_cli.cli.output import printable, set_quiet
+from gridprune_cli.cli.output import set_quiet
 from gridprune_cli.cli.prune import prune
 from gridprune_cli.cli.show import show
 from gridprune_cli.errors import GridpruneError
+from gridprune_cli.text import printable
 
 app = typer.Typer(
     name="gridprune",

@@ -15,6 +15,7 @@ from gridprune_cli.generation import generate
 from gridprune_cli.images import identify, load_image
 from gridprune_cli.pipeline import Asked, Pipeline, Pruning
 from gridprune_cli.pruning.methods import make
+from gridprune_cli.text import to_json
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
 SETTINGS, SAMPLES = "settings.json", "samples.jsonl"
@@ -142,7 +143,7 @@ def fill(pipeline: Pipeline, plan: Plan, folder: Path, rows: Rows, step: Callabl
     try:
         with open(folder / SAMPLES, "ab") as file:
             for lines in answers(pipeline, plan, rows):
-                file.write(b"".join(json.dumps(line, ensure_ascii=False).encode(*_UTF8) + b"\n" for line in lines))
+                file.write(b"".join(to_json(line).encode(*_UTF8) + b"\n" for line in lines))
                 file.flush()
                 for _ in lines:
                     step()
