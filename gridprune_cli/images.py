@@ -59,8 +59,8 @@ def read_image(source: str | Path) -> bytes:
     Raises BadInput for a file that is missing, a folder, empty, or larger than MAX_BYTES.
     """
     name = _shown(str(source))
-    if name == "-" and sys.stdin.isatty():
-        raise BadInput("-: stdin is a terminal; pipe an image into it")
+    if name == "-" and (sys.stdin is None or sys.stdin.isatty()):
+        raise BadInput("-: stdin is a terminal or closed; pipe an image into it")
     try:
         with nullcontext(sys.stdin.buffer) if name == "-" else open(source, "rb") as file:
             data = file.read(MAX_BYTES + 1)
