@@ -24,7 +24,7 @@ def ask(data: Data, storage: str, dtype: str) -> tuple[Rows, int]:
     rows: Rows = {}
     for _ in answers(pipeline, Plan(data, (PRUNED,)), rows):
         pass
-    return rows, len(encode(pipeline, data, [data.items[0]], {})[data.items[0].image].to_bytes())
+    return rows, len(encode(pipeline, data, [data.items[0]], {})[data.items[0].images[0]].to_bytes())
 
 
 def column(rows: Rows, cell: Cell, data: Data) -> list[Row]:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     given = parser.parse_args()
     data = open_data(f"scenes:{given.questions}")
-    images = np.array([item.image for item in data.items])
+    images = np.array([item.images[0] for item in data.items])
     print(f"{given.questions} held-out questions about {len(set(images))} images, computed in {given.dtype}:\n")
     print("| storage | KiB per image | keep | score | difference to full | same answer |")
     print("|---|---|---|---|---|---|")

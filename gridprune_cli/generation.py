@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.inner import prune_inside
+from gridprune_cli.text import visible
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.family import Family
 
@@ -47,6 +48,13 @@ class _Clock(LogitsProcessor):
                 torch.cuda.synchronize()
             self.first = time.perf_counter()
         return scores
+
+
+class _Printer(TextStreamer):
+    """Prints an answer as it comes; what a terminal would obey in it is made visible."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(visible(text), stream_end)
 
 
 def prompts(family: Family, batch: Sequence[PrunedSet]) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +136,7 @@ def generate(
             **family.extras(ids),
             max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList([clock]),
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+            streamer=_Printer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
             **{"do_sample": False} | options | {name: value for name, (value, _) in _FIXED.items()},
         )
     end = time.perf_counter()

@@ -39,8 +39,8 @@ def read_image(source: str | Path) -> bytes:
     nothing is written for MAX_SECONDS.
     """
     name, most = _shown(str(source)), int(MAX_BYTES * scale())
-    if name == "-" and sys.stdin.isatty():
-        raise BadInput("-: stdin is a terminal; pipe an image into it")
+    if name == "-" and (sys.stdin is None or sys.stdin.isatty()):
+        raise BadInput("-: stdin is a terminal or closed; pipe an image into it")
     try:
         if name == "-":
             data = sys.stdin.buffer.read(most + 1)

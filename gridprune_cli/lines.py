@@ -1,6 +1,6 @@
 """Lines of questions, `{"image": ..., "question": ...}` a line: read, told apart, and found again in what was written.
 
-Nothing here needs torch.
+`batch`, `prune --batch` and `eval` read them here, within the bounds below. Nothing here needs torch.
 """
 
 import json
@@ -8,7 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
@@ -16,6 +16,14 @@ from typing import Any, BinaryIO, TypeVar
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.files import canonical, digest
+
+MAX_LINE = 1 << 20  # bytes; some 100 pages of text beside a question, and 1,000 such lines fit in memory
+MAX_DEPTH = 100  # levels of lists and objects in a line; Python's own limit lies near 1,000 and moves with the caller
+MAX_QUESTION = 1 << 16  # characters, some 16,000 tokens: longer ones take seconds to tokenize and to match
+MAX_IMAGES = 64  # of one question, all of which are held until it is answered
+_WINDOW_BYTES = 16 * MAX_LINE  # of lines that are worked on together; parsed, they take up to 30 times as much
+_QUEUE = 16  # lines that are read ahead
+_MAX_RESULT = 16 * MAX_LINE  # bytes of a line of results: the line that it repeats, with escapes, and the answer
 
 _OWN = ("id", "image", "question", "keep")
 _START = b'{"id": '  # of every line that `batch` writes
@@ -32,6 +40,7 @@ class Item:
     place     of the line, as in `questions.jsonl:7`
     images    as written in the line, one or several
     extra     what else the line holds
+    size      bytes of the line
     """
 
     id: Any
@@ -41,6 +50,7 @@ class Item:
     keep: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     fault: str | None = None
+    size: int = 0
 
     def echo(self) -> dict[str, Any]:
         """What a result repeats of the line."""
@@ -52,11 +62,18 @@ class Item:
 
 def parse(line: bytes, place: str) -> Item:
     """Reads a line. `place` is what its fault calls it."""
+    ident = digest(line.decode("latin-1"))[:16]
+    if len(line.rstrip(b"\r\n")) > MAX_LINE:
+        return Item(ident, place, fault=f"{place}: longer than {MAX_LINE} bytes; leave out what is no question")
+    deep = f"{place}: nested more than {MAX_DEPTH} deep; write it flatter"
     try:
         value = json.loads(line, parse_constant=_refuse)
+        if not _within_depth(value):  # what is read here must be writable, and readable again from the results
+            return Item(ident, place, fault=deep)
         ident = digest(value)[:16]
-    except (ValueError, RecursionError) as fault:
-        ident = digest(line.decode("latin-1"))[:16]
+    except RecursionError:
+        return Item(ident, place, fault=deep)
+    except ValueError as fault:
         return Item(ident, place, fault=f"{place}: not JSON ({fault}); write an object a line")
     if not isinstance(value, dict):
         return Item(ident, place, fault=f'{place}: not an object; write {{"image": ..., "question": ...}}')
@@ -74,9 +91,41 @@ def parse(line: bytes, place: str) -> Item:
         return Item(ident, place, fault=f"{place}: question is no text; ask something")
     extra = {name: given for name, given in value.items() if name not in _OWN}
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
-        why = f"{place}: keep {keep!r}: must be above 0 and at most 1"
+        why = f"{place}: keep {repr(keep)[:40]}: must be above 0 and at most 1"
         return Item(ident, place, images, question, None, extra, why)
+    try:
+        check_question(question, len(images))
+    except BadInput as fault:
+        return Item(ident, place, images, question, keep, extra, f"{place}: {fault}")
     return Item(ident, place, images, question, keep, extra)
+
+
+def check_question(question: str, images: int = 1) -> None:
+    """Raises BadInput for a question that is empty, too long, no Unicode text as JSON can hold it, or of many images.
+
+    The bounds are `MAX_QUESTION` and `MAX_IMAGES`.
+    """
+    if not question.strip():
+        raise BadInput("the question is empty; ask something")
+    if len(question) > MAX_QUESTION:
+        raise BadInput(f"the question has {len(question)} characters; at most {MAX_QUESTION} can be asked")
+    if any("\ud800" <= character <= "\udfff" for character in question):
+        raise BadInput("the question holds half a character, a surrogate alone; write it whole, in UTF-8")
+    if images > MAX_IMAGES:
+        raise BadInput(f"the question is about {images} images; at most {MAX_IMAGES} can be asked about at once")
+
+
+def _within_depth(value: Any) -> bool:
+    """Whether lists and objects lie at most `MAX_DEPTH` deep in each other."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            part
+            for outer in level
+            if isinstance(outer, dict | list)
+            for part in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return not any(isinstance(part, dict | list) for part in level)
 
 
 def _refuse(name: str) -> None:
@@ -131,8 +180,11 @@ class Done:
         if self._file.tell() >= self._end:  # what follows is being written now
             return None
         self._line += 1
+        line = self._file.readline(_MAX_RESULT)
         try:
-            record = json.loads(self._file.readline())
+            if not line.endswith(b"\n"):
+                raise ValueError(f"longer than {_MAX_RESULT} bytes")
+            record = json.loads(line)
             ident, failed = canonical(record["id"]), "error" in record
             if not failed and not isinstance(record["answer"], str):
                 raise ValueError
@@ -173,10 +225,10 @@ class Reader:
         self._file = _stdin() if path == "-" else _open(path)
 
     def __iter__(self) -> Iterator[Item]:
-        for number, line in enumerate(self._file, 1):
+        for number, line in enumerate(_bounded(self._file), 1):
             if not line.strip():
                 continue
-            item = parse(line, f"{self.name}:{number}")
+            item = replace(parse(line, f"{self.name}:{number}"), size=len(line))
             # questions about one image stay together
             if self._mine is not None and not self._mine("\n".join(item.images) or str(item.id)):
                 continue
@@ -194,7 +246,16 @@ class Reader:
         if self._mine is not None or not self.plain:
             return None
         with open(self.name, "rb") as file:
-            return sum(1 for line in file if line.strip())
+            return sum(1 for line in _bounded(file) if line.strip())
+
+
+def _bounded(file: BinaryIO) -> Iterator[bytes]:
+    """Every line; of one that is longer than `MAX_LINE`, as many bytes as show that, and the rest is passed over."""
+    while line := file.readline(MAX_LINE + 1):
+        rest = line
+        while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE + 1)
+        yield line
 
 
 def _open(path: str) -> BinaryIO:
@@ -214,9 +275,12 @@ def _stdin() -> BinaryIO:
         return sys.stdin.buffer
 
 
-def windows(lines: Iterable[T], most: int) -> Iterator[list[T]]:
-    """Lists of what has come, `most` at a time: a slow source is not waited for, and a fast one not read far ahead."""
-    queue: Queue[tuple[T] | BaseException | None] = Queue(most)
+def windows(lines: Iterable[T], most: int, size: Callable[[T], int] = lambda _: 0) -> Iterator[list[T]]:
+    """Lists of what has come, `most` at a time: a slow source is not waited for, and a fast one not read far ahead.
+
+    A list ends early where the bytes of its lines, by `size`, would be too many to hold.
+    """
+    queue: Queue[tuple[T] | BaseException | None] = Queue(min(most, _QUEUE))
 
     def read() -> None:
         try:
@@ -237,7 +301,8 @@ def windows(lines: Iterable[T], most: int) -> Iterator[list[T]]:
             continue
         if isinstance(got, tuple):
             window.append(got[0])
-        if window and (len(window) == most or not isinstance(got, tuple)):
+        full = len(window) == most or sum(map(size, window)) >= _WINDOW_BYTES
+        if window and (full or not isinstance(got, tuple)):
             yield window
             window = []
         if isinstance(got, BaseException):

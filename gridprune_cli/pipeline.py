@@ -15,6 +15,7 @@ from torch import Tensor
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image
+from gridprune_cli.lines import check_question
 from gridprune_cli.localize import LONGEST, RELEVANCE, TEMPLATE, VLM, Localized, read_answer
 from gridprune_cli.pruning.compress import cell_weights, cells, pool, ratio_budget, ratios
 from gridprune_cli.pruning.methods import Method, make
@@ -482,7 +483,7 @@ class Pipeline:
     ) -> list[PrunedSet]:
         """`prune` for many questions, what they have in common done once for all. One that fails fails them all."""
         for one in asked:
-            check_question(one.question)
+            check_question(one.question, len(one.images))
             if one.localized is None and self.localizer(one.pruning, len(one.images)):
                 raise BadInput(
                     f"--localizer {one.pruning.localizer}: must be asked before; pass what Pipeline.localize gives"
@@ -668,9 +669,10 @@ class Pipeline:
         """
         ms = dict.fromkeys(("load", "localize", "encode", "select", "prefill", "decode", "total"), 0.0)
         with _timed(ms, "total"):
-            check_question(question)
+            sources = sources if isinstance(sources, list) else [sources]
+            check_question(question, len(sources))
             pruning = pruning or Pruning()
-            given = [identify(source) for source in (sources if isinstance(sources, list) else [sources])]
+            given = [identify(source) for source in sources]
             localizer, localized = self.localizer(pruning, len(given)), None
             with _timed(ms, "load"):
                 self.find_relevance(pruning)
@@ -820,14 +822,6 @@ def _zones(method: Method, signals: Signals, kept: Tensor) -> dict[str, Any] | N
     budgets = torch.bincount(index[kept], minlength=zones.count).tolist()
     one = len(zones.grids) == 1
     return {"rows": rows[0] if one else rows, "cols": cols[0] if one else cols, "budgets": budgets}
-
-
-def check_question(question: str) -> None:
-    """Raises BadInput for an empty question, and for one that is no Unicode text, as JSON can hold it."""
-    if not question.strip():
-        raise BadInput("the question is empty; ask something")
-    if any("\ud800" <= character <= "\udfff" for character in question):
-        raise BadInput("the question holds half a character, a surrogate alone; write it whole, in UTF-8")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import fields, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from gridprune_cli.evaluation.data import Data, Item, open_data, read_jsonl, sce
 from gridprune_cli.evaluation.results import clustered_error, markdown, summarise
 from gridprune_cli.evaluation.run import FULL, Cell, Plan, Row, answers, place
 from gridprune_cli.images import load_image
+from gridprune_cli.lines import Reader
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene
@@ -77,25 +79,30 @@ def test_scenes_are_held_out_and_counted():
     assert boxes and all(tuple(round(v * SIZE) for v in box) in objects for box in boxes)
 
 
-@pytest.mark.parametrize("name", ["scenes:0", "scenes:", "scenes:x", "scenes:-3", "no-such-file.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    ["scenes:0", "scenes:", "scenes:x", "scenes:-3", "no-such-file.jsonl", "scenes:999999999", "scenes:" + "9" * 5000],
+)
 def test_data_that_is_none(name):
-    with pytest.raises(BadInput, match=re.escape(name)):
+    with pytest.raises(BadInput, match=re.escape(name[:40])):
         open_data(name)
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "no JSON"),
-        ("3", "no JSON object"),
-        ({"id": ""}, "'id' must be text"),
-        ({"id": 1.5}, "'id' must be text"),
-        ({"question": " "}, "'question' must be text"),
+        ("{", "not JSON"),
+        ("3", "not an object"),
+        ("[" * 1000 + "]" * 1000, "nested more than 100 deep"),
+        ({"id": []}, "id is no text"),
+        ({"question": " "}, "the question is empty"),
         ({"image": "elsewhere.png"}, "no image .*elsewhere.png"),
-        ({"answers": "yes"}, "'answers' must be a list"),
-        ({"answers": []}, "'answers' must be a list"),
-        ({"answers": [3]}, "'answers' must be a list"),
-        ({"category": None}, "'category' must be text"),
+        ({"image": ["0.png", "x" * 300]}, "no image .*xxx"),
+        ({"keep": 0.5}, "keep: eval compares the shares of its option --keep"),
+        ({"answers": "yes"}, "answers is no list"),
+        ({"answers": []}, "answers is no list"),
+        ({"answers": [3]}, "answers is no list"),
+        ({"category": None}, "category is no text"),
     ],
 )
 def test_a_bad_line_is_named(questions, line, said):
@@ -107,10 +114,39 @@ def test_a_bad_line_is_named(questions, line, said):
 
 def test_ids_are_unique_and_a_file_is_not_empty(questions):
     line = questions.read_text().splitlines()[0]
-    for text, said in (("", "no question"), (f"{line}\n{line}\n", "two questions have the id '0'")):
+    for text, said in (("", "no question"), (f"{line}\n{line}\n", "two questions have the id 0")):
         questions.write_text(text)
         with pytest.raises(BadInput, match=said):
             read_jsonl(questions)
+
+
+def test_the_lines_of_batch_are_those_of_eval(run, tmp_path):
+    """The questions that ship, and all that a line may hold: numbers and nothing as ids, several images, stdin."""
+    samples = Path(__file__).parent.parent / "sample_images" / "questions.jsonl"
+    asked = [json.loads(line) for line in samples.read_text().splitlines()]
+    data = read_jsonl(samples)
+    assert [(i.image, i.question, list(i.answers)) for i in data.items] == [tuple(line.values()) for line in asked]
+    assert [item.id for item in data.items] == [item.id for item in Reader(str(samples))]
+    several = {"image": ["scene-1.png", str(samples.parent / "scene-2.png")], "question": "Which?", "answers": ["no"]}
+    lines = [several | {"id": 1.5}, asked[0] | {"id": 7, "x": [None]}, several | {"id": "7"}]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\ufeff" + "\n\n".join(map(json.dumps, lines)))
+    shutil.copy(samples.parent / "scene-1.png", tmp_path)
+    out = tmp_path / "out"
+    call = ("eval", path, "-o", out, "--methods", "gridprune, random", "--keep", "0.5")
+    code, _, err = run(*call)
+    assert code == 0, err
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in rows} == {1.5, 7, "7"} and len(rows) == 9
+    (first,) = [row for row in rows if row["id"] == 1.5 and row["cell"] == "gridprune"]
+    assert first["image"] == several["image"] and len(first["key"]) == len(first["region"]) == 2
+    assert json.loads((out / "results.json").read_text())["images"] == 2
+    whole = (out / "samples.jsonl").read_bytes()
+    (out / "samples.jsonl").write_bytes(whole[:-9])
+    assert run(*call)[0] == 0 and (out / "samples.jsonl").read_bytes() == whole  # it goes on from such rows
+    batch = run("batch", path, "--keep", "0.5")[1].splitlines()
+    answers = {row["id"]: row["answer"] for row in rows if row["cell"] == "gridprune"}
+    assert answers == {line["id"]: line["answer"] for line in map(json.loads, batch)}
 
 
 def test_methods_take_the_options_of_ask():
@@ -330,7 +366,7 @@ def test_damage_inside_the_answers_is_named(run, finished):
     whole, call = finished
     samples = whole / "samples.jsonl"
     lines = samples.read_text().splitlines(keepends=True)
-    for bad in ("{\n", "3\n", lines[1].replace('"id": "', '"id": "x')):
+    for bad in ("{\n", "3\n", lines[1].replace('"id": ', '"id": 9')):
         samples.write_text("".join([lines[0], bad, *lines[2:]]))
         code, _, err = run(*call, "-o", whole)
         assert code == 2 and "samples.jsonl:2: damaged" in err
@@ -345,7 +381,7 @@ def made_up(metric="exact"):
     """Six questions about three images under two cells: a plan that no model answers, and rows."""
     truths = ["yes", "no", "yes", "yes", "no", "yes"]
     items = [
-        Item(str(n), f"{n // 2}.png", f"Is it {n}?", (truth,), "first" if n < 2 else "rest", (0.0, 0.0, 0.5, 0.25))
+        Item(str(n), (f"{n // 2}.png",), f"Is it {n}?", (truth,), "first" if n < 2 else "rest", (0.0, 0.0, 0.5, 0.25))
         for n, truth in enumerate(truths)
     ]
     plan = Plan(Data("made up", tuple(items), lambda image: b""), (HALF,), metric)
@@ -355,7 +391,7 @@ def made_up(metric="exact"):
         for n, (item, answer) in enumerate(zip(items, column, strict=True)):
             score = float(answer.lower().strip(".") == item.answers[0])
             region = (0, 0, 3 if n else 2, 3) if cell is HALF else None
-            rows[place(cell, item)] = Row(answer, score, 4 if cell is HALF else 8, f"key {n // 2}", region)
+            rows[place(cell, item)] = Row(answer, score, 4 if cell is HALF else 8, f"key-{n // 2}", region)
     return plan, rows
 
 
@@ -461,6 +497,24 @@ def test_the_report_is_one_file_with_curves_bars_and_pictures():
     assert "<b>half</b>" not in text and "&lt;b&gt;half&lt;/b&gt;" in text
     assert "Is it 1?" in text and "True: no." in text
     assert text == report.html(plan, results, rows, picture)  # nothing in it depends on the time
+
+
+@needs_report
+def test_categories_and_options_are_text_in_the_report_and_the_table():
+    """Dollars are no mathematics, bars divide no cells, and a terminal that shows a file obeys nothing in it."""
+    plan, rows = made_up()
+    odd = "$x$ $\\frac{ | `a` \x1b[31m\nb\u202ec\ud800"
+    items = tuple(replace(item, category=odd) for item in plan.data.items)
+    plan = replace(plan, data=replace(plan.data, items=items), cells=(Cell(odd, HALF.pruning),))
+    rows |= {(odd, *where[1:]): row for where, row in rows.items() if where[0] == "half"}
+    results = plan_results(plan, rows)
+    text = report.html(plan, results, rows, lambda *_: Image.new("RGB", (9, 5)))
+    shown = r"$x$ $\frac{ | `a` \x1b[31m\nb\u202ec\ud800"
+    assert text.count(shown) == 3  # in both legends, and below the bars
+    table = markdown(results)
+    assert table.splitlines()[3].startswith(r"| $x$ $\\frac{ \| \`a\` \x1b[31m\nb\u202ec\ud800 | 0.5 |")
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()[:4]}) == 1
+    assert not re.search("[\x1b\u202e\ud800]", text + table)
 
 
 def plan_results(plan, rows):

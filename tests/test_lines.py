@@ -4,14 +4,17 @@ import json
 import os
 import threading
 import time
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gridprune_cli.cli.batch import line as line_of
 from gridprune_cli.cli.options import in_shard
+from gridprune_cli.cli.output import lines_to
 from gridprune_cli.errors import BadInput
-from gridprune_cli.lines import Done, Reader, parse, windows
+from gridprune_cli.lines import MAX_IMAGES, MAX_LINE, MAX_QUESTION, Done, Reader, parse, windows
 
 
 def item(**fields):
@@ -40,7 +43,17 @@ def test_a_line_without_an_id_is_known_by_what_it_says():
         (b"nothing", "not JSON"),
         (b"\xff\xfe", "not JSON"),
         (b'{"image": "a.png", "question": "What?", "keep": NaN}', "NaN is no JSON"),
-        (b"[" * 100_000, "not JSON"),
+        (b"[" * 100_000, "nested more than 100 deep"),
+        (
+            b'{"image": "a.png", "question": "What?", "x": ' + b"[" * 100 + b"]" * 100 + b"}",
+            "nested more than 100 deep",
+        ),
+        (b'{"image": "a.png", "question": "What?", "x": "' + b"y" * MAX_LINE + b'"}', "longer than 1048576 bytes"),
+        (b'{"image": "a.png", "question": " "}', "the question is empty"),
+        (b'{"image": "a.png", "question": "\\ud800"}', "half a character"),
+        (json.dumps({"image": "a.png", "question": "x" * (MAX_QUESTION + 1)}).encode(), "has 65537 characters"),
+        (json.dumps({"image": ["a.png"] * (MAX_IMAGES + 1), "question": "What?"}).encode(), "about 65 images"),
+        (b'{"image": "a.png", "question": "What?", "keep": 1' + b"0" * 4000 + b"}", "keep 1000"),
         (b"[]", "not an object"),
         (b'{"question": "What?"}', "image is no path"),
         (b'{"image": [], "question": "What?"}', "image is no path"),
@@ -58,7 +71,43 @@ def test_a_line_without_an_id_is_known_by_what_it_says():
 def test_lines_that_cannot_be_used(line, message):
     made = parse(line, "x:3")
     assert made.fault is not None and made.fault.startswith("x:3: ") and message in made.fault
-    assert isinstance(made.id, str) and "\n" not in made.fault
+    assert isinstance(made.id, str) and "\n" not in made.fault and len(made.fault) < 200
+
+
+def test_what_is_as_deep_and_as_long_as_it_may_be_is_read_echoed_and_read_again(tmp_path):
+    """Also in a thread, as `windows` reads, whose stack starts elsewhere than the writer's."""
+    values = {depth: "[" * depth + "]" * depth for depth in (1, 50, 99, 100, *range(975, 990), 5000)}
+    values[2000] = '"' + "\x85" * (MAX_LINE // 2 - 40) + '"'
+    path, out = tmp_path / "q.jsonl", tmp_path / "out.jsonl"
+    lines = [f'{{"id": {i}, "image": "a.png", "question": "What?", "x": {x}}}\n' for i, x in values.items()]
+    path.write_text("".join(lines), "utf-8")
+    items = [item for window in windows(Reader(str(path)), 9, lambda item: item.size) for item in window]
+    assert [item.id for item in items if not item.fault] == [1, 50, 99, 2000]
+    with lines_to(out) as write:
+        for item in items:
+            write(line_of(item, BadInput("x")))
+    done = Done(out)
+    assert all(done.take(item.id) for item in items) and done.failed == len(items)
+
+
+def test_lines_that_are_too_long_are_passed_over_in_little_memory(tmp_path):
+    path = tmp_path / "q.jsonl"
+    good = json.dumps({"id": 1, "image": "a.png", "question": "What?"}).encode()
+    whole = good + b" " * (MAX_LINE - len(good))  # just as long as one may be
+    with open(path, "wb") as file:
+        file.write(whole + b"\n" + good + b"\n")
+        file.truncate(300 << 20)  # the third has 300 MB of nothing in it
+        file.seek(0, 2)
+        file.write(b"\n" + good)
+    tracemalloc.start()
+    reader = Reader(str(path))
+    assert [item.fault and item.place for item in reader] == [None, None, f"{path}:3", None] and reader.count() == 4
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+
+
+def test_a_window_ends_where_its_lines_would_be_too_many_bytes():
+    assert all(len(window) <= 3 for window in windows(range(10), 10, lambda _: 6 << 20))
 
 
 def write(path, *ids, end=""):

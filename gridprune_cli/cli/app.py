@@ -1,10 +1,12 @@
 """The command `gridprune`: its sub-commands, and the one place where a failure becomes a line and an exit code."""
 
+import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from importlib.metadata import version as version_of
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -17,10 +19,13 @@ from gridprune_cli.cli.env import env
 from gridprune_cli.cli.evaluate import evaluate
 from gridprune_cli.cli.export import export
 from gridprune_cli.cli.generate import generate
-from gridprune_cli.cli.output import printable, set_quiet
+from gridprune_cli.cli.output import set_quiet
 from gridprune_cli.cli.prune import prune
 from gridprune_cli.cli.show import show
 from gridprune_cli.errors import GridpruneError
+from gridprune_cli.text import printable
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="gridprune",
@@ -60,10 +65,15 @@ def main() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has left, as `head` does, ends us quietly
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a script has it ignored
         signal.signal(signal.SIGINT, _interrupt)
+    _open_streams()
     set_quiet(False)
     debug = os.environ.get("GRIDPRUNE_DEBUG", "0") not in ("", "0")
     try:
-        sys.exit(app(prog_name="gridprune", standalone_mode=False))
+        if sys.stdout is None:  # known before anything is done, whatever the command would print
+            raise GridpruneError("stdout is closed; send it somewhere, as to /dev/null")
+        code = app(prog_name="gridprune", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as fault:
@@ -85,6 +95,51 @@ def _abort(number: int, frame: object) -> None:
     if sys.stderr is not None and sys.stderr.isatty():
         os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
     os._exit(130)
+
+
+def _open_streams() -> None:
+    """Puts /dev/null in the place of streams that are closed, so that no file that is opened later takes their place.
+
+    Of stdin and stdout Python's own objects stay None, which tells that they are closed.
+    """
+    for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)):
+        if stream is None:
+            _to_null(number)
+    if sys.stderr is None:  # else `print` would take stdout instead
+        sys.stderr = open(2, "w", errors="backslashreplace")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
+        sys.stdout = _Stdout(
+            sys.stdout.buffer,
+            sys.stdout.encoding,
+            "backslashreplace",  # a terminal without Unicode shows escapes
+            line_buffering=sys.stdout.line_buffering,
+            write_through=sys.stdout.write_through,
+        )
+
+
+def _to_null(number: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
+
+
+class _Stdout(io.TextIOWrapper):
+    """stdout whose failures, as of a full disk, are told from those of other files."""
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: super(_Stdout, self).write(text))
+
+    def flush(self) -> None:
+        self._try(super().flush)
+
+    def _try(self, act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except OSError as fault:
+            _to_null(self.fileno())  # for what it still holds, which Python writes at the end
+            reason = fault.strerror or fault
+            raise GridpruneError(f"stdout: can't be written ({reason}); send it where there is room") from fault
 
 
 def _tell(fault: Exception) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import check_target, emit_json, read_stdin, say, set_quiet
+from gridprune_cli.cli.output import check_target, emit_json, emit_text, read_stdin, say, set_quiet
 from gridprune_cli.errors import BadInput
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def ask(
     if json:
         emit_json(answer.to_json())
     elif not flows:
-        print(answer.text, flush=True)
+        emit_text(answer.text)
     if save:
         write_atomic(save, answer.pruned.to_bytes(), sync=True)
     if show:

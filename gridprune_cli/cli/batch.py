@@ -119,7 +119,7 @@ def work(
     from gridprune_cli.lines import windows
 
     told: set[str] = set()  # a note that fits many images is made once
-    for window in windows(reader, most) if most else [list(reader)]:
+    for window in windows(reader, most, lambda item: item.size) if most else [list(reader)]:
         asks = [
             Ask(
                 tuple(reader.place(image) for image in item.images),

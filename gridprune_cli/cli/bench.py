@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import emit_json, printable, progress, say, set_quiet, size, table
+from gridprune_cli.cli.output import emit_json, progress, say, set_quiet, size, table
 from gridprune_cli.errors import BadInput
+from gridprune_cli.text import printable
 
 if TYPE_CHECKING:
     from gridprune_cli.bench import Report, Spread

@@ -14,6 +14,7 @@ from gridprune_cli.cli import options, output
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.files import FileFault
 from gridprune_cli.store import Entry, Removed, Store, open_store, parse_age, parse_size
+from gridprune_cli.text import printable
 
 BLOCK = 64  # lines of JSON that are written at once
 
@@ -80,7 +81,7 @@ def info(cache_dir: options.CacheDir = None, json: options.Json = False) -> None
         output.emit_json(record | {"models": [dict(zip(names, row, strict=True)) for row in models]})
         return
     limit = "no limit" if store.limit is None else f"limit {output.size(store.limit)}"
-    print(output.printable(f"{store.root}: {entries} entries, {output.size(size)}, {limit}"))
+    print(printable(f"{store.root}: {entries} entries, {output.size(size)}, {limit}"))
     if models:
         rows = [(model, encoder, str(count), output.size(total)) for model, encoder, count, total in models]
         output.table(("model", "encoder", "entries ", "size "), rows)
@@ -100,7 +101,7 @@ def verify(
             if fault:
                 broken += 1
                 left += os.path.lexists(entry.path)
-                print(output.printable(f"{entry.path}: {fault}"))
+                print(printable(f"{entry.path}: {fault}"))
     output.say(f"{checked} checked, {broken} broken, {broken - left} removed")
     if left:
         raise typer.Exit(1)
@@ -148,7 +149,7 @@ def clear(
 ) -> None:
     """Remove every entry. Files saved with --save or -o are no part of the cache."""
     store = open_store(cache_dir)
-    if output.confirm(f"Remove every encoded image in {output.printable(str(store.root))}?", yes):
+    if output.confirm(f"Remove every encoded image in {printable(str(store.root))}?", yes):
         removed = store.clear()
         _say_removed(removed, "removed")
         _check_stuck(removed, store)

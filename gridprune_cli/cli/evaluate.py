@@ -25,7 +25,8 @@ def evaluate(
         str,
         typer.Argument(
             metavar="DATA",
-            help="scenes or scenes:N, held-out scenes of the embedded model, or a JSONL file of questions.",
+            help="scenes or scenes:N, held-out scenes of the embedded model, or a file of questions as of `batch`, "
+            "each with `answers`; - for stdin.",
             show_default=False,
         ),
     ],
@@ -163,8 +164,9 @@ def _write(pipeline: "Pipeline", plan: "Plan", rows: "Rows", folder: Path) -> No
 
     def picture(cell: "Cell", item: "Item", answer: str) -> "Image.Image":
         encoded = encode(pipeline, plan.data, [item], {})
-        (pruned,) = prune(pipeline, plan, [cell.settled(encoded[item.image].image)], [item], encoded)
-        return draw(figure_of(plan.data.find(item.image), pruned, answer))
+        (image,) = item.images
+        (pruned,) = prune(pipeline, plan, [cell.settled(encoded[image].image)], [item], encoded)
+        return draw(figure_of(plan.data.find(image), pruned, answer))
 
     write_atomic(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode(), sync=True)
     write_atomic(folder / "results.md", table.encode("utf-8", "backslashreplace"), sync=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.text import printable, to_json, visible
 
 _EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 _quiet = False
@@ -39,6 +40,11 @@ def emit_json(*values: object) -> None:
     text = "\n".join(_json(value, sys.stdout.encoding or "utf-8") for value in values)
     with _undisturbed():
         print(text, flush=True)
+
+
+def emit_text(text: str, end: str = "\n") -> None:
+    """Text of a model on stdout, to a pipe as to a terminal: what a terminal would obey is made visible."""
+    print(visible(text), end=end, flush=True)
 
 
 @contextmanager
@@ -74,7 +80,7 @@ def lines_to(path: Path | None) -> Iterator[Callable[[object], None]]:
 
 
 def _json(value: object, encoding: str) -> str:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text = to_json(value)
     try:
         text.encode(encoding)
     except UnicodeEncodeError:  # a file name that is no text, or a terminal without Unicode
@@ -160,11 +166,6 @@ def _spoken(description: str, total: int | None) -> Callable[..., None]:
         say(f"{description}: {', '.join(part for part in parts if part)}")
 
     return step
-
-
-def printable(text: str) -> str:
-    """The text on one line: what would move the cursor, colour the terminal or fail to print is written out."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def size(count: int) -> str:

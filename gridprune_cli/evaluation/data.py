@@ -1,35 +1,51 @@
 """What is asked in an evaluation: held-out scenes of the embedded model, or a JSONL file of anyone's questions."""
 
 import io
-import json
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from gridprune_cli import lines
 from gridprune_cli.errors import BadInput
 from gridprune_cli.files import digest
 from gridprune_cli.images import Source
 from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene, questions
 
+T = TypeVar("T")
+
 PER_SCENE = 4  # questions
 SCENES = 2000  # questions, where none are counted
+MAX_SCENES = 100_000  # questions; all are laid out before the first is asked, at some 20,000 a second
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question about an image, with its true answers. `box` is what it is about, in fractions of the picture."""
+    """A question about images, with its true answers. `box` is what it is about, in fractions of the picture.
 
-    id: str
-    image: str
+    id  a text or a number, as the line gives it; else 16 hex digits of the sha256 of what the line says
+    """
+
+    id: Any
+    images: tuple[str, ...]
     question: str
     answers: tuple[str, ...]
     category: str = ""
     box: tuple[float, float, float, float] | None = None
+
+    @property
+    def image(self) -> str | list[str]:
+        """Its images, as lines of JSON name them."""
+        return one_or_all(self.images)
+
+
+def one_or_all(values: Sequence[T]) -> T | list[T]:
+    """How JSON says something of each image of a question: the value for one image, a list for several."""
+    return values[0] if len(values) == 1 else list(values)
 
 
 @dataclass(frozen=True)
@@ -43,17 +59,18 @@ class Data:
     @property
     def digest(self) -> str:
         """sha256 of everything but the images' pixels."""
-        return digest([asdict(item) for item in self.items])
+        named = [asdict(item) | {"image": item.image} for item in self.items]
+        return digest([{name: value for name, value in item.items() if name != "images"} for item in named])
 
 
 def open_data(name: str) -> Data:
-    """`scenes`, `scenes:N` or a JSONL file. Raises BadInput, naming file and line, for what can't be used."""
+    """`scenes`, `scenes:N`, a JSONL file or `-`. Raises BadInput, naming file and line, for what can't be used."""
     counted = re.fullmatch(r"scenes(?::(.*))?", name)
     if counted is None:
-        return read_jsonl(Path(name))
+        return read_jsonl(name)
     count = str(SCENES) if counted[1] is None else counted[1]
-    if not re.fullmatch("0*[1-9][0-9]*", count):
-        raise BadInput(f"{name}: scenes:N takes a number of questions, 1 or more")
+    if not re.fullmatch("[0-9]{1,9}", count) or not 1 <= int(count) <= MAX_SCENES:
+        raise BadInput(f"{name[:40]}: scenes:N takes a number of questions, 1 to {MAX_SCENES}")
     return scenes(int(count), HELDOUT, name)
 
 
@@ -67,7 +84,7 @@ def scenes(count: int, first: int, name: str) -> Data:
             if len(asked.asked) == 1:
                 x0, y0, x1, y1 = scene.objects[asked.asked[0]].box
                 box = (x0 / SIZE, y0 / SIZE, x1 / SIZE, y1 / SIZE)
-            items.append(Item(f"{seed}-{n}", f"scene {seed}", asked.text, (asked.answer,), asked.kind, box))
+            items.append(Item(f"{seed}-{n}", (f"scene {seed}",), asked.text, (asked.answer,), asked.kind, box))
     return Data(name, tuple(items[:count]), _draw)
 
 
@@ -78,53 +95,35 @@ def _draw(image: str) -> bytes:
     return png.getvalue()
 
 
-def read_jsonl(path: Path) -> Data:
-    """A file with a question a line: `id`, `image` (relative to the file), `question`, `answers`, and `category`."""
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else "no UTF-8"
-        raise BadInput(f"{path}: can't be read ({reason}); name a JSONL file, or scenes") from fault
-    items: list[Item] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                items.append(_item(line, path.parent))
-            except ValueError as fault:
-                raise BadInput(f"{path}:{number}: {fault}") from fault
+def read_jsonl(path: str | Path) -> Data:
+    """Lines of questions as `batch` takes them, with `answers` and perhaps `category`; `-` is stdin.
+
+    Raises BadInput, with file and line, for the first that can't be used.
+    """
+    reader = lines.Reader(str(path))
+    items = tuple(_item(line, reader) for line in reader)
     if not items:
-        raise BadInput(f"{path}: no question in it; write one a line, as JSON")
-    if double := _double([item.id for item in items]):
-        raise BadInput(f"{path}: two questions have the id {double!r}; give each its own")
-    return Data(str(path), tuple(items), lambda image: path.parent / image)
+        raise BadInput(f"{reader.name}: no question in it; write one a line, as JSON")
+    seen: set[Any] = set()
+    for item in items:
+        if item.id in seen:
+            raise BadInput(f"{reader.name}: two questions have the id {item.id!r}; give each its own")
+        seen.add(item.id)
+    return Data(reader.name, items, lambda image: Path(reader.place(image)))
 
 
-def _item(line: str, folder: Path) -> Item:
-    """Raises ValueError for a line that is no question."""
-    try:
-        found: Any = json.loads(line)
-    except ValueError as fault:
-        raise ValueError(f"no JSON ({fault})") from fault
-    if not isinstance(found, dict):
-        raise ValueError("no JSON object")
-    if isinstance(found.get("id"), int):
-        found["id"] = str(found["id"])
-    found.setdefault("category", "")
-    for name in ("id", "image", "question", "category"):
-        if not isinstance(found.get(name), str) or not (found[name].strip() or name == "category"):
-            raise ValueError(f"{name!r} must be text")
-    answers = found.get("answers")
+def _item(line: lines.Item, reader: lines.Reader) -> Item:
+    """Raises BadInput for a line that can't be asked, or not be scored."""
+    if line.fault is not None:
+        raise BadInput(line.fault)
+    answers, category = line.extra.get("answers"), line.extra.get("category", "")
+    if line.keep is not None:
+        raise BadInput(f"{line.place}: keep: eval compares the shares of its option --keep; leave keep out of the line")
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError("'answers' must be a list of texts, one at least")
-    if not os.path.isfile(folder / found["image"]):
-        raise ValueError(f"no image {folder / found['image']}; paths count from the JSONL file's folder")
-    return Item(found["id"], found["image"], found["question"], tuple(answers), found["category"])
-
-
-def _double(ids: list[str]) -> str | None:
-    seen: set[str] = set()
-    for id in ids:
-        if id in seen:
-            return id
-        seen.add(id)
-    return None
+        raise BadInput(f'{line.place}: answers is no list of texts; give the true ones, as "answers": ["stop"]')
+    if not isinstance(category, str):
+        raise BadInput(f"{line.place}: category is no text; change it, or leave it out")
+    for image in line.images:
+        if not os.path.isfile(reader.place(image)):
+            raise BadInput(f"{line.place}: no image {reader.place(image)}; relative paths count from {reader.folder}")
+    return Item(line.id, line.images, line.question, tuple(answers), category)

@@ -13,6 +13,7 @@ from gridprune_cli.errors import GridpruneError
 from gridprune_cli.evaluation.data import Item
 from gridprune_cli.evaluation.results import region_line, relevance_line
 from gridprune_cli.evaluation.run import FULL, Cell, Plan, Rows, place
+from gridprune_cli.text import printable, visible
 
 LOSSES = 6  # questions in the gallery
 _WIDTH = 640  # of a picture, in pixels
@@ -42,7 +43,8 @@ def losses(plan: Plan, rows: Rows) -> tuple[list[Cell], list[Item]]:
     """The cells at the keep nearest to the default, and the questions on which they lose most against all tokens.
 
     Most first: what the method that was named first loses counts before what all lose together, since a weak method
-    loses everywhere. Of equal ones, the one that was asked first. Only questions that lose at all.
+    loses everywhere. Of equal ones, the one that was asked first. Only questions that lose at all, about one image:
+    what was kept of several can't be drawn as one picture.
     """
     keeps = {cell.pruning.keep for cell in plan.cells if cell.name != FULL.name}
     shown = min(keeps, key=lambda keep: (abs(keep - _USUAL_KEEP), keep), default=None)
@@ -52,7 +54,8 @@ def losses(plan: Plan, rows: Rows) -> tuple[list[Cell], list[Item]]:
         each = [rows[place(FULL, item)].score - rows[place(cell, item)].score for cell in cells]
         return max(each[0], 0.0), sum(max(loss, 0.0) for loss in each)
 
-    worst = sorted((item for item in plan.data.items if cells and lost(item)[1] > 0), key=lost, reverse=True)
+    drawable = [item for item in plan.data.items if len(item.images) == 1]
+    worst = sorted((item for item in drawable if cells and lost(item)[1] > 0), key=lost, reverse=True)
     return cells, worst[:LOSSES]
 
 
@@ -81,7 +84,7 @@ def html(plan: Plan, results: dict[str, Any], rows: Rows, picture: Callable[[Cel
     ]
     template = files("gridprune_cli.evaluation").joinpath("report.html").read_text("utf-8")
     return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
         .from_string(template)
         .render(
             results=results,
@@ -93,6 +96,11 @@ def html(plan: Plan, results: dict[str, Any], rows: Rows, picture: Callable[[Cel
             regions=[region_line(cell) for cell in results["cells"] if "region" in cell],
         )
     )
+
+
+def _shown(value: Any) -> Any:
+    """What the page says, without characters that a terminal would obey; charts are marked as safe already."""
+    return visible(value) if type(value) is str else value
 
 
 def _embedded(image: Image.Image) -> str:
@@ -115,7 +123,7 @@ def _curves(cells: list[dict[str, Any]]) -> str:
             [100 * cell["keep"] for cell in own],
             [100 * cell["score"] for cell in own],
             [100 * cell["error"] for cell in own],
-            label=name,
+            label=printable(name),
             color=_COLOURS[n % len(_COLOURS)],
             linestyle=_STYLES[n // len(_COLOURS) % len(_STYLES)],
             marker="o",
@@ -143,10 +151,10 @@ def _bars(cells: list[dict[str, Any]]) -> list[tuple[float, str]]:
                 [place - 0.42 + (n + 0.5) * wide for place in range(len(categories))],
                 [100 * cell["categories"][name]["score"] for name in categories],
                 wide,
-                label=cell["name"],
+                label=printable(cell["name"]),
                 color="#333333" if n == 0 else _COLOURS[_methods(cells).index(cell["name"]) % len(_COLOURS)],
             )
-        axes.set_xticks(range(len(categories)), categories)
+        axes.set_xticks(range(len(categories)), [printable(name) for name in categories])
         axes.set(ylabel="score, %")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         charts.append((keep, svg()))
@@ -158,9 +166,13 @@ def _methods(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def _plot(width: float, height: float) -> tuple[Any, Callable[[], str]]:
-    """Axes on a new figure of this size in inches, and what gives its SVG, the same for the same figures."""
+    """Axes on a new figure of this size in inches, and what gives its SVG, the same for the same figures.
+
+    Labels are text, with no mathematics between two `$`.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     figure = Figure((width, height))
     axes = figure.add_subplot()
@@ -170,6 +182,8 @@ def _plot(width: float, height: float) -> tuple[Any, Callable[[], str]]:
 
     def svg() -> str:
         out = io.StringIO()
+        for label in figure.findobj(Text):
+            label.set_parse_math(False)
         with rc_context({"svg.hashsalt": "gridprune", "svg.fonttype": "none"}):
             figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
         return out.getvalue().partition("<svg")[1] + out.getvalue().partition("<svg")[2]

@@ -7,6 +7,7 @@ import numpy as np
 from gridprune_cli.evaluation.data import Item
 from gridprune_cli.evaluation.metrics import pope_figures
 from gridprune_cli.evaluation.run import FULL, Cell, Plan, Row, Rows, place
+from gridprune_cli.text import markdown_cell
 
 Z = 1.959964  # a 95 % interval under the normal distribution
 
@@ -34,7 +35,7 @@ def summarise(plan: Plan, rows: Rows) -> dict[str, Any]:
     """
     items = plan.data.items
     full = _column(rows, FULL, items)
-    images = len({row.key for row in full})
+    images = len({key for row in full for key in row.key.split()})
     return {
         "images": images,
         "caption": _caption(len(items), images, plan.metric),
@@ -107,7 +108,8 @@ def markdown(results: dict[str, Any]) -> str:
     cells = results["cells"]
     categories = list(cells[0]["categories"])
     of_pope = {"f1": "F1", "yes_ratio": "yes"} if "pope" in cells[0] else {}
-    heads = ["keep", "tokens", "score", "of full", "difference to full", "same answer", *of_pope.values(), *categories]
+    heads = ["keep", "tokens", "score", "of full", "difference to full", "same answer", *of_pope.values()]
+    heads += map(markdown_cell, categories)
     lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for cell in cells:
         of_full = cell["of_full"]
@@ -122,14 +124,14 @@ def markdown(results: dict[str, Any]) -> str:
             *(_per_cent(cell["pope"][name]) for name in of_pope),
             *(_per_cent(cell["categories"][name]["score"]) for name in categories),
         ]
-        lines.append(f"| {cell['name'].replace('|', chr(92) + '|')} | " + " | ".join(row) + " |")
+        lines.append(f"| {markdown_cell(cell['name'])} | " + " | ".join(row) + " |")
     lines += ["", results["caption"]]
     if line := relevance_line(results):
         lines += ["", line]
     told = [cell for cell in cells if "region" in cell]
     for cell in told:
         if cell["region"] not in [other["region"] for other in told[: told.index(cell)]]:
-            lines += ["", region_line(cell)]
+            lines += ["", region_line(cell | {"name": markdown_cell(cell["name"])})]
     return "\n".join(lines) + "\n"
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.evaluation.data import Data, Item
+from gridprune_cli.evaluation.data import Data, Item, one_or_all
 from gridprune_cli.evaluation.metrics import METRICS
 from gridprune_cli.files import write_atomic
 from gridprune_cli.generation import generate
 from gridprune_cli.images import identify, load_image
 from gridprune_cli.pipeline import Asked, Pipeline, Pruning
 from gridprune_cli.pruning.methods import make
+from gridprune_cli.text import to_json
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
 SETTINGS, SAMPLES = "settings.json", "samples.jsonl"
@@ -114,7 +115,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An answer, as far as the results need it. `key` is the encoded image's, and tells images apart."""
+    """An answer, as far as the results need it. `key` is the encoded image's, of several all of them with spaces
+    between; it tells images apart."""
 
     answer: str
     score: float
@@ -123,7 +125,7 @@ class Row:
     region: tuple[int, int, int, int] | None
 
 
-Rows = dict[tuple[str, float, str], Row]
+Rows = dict[tuple[str, float, Any], Row]
 """By the cell's name, its keep, and the question's id."""
 
 
@@ -144,7 +146,7 @@ def fill(pipeline: Pipeline, plan: Plan, folder: Path, rows: Rows, step: Callabl
     try:
         with open(folder / SAMPLES, "ab") as file:
             for lines in answers(pipeline, plan, rows):
-                file.write(b"".join(json.dumps(line, ensure_ascii=False).encode(*_UTF8) + b"\n" for line in lines))
+                file.write(b"".join(to_json(line).encode(*_UTF8) + b"\n" for line in lines))
                 file.flush()
                 for _ in lines:
                     step()
@@ -167,7 +169,7 @@ def answers(pipeline: Pipeline, plan: Plan, rows: Rows) -> Iterator[list[dict[st
         if todo:
             encoded = encode(pipeline, plan.data, batch, encoded)
         for cell in todo:
-            cells = [cell.settled(encoded[item.image].image) for item in batch]
+            cells = [cell.settled(encoded[item.images[0]].image) for item in batch]
             sets = prune(pipeline, plan, cells, batch, encoded)
             lines = []
             for item, own, pruned, made in zip(
@@ -183,11 +185,11 @@ def prune(
     pipeline: Pipeline, plan: Plan, cells: list[Cell], batch: list[Item], encoded: dict[str, EncodedImage]
 ) -> list[PrunedSet]:
     """The pruned sets of a batch of questions, each under the cell as it is settled for its image."""
-    sources = [[plan.data.find(item.image)] for item in batch]
+    sources = [[plan.data.find(image) for image in item.images] for item in batch]
     localized = pipeline.localize_each(sources, [item.question for item in batch], cells[0].pruning)
     asked = [
         Asked(
-            (encoded[item.image],),
+            tuple(encoded[image] for image in item.images),
             f"{item.question}\n{plan.suffix}" if plan.suffix else item.question,
             replace(cell.pruning, query=cell.pruning.query or item.question),
             said,
@@ -198,10 +200,10 @@ def prune(
 
 
 def _batches(plan: Plan) -> list[list[Item]]:
-    by_image: dict[str, list[Item]] = {}
+    by_images: dict[tuple[str, ...], list[Item]] = {}
     for item in plan.data.items:
-        by_image.setdefault(item.image, []).append(item)
-    items = [item for group in by_image.values() for item in group]
+        by_images.setdefault(item.images, []).append(item)
+    items = [item for group in by_images.values() for item in group]
     return [items[start : start + plan.batch] for start in range(0, len(items), plan.batch)]
 
 
@@ -211,7 +213,7 @@ def encode(
     """The encoded images of a batch: from the batch before, from the cache, and the rest through the tower at once."""
     found: dict[str, EncodedImage] = {}
     new = {}
-    for image in dict.fromkeys(item.image for item in batch):
+    for image in dict.fromkeys(image for item in batch for image in item.images):
         if image in before:
             found[image] = before[image]
             continue
@@ -224,18 +226,17 @@ def encode(
     return found | dict(zip(new, pipeline.encode(list(new.values())), strict=True)) if new else found
 
 
-def place(cell: Cell, item: Item) -> tuple[str, float, str]:
+def place(cell: Cell, item: Item) -> tuple[str, float, Any]:
     """Where an answer lies in `Rows`."""
     return cell.name, cell.pruning.keep, item.id
 
 
 def _line(plan: Plan, item: Item, cell: Cell, pruned: PrunedSet, answer: str) -> dict[str, Any]:
     """All that it takes to make this answer again, and to see how it came to be."""
-    (origin,) = pruned.images
     return {
         "id": item.id,
         "image": item.image,
-        "key": origin.key,
+        "key": one_or_all([origin.key for origin in pruned.images]),
         "question": item.question,
         "category": item.category,
         "cell": cell.name,
@@ -244,7 +245,7 @@ def _line(plan: Plan, item: Item, cell: Cell, pruned: PrunedSet, answer: str) ->
         "keep": cell.pruning.keep,
         "kept": len(pruned.kept),
         "tokens": pruned.count,
-        "region": origin.region,
+        "region": one_or_all([origin.region for origin in pruned.images]),
         "relevance": pruned.source,
         "answer": answer,
         "answers": list(item.answers),
@@ -253,6 +254,8 @@ def _line(plan: Plan, item: Item, cell: Cell, pruned: PrunedSet, answer: str) ->
 
 
 def _row(line: dict[str, Any]) -> Row:
+    if isinstance(line["image"], list):
+        return Row(line["answer"], line["score"], line["kept"], " ".join(line["key"]), None)
     region = tuple(line["region"]) if line["region"] else None
     return Row(line["answer"], line["score"], line["kept"], line["key"], region)
 
@@ -284,7 +287,7 @@ def _agree(folder: Path, settings: dict[str, Any]) -> None:
     try:
         before = json.loads(path.read_text("utf-8"))
         differing = [name for name in settings if before.get(name) != settings[name]]
-    except (OSError, ValueError, AttributeError) as fault:
+    except (OSError, ValueError, AttributeError, RecursionError) as fault:
         raise BadInput(f"{path}: can't be read ({fault}); name another folder") from fault
     if differing:
         raise BadInput(
@@ -310,7 +313,7 @@ def _read_samples(path: Path, plan: Plan) -> Rows:
                     if where not in places:
                         raise ValueError(f"no answer of this run: {where}")
                     rows[where] = _row(line)
-                except (ValueError, KeyError, TypeError) as fault:
+                except (ValueError, KeyError, TypeError, RecursionError) as fault:
                     raise BadInput(f"{path}:{number}: damaged ({fault}); remove the folder and start again") from fault
                 whole += len(text)
         if path.stat().st_size > whole:
