@@ -178,10 +178,10 @@ def test_a_picture_that_the_tower_refuses_is_named(pipeline, pictures, monkeypat
 
     see, refused = pipeline.see, identify(pictures[3])[0]
 
-    def picky(batch):
+    def picky(batch, several):
         if any(picture.sha256 == refused for picture in batch):
             raise ValueError("too strange")
-        return see(batch)
+        return see(batch, several)
 
     monkeypatch.setattr(pipeline, "see", picky)
     made = list(Bulk(pipeline, notice=silent).encode(pictures))

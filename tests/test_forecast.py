@@ -50,6 +50,15 @@ def test_a_familys_settings_give_the_tokens_of_a_size_and_their_width(pipeline, 
     assert encoded.states.dtype == encoded.saliency.dtype == torch.bfloat16  # so that one tells the other's
 
 
+def test_encode_of_any_family(pipeline, noise, command, tmp_path):
+    noise((210, 70)).image.save(tmp_path / "a.png")
+    options = ("--model", pipeline.family.checkpoint.folder, "--dtype", "bfloat16")
+    code, out, err = command("encode", tmp_path / "a.png", "--dry-run", *options)
+    assert (code, err) == (0, "") and out.startswith("1 images, 0 of them cached already, 1 to encode")
+    code, out, err = command("encode", tmp_path / "a.png", *options)
+    assert (code, out) == (0, "") and err.startswith("1 images, 0 of them cached already")
+
+
 @pytest.fixture
 def scenes(tmp_path):
     folder = tmp_path / "scenes"

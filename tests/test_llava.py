@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from PIL import Image
+from tiny_families.llava_siglip import make as tiny_siglip
 from transformers import AutoTokenizer, CLIPModel, LlavaForConditionalGeneration, LlavaProcessor
 
 from gridprune_cli.generation import generate
@@ -171,3 +172,20 @@ def test_bfloat16_runs(tiny_llava, noise):
     assert encoded.states.dtype == torch.bfloat16
     pruned = pipeline.prune(encoded, QUESTIONS[0], Pruning(tokens=3, method=make("fastervlm")))
     assert len(generate(pipeline.family, [pruned], 5)[0].ids) == 5
+
+
+def test_signals_over_a_siglip_tower_equal_an_eager_reference(tmp_path, noise):
+    folder = tiny_siglip(tmp_path)
+    whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    family = Pipeline(str(folder), dtype="float32").family
+    for size in ((100, 80), (60, 200)):
+        picture = noise(size).image
+        (encoding,) = family.encode([picture])
+        pixels = family.process(picture)[0]["pixel_values"]
+        with torch.no_grad():
+            out = whole.eval().model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
+            rows = whole.model.get_image_features(pixels).pooler_output[0]
+        assert torch.allclose(encoding.states, out.hidden_states[-1][0], atol=1e-5)
+        assert torch.allclose(encoding.saliency, out.attentions[-1][0].mean((0, 1)), atol=1e-6)  # received
+        assert torch.allclose(family.project(encoding.states), rows, atol=1e-5)
+        assert encoding.views[0].box == (0, 0, 1, 1)  # stretched, nothing cropped

@@ -99,14 +99,14 @@ def test_the_format_of_a_checkpoint():
 
 def test_what_a_format_lacks():
     lacking = Format("X", {"typer": "typer", "no-such-package": "no_such_package"}, cpu=False)
-    assert "needs a GPU" in lacking.lacks("cpu")
+    assert "on GPUs alone" in lacking.lacks("cpu")
     assert lacking.lacks("cuda") == (
         "quantised as X, which needs no-such-package; install with `pip install no-such-package`"
     )
     assert Format("X", {"typer": "typer"}).lacks("cpu") == ""
 
 
-@pytest.mark.parametrize(("method", "words"), [("awq", "needs a GPU"), ("bitsandbytes", "pip install bitsandbytes")])
+@pytest.mark.parametrize(("method", "words"), [("awq", "on GPUs alone"), ("bitsandbytes", "pip install bitsandbytes")])
 def test_what_is_lacking_is_told_before_weights_are_fetched(method, words, tmp_path, monkeypatch, command):
     config = {"model_type": "llava", "dtype": "float16", "quantization_config": {"quant_method": method}}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers.utils import logging
 
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.vlm.weights import check_pickles
+
+getLogger("bitsandbytes").setLevel(ERROR)  # of every product of matrices in 8 bit it warns that it rounds
 
 
 def load_part(

@@ -50,7 +50,7 @@ class Format:
 
     name          as docs/families.md has it
     packages      what transformers reads it with, as pip and import name them
-    cpu           whether a CPU can compute with it, as far as was tried
+    cpu           whether it is supported on a CPU; it was tried where it is
     stored_dtype  whether it computes in the dtype of the checkpoint's other weights alone
     """
 
@@ -62,7 +62,7 @@ class Format:
     def lacks(self, device: str) -> str:
         """What stands in the way of it on a device (`cpu`, `cuda`...): a package, or the device. Empty for nothing."""
         if device == "cpu" and not self.cpu:
-            return f"quantised as {self.name}, which needs a GPU; name a checkpoint that is not quantised"
+            return f"quantised as {self.name}, which is supported on GPUs alone; name one that is not quantised so"
         missing = [name for name, module in self.packages.items() if find_spec(module) is None]
         if missing:
             names = " ".join(missing)
