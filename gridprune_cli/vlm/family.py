@@ -305,6 +305,16 @@ class Family(ABC):
         """Position ids `(L,)` or `(3, L)` of an unpruned prompt."""
         return torch.arange(len(ids))
 
+    def count_words(self, text: str) -> int:
+        """How many tokens a text takes."""
+        return len(self.processor.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def check_length(self, positions: int, remedy: str) -> None:
+        """Raises BadInput, with what to do, for a prompt of more positions than the language model was made for."""
+        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and positions > most:
+            raise BadInput(f"the prompt takes {positions} positions, and {self.checkpoint.name} has {most}; {remedy}")
+
     # ---- generating --------------------------------------------------------------------------------------------------
 
     def features(self, batch: Sequence[PrunedSet]) -> Any:
