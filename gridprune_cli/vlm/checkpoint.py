@@ -1,6 +1,7 @@
 """Which checkpoint a model's name means, and what identifies its contents."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -88,8 +89,10 @@ class Checkpoint:
         index = self.folder / "model.safetensors.index.json"
         try:
             named = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else set()
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             return f"{index.name} can't be read; fetch it again"
+        if away := [name for name in named if not isinstance(name, str) or os.path.basename(name) != name]:
+            return f"{index.name} names {str(away[0])[:80]!r}, which is no file of this folder; fetch it again"
         missing = sorted(name for name in named if not (self.folder / name).is_file())
         if missing:
             return f"{len(missing)} of {len(named)} files of weights missing (first: {missing[0]}); fetch them"
@@ -118,8 +121,9 @@ def find(model: str, revision: str | None = None, *, flag: str = "--model", stor
         raise BadInput(f"{flag} {model}: no folder with a config.json; `gridprune models` lists what can be named")
     try:
         checkpoint = Checkpoint(model, folder, commit, store)
-        _ = checkpoint.family
-    except (ValueError, KeyError) as fault:
+        if not isinstance(checkpoint.config, dict) or not isinstance(checkpoint.family, str):
+            raise ValueError("not an object with a text as model_type")
+    except (ValueError, KeyError, RecursionError) as fault:
         raise BadInput(f"{flag} {model}: config.json names no model_type ({fault})") from fault
     return checkpoint
 

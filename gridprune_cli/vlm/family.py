@@ -107,7 +107,16 @@ class Family(ABC):
 
     @cached_property
     def processor(self) -> Any:
-        """The checkpoint's processor, without its video half, which would need torchvision."""
+        """The checkpoint's processor. Raises BadInput where its files are damaged."""
+        try:
+            return self._read_processor()
+        except Exception as fault:  # transformers and tokenizers raise nearly everything on a damaged file
+            first = (str(fault).splitlines() or [""])[0] or type(fault).__name__
+            name = self.checkpoint.name
+            raise BadInput(f"{name}: its processor or tokenizer can't be read ({first}); fetch it again") from fault
+
+    def _read_processor(self) -> Any:
+        """The processor, without its video half, which would need torchvision."""
         folder, kind = self.checkpoint.folder, self.processor_class
         takes = inspect.signature(kind.__init__).parameters
         if "video_processor" not in takes:
