@@ -27,6 +27,9 @@ _FIXED = {
 }
 
 
+MAX_BEAMS = 256  # each holds a KV cache of its own
+
+
 @dataclass(frozen=True)
 class Generated:
     """The answer, its token ids, and milliseconds of its batch until the first token and from there to the end."""
@@ -109,6 +112,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, (value, reason) in _FIXED.items():
         if options.get(name) not in (None, value):
             raise BadInput(f"--generation {name}={options[name]}: {reason}; leave it out")
+    beams = options.get("num_beams")
+    if isinstance(beams, int) and beams > MAX_BEAMS:
+        raise BadInput(f"--generation num_beams={str(beams)[:40]}: at most {MAX_BEAMS}")
 
 
 @torch.inference_mode()

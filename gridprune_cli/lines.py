@@ -107,12 +107,17 @@ def check_question(question: str, images: int = 1) -> None:
     """
     if not question.strip():
         raise BadInput("the question is empty; ask something")
-    if len(question) > MAX_QUESTION:
-        raise BadInput(f"the question has {len(question)} characters; at most {MAX_QUESTION} can be asked")
-    if any("\ud800" <= character <= "\udfff" for character in question):
-        raise BadInput("the question holds half a character, a surrogate alone; write it whole, in UTF-8")
+    check_text(question, "the question")
     if images > MAX_IMAGES:
         raise BadInput(f"the question is about {images} images; at most {MAX_IMAGES} can be asked about at once")
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises BadInput for a text of a prompt, which it calls `name`, that is too long, or no Unicode text."""
+    if len(text) > MAX_QUESTION:
+        raise BadInput(f"{name} has {len(text)} characters; at most {MAX_QUESTION} can be asked")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise BadInput(f"{name} holds half a character, a surrogate alone; write it whole, in UTF-8")
 
 
 def _within_depth(value: Any) -> bool:

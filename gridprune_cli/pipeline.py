@@ -15,7 +15,7 @@ from torch import Tensor
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image
-from gridprune_cli.lines import check_question
+from gridprune_cli.lines import check_question, check_text
 from gridprune_cli.localize import LONGEST, RELEVANCE, TEMPLATE, VLM, Localized, read_answer
 from gridprune_cli.pruning.compress import cell_weights, cells, pool, ratio_budget, ratios
 from gridprune_cli.pruning.methods import Method, make
@@ -99,6 +99,8 @@ class Pruning:
             raise BadInput("--localizer-template: needs {question}, where the question goes")
         if self.query is not None and not self.query.strip():
             raise BadInput("--query: is empty; give a text, or leave it out to take the question")
+        for flag, text in (("--query", self.query), ("--localizer-template", self.localizer_template)):
+            check_text(text or "", flag)
         if self.positions not in POSITIONS:
             raise BadInput(f"--positions {self.positions}: not one of {', '.join(POSITIONS)}")
         if self.ilp is not None and self.ilp != "region":
@@ -492,12 +494,15 @@ class Pipeline:
         parts = _choose(asked, signals)
         prompts = self.family.write_prompts([(one.question, one.images) for one in asked], system, template)
         cuts = [self._cut(*own) for own in zip(asked, signals, parts, prompts, strict=True)]
+        for _, _, pruned in cuts:
+            last = int(pruned.keywords["position_ids"].max())
+            self.family.check_length(last + 1, "ask shorter, of fewer images, or take --positions compact")
         rows = self._rows([(states, slots) for states, slots, _ in cuts])
         return [make(rows=own) for own, (_, _, make) in zip(rows, cuts, strict=True)]
 
     def _cut(
         self, asked: Asked, signals: Sequence[Signals], parts: Sequence[Tensor], full: Tensor
-    ) -> tuple[Tensor, Tensor, Callable[..., PrunedSet]]:
+    ) -> tuple[Tensor, Tensor, "partial[PrunedSet]"]:
         """States `(N, C)`, the slots `(S,)` that stay, and the pruned set but for its rows; `full` is the prompt."""
         images, pruning = asked.images, asked.pruning
         counts = [image.count for image in images]
@@ -671,6 +676,7 @@ class Pipeline:
         with _timed(ms, "total"):
             sources = sources if isinstance(sources, list) else [sources]
             check_question(question, len(sources))
+            self.family.check_length(self.family.count_words(question), "ask shorter")  # before anything is loaded
             pruning = pruning or Pruning()
             given = [identify(source) for source in sources]
             localizer, localized = self.localizer(pruning, len(given)), None

@@ -385,17 +385,21 @@ def default_root() -> Path:
 
 def parse_size(text: str, source: str) -> int:
     """Bytes in `500M`, `20GiB` or `1000`; units are powers of 1024. BadInput names `source`, a flag or variable."""
-    match = re.fullmatch(r"(\d+)(?:([KMGT])(?:iB)?)?", text, re.ASCII)
+    match = re.fullmatch(r"(\d{1,15})(?:([KMGT])(?:iB)?)?", text, re.ASCII)
     if not match:
-        raise BadInput(f"{source}: {text!r} is no size; write bytes or 500M, 20G, 1T (powers of 1024), 0 for no limit")
+        raise BadInput(
+            f"{source}: {text[:40]!r} is no size; write bytes or 500M, 20G, 1T (powers of 1024), 0 for no limit"
+        )
     return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
 def parse_age(text: str, source: str) -> int:
     """Seconds in `90s`, `30min`, `12h`, `7d` or `2w`. BadInput names `source`, a flag."""
-    match = re.fullmatch(r"(\d+)(s|min|h|d|w)", text, re.ASCII)
+    match = re.fullmatch(r"(\d{1,9})(s|min|h|d|w)", text, re.ASCII)
     if not match:
-        raise BadInput(f"{source}: {text!r} is no age; write a whole number and a unit, such as 30min, 12h, 7d or 2w")
+        raise BadInput(
+            f"{source}: {text[:40]!r} is no age; write a whole number and a unit, such as 30min, 12h, 7d or 2w"
+        )
     return int(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}[match[2]]
 
 

@@ -562,3 +562,37 @@ def test_a_cache_that_cannot_be_written_does_not_matter(tiny_llava, tmp_path, co
     settle()
     store = Store(tmp_path / "file", None)
     assert find(str(tiny_llava), store=store).identity == Checkpoint("x", tiny_llava).identity
+
+
+@pytest.mark.parametrize("text", ["[]", '"llava"', "7", "[" * 100_000, '{"model_type": ["llava"]}', '{"a": "\\'])
+def test_a_config_that_is_none_is_bad_input(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BadInput, match=r"config\.json names no model_type"):
+        find(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", 7, None])
+def test_an_index_names_files_of_its_folder_alone(tmp_path, name):
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(BadInput, match="which is no file of this folder"):
+        find(str(tmp_path)).complete()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json"])
+def test_damaged_settings_are_bad_input(tiny_llava, tmp_path, name):
+    copy = shutil.copytree(tiny_llava, tmp_path / "copy")
+    (copy / name).write_text("[")
+    with pytest.raises(BadInput, match="can't be read"):
+        _ = open_model(str(copy), "float32", "cpu").processor
+
+
+def test_an_attention_that_a_config_names_is_not_fetched(tiny_llava, tmp_path):
+    copy = shutil.copytree(tiny_llava, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["attn_implementation"] = part["_attn_implementation"] = "someone/kernel"
+    (copy / "config.json").write_text(json.dumps(config))
+    model = open_model(str(copy), "float32", "cpu").load("language")
+    assert "kernel" not in str(model.config.get_text_config()._attn_implementation)

@@ -55,7 +55,7 @@ def test_nobody_is_warned_of_texts_that_are_read_in_pieces_or_pruned(pipeline, i
     told = []
     monkeypatch.setattr(logger, "warning", lambda text, *_: told.append(text))
     pipeline.family.processor.tokenizer.model_max_length = 8
-    assert pipeline.ask(image, QUESTION * 60, max_new_tokens=4).text and not told
+    assert pipeline.ask(image, QUESTION * 25, max_new_tokens=4).text and not told
 
 
 def test_encoding_loads_the_tower_alone(pipeline, image):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gridprune_cli.errors import BadInput
+from gridprune_cli.lines import check_text
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline, Pruning
@@ -69,9 +70,9 @@ def in_shard(shard: str | None) -> Callable[[str], bool] | None:
     """Whether a name belongs to a share as given by --shard; None where all is to be done."""
     if shard is None:
         return None
-    match = re.fullmatch(r"(\d+)/(\d+)", shard, re.ASCII)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard, re.ASCII)
     if not match or not int(match[1]) < int(match[2]):
-        raise BadInput(f"--shard {shard}: not I/N with I from 0 to N-1, as in 0/4")
+        raise BadInput(f"--shard {shard[:40]}: not I/N with I from 0 to N-1, as in 0/4")
     share, shares = int(match[1]), int(match[2])
 
     def mine(name: str) -> bool:
@@ -352,6 +353,9 @@ def prompt(
     ] = None,
 ) -> dict[str, str | None]:
     """How the question is put to the model."""
+    for flag, text in (("--system", system), ("--prompt-template", prompt_template)):
+        if text is not None:
+            check_text(text, flag)
     return {"system": system, "template": prompt_template}
 
 
@@ -392,6 +396,6 @@ def _named(given: list[str], flag: str) -> dict[str, Any]:
             raise BadInput(f"{flag} {pair}: not NAME=VALUE")
         try:
             options[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[name] = value
     return options

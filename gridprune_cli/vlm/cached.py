@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
+from gridprune_cli.errors import BadInput
 from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.support import quantization, unsupported
 
@@ -55,7 +56,11 @@ def _look_into(name: str, folder: Path, commit: str, size: int) -> CachedModel:
         return CachedModel(name, None, size, "its config.json can't be read, or names no model_type")
     if family == "clip":
         reason = "a CLIP, for relevance alone: name it after --clip"
-    elif not (reason := unsupported(checkpoint.config) or checkpoint._lacks()):
-        stored = quantization(checkpoint.config)
-        reason = stored.lacks("") if stored else ""  # the device is asked where the model is opened
+    else:
+        try:
+            stored = quantization(checkpoint.config)
+            lack = stored.lacks("") if stored else ""  # the device is asked where the model is opened
+            reason = unsupported(checkpoint.config) or checkpoint._lacks() or lack
+        except BadInput as fault:
+            reason = str(fault)
     return CachedModel(name, family, size, reason)

@@ -140,8 +140,9 @@ def find(model: str, revision: str | None = None, *, flag: str = "--model", stor
         raise BadInput(f"{flag} {model}: no folder with a config.json; `gridprune models` lists what can be named")
     try:
         checkpoint = Checkpoint(model, folder, commit, store)
-        _ = checkpoint.family
-    except (ValueError, KeyError) as fault:
+        if not isinstance(checkpoint.config, dict) or not isinstance(checkpoint.family, str):
+            raise ValueError("not an object with a text as model_type")
+    except (ValueError, KeyError, RecursionError) as fault:
         raise BadInput(f"{flag} {model}: config.json names no model_type ({fault})") from fault
     return checkpoint
 

@@ -121,7 +121,16 @@ class Family(ABC):
 
     @cached_property
     def processor(self) -> Any:
-        """The checkpoint's processor, without its video half, which would need torchvision."""
+        """The checkpoint's processor. Raises BadInput where its files are damaged."""
+        try:
+            return self._read_processor()
+        except Exception as fault:  # transformers and tokenizers raise nearly everything on a damaged file
+            first = (str(fault).splitlines() or [""])[0] or type(fault).__name__
+            name = self.checkpoint.name
+            raise BadInput(f"{name}: its processor or tokenizer can't be read ({first}); fetch it again") from fault
+
+    def _read_processor(self) -> Any:
+        """The processor, without its video half, which would need torchvision."""
         folder, kind = self.checkpoint.folder, self.processor_class
         takes = inspect.signature(kind.__init__).parameters
         if "video_processor" not in takes:
@@ -359,6 +368,16 @@ class Family(ABC):
     def positions(self, ids: Tensor, images: Sequence[EncodedImage]) -> Tensor:
         """Position ids `(L,)` or `(3, L)` of an unpruned prompt."""
         return torch.arange(len(ids))
+
+    def count_words(self, text: str) -> int:
+        """How many tokens a text takes."""
+        return len(self.processor.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def check_length(self, positions: int, remedy: str) -> None:
+        """Raises BadInput, with what to do, for a prompt of more positions than the language model was made for."""
+        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and positions > most:
+            raise BadInput(f"the prompt takes {positions} positions, and {self.checkpoint.name} has {most}; {remedy}")
 
     # ---- generating --------------------------------------------------------------------------------------------------
 

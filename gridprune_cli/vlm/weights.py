@@ -1,6 +1,7 @@
 """The weights of a checkpoint on disk: which files hold them, and their tensors, without running what a file holds."""
 
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +27,13 @@ def weight_files(folder: Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-                return [folder / shard for shard in sorted(shards)]
-            except (ValueError, KeyError, AttributeError, TypeError) as fault:
+                shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+                elsewhere = [shard for shard in shards if os.path.basename(shard) != shard]
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
                 raise BadInput(f"{index}: can't be read; fetch it again") from fault
+            if elsewhere:
+                raise BadInput(f"{index}: names {elsewhere[0][:80]!r}, which is no file of this folder; fetch it again")
+            return [folder / shard for shard in shards]
     return []
 
 
