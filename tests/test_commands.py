@@ -1,6 +1,7 @@
 """The commands, called as a user calls them: what goes to stdout, what to stderr, and the exit code."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -444,6 +445,24 @@ def test_encode_into_a_cache_that_cannot_be_written_fails(run, image, tmp_path):
     assert code == 1 and "can't be written" in err
 
 
+def test_what_stands_in_an_entry_s_place_changes_no_answer(run, image, tmp_path):
+    answer = run("ask", image, QUESTION)[1]
+    (entry,) = (tmp_path / "cache").rglob("*.safetensors")
+    entry.unlink()
+    os.mkfifo(entry)
+    code, out, err = run("ask", image, QUESTION)
+    assert (code, out) == (0, answer) and "image encoded" in err and entry.is_file()
+    entry.unlink()
+    entry.mkdir()
+    (entry / "thesis.tex").touch()
+    for command in (("ask", image, QUESTION), ("encode", image)):
+        code, out, err = run(*command)
+        assert (
+            code == 0 and out in ("", answer) and "warning: " in err and str(entry) in err and "unexpected" not in err
+        )
+    assert (entry / "thesis.tex").exists()
+
+
 LONG = "a" * 300  # a name may have 255 bytes
 
 
@@ -669,6 +688,19 @@ def test_bench_measures_shapes_and_needs_no_picture(run, monkeypatch):
 def test_bench_refuses(run, arguments, told):
     code, out, err = run("bench", *arguments)
     assert (code, out) == (2, "") and told in err and err.count("\n") == 1
+
+
+def test_files_are_held_together_up_to_a_number_of_bytes(tmp_path, monkeypatch):
+    from gridprune_cli.cli import generate
+
+    paths = [tmp_path / str(number) for number in range(5)]
+    for path, size in zip(paths, (40, 60, 1, 500, 0), strict=True):
+        path.write_bytes(bytes(size))
+    monkeypatch.setattr(generate, "MAX_BYTES", 100)
+    gone = tmp_path / "gone"
+    assert list(generate._windows([*paths, gone])) == [paths[:2], paths[2:3], paths[3:4], [paths[4], gone]]
+    monkeypatch.setattr(generate, "WINDOW", 1)
+    assert list(generate._windows(paths[:2])) == [paths[:1], paths[1:2]]
 
 
 def test_a_second_interrupt_ends_the_process_without_a_word():

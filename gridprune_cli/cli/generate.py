@@ -1,5 +1,6 @@
 """`gridprune generate`: answers from pruned sets, without image, cache or vision tower."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ import typer
 from gridprune_cli.cli import options
 from gridprune_cli.cli.output import emit_json, emit_text, open_stdin, progress, say, set_quiet, warn
 from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.files import MAX_BYTES
 
 if TYPE_CHECKING:
     from gridprune_cli.bulk import Bulk
@@ -59,8 +61,7 @@ def generate(
 
     failed = 0
     with progress("answering", len(files)) as step:
-        for start in range(0, len(files), WINDOW):
-            window = files[start : start + WINDOW]
+        for window in _windows(files):
             sets = [_load(path) for path in window]
             answers = in_order(_answers(sets, model, bulk, max_new_tokens))
             for path, pruned, answer in zip(window, sets, answers, strict=True):
@@ -80,6 +81,20 @@ def generate(
     if failed:
         warn(f"{failed} of {len(files)} could not be answered from")
         raise typer.Exit(3)
+
+
+def _windows(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Files to be held together: up to `WINDOW`, and no more bytes than the largest one may have."""
+    window: list[Path] = []
+    held = 0
+    for path in paths:
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+        if window and (len(window) == WINDOW or held + size > MAX_BYTES):
+            yield window
+            window, held = [], 0
+        window.append(path)
+        held += size
+    yield window
 
 
 def _answers(

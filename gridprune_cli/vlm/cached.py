@@ -58,9 +58,9 @@ def _look_into(name: str, folder: Path, commit: str, size: int) -> CachedModel:
         reason = "a CLIP, for relevance alone: name it after --clip"
     else:
         try:
-            stored = quantization(checkpoint.config)
-            lack = stored.lacks("") if stored else ""  # the device is asked where the model is opened
-            reason = unsupported(checkpoint.config) or checkpoint._lacks() or lack
+            reason = unsupported(checkpoint.config) or checkpoint._lacks()
+            if not reason and (stored := quantization(checkpoint.config)):
+                reason = stored.lacks("")  # the device is asked where the model is opened
         except BadInput as fault:
             reason = str(fault)
     return CachedModel(name, family, size, reason)

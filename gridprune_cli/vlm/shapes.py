@@ -244,7 +244,8 @@ def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = No
         if isinstance(family.relevance, ClipRelevance):
             family.relevance.model = _random(CLIPModel, folder / "clip", dtype, device)
         family.relevance.load()
-        _ = family.processor, family.encoder, family.by_words, family.checkpoint.config  # also read of the folder
+        # what else is read of the folder
+        _ = family.processor, family.encoder, family.by_words, family.config, family.checkpoint.config
     return family
 
 
