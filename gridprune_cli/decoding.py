@@ -28,7 +28,7 @@ from gridprune_cli.errors import BadInput
 
 MAX_PIXELS = 75_000_000  # see BYTES_PER_PIXEL: 1.05 GB; GRIDPRUNE_MAX_PIXELS raises it, and what follows with it
 MAX_BYTES = 1 << 28  # of a file: 75 million pixels of 3 bytes, as they are
-MAX_SECONDS = 10.0  # to decode one image
+MAX_SECONDS = 8.0  # to decode one image: 10, less what goes by between two looks at the clock
 MAX_MEMORY = 1_200_000_000  # bytes of address space of the decoder's process
 MAX_ASPECT = 200  # longer side over shorter; some image processors refuse more
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10, and each goes over all pixels
@@ -39,7 +39,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 
 _BAND = 1 << 22  # pixels converted at once
 _HEAD = 1 << 16  # bytes within which the first line of the worker ends
-_CHUNK = 1 << 13  # bytes of a progressive JPEG between two looks at the clock; they can hold dozens of scans
+_CHUNK = 1 << 9  # bytes of a progressive JPEG between two looks at the clock; a scan of all pixels can take 50
 # pixels up to which one call of C takes about a second; more are decoded in a process that can be killed
 _ONE_CALL = {"WEBP": 16_000_000, "AVIF": 8_000_000, "JPEG2000": 1_000_000}
 
@@ -114,7 +114,7 @@ class Clock:
         if self.stopped():
             raise BadInput("interrupted")
         if time.monotonic() > self.end:
-            raise BadInput(f"takes more than {self.seconds:.0f} s to read; make it smaller, or save it as JPEG or PNG")
+            raise BadInput(f"takes more than {self.seconds:g} s to read; make it smaller, or save it as JPEG or PNG")
 
 
 class _Bytes(io.BytesIO):
