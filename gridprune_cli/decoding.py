@@ -189,7 +189,8 @@ def _apart(image: Image.Image) -> bool:
 
 def _decode_apart(data: bytes, clock: Clock) -> tuple[Image.Image, tuple[str, ...]]:
     folders = [str(Path(module).resolve().parents[1]) for module in (__file__, cast(str, PIL.__file__))]
-    code = f"import sys; sys.path += {folders!r}; from gridprune_cli.decoding import _serve; _serve()"
+    limits = int(MAX_MEMORY * scale()), int(clock.seconds) + 1
+    code = f"import sys; sys.path += {folders!r}; from gridprune_cli.decoding import _serve; _serve(*{limits})"
     # files, not pipes: the worker needs no one to feed it, and complaints that would fill its file are left out
     with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as complaints:
         file.write(data)
@@ -229,15 +230,16 @@ def _output(worker: "subprocess.Popen[bytes]", clock: Clock) -> bytes:
             return worker.communicate(timeout=0.2)[0]
 
 
-def _serve() -> None:
-    """The worker: from stdin the bytes of an image file; to stdout a line of JSON, then the rows of RGB pixels."""
+def _serve(memory: int, seconds: int) -> None:
+    """The worker: from stdin the bytes of an image file; to stdout a line of JSON, then the rows of RGB pixels.
+
+    `memory` bounds its address space, and `seconds` its time on a CPU, should the one who started it be gone.
+    """
     import resource
 
     from PIL import AvifImagePlugin
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C ends it at once, even in C
-    memory = int(MAX_MEMORY * scale())
-    seconds = int(MAX_SECONDS * scale()) + 1  # should the one who started it be gone
     for limit, most in (("RLIMIT_AS", memory), ("RLIMIT_CPU", seconds), ("RLIMIT_FSIZE", 1 << 16)):
         with suppress(ValueError, OSError):  # a lower limit is set already
             resource.setrlimit(getattr(resource, limit), (most, most))

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -339,23 +338,23 @@ def test_what_a_decoder_complains_of_is_damage_and_stays_off_stderr(capfd: pytes
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_process_that_decodes_takes_no_more_memory_than_it_may() -> None:
-    assert "memory" in refused(bombs.webp(8660, 8660))
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not bound an address space")
+def test_a_process_that_decodes_takes_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(decoding._ONE_CALL, "WEBP", 1)
+    data = bombs.webp(3000, 3000)
+    assert load_image(data).image.size == (3000, 3000)
+    monkeypatch.setattr(decoding, "MAX_MEMORY", 200_000_000)
+    assert "memory" in refused(data)
 
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_decoding_ends_when_its_time_is_up_or_it_is_stopped(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     data = bombs.webp(4000, 4000) if apart else bombs.png(3000, 8, 6)
     monkeypatch.setitem(decoding._ONE_CALL, "WEBP", 1)
+    with ThreadPoolExecutor(1, initializer=decoding.stop_when, initargs=(lambda: True,)) as threads:
+        assert "interrupted" in threads.submit(refused, data).result()
     monkeypatch.setattr(decoding, "MAX_SECONDS", 0.05)
-    start = time.monotonic()
     assert "takes more than 0.05 s" in refused(data)
-    monkeypatch.setattr(decoding, "MAX_SECONDS", 60.0)
-    start = time.monotonic()
-    threading.Timer(0.05, (stopped := threading.Event()).set).start()
-    with ThreadPoolExecutor(1, initializer=decoding.stop_when, initargs=(stopped.is_set,)) as threads:
-        assert "interrupted" in threads.submit(refused, bombs.png(6000, 8, 6) if not apart else data).result()
-    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize(
