@@ -153,6 +153,7 @@ class Bulk:
                     now = self._see(waiting, latest, writer, several)
                     yield from _written(done)  # while the tower ran
                     done, waiting = now, []
+                del read, pictures  # not held while the next are read
             now = self._see(waiting, latest, writer, several)
             yield from _written(done + now)
 
@@ -502,6 +503,7 @@ def _ahead(
         room.leave(ticket)
         recent.append(BYTES_PER_PIXEL * _pixels(read.found))
         yield read
+        del read, future  # a picture that is done with is not held while the next is read
 
 
 def _pixels(found: EncodedImage | Picture | GridpruneError) -> int:

@@ -28,7 +28,7 @@ from gridprune_cli.errors import BadInput
 
 MAX_PIXELS = 75_000_000  # see BYTES_PER_PIXEL: 1.05 GB; GRIDPRUNE_MAX_PIXELS raises it, and what follows with it
 MAX_BYTES = 1 << 28  # of a file: 75 million pixels of 3 bytes, as they are
-MAX_SECONDS = 10.0  # to decode one image
+MAX_SECONDS = 8.0  # to decode one image: 10, less what goes by between two looks at the clock
 MAX_MEMORY = 1_200_000_000  # bytes of address space of the decoder's process
 MAX_ASPECT = 200  # longer side over shorter; some image processors refuse more
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10, and each goes over all pixels
@@ -39,7 +39,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 
 _BAND = 1 << 22  # pixels converted at once
 _HEAD = 1 << 16  # bytes within which the first line of the worker ends
-_CHUNK = 1 << 13  # bytes of a progressive JPEG between two looks at the clock; they can hold dozens of scans
+_CHUNK = 1 << 9  # bytes of a progressive JPEG between two looks at the clock; a scan of all pixels can take 50
 # pixels up to which one call of C takes about a second; more are decoded in a process that can be killed
 _ONE_CALL = {"WEBP": 16_000_000, "AVIF": 8_000_000, "JPEG2000": 1_000_000}
 
@@ -114,7 +114,7 @@ class Clock:
         if self.stopped():
             raise BadInput("interrupted")
         if time.monotonic() > self.end:
-            raise BadInput(f"takes more than {self.seconds:.0f} s to read; make it smaller, or save it as JPEG or PNG")
+            raise BadInput(f"takes more than {self.seconds:g} s to read; make it smaller, or save it as JPEG or PNG")
 
 
 class _Bytes(io.BytesIO):
@@ -189,7 +189,8 @@ def _apart(image: Image.Image) -> bool:
 
 def _decode_apart(data: bytes, clock: Clock) -> tuple[Image.Image, tuple[str, ...]]:
     folders = [str(Path(module).resolve().parents[1]) for module in (__file__, cast(str, PIL.__file__))]
-    code = f"import sys; sys.path += {folders!r}; from gridprune_cli.decoding import _serve; _serve()"
+    limits = int(MAX_MEMORY * scale()), int(clock.seconds) + 1
+    code = f"import sys; sys.path += {folders!r}; from gridprune_cli.decoding import _serve; _serve(*{limits})"
     # files, not pipes: the worker needs no one to feed it, and complaints that would fill its file are left out
     with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as complaints:
         file.write(data)
@@ -229,15 +230,16 @@ def _output(worker: "subprocess.Popen[bytes]", clock: Clock) -> bytes:
             return worker.communicate(timeout=0.2)[0]
 
 
-def _serve() -> None:
-    """The worker: from stdin the bytes of an image file; to stdout a line of JSON, then the rows of RGB pixels."""
+def _serve(memory: int, seconds: int) -> None:
+    """The worker: from stdin the bytes of an image file; to stdout a line of JSON, then the rows of RGB pixels.
+
+    `memory` bounds its address space, and `seconds` its time on a CPU, should the one who started it be gone.
+    """
     import resource
 
     from PIL import AvifImagePlugin
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C ends it at once, even in C
-    memory = int(MAX_MEMORY * scale())
-    seconds = int(MAX_SECONDS * scale()) + 1  # should the one who started it be gone
     for limit, most in (("RLIMIT_AS", memory), ("RLIMIT_CPU", seconds), ("RLIMIT_FSIZE", 1 << 16)):
         with suppress(ValueError, OSError):  # a lower limit is set already
             resource.setrlimit(getattr(resource, limit), (most, most))

@@ -59,9 +59,7 @@ def forecast(
     hits = encode = unreadable = written = growth = total = 0
     seen: set[str] = set()
     for image in images:
-        if os.path.exists(image) and not os.path.isfile(
-            image
-        ):  # a pipe can be read only once, and is not to be waited for
+        if os.path.exists(image) and not os.path.isfile(image):  # a pipe can be read only once
             encode += 1
             step()
             continue

@@ -91,7 +91,7 @@ def _read_pipe(file: int, most: int, name: str) -> bytes:
         elif piece is not None and pieces:
             break
         elif clock.stopped() or time.monotonic() > clock.end:
-            raise BadInput(f"{name}: a pipe or device that gives nothing for {clock.seconds:.0f} s; write to it")
+            raise BadInput(f"{name}: a pipe or device that gives nothing for {clock.seconds:g} s; write to it")
         else:
             time.sleep(0.02)
     return b"".join(pieces)

@@ -1,12 +1,16 @@
 import hashlib
 import io
 import os
+import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz import bombs
 from PIL import Image, ImageFile
 
 from gridprune_cli import decoding, images
@@ -169,6 +173,28 @@ def test_floats_within_one_are_scaled_and_others_refused() -> None:
         load_image(write(Image.fromarray(np.array([[0, 70_000]], np.int32)), "TIFF"))
 
 
+def test_a_transparent_grey_of_sixteen_bits_is_white() -> None:
+    grey = Image.fromarray(np.array([[0, 1, 256, 65_535]], np.uint16))
+    assert pixels(write(grey, transparency=256))[0, :, 0].tolist() == [0, 0, 255, 255]
+    assert pixels(write(grey, transparency=0))[0, :, 0].tolist() == [255, 0, 1, 255]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B", "F", "1", "CMYK"])
+def test_a_picture_converted_in_bands_is_the_picture(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(5)
+    if mode == "F":
+        image = Image.fromarray(noise.random((37, 11), dtype=np.float32))
+    elif mode.startswith("I"):
+        image = Image.frombytes(mode, (11, 37), noise.bytes(2 * 11 * 37))
+    else:
+        image = Image.fromarray(noise.integers(0, 256, (37, 11, 4), dtype=np.uint8)).convert(mode)
+    options = {"transparency": 3} if mode == "P" else {}
+    data = write(image, "TIFF" if mode in ("F", "I;16B", "CMYK") else "PNG", **options)
+    whole = pixels(data)
+    monkeypatch.setattr(decoding, "_BAND", 50)
+    assert np.array_equal(pixels(data), whole)
+
+
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
 def test_cmyk(kind: str) -> None:
     image = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
@@ -285,6 +311,116 @@ def test_huge_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "more than 1 MiB" in refused(Path("/dev/zero"))
 
 
+@pytest.mark.parametrize(("kind", "options"), [("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {}), ("AVIF", {})])
+def test_a_decoder_of_its_own_process_gives_the_same(kind: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = write(Image.fromarray(RGB), kind, exif=exif, **options)
+    here = decoding._decode(data, decoding.Clock(), lambda image: False)
+    monkeypatch.setattr(decoding, "_ONE_CALL", dict.fromkeys(decoding._ONE_CALL, 1))
+    monkeypatch.setattr(decoding, "_decode_apart", (spy := Spy(decoding._decode_apart)))
+    there = load_image(data)
+    assert spy.calls == 1 and np.array_equal(there.image, here[0]) and there.notes == here[1]
+    refused(data[: len(data) * 2 // 3])
+
+
+class Spy:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *given):
+        self.calls += 1
+        return self.function(*given)
+
+
+def test_what_a_decoder_complains_of_is_damage_and_stays_off_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "damaged (Fax4Decode:" in refused(bombs.damaged_fax())
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not bound an address space")
+def test_a_process_that_decodes_takes_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(decoding._ONE_CALL, "WEBP", 1)
+    data = bombs.webp(3000, 3000)
+    assert load_image(data).image.size == (3000, 3000)
+    monkeypatch.setattr(decoding, "MAX_MEMORY", 200_000_000)
+    assert "memory" in refused(data)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_decoding_ends_when_its_time_is_up_or_it_is_stopped(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bombs.webp(4000, 4000) if apart else bombs.png(3000, 8, 6)
+    monkeypatch.setitem(decoding._ONE_CALL, "WEBP", 1)
+    with ThreadPoolExecutor(1, initializer=decoding.stop_when, initargs=(lambda: True,)) as threads:
+        assert "interrupted" in threads.submit(refused, data).result()
+    monkeypatch.setattr(decoding, "MAX_SECONDS", 0.05)
+    assert "takes more than 0.05 s" in refused(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome"),
+    {
+        "webp 13300 x 13300, lossless": "75 million",
+        "png at the limit, palette, tRNS": "read: 8660 x 8660",
+        "png of a text of 100 MB": "damaged",
+        "jpeg 3000 x 3000, 2,000 scans": "more than 100 scans",
+        "gif of 300,000 frames": "read: 1 x 1; animated: the first frame is taken",
+        "tiff of 100,000 directories": "read: 1 x 1; several pages: the first is taken",
+        "tiff whose directories are a ring": "read: 1 x 1",
+        "ico around a png of 13300 x 13300": "million",
+    }.items(),
+)
+def test_bombs_are_bounded(name: str, outcome: str, tmp_path: Path) -> None:
+    (tmp_path / "bomb").write_bytes(bombs.BOMBS[name]())
+    seconds, megabytes, line = bombs.watch(tmp_path / "bomb")
+    assert line.startswith(outcome) or (outcome in line and not outcome.startswith("read"))
+    assert seconds < 20 and megabytes < 1500
+
+
+def test_the_limit_of_pixels_can_be_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 50)
+    data = write(Image.fromarray(RGB))
+    assert "GRIDPRUNE_MAX_PIXELS" in refused(data)
+    monkeypatch.setenv("GRIDPRUNE_MAX_PIXELS", "60")
+    assert load_image(data).image.size == (10, 6)
+    for wrong in ("many", "-1", "9" * 5000):
+        monkeypatch.setenv("GRIDPRUNE_MAX_PIXELS", wrong)
+        assert "not a number of pixels" in refused(data)
+
+
+def test_scans_are_counted_from_marker_to_marker() -> None:
+    decoding._check_scans(bombs.scans(64, 80))
+    with pytest.raises(BadInput, match="more than 100 scans"):
+        decoding._check_scans(bombs.scans(64, 100))
+    data = bombs.scans(64, 0)
+    hidden = b"\xff\xe1" + (2 + 4000).to_bytes(2, "big") + b"\xff\xda" * 2000  # inside a segment
+    decoding._check_scans(data[:2] + hidden + data[2:] + b"\xff\xda" * 200)  # and behind the end
+
+
+def test_pipes_are_read_and_nobody_waits_for_ever_at_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, pipe = write(Image.fromarray(RGB)), tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(data,))
+    writer.start()
+    assert read_image(pipe) == data
+    writer.join()
+    monkeypatch.setattr(decoding, "MAX_SECONDS", 0.2)
+    assert "gives nothing for" in refused(pipe)
+    reader, end = os.pipe()
+    try:
+        os.write(end, data)
+        os.close(end)  # who wrote it is gone before it is read, as with the shell's <(...)
+        assert read_image(f"/dev/fd/{reader}") == data
+    finally:
+        os.close(reader)
+
+
+def test_a_sparse_file_is_refused_unread(tmp_path: Path) -> None:
+    with open(tmp_path / "x.png", "wb") as file:
+        file.truncate(300 << 30)
+    assert "more than 256 MiB" in refused(tmp_path / "x.png")
+
+
 def test_running_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
@@ -333,3 +469,14 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(BadInput, match=r"locked: can't be listed \(Permission denied\)"):
         find_images([tmp_path])
+
+
+def test_in_folders_only_files_count(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to("/dev/zero")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")  # which is told when it is read
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(tmp_path / "d.png"))
+        assert find_images([tmp_path]) == [tmp_path / "a.png", tmp_path / "gone.png"]
+    assert find_images([tmp_path / "b.png"]) == [tmp_path / "b.png"]
