@@ -8,7 +8,7 @@ import typer
 from gridprune_cli.cli import options
 from gridprune_cli.cli.output import emit_json, say, set_quiet, size, table, warn
 
-_CLIP = "its CLIP, for relevance: fetched with it, or found in FOLDER/clip, or named with --clip"
+_CLIP = "its CLIP, for relevance: fetched when needed, or found in FOLDER/clip, or named with --clip"
 _WORDS = "nothing else; relevance from the model's own words"
 _ROWS = (
     ("scenes", "ships with the package", "nothing; knows its own synthetic scenes only"),
