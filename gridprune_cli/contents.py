@@ -124,7 +124,8 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
 
 def _check_origin(image: Mapping[str, Any], kept: int) -> None:
     """How an image, with its `kept` tokens, was divided."""
-    region, zones = image.get("region"), image.get("zones")
+    _need("region" in image and "zones" in image, "an image tells no region or zones")
+    region, zones = image["region"], image["zones"]
     if region is not None:
         _need(_all_whole(region, 0, GRID - 1) and len(region) == 4, "a region is no box")
         _need(region[0] <= region[2] and region[1] <= region[3], "a region is no box")

@@ -277,6 +277,8 @@ PRUNED_FAULTS: dict[str, Fault] = {
     "no images": put("images", value=[]),
     "images an object": put("images", value={"0": 3}),
     "an image no object": put("images", 0, value=3),
+    "no region": lambda header, _: header["images"][0].pop("region"),
+    "no zones": lambda header, _: header["images"][1].pop("zones"),
     "a region of three": put("images", 0, "region", value=[1, 2, 3]),
     "a region beyond": put("images", 0, "region", value=[0, 0, 8, 8]),
     "a region turned round": put("images", 0, "region", value=[3, 3, 1, 1]),
