@@ -5,11 +5,13 @@ Each is read by its published names, in shards, in 16 bit, with the settings tha
 
 import json
 import re
+from dataclasses import replace
 
 import published
 import pytest
 import torch
 from safetensors import safe_open
+from test_families import logits
 from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from gridprune_cli.generation import generate
@@ -73,3 +75,5 @@ def test_keep_everything_is_generate(repository, noise):
     pruned = pipeline.prune(encoded, QUESTION, Pruning(keep=1.0))
     assert torch.equal(pruned.input_ids, inputs["input_ids"][0])
     assert list(generate(pipeline.family, [pruned], LENGTH)[0].ids) == expected
+    other = replace(pruned, rows=pruned.rows.flip(1))
+    assert not torch.allclose(logits(pipeline, pruned), logits(pipeline, other), atol=1e-2)

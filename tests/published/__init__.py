@@ -107,7 +107,8 @@ def _shrink(config: dict[str, Any]) -> dict[str, Any]:
             if blocks in config["vision_config"]:
                 tower[blocks] = [n * depth // vision.depth for n in config["vision_config"][blocks]]
     else:
-        tower |= {"num_hidden_layers": 3, "num_attention_heads": 2}
+        last = config.get("vision_feature_layer") in (-1, None)
+        tower |= {"num_hidden_layers": 2 if last else 3, "num_attention_heads": 2}
     if kind == "paligemma":
         tower["projection_dim"] = WIDTH
     shrunk = config | {"vision_config": config["vision_config"] | tower}
