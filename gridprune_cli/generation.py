@@ -6,7 +6,7 @@ What leaves inside the language model does so in `inner.py`.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -49,6 +49,17 @@ class _Clock(LogitsProcessor):
         return scores
 
 
+class _Stream(TextStreamer):
+    """Writes the answer to a stream as it comes."""
+
+    def __init__(self, tokenizer: Any, stream: TextIO):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._stream = stream
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(text, end="\n" if stream_end else "", file=self._stream, flush=True)
+
+
 def prompts(family: Family, batch: Sequence[PrunedSet]) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids `(B, L)`, mask `(B, L)` and positions `(B, L)` or `(3, B, L)` of the prompts, padded on the left."""
     length = max(len(pruned.input_ids) for pruned in batch)
@@ -84,11 +95,11 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 @torch.inference_mode()
 def generate(
-    family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, *, stream: bool = False, **options: Any
+    family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, *, stream: TextIO | None = None, **options: Any
 ) -> list[Generated]:
     """Answers from pruned sets, greedily, in one left-padded batch. Loads the language model only.
 
-    `stream` prints the answer of a batch of one to stdout as it comes. `options` go to transformers' `generate`. Raises
+    The answer of a batch of one is written to `stream` as it comes. `options` go to transformers' `generate`. Raises
     BadInput for a set that was made for another model, and as `check_options` does.
     """
     check_options(options)
@@ -107,7 +118,7 @@ def generate(
             **family.extras(ids),
             max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList([clock]),
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+            streamer=_Stream(tokenizer, stream) if stream else None,
             **{"do_sample": False} | options | {name: value for name, (value, _) in _FIXED.items()},
         )
     end = time.perf_counter()

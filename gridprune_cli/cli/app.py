@@ -3,8 +3,11 @@
 import os
 import signal
 import sys
+import threading
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from gridprune_cli.cli import cache
 from gridprune_cli.cli.ask import ask
@@ -16,10 +19,19 @@ from gridprune_cli.cli.evaluate import evaluate
 from gridprune_cli.cli.export import export
 from gridprune_cli.cli.generate import generate
 from gridprune_cli.cli.models import models
-from gridprune_cli.cli.output import printable, set_quiet
+from gridprune_cli.cli.output import only_data_on_stdout, printable, set_quiet
 from gridprune_cli.cli.prune import prune
 from gridprune_cli.cli.show import show
-from gridprune_cli.errors import GridpruneError
+from gridprune_cli.errors import DOWNLOAD, GridpruneError
+
+
+class _Command(TyperCommand):
+    """A command that runs models. Its help is printed before it is invoked."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with only_data_on_stdout():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="gridprune",
@@ -29,8 +41,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 for command in (ask, batch, encode, prune, generate, export, show, bench, models, env):
-    app.command(epilog=getattr(command, "examples", None))(command)
-app.command("eval", epilog=evaluate.examples)(evaluate)  # type: ignore[attr-defined]
+    app.command(epilog=getattr(command, "examples", None), cls=_Command)(command)
+app.command("eval", epilog=evaluate.examples, cls=_Command)(evaluate)  # type: ignore[attr-defined]
 app.add_typer(cache.app, name="cache")
 
 
@@ -46,11 +58,20 @@ def main() -> None:
     try:
         sys.exit(app(prog_name="gridprune", standalone_mode=False))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+        _leave(130)
     except Exception as fault:
         if debug:
             raise
         sys.exit(_tell(fault))
+
+
+def _leave(code: int) -> None:
+    """Exits; at once where an interrupted download is left behind, whose threads Python would wait for."""
+    if any(thread.name == DOWNLOAD for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _tell(fault: Exception) -> int:

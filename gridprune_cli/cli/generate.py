@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import emit_json, progress, read_stdin, say, set_quiet, warn
+from gridprune_cli.cli.output import emit_json, progress, put, read_stdin, say, set_quiet, warn
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def generate(
                 elif json and not isinstance(pruned, GridpruneError):
                     emit_json(pruned.to_json() | {"file": str(path), "answer": answer})
                 else:
-                    print(answer, flush=True)
+                    put(answer)
                 step()
     if failed:
         warn(f"{failed} of {len(files)} could not be answered from")

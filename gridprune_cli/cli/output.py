@@ -7,13 +7,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from gridprune_cli.errors import BadInput, GridpruneError
 
 _EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 _quiet = False
+_data: TextIO | None = None  # where data goes while sys.stdout is kept from libraries
 
 
 def set_quiet(quiet: bool) -> None:
@@ -33,11 +35,53 @@ def warn(message: str) -> None:
     print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
+def stdout() -> TextIO:
+    """The stream that data goes to."""
+    return _data or sys.stdout
+
+
+def put(text: str, end: str = "\n") -> None:
+    """Text on stdout, at once."""
+    print(text, end=end, file=stdout(), flush=True)
+
+
+@contextmanager
+def only_data_on_stdout() -> Iterator[None]:
+    """Keeps stdout for data: what libraries print meanwhile, in Python or below it, goes to stderr.
+
+    Nothing is changed where stdout is a terminal, whose reader sees both alike, or closed.
+    """
+    global _data
+    before = sys.stdout
+    if _data is not None or before is None or sys.stderr is None or before.isatty():
+        yield
+        return
+    before.flush()
+    try:
+        number, other = before.fileno(), sys.stderr.fileno()
+    except OSError:  # no files behind them, as in tests
+        number = other = None
+    if number is None or other is None:
+        _data = before
+    else:
+        _data = os.fdopen(os.dup(number), "w", encoding=before.encoding, errors=before.errors)
+        os.dup2(other, number)
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, kept, _data = before, _data, None
+        if kept is not before:
+            os.dup2(kept.fileno(), before.fileno())
+            with suppress(OSError):  # told already where it was written
+                kept.close()
+
+
 def emit_json(*values: object) -> None:
     """Values as a line of JSON each on stdout, at once and whole."""
-    text = "\n".join(_json(value, sys.stdout.encoding or "utf-8") for value in values)
+    text = "\n".join(_json(value, stdout().encoding or "utf-8") for value in values)
     with _undisturbed():
-        print(text, flush=True)
+        put(text)
 
 
 @contextmanager
@@ -104,7 +148,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     right = [title.endswith(" ") for title in columns]
     for line in lines:
         cells = [f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(line, widths, right, strict=True)]
-        print("  ".join(cells).rstrip())
+        put("  ".join(cells).rstrip())
 
 
 def confirm(question: str, yes: bool) -> bool:
@@ -135,7 +179,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[..., None
     from rich.progress import Progress, TextColumn
 
     # what goes to stdout must get there: only where both are one terminal may the bar be in its way
-    console, one = Console(stderr=True), sys.stdout.isatty()
+    console, one = Console(stderr=True), stdout().isatty()
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[status]}", markup=False))
     with Progress(*columns, console=console, transient=True, redirect_stdout=one) as bar:
         task = bar.add_task(description, total=total, status="")

@@ -6,7 +6,7 @@ A failure becomes one line that says what to do.
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, tqdm
 
-from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.errors import DOWNLOAD, BadInput, GridpruneError
 
 # what transformers reads of a checkpoint; never what can hold code: pickled weights and Python files
 PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
@@ -44,7 +44,39 @@ def locate(name: str, revision: str | None, flag: str, *, cached: bool = False) 
 def fetch(name: str, commit: str, flag: str, *, bars: bool) -> None:
     """Fetches what is missing of a snapshot. Raises as `locate` does."""
     with _told(name, commit, flag), _bars(bars), _unbroken():
-        snapshot_download(name, revision=commit, allow_patterns=list(PATTERNS))
+        _stoppable(lambda bar: snapshot_download(name, revision=commit, allow_patterns=list(PATTERNS), tqdm_class=bar))
+
+
+def _stoppable(download: Callable[[type[tqdm]], object]) -> None:
+    """Runs a download so that Ctrl-C ends it at once: the client itself would first wait for all of its files.
+
+    It runs in threads of its own, which the interrupt leaves behind. There the progress bar, which every piece of a
+    file passes, breaks off; what has arrived stays in the hub's cache, and the next download goes on from there.
+    """
+    stopped = threading.Event()
+    failures: list[BaseException] = []
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            if stopped.is_set():
+                raise InterruptedError("the download was stopped")
+            return super().update(n)
+
+    def run() -> None:
+        try:
+            download(Bar)
+        except BaseException as fault:
+            failures.append(fault)
+
+    thread = threading.Thread(target=run, name=DOWNLOAD, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        stopped.set()
+        raise
+    if failures:
+        raise failures[0]
 
 
 @contextmanager

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tiny_families import wake
 from tokenizers import pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForImageTextToText, GemmaTokenizer, LlamaTokenizer, Qwen2Tokenizer
-
-from tiny_families import wake
 
 FOLDER = Path(__file__).parent
 FILES = ("config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
