@@ -11,6 +11,7 @@ import published
 import pytest
 import torch
 from safetensors import safe_open
+from test_docs import table_under
 from test_families import logits
 from transformers import AutoModelForImageTextToText, ProcessorMixin
 
@@ -77,3 +78,9 @@ def test_keep_everything_is_generate(repository, noise):
     assert list(generate(pipeline.family, [pruned], LENGTH)[0].ids) == expected
     other = replace(pruned, rows=pruned.rows.flip(1))
     assert not torch.allclose(logits(pipeline, pruned), logits(pipeline, other), atol=1e-2)
+
+
+def test_the_table_of_the_documentation_is_of_these():
+    rows = [published.row(name, data) for name, data in REPOSITORIES.items()]
+    wanted = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    assert table_under("Published repositories", "families.md") == rows, wanted

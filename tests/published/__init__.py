@@ -180,3 +180,27 @@ def _published(model: torch.nn.Module, renamed: dict[str, str]) -> Iterator[tupl
     for name, value in model.state_dict().items():
         begin = next((begin for begin in renamed if name.startswith(begin)), "")
         yield renamed.get(begin, "") + name.removeprefix(begin), value
+
+
+# ---- documentation ---------------------------------------------------------------------------------------------------
+
+
+def row(name: str, data: dict[str, Any]) -> list[str]:
+    """The repository's row in the table of docs/families.md."""
+    kinds: dict[str, list[str]] = {"copied": [], "copied in part": [], "recalled": []}
+    for file in (file for file in data["sources"] if file in data):
+        source = data["sources"][file]
+        kind = source if source == "recalled" else "copied in part" if "recalled" in source else "copied"
+        kinds[kind].append(file.partition(".")[0])
+    settings = "; ".join(f"{kind}: {', '.join(sorted(files))}" for kind, files in kinds.items() if files)
+    source = data["weights"]["source"]
+    names = "by transformers' conversion script" if source.endswith(".py") else "copied"
+    checked = "names of weights, ids of prompt and answer"
+    return [
+        f"`{name}`",
+        f"`{data['family']}`",
+        settings,
+        source if source == "recalled" else names,
+        checked,
+        "shrunk, random weights, float32, CPU",
+    ]

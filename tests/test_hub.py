@@ -1,0 +1,197 @@
+"""Models from the hub, by whole commands and a server that speaks its protocol: see `hub_server`."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import published
+import pytest
+import torch
+from hub_server import Hub, Repository, commit
+from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import save_file
+
+NAME = "llava-hf/llava-interleave-qwen-0.5b-hf"  # its relevance needs no second model
+QUESTION = "what colour is the left object?"
+LARGE = 40 << 20  # bytes of a further weight file; the client stores a file in pieces of 10 MB
+SOON = 5  # seconds; 2 are promised, where the machine has nothing else to do
+PATIENCE = 200  # seconds
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The small checkpoint of a published repository, and a large file that none of its weights is in."""
+    folder = published.write(published.load()[NAME], tmp_path_factory.mktemp("hub") / "checkpoint")
+    save_file({"unused": torch.arange(LARGE // 4, dtype=torch.int32)}, folder / "large.safetensors")
+    return folder
+
+
+def stored(blobs):
+    """Bytes of files that are not whole yet."""
+    return sum(file.stat().st_size for file in blobs.glob("*.incomplete"))
+
+
+@pytest.fixture
+def hub(checkpoint):
+    with Hub({"some/model": Repository({"main": checkpoint, "v2": checkpoint})}) as server:
+        yield server
+
+
+@pytest.fixture
+def start(hub, tmp_path):
+    """Starts `gridprune ask` in a process of its own, with an empty hub cache of this test."""
+    image = tmp_path / "image.png"
+    Image.new("RGB", (64, 48), "red").save(image)
+
+    def run(model, offline=False, **options):
+        names = ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE")
+        environment = {name: value for name, value in os.environ.items() if name not in names}
+        environment |= {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": str(int(offline)),
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "gridprune_cli",
+            "ask",
+            str(image),
+            QUESTION,
+            "--model",
+            model,
+            "--keep",
+            "0.5",
+        ]
+        command += ["--max-new-tokens", "3", "--dtype", "float32", "--json"]
+        return subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+        )
+
+    return run
+
+
+@pytest.fixture
+def ask(start):
+    """Runs `gridprune ask` to its end: the answer, and how many tokens it is from."""
+
+    def run(model, **options):
+        process = start(model, **options)
+        out, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, err
+        answer = json.loads(out)  # and nothing else
+        assert 0 < answer["tokens"]["kept"] < answer["tokens"]["full"]
+        return answer["answer"], answer["tokens"]
+
+    return run
+
+
+@pytest.fixture
+def here(hub, tmp_path, monkeypatch):
+    """The hub's client of this process asks the server, with an empty cache."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cached"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def test_first_second_and_offline_run(hub, ask, checkpoint):
+    """The first fetches each file once, the second asks one thing, offline asks nothing; the answer stays the same."""
+    answer = ask("some/model")
+    fetched = [request for request in hub.requests if request.startswith("GET some/model/resolve")]
+    assert len(fetched) == len(set(fetched)) == len([file for file in checkpoint.iterdir() if file.is_file()])
+    assert hub.sent == sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    hub.requests.clear()
+    assert ask("some/model") == answer
+    assert hub.requests == ["HEAD some/model/resolve/main/config.json"]
+    hub.requests.clear()
+    assert ask("some/model", offline=True) == answer
+    assert hub.requests == []
+
+
+def test_ctrl_c_ends_a_download_and_the_next_one_goes_on(hub, start, ask, tmp_path):
+    """What was stored is not fetched again. A connection that breaks meanwhile is taken up, too."""
+    repository = hub.repositories["some/model"]
+    repository.stalls = 15 << 20
+    process = start("some/model")
+    blobs = tmp_path / "hf" / "hub" / "models--some--model" / "blobs"
+    deadline = time.monotonic() + PATIENCE
+    while not stored(blobs) or hub.sent < repository.stalls:
+        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out) == (130, "") and time.monotonic() - sent < SOON, err
+    assert "Traceback" not in err
+    kept = stored(blobs)
+    assert 0 < kept < LARGE
+    repository.stalls, repository.breaks, hub.sent = 0, 1, 0
+    ask("some/model")
+    assert repository.breaks == 0 and hub.sent < LARGE - kept + (12 << 20)  # and what the break lost of a piece
+
+
+@pytest.mark.parametrize(
+    ("model", "exit_code", "words"),
+    [
+        ("some/gated", 2, "needs a licence accepted; do so at"),
+        ("some/missing", 2, "no such folder, and no such model on the hub; check the name"),
+        ("some/model@v9", 2, "no branch, tag or commit v9; check --revision"),
+    ],
+)
+def test_what_can_not_be_fetched_is_one_line(hub, here, command, checkpoint, model, exit_code, words):
+    hub.repositories["some/gated"] = Repository({"main": checkpoint}, gated=True)
+    code, out, err = command("ask", "image.png", QUESTION, "--model", model)
+    assert (code, out) == (exit_code, "") and words in err and err.count("\n") == 1
+
+
+def test_the_revision_named_is_fetched(hub, checkpoint, here, tmp_path):
+    from gridprune_cli.vlm import find
+
+    assert find("some/model@v2").commit == commit("v2")
+    assert find("some/model", commit("main")).commit == commit("main")
+
+
+def test_pickled_weights_alone(hub, checkpoint, here, tmp_path):
+    """A repository without safetensors: what it has is refused or read, but never taken for complete."""
+    from gridprune_cli.errors import BadInput
+    from gridprune_cli.vlm import find
+
+    folder = shutil.copytree(checkpoint, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors*"))
+    (folder / "tf_model.h5").write_bytes(b"weights of another library")
+    hub.repositories["some/pickled"] = Repository({"main": folder})
+    with pytest.raises(BadInput, match="weights"):
+        find("some/pickled").complete()
+
+
+def test_an_interrupted_download_raises_at_once_in_python(hub, here):
+    from gridprune_cli.errors import DOWNLOAD
+    from gridprune_cli.vlm import find
+
+    repository = hub.repositories["some/model"]
+    repository.stalls = 15 << 20
+    checkpoint = find("some/model")
+
+    def interrupt():
+        while hub.sent < repository.stalls:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.complete()
+    assert time.monotonic() - start < SOON + PATIENCE / 10
+    repository.stalls = 0
+    while any(thread.name == DOWNLOAD for thread in threading.enumerate()):  # which ends at the next piece of a file
+        assert time.monotonic() - start < PATIENCE
+        time.sleep(0.05)
+    assert not (checkpoint.folder / "large.safetensors").exists()
