@@ -48,7 +48,7 @@ def commit(name: str) -> str:
 
 @dataclass
 class Hub:
-    """The server. `requests` are method and path of each request, `sent` the bytes of weight files that went out."""
+    """The server. `requests`: method and path of each request for a model; `sent`: bytes of weights that went out."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
@@ -85,9 +85,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
-        self.hub.requests.append(f"{self.command} {path}")
         parts = path.split("/")
         api = parts[:2] == ["api", "models"]
+        if parts[0] == "api" and not api:  # what the client asks about itself
+            return self._json({})
+        self.hub.requests.append(f"{self.command} {path}")
         parts = parts[2:] if api else parts
         repository = self.hub.repositories.get("/".join(parts[:2]))
         if repository is None:

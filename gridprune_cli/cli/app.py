@@ -56,7 +56,7 @@ def main() -> None:
     set_quiet(False)
     debug = os.environ.get("GRIDPRUNE_DEBUG", "0") not in ("", "0")
     try:
-        sys.exit(app(prog_name="gridprune", standalone_mode=False))
+        _leave(app(prog_name="gridprune", standalone_mode=False))
     except (KeyboardInterrupt, typer.Abort):
         _leave(130)
     except Exception as fault:
@@ -65,12 +65,12 @@ def main() -> None:
         sys.exit(_tell(fault))
 
 
-def _leave(code: int) -> None:
+def _leave(code: int | None) -> None:
     """Exits; at once where an interrupted download is left behind, whose threads Python would wait for."""
     if any(thread.name == DOWNLOAD for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        os._exit(code)
+        os._exit(code or 0)
     sys.exit(code)
 
 

@@ -3,11 +3,12 @@
 A failure becomes one line that says what to do.
 """
 
+import os
 import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
@@ -19,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, tqdm
 
 from gridprune_cli.errors import DOWNLOAD, BadInput, GridpruneError
@@ -44,14 +46,20 @@ def locate(name: str, revision: str | None, flag: str, *, cached: bool = False) 
 def fetch(name: str, commit: str, flag: str, *, bars: bool) -> None:
     """Fetches what is missing of a snapshot. Raises as `locate` does."""
     with _told(name, commit, flag), _bars(bars), _unbroken():
-        _stoppable(lambda bar: snapshot_download(name, revision=commit, allow_patterns=list(PATTERNS), tqdm_class=bar))
+        try:
+            _stoppable(
+                lambda bar: snapshot_download(name, revision=commit, allow_patterns=list(PATTERNS), tqdm_class=bar)
+            )
+        except KeyboardInterrupt:
+            _drop_partial(name)
+            raise
 
 
 def _stoppable(download: Callable[[type[tqdm]], object]) -> None:
-    """Runs a download so that Ctrl-C ends it at once: the client itself would first wait for all of its files.
+    """Runs a download so that Ctrl-C ends it at once: the client itself would first wait for the files it has begun.
 
-    It runs in threads of its own, which the interrupt leaves behind. There the progress bar, which every piece of a
-    file passes, breaks off; what has arrived stays in the hub's cache, and the next download goes on from there.
+    It runs in threads of its own, which the interrupt leaves behind; there the progress bar, which every piece of a
+    file passes, breaks off. Files that are whole stay in the hub's cache, and the next download fetches the others.
     """
     stopped = threading.Event()
     failures: list[BaseException] = []
@@ -77,6 +85,24 @@ def _stoppable(download: Callable[[type[tqdm]], object]) -> None:
         raise
     if failures:
         raise failures[0]
+
+
+def _drop_partial(name: str) -> None:
+    """Removes the files that this process has begun to fetch of a model: the client never takes them up again."""
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "blobs")
+    opened = set()
+    with suppress(OSError):  # where the system has no /dev/fd, they stay
+        for number in os.listdir("/dev/fd"):
+            with suppress(OSError):
+                opened.add(_inode(os.fstat(int(number))))
+    for path in folder.glob("*.incomplete"):
+        with suppress(OSError):
+            if _inode(path.stat()) in opened:
+                path.unlink()
+
+
+def _inode(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino
 
 
 @contextmanager
