@@ -532,3 +532,40 @@ def test_bench_measures_shapes_and_needs_no_picture(run, monkeypatch):
 def test_bench_refuses(run, arguments, told):
     code, out, err = run("bench", *arguments)
     assert (code, out) == (2, "") and told in err and err.count("\n") == 1
+
+
+NOISY = """
+import os, subprocess
+from gridprune_cli.cli.app import main
+from gridprune_cli.pipeline import Pipeline
+
+ask = Pipeline.ask
+
+def noisy(*args, **options):
+    print("a library")
+    os.write(1, b"its C code\\n")
+    subprocess.run(["echo", "its child"], check=True)
+    return ask(*args, **options)
+
+Pipeline.ask = noisy
+main()
+"""
+
+
+def test_what_libraries_print_stays_off_stdout(image, tmp_path):
+    script = tmp_path / "noisy.py"
+    script.write_text(NOISY)
+    command = [sys.executable, script, "ask", image, QUESTION, "--model", "scenes", "--json", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and json.loads(done.stdout)["answer"]
+    assert done.stderr.split("\n")[:3] == ["a library", "its C code", "its child"]
+
+
+def test_data_goes_to_stdout_and_prints_to_stderr_in_one_process_too(run, image, monkeypatch):
+    from gridprune_cli.pipeline import Pipeline
+
+    ask = Pipeline.ask
+    monkeypatch.setattr(Pipeline, "ask", lambda *args, **options: print("a library") or ask(*args, **options))
+    for options in (("--no-stream",), ("--stream",), ("--json",)):
+        code, out, err = run("ask", image, QUESTION, "-q", *options)
+        assert (code, err) == (0, "a library\n") and "library" not in out and out.strip()
