@@ -15,7 +15,10 @@ import torch
 from hub_server import Hub, Repository, commit
 from huggingface_hub import constants
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from gridprune_cli.errors import DOWNLOAD, BadInput
+from gridprune_cli.vlm import find
 
 NAME = "llava-hf/llava-interleave-qwen-0.5b-hf"  # its relevance needs no second model
 QUESTION = "what colour is the left object?"
@@ -152,28 +155,32 @@ def test_what_can_not_be_fetched_is_one_line(hub, here, command, checkpoint, mod
 
 
 def test_the_revision_named_is_fetched(hub, checkpoint, here, tmp_path):
-    from gridprune_cli.vlm import find
-
     assert find("some/model@v2").commit == commit("v2")
     assert find("some/model", commit("main")).commit == commit("main")
 
 
-def test_pickled_weights_alone(hub, checkpoint, here, tmp_path):
-    """A repository without safetensors: what it has is refused or read, but never taken for complete."""
-    from gridprune_cli.errors import BadInput
-    from gridprune_cli.vlm import find
+def test_pickled_weights_are_fetched_where_there_are_no_others(hub, checkpoint, here, tmp_path):
+    both = shutil.copytree(checkpoint, tmp_path / "both", ignore=shutil.ignore_patterns("large*"))
+    weights = {}
+    for path in both.glob("*.safetensors"):
+        weights |= load_file(path)
+    torch.save(weights, both / "pytorch_model.bin")
+    pickled = shutil.copytree(both, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors*"))
+    hub.repositories |= {"some/both": Repository({"main": both}), "some/pickled": Repository({"main": pickled})}
+    assert not (find("some/both").complete().folder / "pytorch_model.bin").exists()
+    assert (find("some/pickled").complete().folder / "pytorch_model.bin").is_file()
 
-    folder = shutil.copytree(checkpoint, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors*"))
+
+def test_a_repository_without_weights(hub, checkpoint, here, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "none", ignore=shutil.ignore_patterns("*.safetensors*"))
     (folder / "tf_model.h5").write_bytes(b"weights of another library")
-    hub.repositories["some/pickled"] = Repository({"main": folder})
+    hub.repositories["some/other"] = Repository({"main": folder})
     with pytest.raises(BadInput, match="weights"):
-        find("some/pickled").complete()
+        find("some/other").complete()
+    assert not [request for request in hub.requests if request.endswith(".h5")]
 
 
 def test_an_interrupted_download_raises_at_once_in_python(hub, here):
-    from gridprune_cli.errors import DOWNLOAD
-    from gridprune_cli.vlm import find
-
     repository = hub.repositories["some/model"]
     repository.stalls = 15 << 20
     checkpoint = find("some/model")

@@ -68,9 +68,7 @@ def main() -> None:
 def _leave(code: int | None) -> None:
     """Exits; at once where an interrupted download is left behind, whose threads Python would wait for."""
     if any(thread.name == DOWNLOAD for thread in threading.enumerate()):
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code or 0)
+        os._exit(code or 0)  # what was printed is out already
     sys.exit(code)
 
 
