@@ -11,3 +11,6 @@ class BadInput(GridpruneError):
     """A file, flag or value that can't be used."""
 
     exit_code = 2
+
+
+DOWNLOAD = "gridprune-download"  # name of the thread of a download, which outlives an interrupt

@@ -6,7 +6,7 @@ What leaves inside the language model does so in `inner.py`.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -53,11 +53,15 @@ class _Clock(LogitsProcessor):
         return scores
 
 
-class _Printer(TextStreamer):
-    """Prints an answer as it comes; what a terminal would obey in it is made visible."""
+class _Stream(TextStreamer):
+    """Writes the answer to a stream as it comes; what a terminal would obey in it is made visible."""
+
+    def __init__(self, tokenizer: Any, stream: TextIO):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._stream = stream
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        super().on_finalized_text(visible(text), stream_end)
+        print(visible(text), end="\n" if stream_end else "", file=self._stream, flush=True)
 
 
 def prompts(family: Family, batch: Sequence[PrunedSet]) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,11 +123,11 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 @torch.inference_mode()
 def generate(
-    family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, *, stream: bool = False, **options: Any
+    family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, *, stream: TextIO | None = None, **options: Any
 ) -> list[Generated]:
     """Answers from pruned sets, greedily, in one left-padded batch. Loads the language model only.
 
-    `stream` prints the answer of a batch of one to stdout as it comes. `options` go to transformers' `generate`. Raises
+    The answer of a batch of one is written to `stream` as it comes. `options` go to transformers' `generate`. Raises
     BadInput for a set that was made for another model, and as `check_options` does.
     """
     check_options(options)
@@ -142,7 +146,7 @@ def generate(
             **family.extras(ids),
             max_new_tokens=max_new_tokens,
             logits_processor=LogitsProcessorList([clock]),
-            streamer=_Printer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+            streamer=_Stream(tokenizer, stream) if stream else None,
             **{"do_sample": False} | options | {name: value for name, (value, _) in _FIXED.items()},
         )
     end = time.perf_counter()

@@ -724,3 +724,40 @@ def test_a_second_interrupt_ends_the_process_without_a_word():
     assert process.wait(30) == 130 and process.stderr.read() == ""
     process.stdout.close()
     process.stderr.close()
+
+
+NOISY = """
+import os, subprocess
+from gridprune_cli.cli.app import main
+from gridprune_cli.pipeline import Pipeline
+
+ask = Pipeline.ask
+
+def noisy(*args, **options):
+    print("a library")
+    os.write(1, b"its C code\\n")
+    subprocess.run(["echo", "its child"], check=True)
+    return ask(*args, **options)
+
+Pipeline.ask = noisy
+main()
+"""
+
+
+def test_what_libraries_print_stays_off_stdout(image, tmp_path):
+    script = tmp_path / "noisy.py"
+    script.write_text(NOISY)
+    command = [sys.executable, script, "ask", image, QUESTION, "--model", "scenes", "--json", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and json.loads(done.stdout)["answer"]
+    assert done.stderr.split("\n")[:3] == ["a library", "its C code", "its child"]
+
+
+def test_data_goes_to_stdout_and_prints_to_stderr_in_one_process_too(run, image, monkeypatch):
+    from gridprune_cli.pipeline import Pipeline
+
+    ask = Pipeline.ask
+    monkeypatch.setattr(Pipeline, "ask", lambda *args, **options: print("a library") or ask(*args, **options))
+    for options in (("--no-stream",), ("--stream",), ("--json",)):
+        code, out, err = run("ask", image, QUESTION, "-q", *options)
+        assert (code, err) == (0, "a library\n") and "library" not in out and out.strip()

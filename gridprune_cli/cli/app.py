@@ -4,11 +4,12 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
 from importlib.metadata import version as version_of
-from typing import Annotated, TypeVar
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from gridprune_cli.cli import cache, models
 from gridprune_cli.cli.ask import ask
@@ -19,13 +20,20 @@ from gridprune_cli.cli.env import env
 from gridprune_cli.cli.evaluate import evaluate
 from gridprune_cli.cli.export import export
 from gridprune_cli.cli.generate import generate
-from gridprune_cli.cli.output import set_quiet
+from gridprune_cli.cli.output import DataStream, only_data_on_stdout, set_quiet, to_null
 from gridprune_cli.cli.prune import prune
 from gridprune_cli.cli.show import show
-from gridprune_cli.errors import GridpruneError
+from gridprune_cli.errors import DOWNLOAD, GridpruneError
 from gridprune_cli.text import printable
 
-T = TypeVar("T")
+
+class _Command(TyperCommand):
+    """A command that runs models. Its help is printed before it is invoked."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with only_data_on_stdout():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="gridprune",
@@ -35,8 +43,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 for command in (ask, batch, encode, prune, generate, export, show, bench, env):
-    app.command(epilog=getattr(command, "examples", None))(command)
-app.command("eval", epilog=evaluate.examples)(evaluate)  # type: ignore[attr-defined]
+    app.command(epilog=getattr(command, "examples", None), cls=_Command)(command)
+app.command("eval", epilog=evaluate.examples, cls=_Command)(evaluate)  # type: ignore[attr-defined]
 app.add_typer(models.app, name="models")
 app.add_typer(cache.app, name="cache")
 
@@ -73,9 +81,9 @@ def main() -> None:
             raise GridpruneError("stdout is closed; send it somewhere, as to /dev/null")
         code = app(prog_name="gridprune", standalone_mode=False)
         sys.stdout.flush()
-        sys.exit(code)
+        _leave(code)
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+        _leave(130)
     except Exception as fault:
         if debug:
             raise
@@ -104,42 +112,18 @@ def _open_streams() -> None:
     """
     for number, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)):
         if stream is None:
-            _to_null(number)
+            to_null(number)
     if sys.stderr is None:  # else `print` would take stdout instead
         sys.stderr = open(2, "w", errors="backslashreplace")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
-        sys.stdout = _Stdout(
-            sys.stdout.buffer,
-            sys.stdout.encoding,
-            "backslashreplace",  # a terminal without Unicode shows escapes
-            line_buffering=sys.stdout.line_buffering,
-            write_through=sys.stdout.write_through,
-        )
+        sys.stdout = DataStream(sys.stdout.buffer, sys.stdout.encoding, sys.stdout.line_buffering)
 
 
-def _to_null(number: int) -> None:
-    null = os.open(os.devnull, os.O_RDWR)
-    if null != number:
-        os.dup2(null, number)
-        os.close(null)
-
-
-class _Stdout(io.TextIOWrapper):
-    """stdout whose failures, as of a full disk, are told from those of other files."""
-
-    def write(self, text: str) -> int:
-        return self._try(lambda: super(_Stdout, self).write(text))
-
-    def flush(self) -> None:
-        self._try(super().flush)
-
-    def _try(self, act: Callable[[], T]) -> T:
-        try:
-            return act()
-        except OSError as fault:
-            _to_null(self.fileno())  # for what it still holds, which Python writes at the end
-            reason = fault.strerror or fault
-            raise GridpruneError(f"stdout: can't be written ({reason}); send it where there is room") from fault
+def _leave(code: int | None) -> None:
+    """Exits; at once where an interrupted download is left behind, whose threads Python would wait for."""
+    if any(thread.name == DOWNLOAD for thread in threading.enumerate()):
+        os._exit(code or 0)  # what was printed is out already
+    sys.exit(code)
 
 
 def _tell(fault: Exception) -> int:

@@ -1,13 +1,12 @@
 """`gridprune ask`: a question about an image, answered."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import check_target, emit_json, emit_text, read_stdin, say, set_quiet
+from gridprune_cli.cli.output import check_target, emit_json, emit_text, read_stdin, say, set_quiet, stdout
 from gridprune_cli.errors import BadInput
 
 if TYPE_CHECKING:
@@ -49,10 +48,17 @@ def ask(
         raise BadInput("--show: draws one image, not several; ask about each")
     sources, asked = read_inputs(images, question)
     beams = generation.get("num_beams") not in (None, 1)  # of which none is the answer before the end
-    flows = not json and (sys.stdout.isatty() and not beams if stream is None else stream)
+    flows = not json and (stdout().isatty() and not beams if stream is None else stream)
+    written = stdout() if flows else None
     with pipeline:
         answer = pipeline.ask(
-            sources, asked, pruning, **prompt, max_new_tokens=max_new_tokens, stream=flows, **generation
+            sources,
+            asked,
+            pruning,
+            **prompt,
+            max_new_tokens=max_new_tokens,
+            stream=written,
+            **generation,
         )
     if json:
         emit_json(answer.to_json())

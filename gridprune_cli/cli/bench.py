@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import emit_json, progress, say, set_quiet, size, table
+from gridprune_cli.cli.output import emit_json, progress, put, say, set_quiet, size, table
 from gridprune_cli.errors import BadInput
 from gridprune_cli.text import printable
 
@@ -97,9 +97,9 @@ def bench(
         emit_json(place | asked | source | {"repeat": repeat, "new_tokens": new_tokens} | report.to_json())
         return
     where = place["device"] if device.startswith("cuda") else f"{device}, {place['threads']} threads"
-    print(printable(f"{pipeline.model}, {place['dtype']}, {where}; {picture.name}; medians of {repeat}, quartiles"))
+    put(printable(f"{pipeline.model}, {place['dtype']}, {where}; {picture.name}; medians of {repeat}, quartiles"))
     table(("", "full ", "pruned ", "full / pruned"), _rows(report))
-    print(
+    put(
         f"The prefill is {report.prefill.median:.2f} times faster with {report.flops:.2f} times fewer operations: "
         f"{report.achieved:.2f} of the ratio.\n"
         f"Selecting takes {report.selecting.median:.1%} of the pruned prefill."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import emit_json, progress, read_stdin, say, set_quiet, size, warn
+from gridprune_cli.cli.output import emit_json, progress, put, read_stdin, say, set_quiet, size, warn
 
 if TYPE_CHECKING:
     from gridprune_cli.forecast import Forecast
@@ -113,8 +113,8 @@ def _print(expected: "Forecast", json: bool) -> None:
         return
     cannot = f", {expected.unreadable} can't be encoded" if expected.unreadable else ""
     limit = "no limit" if expected.limit is None else f"limit {size(expected.limit)}"
-    print(f"{expected.images} images, {expected.hits} of them cached already, {expected.encode} to encode{cannot}")
-    print(f"about {size(expected.bytes)} to write; {limit}, {size(expected.free)} free on the disk")
+    put(f"{expected.images} images, {expected.hits} of them cached already, {expected.encode} to encode{cannot}")
+    put(f"about {size(expected.bytes)} to write; {limit}, {size(expected.free)} free on the disk")
 
 
 def _names() -> list[str]:

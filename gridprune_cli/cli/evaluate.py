@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.output import progress, say, set_quiet
+from gridprune_cli.cli.output import progress, put, say, set_quiet
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _write(pipeline: "Pipeline", plan: "Plan", rows: "Rows", folder: Path) -> No
 
     write_atomic(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode(), sync=True)
     write_atomic(folder / "results.md", table.encode("utf-8", "backslashreplace"), sync=True)
-    print(table, end="")
+    put(table, end="")
     if line := report.lacking():
         say(line)
     else:

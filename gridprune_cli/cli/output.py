@@ -1,5 +1,6 @@
 """What every command prints with: data to stdout, everything else to stderr."""
 
+import io
 import json
 import os
 import signal
@@ -7,15 +8,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO, TypeVar
 
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.text import printable, to_json, visible
 
+T = TypeVar("T")
+
 _EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 _quiet = False
+_data: TextIO | None = None  # where data goes while sys.stdout is kept from libraries
 
 
 def set_quiet(quiet: bool) -> None:
@@ -35,16 +39,88 @@ def warn(message: str) -> None:
     print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
 
 
+class DataStream(io.TextIOWrapper):
+    """A stream for data, whose failures, as of a full disk, are told from those of other files."""
+
+    def __init__(self, file: BinaryIO, encoding: str, line_buffering: bool = False):
+        # a terminal without Unicode shows escapes
+        super().__init__(file, encoding, "backslashreplace", line_buffering=line_buffering)
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: super(DataStream, self).write(text))
+
+    def flush(self) -> None:
+        self._try(super().flush)
+
+    def _try(self, act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except OSError as fault:
+            to_null(self.fileno())  # for what it still holds, which Python writes at the end
+            reason = fault.strerror or fault
+            raise GridpruneError(f"stdout: can't be written ({reason}); send it where there is room") from fault
+
+
+def to_null(number: int) -> None:
+    """Puts /dev/null in the place of a file descriptor."""
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
+
+
+def stdout() -> TextIO:
+    """The stream that data goes to."""
+    return _data or sys.stdout
+
+
+def put(text: str, end: str = "\n") -> None:
+    """Text on stdout, at once."""
+    print(text, end=end, file=stdout(), flush=True)
+
+
+@contextmanager
+def only_data_on_stdout() -> Iterator[None]:
+    """Keeps stdout for data: what libraries print meanwhile, in Python or below it, goes to stderr.
+
+    Nothing is changed where stdout is a terminal, whose reader sees both alike, or closed.
+    """
+    global _data
+    before = sys.stdout
+    if _data is not None or before is None or sys.stderr is None or before.isatty():
+        yield
+        return
+    before.flush()
+    try:
+        number, other = before.fileno(), sys.stderr.fileno()
+    except OSError:  # no files behind them, as in tests
+        number = other = None
+    if number is None or other is None:
+        _data = before
+    else:
+        _data = DataStream(os.fdopen(os.dup(number), "wb"), before.encoding)
+        os.dup2(other, number)
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, kept, _data = before, _data, None
+        if kept is not before:
+            os.dup2(kept.fileno(), before.fileno())
+            with suppress(OSError):  # told already where it was written
+                kept.close()
+
+
 def emit_json(*values: object) -> None:
     """Values as a line of JSON each on stdout, at once and whole."""
-    text = "\n".join(_json(value, sys.stdout.encoding or "utf-8") for value in values)
+    text = "\n".join(_json(value, stdout().encoding or "utf-8") for value in values)
     with _undisturbed():
-        print(text, flush=True)
+        put(text)
 
 
 def emit_text(text: str, end: str = "\n") -> None:
     """Text of a model on stdout, to a pipe as to a terminal: what a terminal would obey is made visible."""
-    print(visible(text), end=end, flush=True)
+    put(visible(text), end)
 
 
 @contextmanager
@@ -111,7 +187,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     right = [title.endswith(" ") for title in columns]
     for line in lines:
         cells = [f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(line, widths, right, strict=True)]
-        print("  ".join(cells).rstrip())
+        put("  ".join(cells).rstrip())
 
 
 def confirm(question: str, yes: bool) -> bool:
@@ -142,7 +218,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[..., None
     from rich.progress import Progress, TextColumn
 
     # what goes to stdout must get there: only where both are one terminal may the bar be in its way
-    console, one = Console(stderr=True), sys.stdout.isatty()
+    console, one = Console(stderr=True), stdout().isatty()
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[status]}", markup=False))
     with Progress(*columns, console=console, transient=True, redirect_stdout=one) as bar:
         task = bar.add_task(description, total=total, status="")

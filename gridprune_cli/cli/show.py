@@ -1,7 +1,6 @@
 """`gridprune show`: draws what pruning did."""
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +8,7 @@ import typer
 
 from gridprune_cli.cli import options
 from gridprune_cli.cli.ask import Question, read_inputs
-from gridprune_cli.cli.output import check_target, say, set_quiet
+from gridprune_cli.cli.output import check_target, put, say, set_quiet, stdout
 
 if TYPE_CHECKING:
     from gridprune_cli.figure import Figure
@@ -41,7 +40,7 @@ def show(
         encoded, _ = pipeline.encode_one(source)
     pruned = pipeline.prune(encoded, asked, pruning, localized=localized)
     if output is None:
-        print(coarse(figure_of(source, pruned, None), colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+        put(coarse(figure_of(source, pruned, None), colour=stdout().isatty() and not os.environ.get("NO_COLOR")))
     else:
         draw_figure(source, pruned, None, output)
     for note in (*(f"{image}: {note}" for note in encoded.notes), *pipeline.remarks(pruning, pruned)):

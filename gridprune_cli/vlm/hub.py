@@ -3,11 +3,12 @@
 A failure becomes one line that says what to do.
 """
 
+import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download
@@ -19,9 +20,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, tqdm
 
-from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.errors import DOWNLOAD, BadInput, GridpruneError
 
 # what transformers reads of a checkpoint; never Python files
 PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
@@ -45,7 +47,63 @@ def locate(name: str, revision: str | None, flag: str, *, cached: bool = False) 
 def fetch(name: str, commit: str, flag: str, *, bars: bool, patterns: tuple[str, ...] = PATTERNS) -> None:
     """Fetches what is missing of a snapshot. Raises as `locate` does."""
     with _told(name, commit, flag), _bars(bars), _unbroken():
-        snapshot_download(name, revision=commit, allow_patterns=list(patterns))
+        try:
+            _stoppable(
+                lambda bar: snapshot_download(name, revision=commit, allow_patterns=list(patterns), tqdm_class=bar)
+            )
+        except KeyboardInterrupt:
+            _drop_partial(name)
+            raise
+
+
+def _stoppable(download: Callable[[type[tqdm]], object]) -> None:
+    """Runs a download so that Ctrl-C ends it at once: the client itself would first wait for the files it has begun.
+
+    It runs in threads of its own, which the interrupt leaves behind; there the progress bar, which every piece of a
+    file passes, breaks off. Files that are whole stay in the hub's cache, and the next download fetches the others.
+    """
+    stopped = threading.Event()
+    failures: list[BaseException] = []
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            if stopped.is_set():
+                raise InterruptedError("the download was stopped")
+            return super().update(n)
+
+    def run() -> None:
+        try:
+            download(Bar)
+        except BaseException as fault:
+            failures.append(fault)
+
+    thread = threading.Thread(target=run, name=DOWNLOAD, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        stopped.set()
+        raise
+    if failures:
+        raise failures[0]
+
+
+def _drop_partial(name: str) -> None:
+    """Removes the files that this process has begun to fetch of a model: the client never takes them up again."""
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "blobs")
+    opened = set()
+    with suppress(OSError):  # where the system has no /dev/fd, they stay
+        for number in os.listdir("/dev/fd"):
+            with suppress(OSError):
+                opened.add(_inode(os.fstat(int(number))))
+    for path in folder.glob("*.incomplete"):
+        with suppress(OSError):
+            if _inode(path.stat()) in opened:
+                path.unlink()
+
+
+def _inode(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino
 
 
 @contextmanager

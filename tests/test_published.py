@@ -1,0 +1,86 @@
+"""The parity matrix over published settings: small checkpoints of real repositories answer as transformers has them.
+
+Each is read by its published names, in shards, in 16 bit, with the settings that its repository has: see `published`.
+"""
+
+import json
+import re
+from dataclasses import replace
+
+import published
+import pytest
+import torch
+from safetensors import safe_open
+from test_docs import table_under
+from test_families import logits
+from transformers import AutoModelForImageTextToText, ProcessorMixin
+
+from gridprune_cli.generation import generate
+from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.vlm import FAMILIES
+
+QUESTION = "what colour is the left object?"
+LENGTH = 6  # tokens of an answer
+REPOSITORIES = published.load()
+
+
+@pytest.fixture(scope="module", params=REPOSITORIES)
+def repository(request, tmp_path_factory):
+    """A repository's data, its small checkpoint, and a pipeline on it."""
+    data = REPOSITORIES[request.param]
+    folder = published.write(data, tmp_path_factory.mktemp("published") / "checkpoint")
+    return data, folder, Pipeline(str(folder), dtype="float32")
+
+
+def usual(processor, pictures):
+    """Model inputs by the call that model cards show; PaliGemma has no chat."""
+    if processor.chat_template is None:
+        inputs = dict(processor(images=[pictures], text=["<image>" * len(pictures) + QUESTION], return_tensors="pt"))
+        inputs.pop("labels", None)  # for training
+        return inputs
+    content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": QUESTION}]
+    chat = [{"role": "user", "content": content}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return dict(ProcessorMixin.apply_chat_template(processor, chat, **options))
+
+
+def test_every_family_is_here_twice():
+    families = [data["family"] for data in REPOSITORIES.values()]
+    assert set(families) == set(FAMILIES) and min(map(families.count, families)) >= 2
+
+
+def test_weights_are_stored_as_published(repository):
+    """Names, shards and dtype, without which reading them would show nothing."""
+    data, folder, _ = repository
+    held = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as shard:
+            held |= {name: shard.get_tensor(name).dtype for name in shard.keys()}  # noqa: SIM118
+    patterns = {re.sub(r"(blocks|layers|layer|deepstack_merger_list)\.\d+\.", r"\1.*.", name) for name in held}
+    assert patterns == set(data["weights"]["names"])
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert set(held.values()) == {torch.float16 if data["weights"]["dtype"] == "float16" else torch.bfloat16}
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) == set(held)
+
+
+def test_keep_everything_is_generate(repository, noise):
+    """The ids of the prompt and of the answer, with the published generation settings; and the picture matters."""
+    _, folder, pipeline = repository
+    picture = noise((100, 80))
+    inputs = usual(pipeline.family.processor, [picture.image])
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    length = inputs["input_ids"].shape[1]
+    expected = whole.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)[0, length:].tolist()
+    encoded = pipeline.encode([picture])[0]
+    pruned = pipeline.prune(encoded, QUESTION, Pruning(keep=1.0))
+    assert torch.equal(pruned.input_ids, inputs["input_ids"][0])
+    assert list(generate(pipeline.family, [pruned], LENGTH)[0].ids) == expected
+    other = replace(pruned, rows=pruned.rows.flip(1))
+    assert not torch.allclose(logits(pipeline, pruned), logits(pipeline, other), atol=1e-2)
+
+
+def test_the_table_of_the_documentation_is_of_these():
+    rows = [published.row(name, data) for name, data in REPOSITORIES.items()]
+    wanted = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    assert table_under("Published repositories", "families.md") == rows, wanted
