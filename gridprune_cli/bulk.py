@@ -500,10 +500,10 @@ def _ahead(
             return
         ticket, future = flying.popleft()
         read = future.result()
-        room.leave(ticket)
         recent.append(BYTES_PER_PIXEL * _pixels(read.found))
         yield read
         del read, future  # a picture that is done with is not held while the next is read
+        room.leave(ticket)
 
 
 def _pixels(found: EncodedImage | Picture | GridpruneError) -> int:
