@@ -33,10 +33,7 @@ def test_a_plain_template_gives_what_transformers_gives():
         ("{{ 'x' * 10**10 }}", "MiB of memory"),  # computed while it is compiled
         ("{{ 'x'.center(10**10 * messages|length) }}", "MiB of memory"),
         ("{{ range(100000)|join('x' * 100000) }}", "MiB of memory"),
-        (
-            "{% set x = namespace(y='x') %}{% for i in range(99) %}{% set x.y = x.y ~ x.y %}{% endfor %}",
-            "MiB of memory",
-        ),
+        ("{% set x = namespace(y='x') %}{% for i in range(99) %}{% set x.y = x.y ~ x.y %}{% endfor %}", "of memory"),
         ("{% for i in range(20) %}{{ 'x' * 10**5 }}{% endfor %}", "2,000,000 characters of this question"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "maximum recursion depth"),
         ("{{ raise_exception('no ' ~ 'system' * 1000) }}", "no systemsystem"),
@@ -64,7 +61,7 @@ def test_a_template_that_runs_on_is_stopped(template, monkeypatch):
     monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.5)
     chat_template._stop()  # the next is started with this bound
     start = time.monotonic()
-    with pytest.raises(BadInput, match="it takes more than 0.5 s"):
+    with pytest.raises(BadInput, match=r"it takes more than 0\.5 s"):
         render_apart(template, MESSAGES, {})
     assert time.monotonic() - start < 20
 
