@@ -212,17 +212,17 @@ def _decode_apart(data: bytes, clock: Clock) -> tuple[Image.Image, tuple[str, ..
                 worker.kill()
                 raise
         complaints.seek(0)
-        said = complaints.read().decode(errors="replace").splitlines()
+        complained = complaints.read().decode(errors="replace").splitlines()
     try:
         head, _, _ = out[:_HEAD].partition(b"\n")
         answer = json.loads(head)
     except ValueError:
-        why = "; ".join([f"its decoder ended with {worker.returncode}", *said[-1:]])
+        why = "; ".join([f"its decoder ended with {worker.returncode}", *complained[-1:]])
         raise BadInput(f"damaged ({why}); fetch or export it again") from None
     if "fault" in answer:
         raise BadInput(answer["fault"])
-    if said:
-        raise BadInput(f"damaged ({' '.join(said[0].split())}); fetch or export it again")
+    if complained:
+        raise BadInput(f"damaged ({' '.join(complained[0].split())}); fetch or export it again")
     return Image.frombytes("RGB", tuple(answer["size"]), memoryview(out)[len(head) + 1 :]), tuple(answer["notes"])
 
 
