@@ -57,6 +57,7 @@ def work(
     torch.set_num_threads(1)
     captured = tempfile.TemporaryFile()  # noqa: SIM115 - for the whole process
     os.dup2(captured.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the commands keep what libraries print there off their stdout
     for target in TARGETS.values():
         target.prepare()
     outcomes: Counter[str] = Counter()
