@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gridprune_cli.decoding import BYTES_PER_PIXEL, stop_when
+from gridprune_cli.decoding import BYTES_PER_PIXEL, MAX_TOGETHER, stop_when
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image, memory_of
@@ -27,7 +27,7 @@ from gridprune_cli.pipeline import Asked, Pipeline, Pruning
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
 _MOST_PIXELS = 36_000_000  # that wait decoded for the tower; about 150 MB
-_MOST_MEMORY = 1_050_000_000  # bytes that reading ahead takes; the largest image alone takes as much
+_MOST_MEMORY = MAX_TOGETHER  # bytes that reading ahead takes
 _MOST_BYTES = 1 << 29  # of rows of pruned sets that wait for their turn
 _GROUP = 4  # batches of questions among which those of like length are put together
 _WORKERS = 16  # threads at most; more would wait for one another
