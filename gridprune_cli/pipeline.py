@@ -311,10 +311,9 @@ class Pipeline:
         encodings = encode([picture.image for picture in pictures])
         return [self._encoded(*own, several) for own in zip(pictures, encodings, strict=True)]
 
-    def keep(self, encoded: EncodedImage) -> None:
-        """Stores an encoded image, where there is a cache."""
-        if self.store is not None:
-            self.store.put(encoded.encoder, encoded.key, encoded.to_bytes())
+    def keep(self, encoded: EncodedImage) -> bool:
+        """Stores an encoded image, where there is a cache. False where it can't be stored, of which `Store` warns."""
+        return self.store is None or self.store.put(encoded.encoder, encoded.key, encoded.to_bytes())
 
     def _encoded(self, picture: Picture, encoding: Encoding, several: bool) -> EncodedImage:
         if not (torch.isfinite(encoding.states).all() and torch.isfinite(encoding.saliency).all()):
@@ -736,13 +735,13 @@ class Pipeline:
     ) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
         """Encodes many pictures in batches into the cache: (name, what came of it, whether it was a hit), in turn.
 
-        A picture that can't be read or encoded gives its error in place of an encoded image, and the rest goes on.
-        Where memory runs out, `notice` is told, and batches are smaller from then on. Raises GridpruneError where the
-        cache can't be written, since then all of it would be for nothing.
+        A picture that can't be read, encoded or stored gives its error in place of an encoded image, and the rest goes
+        on. Where memory runs out, `notice` is told, and batches are smaller from then on. Raises GridpruneError where
+        the cache can't be written, since then all of it would be for nothing.
         """
         from gridprune_cli.bulk import Bulk  # which stands on this module
 
-        for found in Bulk(self, images=batch, notice=notice).encode(sources, refresh=refresh):
+        for found in Bulk(self, images=batch, notice=notice).encode(sources, refresh=refresh, store=True):
             self.check_written()
             yield found
 
