@@ -42,7 +42,7 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     size, prompt, notes = header.get("size"), header.get("prompt"), header.get("notes")
     _need(isinstance(size, list) and len(size) == 2 and _all_whole(size, 1, 1 << 31), "its size is no width and height")
     _need(isinstance(prompt, dict) and isinstance(prompt.get("placeholder"), str), "its prompt has no placeholder")
-    _need(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "its notes are no texts")
+    _need(_all_texts(notes), "its notes are no texts")
     dtype = FLOATS[encoder["dtype"]]
     states, saliency, slots = tensors["states"], tensors["saliency"], tensors["slots"]
     _check_shape("states", states, kind or dtype, (count, -1))
@@ -73,6 +73,7 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
         _need(isinstance(source.get("model"), str | None), "relevance has no model")
     _need((source is None) == ("relevance" not in tensors), "relevance and its source do not fit each other")
     _need("inside" in header, "it does not say what leaves inside the language model")
+    _need(_all_texts(header.get("remarks")), "its remarks are no texts")
     _need(isinstance(images, list) and len(images) > 0, "it holds no images")
     assert isinstance(images, list)
     needed, known = {"rows", "kept", "input_ids", "position_ids", "saliency"}, {"relevance", "slots"}
@@ -81,13 +82,12 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     for image in images:
         _need(isinstance(image, dict), "an image is no object")
         _check_texts(image, ("key", "image", "name"))
-        notes = image.get("notes")
-        _need(isinstance(notes, list) and all(isinstance(note, str) for note in notes), "an image's notes are no texts")
+        _need(_all_texts(image.get("notes")), "an image's notes are no texts")
         counts.append(_count(image.get("views")))
     total = sum(counts)
     rows, kept, ids, places = (tensors[name] for name in ("rows", "kept", "input_ids", "position_ids"))
-    _need(rows.dtype in FLOATS.values() and rows.dim() == 2, f"rows are {_told(rows)}")
-    _need(0 < rows.numel() <= MAX_NUMBERS, f"rows are {_told(rows)}, none or too many")
+    _need(rows.dtype in FLOATS.values() and rows.dim() == 2, f"rows are {_dtype_and_shape(rows)}")
+    _need(0 < rows.numel() <= MAX_NUMBERS, f"rows are {_dtype_and_shape(rows)}, none or too many")
     check_range("rows", rows)
     _check_shape("kept", kept, torch.int64, (-1,))
     _need(0 < len(kept) <= len(rows), f"{len(kept)} kept tokens and {len(rows)} rows do not fit each other")
@@ -101,7 +101,7 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     if header["positions"] == "compact":
         _need(torch.equal(places, torch.arange(len(ids))), "position_ids are not compact")
     _need(places.dim() == 2 or _ascending(places), "position_ids do not ascend")
-    _need(tensors["saliency"].dtype in FLOATS.values(), f"saliency is {_told(tensors['saliency'])}")
+    _need(tensors["saliency"].dtype in FLOATS.values(), f"saliency is {_dtype_and_shape(tensors['saliency'])}")
     _check_shape("saliency", tensors["saliency"], None, (total,))
     check_range("saliency", tensors["saliency"], 0)
     if "relevance" in tensors:
@@ -114,18 +114,19 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
         _need(torch.equal(slots[slots >= 0].sort().values, kept), "slots and kept do not fit each other")
     firsts = torch.tensor([0, *counts]).cumsum(0)
     places_of = torch.searchsorted(kept, firsts)  # where each image's own begin among the kept
-    own = [part - first for part, first in zip(kept.split(places_of.diff().tolist()), firsts, strict=False)]
-    for image, part in zip(images, own, strict=True):
+    kept_of = [part - first for part, first in zip(kept.split(places_of.diff().tolist()), firsts, strict=False)]
+    for image, part in zip(images, kept_of, strict=True):
         _check_origin(image, len(part))
     if header.get("inside") is not None:
         _need("slots" in tensors, "it does not say which visual tokens its rows are")
-        _check_inside(header["inside"], images, own)
+        _check_inside(header["inside"], images, kept_of)
 
 
 def _check_origin(image: Mapping[str, Any], kept: int) -> None:
     """How an image, with its `kept` tokens, was divided."""
-    _need("region" in image and "zones" in image, "an image tells no region or zones")
-    region, zones = image["region"], image["zones"]
+    missing = {"region", "zones", "localizer", "ratios"} - image.keys()
+    _need(not missing, f"an image has no {_listed(missing)}")
+    region, zones, localizer, ratios = (image[name] for name in ("region", "zones", "localizer", "ratios"))
     if region is not None:
         _need(_all_whole(region, 0, GRID - 1) and len(region) == 4, "a region is no box")
         _need(region[0] <= region[2] and region[1] <= region[3], "a region is no box")
@@ -138,7 +139,6 @@ def _check_origin(image: Mapping[str, Any], kept: int) -> None:
         cells = sum(high * wide for high, wide in zip(*sides, strict=True))
         _need(cells == len(zones["budgets"]), f"{cells} zones have {len(zones['budgets'])} budgets")
         _need(sum(zones["budgets"]) == kept, "the zones' budgets are not what was kept")
-    localizer, ratios = image.get("localizer"), image.get("ratios")
     if localizer is not None:
         _need(isinstance(localizer, dict) and isinstance(localizer.get("name"), str), "a localizer has no name")
         _need(isinstance(localizer.get("answer", ""), str), "a localizer's answer is no text")
@@ -164,16 +164,16 @@ def _check_inside(parts: Any, images: Sequence[Mapping[str, Any]], kept: Sequenc
     each = len(parts["stages"][0]["keep"])
     _need(each in (1, len(images)), f"a stage keeps tokens of {each} images")
     _need(all(len(stage["keep"]) == each for stage in parts["stages"]), "its stages do not fit each other")
-    present = [len(own) for own in kept]
+    present = [len(part) for part in kept]
     leaving = Inside.from_json(parts)
     planned = plan(leaving.stages, present if each > 1 or len(images) == 1 else [sum(present)], len(tokens))
     _need(leaving == planned, "its stages and the tokens in each layer do not fit each other")
     for stage in leaving.stages:
         if isinstance(stage.rule, Region):
             _need(each == len(images), "a stage keeps regions of no images")
-            for image, own, keep in zip(images, kept, stage.keep, strict=True):
+            for image, part, keep in zip(images, kept, stage.keep, strict=True):
                 _need(image.get("region") is not None, "a stage keeps a region, and there is none")
-                within = inside(views_of(image["views"]), tuple(image["region"]))[own]
+                within = inside(views_of(image["views"]), tuple(image["region"]))[part]
                 _need(int(within.sum()) == keep, "a stage does not keep what is inside its region")
 
 
@@ -211,10 +211,14 @@ def _check_texts(header: Mapping[str, Any], names: Sequence[str]) -> None:
         _need(isinstance(header.get(name), str), f"its {name} is no text")
 
 
+def _all_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
 def _check_shape(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...]) -> None:
     """-1 is any length."""
     fits = len(shape) == tensor.dim() and all(w in (-1, g) for w, g in zip(shape, tensor.shape, strict=True))
-    _need(fits and dtype in (None, tensor.dtype), f"{name}: {_told(tensor)} does not fit")
+    _need(fits and dtype in (None, tensor.dtype), f"{name}: {_dtype_and_shape(tensor)} does not fit")
 
 
 def check_range(name: str, tensor: Tensor, low: float = -torch.inf, high: float = torch.inf) -> None:
@@ -234,7 +238,7 @@ def _need(holds: bool, reason: str) -> None:
         raise ValueError(reason)
 
 
-def _told(tensor: Tensor) -> str:
+def _dtype_and_shape(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 

@@ -7,6 +7,7 @@ It imports Pillow and nothing else, starts in less than 0.1 s, and is killed whe
 
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -55,6 +56,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG, but stuffed bytes, restarts and fill
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of damaged files goes to stderr
 
 _switch, _restore, _decoding = threading.Lock(), ExitStack(), 0  # of `_strict`
 _thread = threading.local()  # of `stop_when`
@@ -210,17 +213,17 @@ def _decode_apart(data: bytes, clock: Clock) -> tuple[Image.Image, tuple[str, ..
                 worker.kill()
                 raise
         complaints.seek(0)
-        said = complaints.read().decode(errors="replace").splitlines()
+        complained = complaints.read().decode(errors="replace").splitlines()
     try:
         head, _, _ = out[:_HEAD].partition(b"\n")
         answer = json.loads(head)
     except ValueError:
-        why = "; ".join([f"its decoder ended with {worker.returncode}", *said[-1:]])
+        why = "; ".join([f"its decoder ended with {worker.returncode}", *complained[-1:]])
         raise BadInput(f"damaged ({why}); fetch or export it again") from None
     if "fault" in answer:
         raise BadInput(answer["fault"])
-    if said:
-        raise BadInput(f"damaged ({' '.join(said[0].split())}); fetch or export it again")
+    if complained:
+        raise BadInput(f"damaged ({' '.join(complained[0].split())}); fetch or export it again")
     return Image.frombytes("RGB", tuple(answer["size"]), memoryview(out)[len(head) + 1 :]), tuple(answer["notes"])
 
 

@@ -276,24 +276,22 @@ def _parse_head(head: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         raise FileFault("damaged: its header can't be read") from error
     if not intact:
         raise FileFault("damaged: its header doesn't match its sha256")
-    if _deeper(header, MAX_DEPTH):
+    if deeper(header, MAX_DEPTH):
         raise FileFault(f"its header is nested more than {MAX_DEPTH} deep")
     return layout, header
 
 
-def _deeper(value: object, most: int) -> bool:
+def deeper(value: object, most: int) -> bool:
     """Whether lists and objects of JSON are nested more than `most` deep."""
     level = [value]
-    for _ in range(most + 1):
+    for _ in range(most):
         level = [
             item
             for holder in level
             if isinstance(holder, dict | list)
             for item in (holder.values() if isinstance(holder, dict) else holder)
         ]
-        if not level:
-            return False
-    return True
+    return any(isinstance(item, dict | list) for item in level)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ from threading import Thread
 from typing import Any, BinaryIO, TypeVar
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.files import canonical, digest
+from gridprune_cli.files import canonical, deeper, digest
 
 MAX_LINE = 1 << 20  # bytes; some 100 pages of text beside a question, and 1,000 such lines fit in memory
 MAX_DEPTH = 100  # levels of lists and objects in a line; Python's own limit lies near 1,000 and moves with the caller
@@ -68,7 +68,7 @@ def parse(line: bytes, place: str) -> Item:
     deep = f"{place}: nested more than {MAX_DEPTH} deep; write it flatter"
     try:
         value = json.loads(line, parse_constant=_refuse)
-        if not _within_depth(value):  # what is read here must be writable, and readable again from the results
+        if deeper(value, MAX_DEPTH):  # what is read here must be writable, and readable again from the results
             return Item(ident, place, fault=deep)
         ident = digest(value)[:16]
     except RecursionError:
@@ -118,19 +118,6 @@ def check_text(text: str, name: str) -> None:
         raise BadInput(f"{name} has {len(text)} characters; at most {MAX_QUESTION} can be asked")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise BadInput(f"{name} holds half a character, a surrogate alone; write it whole, in UTF-8")
-
-
-def _within_depth(value: Any) -> bool:
-    """Whether lists and objects lie at most `MAX_DEPTH` deep in each other."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            part
-            for outer in level
-            if isinstance(outer, dict | list)
-            for part in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return not any(isinstance(part, dict | list) for part in level)
 
 
 def _refuse(name: str) -> None:

@@ -175,7 +175,7 @@ class Answer:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the images."""
+        """What a user should know of the images, and of how they were pruned."""
         return self.pruned.notes
 
     @property
@@ -309,7 +309,7 @@ class Pipeline:
             self.check(picture)
         encode = self.family.encode_together if several else self.family.encode
         encodings = encode([picture.image for picture in pictures])
-        return [self._encoded(*own, several) for own in zip(pictures, encodings, strict=True)]
+        return [self._encoded(*pair, several) for pair in zip(pictures, encodings, strict=True)]
 
     def keep(self, encoded: EncodedImage) -> bool:
         """Stores an encoded image, where there is a cache. False where it can't be stored, of which `Store` warns."""
@@ -340,8 +340,8 @@ class Pipeline:
             return ()
         return (NO_SCENE,)
 
-    def remarks(self, pruning: Pruning, pruned: PrunedSet | None = None) -> tuple[str, ...]:
-        """What a user should know of how this model prunes, and pruned this set."""
+    def remarks(self, pruning: Pruning, images: Sequence[Origin] = ()) -> tuple[str, ...]:
+        """What a user should know of how this model prunes, and pruned these images."""
         out = []
         family = self.family
         # nothing was pruned where the CLIP was not looked for yet
@@ -356,7 +356,7 @@ class Pipeline:
                     f"this model's tower has other weights than {family.clip.name}, from which its relevance comes; "
                     "compare it with --relevance words"
                 )
-        for image in pruned.images if pruned else ():
+        for image in images:
             if image.localizer and not image.localizer.get("parsed", True):
                 out.append(
                     f"{image.name}: the localiser {image.localizer['name']} answered {image.localizer['answer']!r}, "
@@ -370,8 +370,8 @@ class Pipeline:
         To be called before long work, so that what is missing is told at once. Raises BadInput where there is none that
         is the tower's, GridpruneError where the hub fails.
         """
-        if pruning.needs_relevance:
-            _ = self.family.clip
+        if pruning.needs_relevance and self.family.clip:
+            _ = self.family.tower_differs  # which `remarks` tells of each pruned set
 
     def relevance_source(self, pruning: Pruning) -> dict[str, Any] | None:
         """What relevance comes from, as results say it; None where the pruning needs none. Raises as `Family.clip`."""
@@ -548,6 +548,20 @@ class Pipeline:
             pairs = zip(images, signals, chosen, strict=True)
             states = torch.cat([self._compressed(*own, pruning.plc) for own in pairs])
         leaving = self._inside(pruning, signals, parts)
+        origins = tuple(
+            Origin(
+                key=image.key,
+                image=image.image,
+                name=image.name,
+                views=image.views,
+                region=known.region,
+                zones=_zones(pruning.method, known, mine),
+                localizer=_found_by(pruning, known, named),
+                ratios=None if pruning.plc == "off" else ratios(mine, _within(known)),
+                notes=image.notes,
+            )
+            for image, known, mine, named in zip(images, signals, chosen, asked.said, strict=True)
+        )
         make = partial(
             PrunedSet,
             kept=kept,
@@ -555,20 +569,7 @@ class Pipeline:
             position_ids=self.family.positions(full, images)[..., mask] if original else torch.arange(len(ids)),
             saliency=_cat([image.saliency for image in images]),
             relevance=None if signals[0].relevance is None else _cat([s.need("relevance") for s in signals]),
-            images=tuple(
-                Origin(
-                    key=image.key,
-                    image=image.image,
-                    name=image.name,
-                    views=image.views,
-                    region=known.region,
-                    zones=_zones(pruning.method, known, mine),
-                    localizer=_found_by(pruning, known, named),
-                    ratios=None if pruning.plc == "off" else ratios(mine, _within(known)),
-                    notes=image.notes,
-                )
-                for image, known, mine, named in zip(images, signals, chosen, asked.said, strict=True)
-            ),
+            images=origins,
             model=self.model,
             fingerprint=self.family.fingerprint,
             question=asked.question,
@@ -578,6 +579,7 @@ class Pipeline:
             inside=leaving,
             plc=pruning.plc,
             source=self.relevance_source(pruning),
+            remarks=self.remarks(pruning, origins),
         )
         return states, slots[stays], make
 

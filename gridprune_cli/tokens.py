@@ -154,9 +154,9 @@ class Origin:
             views,
             region,
             zones,
-            parts.get("localizer"),
-            parts.get("ratios"),
-            tuple(parts.get("notes", ())),
+            parts["localizer"],
+            parts["ratios"],
+            tuple(parts["notes"]),
         )
 
 
@@ -192,6 +192,7 @@ class PrunedSet:
     inside: Inside | None = None
     plc: str = "off"  # how rows were compressed: "off", "pool" or "trained"
     source: dict[str, Any] | None = None  # what relevance came from: "source", "clip" or "words", and CLIP's "model"
+    remarks: tuple[str, ...] = ()  # what a user should know of how it was pruned; see `Pipeline.remarks`
 
     @property
     def count(self) -> int:
@@ -205,15 +206,16 @@ class PrunedSet:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the images, each with the image's name in front."""
-        return tuple(dict.fromkeys(f"{image.name}: {note}" for image in self.images for note in image.notes))
+        """What a user should know of the images, each with the image's name in front, and of how it was pruned."""
+        of_images = dict.fromkeys(f"{image.name}: {note}" for image in self.images for note in image.notes)
+        return (*of_images, *self.remarks)
 
     def to_bytes(self) -> bytes:
         """The file. Raises BadInput where it would be larger than what is read again."""
         header = {"kind": "pruned", "schema": SCHEMA, "images": [asdict(image) for image in self.images]}
         header |= {name: getattr(self, name) for name in (*_PRUNED_TEXT, "plc")}
         header["inside"] = self.inside.to_json() if self.inside else None
-        header["relevance"] = self.source
+        header |= {"relevance": self.source, "remarks": list(self.remarks)}
         tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
         size = sum(len(tensor.data) for tensor in tensors.values()) + files.MAX_HEADER
         if size > files.MAX_BYTES or self.rows.numel() > MAX_NUMBERS:  # which nobody could read again
@@ -268,6 +270,7 @@ class PrunedSet:
             **{name: header[name] for name in _PRUNED_TEXT},
             plc=header["plc"],
             source=header["relevance"],
+            remarks=tuple(header["remarks"]),
             images=tuple(Origin.from_header(parts) for parts in header["images"]),
         )
 

@@ -95,7 +95,7 @@ def test_a_box_becomes_the_region_and_is_told(pipeline, image):
     assert torch.equal(same.pruned.kept, answer.pruned.kept) and same.text == answer.text
     assert same.pruned.images[0].localizer is None
     assert answer.ms["localize"] > 0 and same.ms["localize"] == 0
-    assert not pipeline.remarks(BARE, answer.pruned)
+    assert not answer.notes
 
 
 def test_an_answer_that_is_no_box_falls_back_to_the_relevance_and_says_so(pipeline, image, tiny_llava):
@@ -104,11 +104,11 @@ def test_an_answer_that_is_no_box_falls_back_to_the_relevance_and_says_so(pipeli
     (origin,) = answer.pruned.images
     assert origin.localizer["parsed"] is False
     assert origin.region == contextual_region(answer.pruned.relevance, origin.views)
-    (note,) = pipeline.remarks(pruning, answer.pruned)
+    (note,) = answer.notes
     assert str(tiny_llava) in note and "no region" in note
     plain = pipeline.ask(image, QUESTION, max_new_tokens=4)
     assert torch.equal(plain.pruned.kept, answer.pruned.kept)
-    assert plain.pruned.images[0].localizer == {"name": "relevance"} and not pipeline.remarks(Pruning(), plain.pruned)
+    assert plain.pruned.images[0].localizer == {"name": "relevance"} and not plain.notes
 
 
 def test_the_second_question_runs_no_tower(pipeline, image, tiny_llava):

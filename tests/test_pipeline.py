@@ -310,7 +310,8 @@ def test_a_sign_that_turns_relevance_round_as_published_is_a_remark(
     assert pipeline.remarks(pruning) == ()  # nothing was pruned
     pruned = pipeline.ask(image, QUESTION, pruning, max_new_tokens=1).pruned
     expected = (f"{method} turns CLIP's relevance round, as published; --relevance-sign 1 takes it as it is",)
-    assert pipeline.remarks(pruning, pruned) == (expected if turned else ())
+    assert pipeline.remarks(pruning) == pruned.notes == (expected if turned else ())
+    assert PrunedSet.from_bytes(pruned.to_bytes(), "x").to_json()["notes"] == list(pruned.notes)
 
 
 def test_a_clip_that_is_not_there_is_told_before_anything_is_loaded(tiny_llava, tmp_path, image):

@@ -68,7 +68,7 @@ def ask(
         write_atomic(save, answer.pruned.to_bytes(), sync=True)
     if show:
         draw_figure(sources[0], answer.pruned, answer.text, show)
-    for note in (*answer.notes, *pipeline.remarks(pruning, answer.pruned)):
+    for note in answer.notes:
         say(note)
     found = "cached" if answer.hit else "encoded"
     say(f"{answer.pruned.counts}, image {found}, {answer.ms['total'] / 1e3:.2f} s")

@@ -7,6 +7,7 @@ import typer
 
 from gridprune_cli.cli import options
 from gridprune_cli.cli.output import emit_json, say, set_quiet, size, table, warn
+from gridprune_cli.errors import BadInput
 
 _CLIP = "its CLIP, for relevance: fetched when needed, or found in FOLDER/clip, or named with --clip"
 _WORDS = "nothing else; relevance from the model's own words"
@@ -102,10 +103,14 @@ def _check(name: str) -> tuple[str, str]:
 
     Of a hub model config.json alone is looked at.
     """
-    from gridprune_cli.vlm import find_supported
+    from gridprune_cli.device import place
+    from gridprune_cli.vlm import find_supported, quantization
 
     flag = "models default"
     checkpoint = find_supported(name, flag=flag)
+    stored = quantization(checkpoint.config)
+    if stored and (lack := stored.lacks(place("auto", "auto", name).device)):
+        raise BadInput(f"{flag} {name}: {lack}")
     if checkpoint.commit is None:
         checkpoint.complete(flag)
         return os.path.abspath(checkpoint.folder), checkpoint.family

@@ -74,9 +74,7 @@ def prune(
         states = ["hit" if hit else "miss" for _, hit in found]
         cache = states[0] if len(states) == 1 else states
         emit_json(pruned.to_json() | {"cache": cache, "file": str(output), "bytes": len(data)})
-    for note in [f"{image.name}: {note}" for image, _ in found for note in image.notes]:
-        say(note)
-    for note in pipeline.remarks(pruning, pruned):
+    for note in pruned.notes:
         say(note)
     say(f"{output}: {pruned.counts}, {size(len(data))}")
 

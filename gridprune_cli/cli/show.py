@@ -43,7 +43,7 @@ def show(
         put(coarse(figure_of(source, pruned, None), colour=stdout().isatty() and not os.environ.get("NO_COLOR")))
     else:
         draw_figure(source, pruned, None, output)
-    for note in (*(f"{image}: {note}" for note in encoded.notes), *pipeline.remarks(pruning, pruned)):
+    for note in pruned.notes:
         say(note)
     (origin,) = pruned.images
     named = f", named by {origin.localizer['name']}" if origin.localizer and origin.localizer.get("parsed") else ""

@@ -60,7 +60,9 @@ def _look_into(name: str, folder: Path, commit: str, size: int) -> CachedModel:
         try:
             reason = unsupported(checkpoint.config) or checkpoint._lacks()
             if not reason and (stored := quantization(checkpoint.config)):
-                reason = stored.lacks("")  # the device is asked where the model is opened
+                from gridprune_cli.device import place  # loads torch, which the others do without
+
+                reason = stored.lacks(place("auto", "auto", name).device)
         except BadInput as fault:
             reason = str(fault)
     return CachedModel(name, family, size, reason)

@@ -23,14 +23,14 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     those have been taken away. Raises GridpruneError where the checkpoint has no weights of a language model.
     """
     config = checkpoint.config.get("text_config", checkpoint.config)
-    found = {
+    samples = {
         name: f"{name} {tuple(tensor.shape)} {_sample(tensor)}"
         for name, tensor in tensors(checkpoint.folder)
         if not any(word in name for word in _ELSEWHERE)
     }
-    if not found:
+    if not samples:
         raise GridpruneError(f"{checkpoint.folder}: no language model among its weights")
-    lines = [json.dumps(config, sort_keys=True), *(found[name] for name in sorted(found))]
+    lines = [json.dumps(config, sort_keys=True), *(samples[name] for name in sorted(samples))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

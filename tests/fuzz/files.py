@@ -294,5 +294,9 @@ PRUNED_FAULTS: dict[str, Fault] = {
     "an answer no text": put("images", 0, "localizer", value={"name": "vlm", "answer": 3, "parsed": True}),
     "ratios of text": put("images", 0, "ratios", value={"inside": "1", "outside": None}),
     "ratios of one side": put("images", 0, "ratios", value={"inside": 1}),
+    "no ratios": lambda header, _: header["images"][0].pop("ratios"),
+    "no localizer": lambda header, _: header["images"][0].pop("localizer"),
+    "no remarks": lambda header, _: header.pop("remarks"),
+    "remarks a text": put("remarks", value="turned"),
     "method a text": put("method", value="gridprune"),
 }
