@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gridprune_cli.decoding import BYTES_PER_PIXEL, stop_when
+from gridprune_cli.decoding import BYTES_PER_PIXEL, MAX_TOGETHER, stop_when
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image, memory_of
@@ -27,7 +27,7 @@ from gridprune_cli.pipeline import Asked, Pipeline, Pruning
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
 _MOST_PIXELS = 36_000_000  # that wait decoded for the tower; about 150 MB
-_MOST_MEMORY = 1_050_000_000  # bytes that reading ahead takes; the largest image alone takes as much
+_MOST_MEMORY = MAX_TOGETHER  # bytes that reading ahead takes
 _MOST_BYTES = 1 << 29  # of rows of pruned sets that wait for their turn
 _GROUP = 4  # batches of questions among which those of like length are put together
 _WORKERS = 16  # threads at most; more would wait for one another
@@ -122,11 +122,12 @@ class Bulk:
     # ---- encode ------------------------------------------------------------------------------------------------------
 
     def encode(
-        self, sources: Iterable[Source], *, refresh: bool = False, several: bool = False
+        self, sources: Iterable[Source], *, refresh: bool = False, several: bool = False, store: bool = False
     ) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
         """Encodes pictures into the cache: (name, what came of it, whether the tower was spared), in turn.
 
-        `several`: each picture will be one of several in a prompt.
+        `several`: each picture will be one of several in a prompt. `store`: one that is not stored has failed, as where
+        something else holds its place in the cache.
 
         What is given was written before, where the cache can be written. A picture that can't be read or encoded gives
         its fault in place of an encoded image, and the rest goes on.
@@ -139,7 +140,7 @@ class Bulk:
             stack.callback(writer.shutdown)  # what is on its way to the disk gets there
             stack.callback(readers.shutdown, cancel_futures=True)
             stack.callback(room.close)  # an image that is being read is not waited for
-            latest: dict[str, EncodedImage] = {}  # by sha256: the same file again, read before it was written
+            latest: dict[str, _Latest] = {}  # by sha256: the same file again, read before it was written
             waiting: list[_Read] = []
             done: list[_Done] = []
             # a tower on the CPU takes all cores: reading beside it slows it by more than reading between batches takes
@@ -153,11 +154,11 @@ class Bulk:
                 full = sum(pixels) + max(pixels, default=0) > _MOST_PIXELS or len(waiting) >= 4 * self._images.size
                 if not pictures or len(pictures) >= self._images.size or full:
                     now = self._see(waiting, latest, writer, several)
-                    yield from _written(done)  # while the tower ran
+                    yield from _written(done, store)  # while the tower ran
                     done, waiting = now, []
                 del read, pictures  # not held while the next are read
             now = self._see(waiting, latest, writer, several)
-            yield from _written(done + now)
+            yield from _written(done + now, store)
 
     def _read(self, source: Source, refresh: bool, several: bool) -> "_Read":
         """An encoded image from the cache, else a decoded picture, prepared for the tower. Runs in worker threads."""
@@ -176,7 +177,7 @@ class Bulk:
         return _Read(name, picture)
 
     def _see(
-        self, reads: Sequence["_Read"], latest: dict[str, EncodedImage], writer: ThreadPoolExecutor, several: bool
+        self, reads: Sequence["_Read"], latest: dict[str, "_Latest"], writer: ThreadPoolExecutor, several: bool
     ) -> list["_Done"]:
         """Runs the tower on the pictures among `reads`, each once, and hands what it gives to the writer."""
         pictures = {read.found.sha256: read.found for read in reads if isinstance(read.found, Picture)}
@@ -185,24 +186,29 @@ class Bulk:
             with self._loading:
                 self.pipeline.family.load("tower")  # what fails here would fail for every picture
             self._seeing = True
-        results: dict[str, EncodedImage | GridpruneError] = dict(latest)
-        writes = {}
+        results: dict[str, _Latest | GridpruneError] = dict(latest)
+        first = {picture.sha256 for picture in new}
         for picture, result in zip(
             new, self._images.run(new, partial(self.pipeline.see, several=several)), strict=True
         ):
-            results[picture.sha256] = result
             if isinstance(result, EncodedImage):
-                latest[picture.sha256] = result
-                writes[picture.sha256] = writer.submit(self.pipeline.keep, result)
+                latest[picture.sha256] = result, writer.submit(self.pipeline.keep, result)
+                results[picture.sha256] = latest[picture.sha256]
+            else:
+                results[picture.sha256] = result
         for sha256 in list(latest)[: -3 * self._images.size]:
             del latest[sha256]
         done = []
         for read in reads:
-            if isinstance(read.found, Picture):
-                write = writes.pop(read.found.sha256, None)  # the first of equal files is the one that was encoded
-                done.append(_Done(read.name, results[read.found.sha256], write is None, write))
-            else:
+            if not isinstance(read.found, Picture):
                 done.append(_Done(read.name, read.found, True))
+                continue
+            came = results[read.found.sha256]
+            if isinstance(came, GridpruneError):
+                done.append(_Done(read.name, came, False))
+            else:
+                done.append(_Done(read.name, came[0], read.found.sha256 not in first, came[1]))
+                first.discard(read.found.sha256)  # the first of equal files is the one that was encoded
         return done
 
     # ---- prune -------------------------------------------------------------------------------------------------------
@@ -413,14 +419,18 @@ class _Done:
     name: str
     result: EncodedImage | GridpruneError
     hit: bool
-    write: "Future[None] | None" = None
+    write: "Future[bool] | None" = None
 
 
-def _written(done: Iterable[_Done]) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
+_Latest = tuple[EncodedImage, "Future[bool]"]  # an encoded image, and whether it was stored
+
+
+def _written(done: Iterable[_Done], store: bool) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
     for one in done:
-        if one.write is not None:
-            one.write.result()
-        if isinstance(one.result, EncodedImage):
+        stored = one.write is None or one.write.result()
+        if isinstance(one.result, EncodedImage) and store and not stored:
+            yield one.name, GridpruneError(f"{one.name}: encoded, but not cached"), False
+        elif isinstance(one.result, EncodedImage):
             yield one.name, replace(one.result, name=one.name), one.hit
         else:
             yield one.name, _named(one.name, one.result), False

@@ -34,6 +34,7 @@ MAX_MEMORY = 1_200_000_000  # bytes of address space of the decoder's process
 MAX_ASPECT = 200  # longer side over shorter; some image processors refuse more
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10, and each goes over all pixels
 BYTES_PER_PIXEL = 14  # at most, until an image processor is done: the picture 4 (Pillow pads RGB), its copies 3 + 4 + 3
+MAX_TOGETHER = BYTES_PER_PIXEL * MAX_PIXELS  # of what several images take at the same time; the largest alone does, too
 
 # EPS and its like are left out: reading them starts other programs
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")

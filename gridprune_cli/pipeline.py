@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gridprune_cli.decoding import MAX_TOGETHER
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
-from gridprune_cli.images import Picture, Source, identify, load_image
+from gridprune_cli.images import Picture, Source, SourceFile, identify, load_image, memory_of, open_source
 from gridprune_cli.lines import check_question, check_text
 from gridprune_cli.localize import LONGEST, RELEVANCE, TEMPLATE, VLM, Localized, read_answer
 from gridprune_cli.pruning.compress import cell_weights, cells, pool, ratio_budget, ratios
@@ -310,10 +311,9 @@ class Pipeline:
         encodings = encode([picture.image for picture in pictures])
         return [self._encoded(*pair, several) for pair in zip(pictures, encodings, strict=True)]
 
-    def keep(self, encoded: EncodedImage) -> None:
-        """Stores an encoded image, where there is a cache."""
-        if self.store is not None:
-            self.store.put(encoded.encoder, encoded.key, encoded.to_bytes())
+    def keep(self, encoded: EncodedImage) -> bool:
+        """Stores an encoded image, where there is a cache. False where it can't be stored, of which `Store` warns."""
+        return self.store is None or self.store.put(encoded.encoder, encoded.key, encoded.to_bytes())
 
     def _encoded(self, picture: Picture, encoding: Encoding, several: bool) -> EncodedImage:
         if not (torch.isfinite(encoding.states).all() and torch.isfinite(encoding.saliency).all()):
@@ -377,17 +377,33 @@ class Pipeline:
         """What relevance comes from, as results say it; None where the pruning needs none. Raises as `Family.clip`."""
         return self.family.relevance_source if pruning.needs_relevance else None
 
-    def _prepare(self, given: Sequence[tuple[str, str, bytes]], several: bool = False) -> list[EncodedImage | Picture]:
-        """What there is of pictures, as `identify` gives them: encoded, or decoded. Loads what then is needed."""
-        found = [self.look_up(image, name, several) or load_image(data, name) for image, name, data in given]
+    def encode_files(self, files: Sequence[SourceFile], several: bool = False) -> list[EncodedImage]:
+        """The encoded images of files: from the cache, and the rest through the tower, as many at once as memory lets.
+
+        `several`: each will be one of several in a prompt. Raises BadInput for a picture that can't be read.
+        """
+        return self._finish(self._look(files, several), several)
+
+    def _look(self, files: Sequence[SourceFile], several: bool = False) -> "list[_Found]":
+        """What there is of image files: encoded, decoded, or beyond MAX_TOGETHER bytes the files."""
+        found: list[_Found] = [self.look_up(file.sha256, file.name, several) or file for file in files]
+        _decode(found)
+        return found
+
+    def _prepare(self, files: Sequence[SourceFile], several: bool = False) -> "list[_Found]":
+        """`_look`, and what then is needed of the model is loaded."""
+        found = self._look(files, several)
         self.family.load(*(("tower",) if any(isinstance(f, Picture) for f in found) else ()), "projector", "language")
         return found
 
-    def _finish(self, found: Sequence[EncodedImage | Picture], several: bool = False) -> list[EncodedImage]:
-        """Encodes what `_prepare` did not find."""
-        pictures = [f for f in found if isinstance(f, Picture)]
-        new = iter(self.encode(pictures, several) if pictures else [])
-        return [next(new) if isinstance(f, Picture) else f for f in found]
+    def _finish(self, found: "list[_Found]", several: bool = False) -> list[EncodedImage]:
+        """Encodes what was not in the cache. Takes each picture out of `found` then, to hold few at the same time."""
+        while places := [n for n, one in enumerate(found) if isinstance(one, Picture)]:
+            encoded = self.encode([one for one in found if isinstance(one, Picture)], several)
+            for n, own in zip(places, encoded, strict=True):
+                found[n] = own
+            _decode(found)
+        return [one for one in found if isinstance(one, EncodedImage)]
 
     def encode_one(self, source: Source, several: bool = False) -> tuple[EncodedImage, bool]:
         """An encoded image, and whether it came from the cache. Raises BadInput for a picture that can't be read.
@@ -422,7 +438,7 @@ class Pipeline:
         if localizer is None:
             return [None] * len(sources)
         distinct = list(dict.fromkeys(source for source, _ in asked))
-        images = localizer._finish(localizer._prepare([identify(source) for source in distinct]))
+        images = localizer._finish(localizer._prepare([open_source(source) for source in distinct]))
         seen = dict(zip(distinct, images, strict=True))
         said = iter(localizer.name_regions([seen[s] for s, _ in asked], [question for _, question in asked], pruning))
         return [[next(said) for _ in own] if asks else None for own, asks in zip(sources, localizers, strict=True)]
@@ -680,13 +696,14 @@ class Pipeline:
             check_question(question, len(sources))
             self.family.check_length(self.family.count_words(question), "ask shorter")  # before anything is loaded
             pruning = pruning or Pruning()
-            given = [identify(source) for source in sources]
+            given = [open_source(source) for source in sources]
             localizer, localized = self.localizer(pruning, len(given)), None
             with _timed(ms, "load"):
                 self.find_relevance(pruning)
                 if pruning.plc == "trained":
                     _ = self.family.compressor
                 found = self._prepare(given, several=len(given) > 1)
+                hits = tuple(isinstance(one, EncodedImage) for one in found)
                 if pruning.needs_relevance:
                     self.family.relevance.load()
                 if "words" in pruning.method.requires:
@@ -708,7 +725,7 @@ class Pipeline:
                 first = (str(fault).splitlines() or [""])[0].strip()
                 raise BadInput(f"--generation {named}: transformers can't use it ({first})") from fault
         ms |= {"prefill": made.prefill, "decode": made.decode}
-        return Answer(made.text, pruned, tuple(isinstance(hit, EncodedImage) for hit in found), ms)
+        return Answer(made.text, pruned, hits, ms)
 
     def encode_all(
         self,
@@ -720,13 +737,13 @@ class Pipeline:
     ) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
         """Encodes many pictures in batches into the cache: (name, what came of it, whether it was a hit), in turn.
 
-        A picture that can't be read or encoded gives its error in place of an encoded image, and the rest goes on.
-        Where memory runs out, `notice` is told, and batches are smaller from then on. Raises GridpruneError where the
-        cache can't be written, since then all of it would be for nothing.
+        A picture that can't be read, encoded or stored gives its error in place of an encoded image, and the rest goes
+        on. Where memory runs out, `notice` is told, and batches are smaller from then on. Raises GridpruneError where
+        the cache can't be written, since then all of it would be for nothing.
         """
         from gridprune_cli.bulk import Bulk  # which stands on this module
 
-        for found in Bulk(self, images=batch, notice=notice).encode(sources, refresh=refresh):
+        for found in Bulk(self, images=batch, notice=notice).encode(sources, refresh=refresh, store=True):
             self.check_written()
             yield found
 
@@ -734,6 +751,20 @@ class Pipeline:
         """Raises GridpruneError where the cache turned out not to be writable."""
         if self.store is not None and not self.store.writable:
             raise GridpruneError(f"{self.store.root}: the cache can't be written, so nothing was encoded into it")
+
+
+_Found = EncodedImage | Picture | SourceFile  # what there is of an image
+
+
+def _decode(found: list[_Found]) -> None:
+    """Decodes the first image files, in place: as many as take MAX_TOGETHER bytes, by their headers, or one."""
+    room = MAX_TOGETHER
+    for n, one in enumerate(found):
+        if isinstance(one, SourceFile):
+            room -= memory_of(one.source)
+            if room < 0 and any(isinstance(other, Picture) for other in found):
+                return
+            found[n] = one.load()
 
 
 def _choose(asked: Sequence[Asked], signals: Sequence[Sequence[Signals]]) -> list[list[Tensor]]:

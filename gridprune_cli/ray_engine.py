@@ -370,7 +370,7 @@ class _Noting(Store):
 
 def _encode(bulk: "Bulk", names: list[str], refresh: bool) -> list[tuple[str, Encoded | GridpruneError, bool]]:
     made: list[tuple[str, Encoded | GridpruneError, bool]] = []
-    for name, result, hit in bulk.encode(names, refresh=refresh):
+    for name, result, hit in bulk.encode(names, refresh=refresh, store=True):
         bulk.pipeline.check_written()
         if isinstance(result, GridpruneError):
             made.append((name, result, hit))

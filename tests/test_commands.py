@@ -14,6 +14,7 @@ from fuzz.files import changed, swap
 from PIL import Image
 
 from gridprune_cli.scenes.scene import draw, make_scene
+from gridprune_cli.store import open_store
 from gridprune_cli.vlm import FAMILIES
 
 QUESTION = "What colour is the star?"
@@ -216,6 +217,27 @@ def test_encode_counts_and_goes_on(run, image, tmp_path):
     (folder / "broken.png").unlink()
     code, out, err = run("encode", "-", stdin=f"{image}\n{folder / '2.png'}\n".encode())
     assert (code, out) == (0, "") and "2 images, 2 of them cached already" in err
+
+
+def test_an_image_whose_place_in_the_cache_is_taken_is_a_failure_of_encode(run, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for seed in (1, 2):
+        draw(make_scene(seed))[0].save(folder / f"{seed}.png")
+    (folder / "again.png").write_bytes((folder / "1.png").read_bytes())
+    listed = map(json.loads, run("encode", folder, "--json")[1].splitlines())
+    key = next(record["key"] for record in listed if record["image"] == str(folder / "1.png"))
+    (entry,) = (path for path in open_store().root.rglob("*") if key in path.name)
+    entry.unlink()
+    entry.mkdir()
+    (entry / "thesis.tex").write_text("x")
+    code, out, err = run("encode", folder, "--json")
+    records = {record["image"]: record for record in map(json.loads, out.splitlines())}
+    assert code == 3 and f"{entry}: not cached, since this is no file" in err and "2 of 3 could not be encoded" in err
+    for name in ("1.png", "again.png"):
+        assert records[str(folder / name)]["error"] == f"{folder / name}: encoded, but not cached"
+    assert records[str(folder / "2.png")]["cache"] == "hit"
+    assert run("ask", folder / "1.png", QUESTION)[0] == 0  # which needs no cache
 
 
 def test_show_draws_a_png_and_a_coarse_picture(run, image, tmp_path):

@@ -229,7 +229,9 @@ def lines_of(pipeline, plan):
 def test_each_image_is_encoded_once_and_every_answer_can_be_made_again(tiny, questions, monkeypatch):
     encoded = []
     whole = Pipeline.encode
-    monkeypatch.setattr(Pipeline, "encode", lambda self, pictures: encoded.extend(pictures) or whole(self, pictures))
+    monkeypatch.setattr(
+        Pipeline, "encode", lambda self, pictures, *own: encoded.extend(pictures) or whole(self, pictures, *own)
+    )
     cells = read_cells(["gridprune --zone 2, gridprune --region 0,0,3,3, random"], "0.5,0.2")
     plan = Plan(read_jsonl(questions), cells, max_new_tokens=3, batch=4, suffix="Answer with a word.")
     lines = lines_of(tiny, plan)

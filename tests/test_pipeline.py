@@ -1,15 +1,18 @@
 """The pipeline: what is computed when, what the cache saves, what the options do."""
 
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from gridprune_cli import pipeline as pipeline_module
 from gridprune_cli.bulk import Ask, Bulk
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
+from gridprune_cli.images import SourceFile
 from gridprune_cli.pipeline import Asked, Pipeline, Pruning
 from gridprune_cli.pruning.methods import METHODS, make
 from gridprune_cli.pruning.signals import Signals
@@ -40,6 +43,39 @@ def test_the_second_question_loads_no_tower(pipeline, image, tiny_llava):
     assert set(later.family._loaded) == {"projector", "language"}
     names = [name for name, _ in later.family.load("language").named_parameters()]
     assert names and not any("vision_tower" in name for name in names)
+
+
+@pytest.mark.parametrize(("most", "groups"), [(None, [3]), (2 * 14 * 64 * 64 + 50_000, [2, 1]), (1, [1, 1, 1])])
+def test_pictures_of_one_question_are_decoded_as_memory_lets(
+    pipeline, tiny_llava, tmp_path, noise, monkeypatch, most, groups
+):
+    """Beyond it, one group after another, with the same answer; a group is let go before the next is decoded."""
+    paths = [tmp_path / f"{n}.png" for n in range(3)]
+    for n, path in enumerate(paths):
+        noise((64, 64), seed=n).image.save(path)
+    expected = Pipeline(str(tiny_llava), dtype="float32").ask(paths, QUESTION, max_new_tokens=8)
+    held, seen = [], []
+    load, see = SourceFile.load, pipeline.see
+
+    def watched_load(file):
+        picture = load(file)
+        held.append(weakref.ref(picture))
+        return picture
+
+    def watched_see(pictures, several):
+        seen.append(len(pictures))
+        assert sum(ref() is not None for ref in held) == len(pictures)
+        return see(pictures, several)
+
+    monkeypatch.setattr(SourceFile, "load", watched_load)
+    monkeypatch.setattr(pipeline, "see", watched_see)
+    if most:
+        monkeypatch.setattr(pipeline_module, "MAX_TOGETHER", most)
+    answer = pipeline.ask(paths, QUESTION, max_new_tokens=8)
+    assert (seen, answer.hits, answer.text) == (groups, (False,) * 3, expected.text)
+    assert torch.allclose(answer.pruned.rows, expected.pruned.rows, atol=1e-5)
+    assert [origin.name for origin in answer.pruned.images] == [str(path) for path in paths]
+    assert pipeline.ask(paths, QUESTION, max_new_tokens=8).hits == (True,) * 3
 
 
 @pytest.mark.parametrize("setting", [{"use_cache": False}, {"return_dict_in_generate": True}])

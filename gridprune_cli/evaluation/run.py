@@ -12,7 +12,7 @@ from gridprune_cli.evaluation.data import Data, Item, one_or_all
 from gridprune_cli.evaluation.metrics import METRICS
 from gridprune_cli.files import write_atomic
 from gridprune_cli.generation import generate
-from gridprune_cli.images import identify, load_image
+from gridprune_cli.images import open_source
 from gridprune_cli.pipeline import Asked, Pipeline, Pruning
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.text import to_json
@@ -210,20 +210,11 @@ def _batches(plan: Plan) -> list[list[Item]]:
 def encode(
     pipeline: Pipeline, data: Data, batch: list[Item], before: dict[str, EncodedImage]
 ) -> dict[str, EncodedImage]:
-    """The encoded images of a batch: from the batch before, from the cache, and the rest through the tower at once."""
-    found: dict[str, EncodedImage] = {}
-    new = {}
-    for image in dict.fromkeys(image for item in batch for image in item.images):
-        if image in before:
-            found[image] = before[image]
-            continue
-        sha256, _, content = identify(data.find(image))
-        hit = pipeline.look_up(sha256, image)
-        if hit is not None:
-            found[image] = hit
-        else:
-            new[image] = load_image(content, image)
-    return found | dict(zip(new, pipeline.encode(list(new.values())), strict=True)) if new else found
+    """The encoded images of a batch: from the batch before, from the cache, and the rest through the tower together."""
+    images = dict.fromkeys(image for item in batch for image in item.images)
+    new = [image for image in images if image not in before]
+    encoded = pipeline.encode_files([open_source(data.find(image), image) for image in new])
+    return {image: before[image] for image in images if image in before} | dict(zip(new, encoded, strict=True))
 
 
 def place(cell: Cell, item: Item) -> tuple[str, float, Any]:
