@@ -148,7 +148,9 @@ class Bulk:
             for read in _ahead(readers, work, sources, 2 * self._images.size, room, beside=beside):
                 waiting.append(read)
                 pictures = [r.found for r in waiting if isinstance(r.found, Picture)]
-                full = sum(map(_pixels, pictures)) > _MOST_PIXELS or len(waiting) >= 4 * self._images.size
+                pixels = [_pixels(picture) for picture in pictures]
+                # another as large as the largest of them would be too much
+                full = sum(pixels) + max(pixels, default=0) > _MOST_PIXELS or len(waiting) >= 4 * self._images.size
                 if not pictures or len(pictures) >= self._images.size or full:
                     now = self._see(waiting, latest, writer, several)
                     yield from _written(done)  # while the tower ran

@@ -7,6 +7,7 @@ It imports Pillow and nothing else, starts in less than 0.1 s, and is killed whe
 
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -54,6 +55,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG, but stuffed bytes, restarts and fill
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of damaged files goes to stderr
 
 _switch, _restore, _decoding = threading.Lock(), ExitStack(), 0  # of `_strict`
 _thread = threading.local()  # of `stop_when`

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -11,6 +12,9 @@ from hypothesis import settings
 
 settings.register_profile("unhurried", deadline=None, derandomize=True)  # a busy machine is no fault of the code
 settings.load_profile("unhurried")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: some tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # read when the libraries are imported
 os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"

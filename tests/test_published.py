@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pruning.methods import make as make_method
 from gridprune_cli.vlm import FAMILIES
 
 QUESTION = "what colour is the left object?"
@@ -73,7 +74,8 @@ def test_keep_everything_is_generate(repository, noise):
     length = inputs["input_ids"].shape[1]
     expected = whole.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)[0, length:].tolist()
     encoded = pipeline.encode([picture])[0]
-    pruned = pipeline.prune(encoded, QUESTION, Pruning(keep=1.0))
+    everything = Pruning(keep=1.0, method=make_method("uniform"))  # which asks for no relevance, and so for no CLIP
+    pruned = pipeline.prune(encoded, QUESTION, everything)
     assert torch.equal(pruned.input_ids, inputs["input_ids"][0])
     assert list(generate(pipeline.family, [pruned], LENGTH)[0].ids) == expected
     other = replace(pruned, rows=pruned.rows.flip(1))

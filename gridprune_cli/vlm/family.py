@@ -19,17 +19,17 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from jinja2 import TemplateError
 from PIL.Image import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from gridprune_cli.chat_template import render, render_apart
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm.attention import NAME
-from gridprune_cli.vlm.checkpoint import Checkpoint, find_clip
+from gridprune_cli.vlm.checkpoint import EMBEDDED, EMBEDDED_LOCALIZER, Checkpoint, find_clip
 from gridprune_cli.vlm.clip import ClipRelevance, weights_differ
 from gridprune_cli.vlm.compressor import FILE, Compressor, load_compressor
 from gridprune_cli.vlm.fit import fingerprint
@@ -282,12 +282,21 @@ class Family(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no separators")
 
     def write_text(self, question: str, images: int, system: str | None) -> str:
-        """The model's own chat prompt, with one placeholder token per image."""
+        """The model's own chat prompt, with one placeholder token per image. Raises BadInput where there is none."""
         content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        return ProcessorMixin.apply_chat_template(self.processor, messages, add_generation_prompt=True, tokenize=False)
+        template, name = self.processor.chat_template, self.checkpoint.name
+        if isinstance(template, dict):  # several, by name
+            template = template.get("default")
+        if not isinstance(template, str):
+            raise BadInput(f"{name} has no chat template; give a --prompt-template")
+        run = render if name in (EMBEDDED, EMBEDDED_LOCALIZER) else render_apart
+        try:
+            return run(template, messages, self.processor.tokenizer.special_tokens_map)
+        except BadInput as fault:
+            raise BadInput(f"the chat template of {name} can't be used ({fault}); give a --prompt-template") from fault
 
     def write_prompt(
         self, question: str, images: Sequence[EncodedImage], system: str | None = None, template: str | None = None
@@ -331,11 +340,7 @@ class Family(ABC):
         if template is not None:
             text = self._fill(template, question, len(images))
         else:
-            try:
-                text = self.write_text(question, len(images), system)
-            except (ValueError, TemplateError) as fault:
-                first = (str(fault).splitlines() or [""])[0]
-                raise BadInput(f"the chat template can't be used ({first}); give a --prompt-template") from fault
+            text = self.write_text(question, len(images), system)
         pieces = text.split(self.prompt_token)
         if len(pieces) != len(images) + 1:
             raise BadInput(

@@ -15,6 +15,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from . import files
+
 WORDS = ("a", "ß", "\x1b[31m", "‮", "\u2028", "日本", "$x^2$", "|", "`", "", " ", "\x00", "\ud800", "e\u0301")
 DEPTH = (1, 5, 60, 400, 982, 1500, 20_000)
 EXTREMES = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
@@ -183,17 +185,71 @@ def run_line(random: Random) -> str:
     return "read" if item.fault is None else "refused"
 
 
+# ---- pruned sets and cache entries -----------------------------------------------------------------------------------
+
+
+@cache
+def embedded() -> tuple[Any, Any, bytes, bytes]:
+    """The embedded model with a cache, an encoded scene, and the bytes of its entry and of a pruned set."""
+    from gridprune_cli.pipeline import Pipeline, Pruning
+    from gridprune_cli.scenes.scene import draw, make_scene
+    from gridprune_cli.store import Store
+
+    png = io.BytesIO()
+    draw(make_scene(0))[0].save(png, "PNG")
+    pipeline = Pipeline("scenes", device="cpu", dtype="float32", store=Store(folder() / "cache", None))
+    encoded, _ = pipeline.encode_one(png.getvalue())
+    pruned = pipeline.prune(encoded, "Where is the star?", Pruning(ilp=0.05))
+    return pipeline, encoded, encoded.to_bytes(), pruned.to_bytes()
+
+
+def run_pruned(random: Random) -> str:
+    from gridprune_cli.generation import check_model
+    from gridprune_cli.tokens import PrunedSet
+
+    pipeline, _, _, whole = embedded()
+    if random.random() < 0.5:
+        PrunedSet.from_bytes(files.raw(random, whole), "x")
+        raise AssertionError("changed bytes were read")
+    pruned = PrunedSet.from_bytes(files.semantic(random, whole), "x")
+    check_model(pipeline.family, pruned)
+    json.dumps(pruned.to_json())
+    if random.random() < 0.05:
+        pipeline.generate(pruned, max_new_tokens=2)
+    return "read"
+
+
+def run_entry(random: Random) -> str:
+    import torch
+
+    pipeline, encoded, whole, _ = embedded()
+    path = pipeline.store._path(encoded.encoder, encoded.key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    changed = files.raw if random.random() < 0.5 else files.semantic
+    path.write_bytes(changed(random, whole))
+    hit = pipeline.look_up(encoded.image, "x")
+    if hit is None:
+        return "missed"
+    assert changed is files.semantic, "changed bytes were read"
+    assert hit.states.shape == encoded.states.shape and bool(torch.isfinite(hit.states).all())
+    json.dumps(pipeline.prune(hit, "Where is the star?").to_json())
+    return "read"
+
+
 # ---- text that a terminal reads --------------------------------------------------------------------------------------
 
 
 def run_text(random: Random) -> str:
-    from gridprune_cli.cli.output import printable
+    from gridprune_cli.text import markdown_cell, printable, to_json, visible
 
     characters = (random.randrange(0x20), random.randrange(0x80, 0xA0), 0x202E, 0x2066, 0x1B, 0x41, 0xD800, 0x2028)
     written = word(random) + "".join(chr(random.choice(characters)) for _ in range(random.randrange(30)))
     shown = printable(written)
     assert shown.isprintable() and len(shown.splitlines()) <= 1, shown
     shown.encode()
+    assert all(c in "\n\t" or c.isprintable() or c.isspace() for c in visible(written)), written
+    assert markdown_cell(written).isprintable()
+    assert json.loads(to_json(written)) == written
     return "shown"
 
 
@@ -392,6 +448,8 @@ def run_checkpoint(random: Random) -> str:
 TARGETS = {
     "images": Target(run_image, 30, pictures),
     "lines": Target(run_line, 40),
+    "pruned": Target(run_pruned, 10, embedded),
+    "entries": Target(run_entry, 8, embedded),
     "text": Target(run_text, 10),
     "signals": Target(run_signals, 8, flags),
     "options": Target(run_options, 6, flags),
