@@ -143,12 +143,16 @@ def test_a_default_is_remembered_and_forgotten(command, hub_cache, tiny_llava, n
         ("weightless", "models default weightless: no weights"),
         ("not/here", "models default not/here: no such folder, not whole in the hub's cache, and HF_HUB_OFFLINE"),
         ("some/bert", "models default some/bert: model type 'bert' is not supported"),
+        ("some/awq", "models default some/awq: quantised as AWQ, which is supported on GPUs alone"),
     ],
 )
 def test_what_can_not_be_used_is_not_remembered(command, hub_cache, tmp_path, monkeypatch, name, told):
     monkeypatch.chdir(tmp_path)
     put(hub_cache, "some/bert", configured(tmp_path / "bert", model_type="bert"))
     configured(tmp_path / "weightless", model_type="llava")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    settings = {"quantization_config": {"quant_method": "awq"}}
+    put(hub_cache, "some/awq", configured(tmp_path / "awq", model_type="llava", **settings))
     code, out, err = command("models", "default", name)
     assert (code, out) == (2, "") and told in err and err.count("\n") == 1
     assert not config_path().exists()

@@ -50,6 +50,9 @@ def subject(
             dtype=dtype,
             flag=choice.flag,
         )
+    for flag, value in (("--revision", revision), ("--clip", clip)):
+        if value is not None:
+            raise BadInput(f"{flag} {value}: not with --shape, which has no checkpoint")
     if device == "map":
         raise BadInput("--device map: not with --shape, whose random weights lie on one device")
     from gridprune_cli.device import place
@@ -93,8 +96,8 @@ def bench(
     }
     if json:
         asked = {"image": picture.name, "question": question, "method": pruning.method.name}
-        source = {"relevance": pipeline.relevance_source(pruning)}
-        emit_json(place | asked | source | {"repeat": repeat, "new_tokens": new_tokens} | report.to_json())
+        of_relevance = {"relevance": pipeline.relevance_source(pruning), "notes": list(pipeline.remarks(pruning))}
+        emit_json(place | asked | of_relevance | {"repeat": repeat, "new_tokens": new_tokens} | report.to_json())
         return
     where = place["device"] if device.startswith("cuda") else f"{device}, {place['threads']} threads"
     put(printable(f"{pipeline.model}, {place['dtype']}, {where}; {picture.name}; medians of {repeat}, quartiles"))

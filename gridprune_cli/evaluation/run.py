@@ -238,6 +238,7 @@ def _line(plan: Plan, item: Item, cell: Cell, pruned: PrunedSet, answer: str) ->
         "tokens": pruned.count,
         "region": one_or_all([origin.region for origin in pruned.images]),
         "relevance": pruned.source,
+        "notes": list(pruned.notes),
         "answer": answer,
         "answers": list(item.answers),
         "score": METRICS[plan.metric](answer, item.answers),

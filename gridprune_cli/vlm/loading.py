@@ -56,8 +56,8 @@ def load_part(
     if "lm_head" in without:
         made["_tied_weights_keys"] = {}  # tied to a module that isn't there
     part: Any = type(cls.__name__, (cls,), made)
-    # a config may name an attention of its own, which transformers would fetch and run as a kernel
-    options: dict[str, Any] = {"attn_implementation": "sdpa"} | ({"device_map": "auto"} if device is None else {})
+    # a config may name an attention, which transformers would fetch and run as a kernel; None is its default instead
+    options: dict[str, Any] = {"attn_implementation": None} | ({"device_map": "auto"} if device is None else {})
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # it reports the weights left out, which is the point
     logging.disable_progress_bar()
