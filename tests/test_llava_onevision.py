@@ -1,5 +1,6 @@
 """LLaVA-OneVision: its signals and its geometry, against eager attention, packing and shrinking by hand."""
 
+import json
 from dataclasses import replace
 from itertools import product
 
@@ -9,7 +10,10 @@ from test_llava_next import QUESTION, SIDE, check_rows, check_spots, mosaic, ope
 
 from gridprune_cli.bulk import Ask, Bulk
 from gridprune_cli.errors import GridpruneError
+from gridprune_cli.evaluation.data import read_jsonl
+from gridprune_cli.evaluation.run import Cell, Plan, answers
 from gridprune_cli.pipeline import Pruning
+from gridprune_cli.pruning.methods import make
 from gridprune_cli.store import open_store
 
 TILES = 2  # mosaics of much more than so many are shrunk to about as many
@@ -134,3 +138,19 @@ def test_what_is_encoded_alone_is_not_taken_for_one_of_several(tiny, noise, tmp_
             assert (answer.text, answer.hit, reply.hit) == (reply.text, True, False)
     finally:
         pipeline.store = None
+
+
+def test_an_evaluation_asks_of_one_image_and_of_several_as_ask_does(tiny, noise, tmp_path):
+    """An image that one question has alone and another beside a second one is encoded in both ways."""
+    for n in range(2):
+        noise((100, 60), n).image.save(tmp_path / f"{n}.png")
+    images = ["0.png", ["0.png", "1.png"]]
+    lines = [{"image": image, "question": QUESTION, "answers": ["yes"], "id": n} for n, image in enumerate(images)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = read_jsonl(tmp_path / "lines.jsonl")
+    plan = Plan(data, (Cell("uniform", Pruning(keep=0.5, method=make("uniform"))),), max_new_tokens=4)
+    results = [line for batch in answers(tiny.pipeline, plan, {}) for line in batch if line["cell"] == "uniform"]
+    assert len(results) == 2
+    for line, paths in zip(results, ([tmp_path / "0.png"], [tmp_path / "0.png", tmp_path / "1.png"]), strict=True):
+        asked = tiny.pipeline.ask(paths, QUESTION, plan.cells[0].pruning, max_new_tokens=4)
+        assert (line["answer"], line["tokens"]) == (asked.text, asked.pruned.count)

@@ -165,7 +165,7 @@ def _write(pipeline: "Pipeline", plan: "Plan", rows: "Rows", folder: Path) -> No
     def picture(cell: "Cell", item: "Item", answer: str) -> "Image.Image":
         encoded = encode(pipeline, plan.data, [item], {})
         (image,) = item.images
-        (pruned,) = prune(pipeline, plan, [cell.settled(encoded[image].image)], [item], encoded)
+        (pruned,) = prune(pipeline, plan, [cell.settled(encoded[image, False].image)], [item], encoded)
         return draw(figure_of(plan.data.find(image), pruned, answer))
 
     write_atomic(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode(), sync=True)

@@ -163,13 +163,13 @@ def answers(pipeline: Pipeline, plan: Plan, rows: Rows) -> Iterator[list[dict[st
     Questions about one image follow each other, so that it is encoded once. A batch that was answered in part is
     answered again whole: its answers must not depend on where a run stopped.
     """
-    encoded: dict[str, EncodedImage] = {}
+    encoded: Encoded = {}
     for batch in _batches(plan):
         todo = [cell for cell in plan.cells if any(place(cell, item) not in rows for item in batch)]
         if todo:
             encoded = encode(pipeline, plan.data, batch, encoded)
         for cell in todo:
-            cells = [cell.settled(encoded[item.images[0]].image) for item in batch]
+            cells = [cell.settled(encoded[_uses(item)[0]].image) for item in batch]
             sets = prune(pipeline, plan, cells, batch, encoded)
             lines = []
             for item, own, pruned, made in zip(
@@ -181,15 +181,13 @@ def answers(pipeline: Pipeline, plan: Plan, rows: Rows) -> Iterator[list[dict[st
             yield lines
 
 
-def prune(
-    pipeline: Pipeline, plan: Plan, cells: list[Cell], batch: list[Item], encoded: dict[str, EncodedImage]
-) -> list[PrunedSet]:
+def prune(pipeline: Pipeline, plan: Plan, cells: list[Cell], batch: list[Item], encoded: "Encoded") -> list[PrunedSet]:
     """The pruned sets of a batch of questions, each under the cell as it is settled for its image."""
     sources = [[plan.data.find(image) for image in item.images] for item in batch]
     localized = pipeline.localize_each(sources, [item.question for item in batch], cells[0].pruning)
     asked = [
         Asked(
-            tuple(encoded[image] for image in item.images),
+            tuple(encoded[use] for use in _uses(item)),
             f"{item.question}\n{plan.suffix}" if plan.suffix else item.question,
             replace(cell.pruning, query=cell.pruning.query or item.question),
             said,
@@ -207,14 +205,23 @@ def _batches(plan: Plan) -> list[list[Item]]:
     return [items[start : start + plan.batch] for start in range(0, len(items), plan.batch)]
 
 
-def encode(
-    pipeline: Pipeline, data: Data, batch: list[Item], before: dict[str, EncodedImage]
-) -> dict[str, EncodedImage]:
+Encoded = dict[tuple[str, bool], EncodedImage]  # by image, and whether it is one of several in its question
+
+
+def _uses(item: Item) -> list[tuple[str, bool]]:
+    """Each image of a question, and whether it is one of several: some families encode it in another way then."""
+    return [(image, len(item.images) > 1) for image in item.images]
+
+
+def encode(pipeline: Pipeline, data: Data, batch: list[Item], before: Encoded) -> Encoded:
     """The encoded images of a batch: from the batch before, from the cache, and the rest through the tower together."""
-    images = dict.fromkeys(image for item in batch for image in item.images)
-    new = [image for image in images if image not in before]
-    encoded = pipeline.encode_files([open_source(data.find(image), image) for image in new])
-    return {image: before[image] for image in images if image in before} | dict(zip(new, encoded, strict=True))
+    uses = dict.fromkeys(use for item in batch for use in _uses(item))
+    encoded = {use: before[use] for use in uses if use in before}
+    for several in (False, True):
+        new = [use for use in uses if use not in before and use[1] == several]
+        images = pipeline.encode_files([open_source(data.find(image), image) for image, _ in new], several)
+        encoded |= zip(new, images, strict=True)
+    return encoded
 
 
 def place(cell: Cell, item: Item) -> tuple[str, float, Any]:
