@@ -574,9 +574,9 @@ def test_a_config_that_is_none_is_bad_input(tmp_path, text):
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", 7, None])
 def test_an_index_names_files_of_its_folder_alone(tmp_path, name):
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(BadInput, match="which is no file of this folder"):
+    why = "which is no file of this folder" if isinstance(name, str) else "index.json: can't be read"
+    with pytest.raises(BadInput, match=why):
         find(str(tmp_path)).complete()
 
 

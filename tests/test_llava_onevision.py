@@ -148,9 +148,10 @@ def test_an_evaluation_asks_of_one_image_and_of_several_as_ask_does(tiny, noise,
     lines = [{"image": image, "question": QUESTION, "answers": ["yes"], "id": n} for n, image in enumerate(images)]
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = read_jsonl(tmp_path / "lines.jsonl")
-    plan = Plan(data, (Cell("uniform", Pruning(keep=0.5, method=make("uniform"))),), max_new_tokens=4)
+    pruning = Pruning(keep=0.5, method=make("uniform"))
+    plan = Plan(data, (Cell("uniform", pruning),), max_new_tokens=4)
     results = [line for batch in answers(tiny.pipeline, plan, {}) for line in batch if line["cell"] == "uniform"]
     assert len(results) == 2
     for line, paths in zip(results, ([tmp_path / "0.png"], [tmp_path / "0.png", tmp_path / "1.png"]), strict=True):
-        asked = tiny.pipeline.ask(paths, QUESTION, plan.cells[0].pruning, max_new_tokens=4)
+        asked = tiny.pipeline.ask(paths, QUESTION, pruning, max_new_tokens=4)
         assert (line["answer"], line["tokens"]) == (asked.text, asked.pruned.count)

@@ -1,5 +1,6 @@
 """What models, files and users say, as a terminal may read it."""
 
+import io
 import json
 import unicodedata
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gridprune_cli.generation import _Printer
+from gridprune_cli.generation import _Stream
 from gridprune_cli.text import markdown_cell, printable, to_json, visible
 
 
@@ -45,8 +46,9 @@ def test_json_says_the_same_and_holds_nothing_that_is_obeyed(text):
     assert not any(obeyed(character) for character in written if not "\ud800" <= character <= "\udfff")
 
 
-def test_streams_are_made_visible_as_they_come(capsys):
-    printer = _Printer(None)
+def test_streams_are_made_visible_as_they_come():
+    out = io.StringIO()
+    printer = _Stream(None, out)
     for text, end in (("a\x1b", False), ("[31m\n", False), ("b", True)):
         printer.on_finalized_text(text, end)
-    assert capsys.readouterr().out == "a\\x1b[31m\nb\n"
+    assert out.getvalue() == "a\\x1b[31m\nb\n"
