@@ -10,9 +10,10 @@ from test_families import QUESTION, inputs, logits
 from tiny_families import make
 from tiny_families.quantised import KINDS, quantise
 
+from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline, Pruning
-from gridprune_cli.vlm import FAMILIES, hub, support
+from gridprune_cli.vlm import FAMILIES, find_supported, hub, support
 from gridprune_cli.vlm.support import FORMATS, Format, quantization, unsupported
 
 CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_vision_model"}
@@ -158,3 +159,10 @@ def test_a_quantised_checkpoint_computes_as_it_is_stored(tmp_path, noise, comman
     code, out, err = command("ask", tmp_path / "a.png", QUESTION, "--model", tiny[0], "--dtype", "float32")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("gridprune: --dtype float32: ") and "computes in bfloat16" in err
+
+
+@pytest.mark.parametrize("name", ["vision_config", "text_config", "quantization_config"])
+def test_settings_of_the_wrong_kind_are_bad_input(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", name: "text"}))
+    with pytest.raises(BadInput, match=r"config\.json holds a value of the wrong kind"):
+        find_supported(str(tmp_path))

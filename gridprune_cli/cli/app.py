@@ -74,6 +74,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a script has it ignored
         signal.signal(signal.SIGINT, _interrupt)
     _open_streams()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for those who write programs with it
     set_quiet(False)
     debug = os.environ.get("GRIDPRUNE_DEBUG", "0") not in ("", "0")
     try:

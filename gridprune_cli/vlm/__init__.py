@@ -16,7 +16,11 @@ def find_supported(
 ) -> Checkpoint:
     """The checkpoint of a name, as `find`. Raises BadInput also where config.json tells that it can't be used."""
     checkpoint = find(model, revision, flag=flag, store=store)
-    if reason := unsupported(checkpoint.config):
+    try:
+        reason = unsupported(checkpoint.config)
+    except (AttributeError, TypeError) as fault:  # a text where an object is meant, and the like
+        raise BadInput(f"{flag} {model}: config.json holds a value of the wrong kind ({fault}); mend it") from fault
+    if reason:
         raise BadInput(f"{flag} {model}: {reason}")
     return checkpoint
 

@@ -63,6 +63,6 @@ def _look_into(name: str, folder: Path, commit: str, size: int) -> CachedModel:
                 from gridprune_cli.device import place  # loads torch, which the others do without
 
                 reason = stored.lacks(place("auto", "auto", name).device)
-        except BadInput as fault:
+        except (BadInput, AttributeError, TypeError) as fault:  # its settings are of the wrong kind
             reason = str(fault)
     return CachedModel(name, family, size, reason)

@@ -51,7 +51,7 @@ def work(
     job: int, first: int, step: int, limit: int | None, only: str | None, state: Any, stop: Any, news: Any
 ) -> None:
     """Runs every `step`-th case from `first` on, below `limit`, until `stop` is set."""
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")  # as the commands set it
     import torch
 
     torch.set_num_threads(1)
