@@ -57,6 +57,8 @@ _UPRIGHT = {
 }
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG, but stuffed bytes, restarts and fill
 
+# Pillow's blocks of 16 MiB are kept by the threads' arenas when a picture is freed; from 32 MiB on they are given back
+Image.core.set_block_size(1 << 26)
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of damaged files goes to stderr
 
 _switch, _restore, _decoding = threading.Lock(), ExitStack(), 0  # of `_strict`
