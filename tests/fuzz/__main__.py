@@ -23,6 +23,7 @@ from .worker import Finding, choose, run_case, work
 
 SECONDS = 10.0  # that a case may take: the bound of docs/limits.md
 GRACE = 5.0  # for a machine that is busy
+EVERY = 30.0  # seconds between two lines on how it is going
 START = 120.0  # seconds in which a process must have imported what it tests
 
 
@@ -58,7 +59,8 @@ def watch(options: argparse.Namespace) -> int:
 
     for job in range(options.jobs):
         start(job, options.first + job)
-    began, findings = time.monotonic(), list[Finding]()
+    began = spoken = time.monotonic()
+    findings: list[Finding] = []
     outcomes: Counter[str] = Counter()
     while any(processes):
         try:
@@ -72,6 +74,9 @@ def watch(options: argparse.Namespace) -> int:
             pass
         if options.cases is None and time.monotonic() - began > options.seconds:
             stop.set()
+        if time.monotonic() > spoken + EVERY:
+            spoken = time.monotonic()
+            print(f"{outcomes.total()} cases, {len(findings)} findings so far", file=sys.stderr, flush=True)
         for job, process in enumerate(processes):
             if process is None:
                 continue

@@ -62,7 +62,8 @@ def work(
         target.prepare()
     outcomes: Counter[str] = Counter()
     peak, reported, number = _peak(), time.monotonic(), first
-    while not stop.is_set() and (limit is None or number < limit):
+    parent = os.getppid()  # another one, where it was killed
+    while not stop.is_set() and os.getppid() == parent and (limit is None or number < limit):
         state[2 * job], state[2 * job + 1] = number, time.monotonic()
         name = choose(number, only)
         try:
