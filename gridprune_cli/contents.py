@@ -22,6 +22,7 @@ MAX_NUMBERS = 1 << 27  # of states or rows: 16,384 visual tokens of 8,192 number
 MAX_POSITION = 1 << 24  # from there on float32, in which rotary angles are computed, can't tell neighbours apart
 MAX_LAYERS = 1 << 10  # of a language model; the deepest have about 130
 MAX_COORDINATE = 1e6  # of a view's box, in pictures: a tile that is padded leaves 0..1, but not by far
+MIN_SHARE = 1e-3  # of the picture's sides, that some view must cover; a centre crop of 200 : 1 covers five times that
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # what a model computes in
 
 
@@ -199,7 +200,13 @@ def _count(views: Any) -> int:
         _need(isinstance(box, list) and len(box) == 4, "a view covers no box")
         _need(all(_number(side, -MAX_COORDINATE, MAX_COORDINATE) for side in box), "a view covers no box")
         _need(box[0] < box[2] and box[1] < box[3], "a view covers no box")
+    _need(any(_shares_picture(view["box"]) for view in views), "no view covers the picture")
     return sum(view["rows"] * view["cols"] for view in views)
+
+
+def _shares_picture(box: Sequence[float]) -> bool:
+    """Whether a view's box lies on at least MIN_SHARE of the picture's width and of its height."""
+    return all(min(box[axis + 2], 1) - max(box[axis], 0) >= MIN_SHARE for axis in (0, 1))
 
 
 def views_of(parts: Sequence[Mapping[str, Any]]) -> tuple[View, ...]:

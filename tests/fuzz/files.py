@@ -140,7 +140,7 @@ def _change_tensor(rng: random.Random, tensors: Tensors) -> None:
         flat = tensor.clone().flatten()
         values = (-(2.0**14), -1.0, 0.0, 5.0, 100.0, torch.inf, torch.nan)
         value = rng.choice(values if tensor.is_floating_point() else values[:5])
-        flat[rng.randrange(len(flat))] = value if tensor.is_floating_point() else int(value)
+        flat[rng.randrange(len(flat))] = torch.tensor(value, dtype=torch.float64).to(tensor.dtype)
         tensors[name] = flat.reshape(tensor.shape)
 
 
@@ -210,6 +210,7 @@ _VIEWS: dict[str, Any] = {
     "more tokens": [{"rows": 10**400, "cols": 6, "box": [0, 0, 1, 1]}],
     "a box of three": [{"rows": 1, "cols": 2, "box": [0, 0, 1]}],
     "a box turned round": [{"rows": 1, "cols": 2, "box": [1, 0, 0, 1]}],
+    "beside the picture": [{"rows": 2, "cols": 3, "box": [2, 0, 3, 1]}],
     "a box without end": [{"rows": 1, "cols": 2, "box": [0, 0, 10**400, 1]}],
 }
 
