@@ -284,7 +284,8 @@ class Pipeline:
 
     def check(self, picture: Picture) -> None:
         """Raises BadInput where no model was chosen, and the picture is none that the embedded one knows."""
-        self._refuse(picture.name, self._remarks(picture))
+        if not self.chosen:  # else nothing is refused, and to look at the picture costs time
+            self._refuse(picture.name, self._remarks(picture))
 
     def _refuse(self, name: str, notes: Sequence[str]) -> None:
         if not self.chosen and NO_SCENE in notes:

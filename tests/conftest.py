@@ -56,6 +56,18 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty hub cache, offline, as the hub's own client sees it."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return folder
+
+
+@pytest.fixture
 def command(monkeypatch, capsys):
     """Calls `gridprune` in this process, as a user calls it: (exit code, stdout, stderr)."""
     from gridprune_cli.cli.app import main

@@ -31,16 +31,6 @@ SHA, OTHER = "a" * 40, "b" * 40
 PHOTO = "0" * 64  # a picture's sha256
 
 
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    """An empty hub cache, offline, as the hub's own client sees it."""
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return folder
-
-
 def put(cache: Path, name: str, source: Path | None, sha: str = SHA, ref: str = "main") -> Path:
     """A snapshot in the hub's cache, laid out as its client does."""
     root = cache / f"models--{name.replace('/', '--')}"

@@ -12,16 +12,6 @@ from gridprune_cli.config import choose_model, config_path
 from gridprune_cli.vlm.cached import list_cached
 
 
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    """An empty hub cache, offline."""
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return folder
-
-
 def configured(folder, **config):
     """A folder with a config.json of these settings alone."""
     folder.mkdir(parents=True)
