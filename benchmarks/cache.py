@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gridprune_cli.store import Store, entry_key
+from gridprune_cli.cache.store import Store, entry_key
 
 ENTRIES = (10_000, 100_000)
 SIDE = 24  # of the grid

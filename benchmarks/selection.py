@@ -17,9 +17,9 @@ import torch
 from gridprune_cli.pruning.methods import METHODS, RULES, make
 from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.region import contextual_region
+from gridprune_cli.pruning.schedule import Sight
 from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.pruning.similarity import cosines
-from gridprune_cli.pruning.stages import Sight
 
 HALF = 0.5
 TILES = tuple(View(24, 24, (x, y, x + HALF, y + HALF)) for y in (0.0, HALF) for x in (0.0, HALF))

@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gridprune_cli.cache.store import Store, open_store
     from gridprune_cli.errors import BadInput, GridpruneError
     from gridprune_cli.pipeline import Answer, Pipeline, Pruning
     from gridprune_cli.pruning.methods import make
-    from gridprune_cli.store import Store, open_store
     from gridprune_cli.tokens import EncodedImage, PrunedSet, load_pruned
 
 _HOMES = {
@@ -21,8 +21,8 @@ _HOMES = {
     "Pipeline": "pipeline",
     "Pruning": "pipeline",
     "make": "pruning.methods",
-    "Store": "store",
-    "open_store": "store",
+    "Store": "cache.store",
+    "open_store": "cache.store",
     "EncodedImage": "tokens",
     "PrunedSet": "tokens",
     "load_pruned": "tokens",

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gridprune_cli.cache.files import write_atomic
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.files import write_atomic
 
 VARIABLE = "GRIDPRUNE_MODEL"
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gridprune_cli.cache.quantize import KINDS
 from gridprune_cli.pruning.methods import RULES
 from gridprune_cli.pruning.region import GRID, inside
+from gridprune_cli.pruning.schedule import Inside, Region, plan
 from gridprune_cli.pruning.signals import View
-from gridprune_cli.pruning.stages import Inside, Region, plan
-from gridprune_cli.storage import KINDS
 
 MAX_NUMBERS = 1 << 27  # of states or rows: 16,384 visual tokens of 8,192 numbers
 MAX_POSITION = 1 << 24  # from there on float32, in which rotary angles are computed, can't tell neighbours apart

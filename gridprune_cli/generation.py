@@ -14,10 +14,10 @@ from torch.nn.functional import pad
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.inner import prune_inside
 from gridprune_cli.text import visible
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.family import Family
+from gridprune_cli.vlm.inner import prune_inside
 
 # Said each time, since a checkpoint's settings may say otherwise: training leaves `use_cache: false` behind.
 _FIXED = {

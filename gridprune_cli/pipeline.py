@@ -12,28 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gridprune_cli.cache.quantize import STORAGES, pack
+from gridprune_cli.cache.store import Store, entry_key
 from gridprune_cli.decoding import MAX_TOGETHER
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, SourceFile, identify, load_image, memory_of, open_source
-from gridprune_cli.lines import check_question, check_text
-from gridprune_cli.localize import LONGEST, RELEVANCE, TEMPLATE, VLM, Localized, read_answer
 from gridprune_cli.pruning.compress import cell_weights, cells, pool, ratio_budget, ratios
 from gridprune_cli.pruning.methods import Method, make
 from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.methods.gridprune import GridPrune
+from gridprune_cli.pruning.placeholders import staying
 from gridprune_cli.pruning.region import contextual_regions, inside, parse_box
+from gridprune_cli.pruning.schedule import Inside, Region, RegionAttention, Rule, Stage, plan
 from gridprune_cli.pruning.signals import Box, Signals, View
-from gridprune_cli.pruning.slots import staying
-from gridprune_cli.pruning.stages import Inside, Region, RegionAttention, Rule, Stage, plan
+from gridprune_cli.questions import check_question, check_text
+from gridprune_cli.regions import LONGEST, RELEVANCE, TEMPLATE, VLM, Localized, read_answer
 from gridprune_cli.scenes.scene import looks_like_scene
-from gridprune_cli.storage import STORAGES, pack
-from gridprune_cli.store import Store, entry_key
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm import open_model
 from gridprune_cli.vlm.checkpoint import EMBEDDED, EMBEDDED_LOCALIZER
 from gridprune_cli.vlm.family import Encoding, Family
-from gridprune_cli.vlm.words import keywords
+from gridprune_cli.vlm.word_relevance import keywords
 
 SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
 POSITIONS = ("original", "compact")
@@ -742,7 +742,7 @@ class Pipeline:
         on. Where memory runs out, `notice` is told, and batches are smaller from then on. Raises GridpruneError where
         the cache can't be written, since then all of it would be for nothing.
         """
-        from gridprune_cli.bulk import Bulk  # which stands on this module
+        from gridprune_cli.runners.local import Bulk  # which stands on this module
 
         for found in Bulk(self, images=batch, notice=notice).encode(sources, refresh=refresh, store=True):
             self.check_written()

@@ -9,13 +9,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from gridprune_cli import files, store
+from gridprune_cli.cache import files, store
+from gridprune_cli.cache.files import RawTensor
+from gridprune_cli.cache.quantize import Packed
 from gridprune_cli.contents import MAX_NUMBERS, check_encoded, check_pruned, check_range, views_of
 from gridprune_cli.errors import BadInput
-from gridprune_cli.files import RawTensor
+from gridprune_cli.pruning.schedule import Inside
 from gridprune_cli.pruning.signals import Box, View
-from gridprune_cli.pruning.stages import Inside
-from gridprune_cli.storage import Packed
 
 SCHEMA = 2  # of a pruned set; an encoded image has the store's, which refuses any other
 

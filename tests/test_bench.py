@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from gridprune_cli import bench
-from gridprune_cli.bench import Spread, made_picture, measure
-from gridprune_cli.cost import Decoder, kv_bytes, prefill_flops
+from gridprune_cli.bench import measure as bench
+from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
+from gridprune_cli.bench.measure import Spread, made_picture, measure
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import Generated, generate
 from gridprune_cli.pipeline import Pipeline, Pruning

@@ -9,12 +9,12 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from gridprune_cli import files
+from gridprune_cli.cache import files
+from gridprune_cli.cache.files import RawTensor
+from gridprune_cli.cache.store import Store, entry_key
 from gridprune_cli.cli import output
 from gridprune_cli.cli.cache import app
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.files import RawTensor
-from gridprune_cli.store import Store, entry_key
 
 MODELS = ["models/llava", "scenes"]
 ENCODERS = [{"family": "llava", "checkpoint": "aa" * 32}, {"family": "scenes", "checkpoint": "bb" * 32}]

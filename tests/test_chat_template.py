@@ -10,10 +10,10 @@ import pytest
 import tiny_families
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from gridprune_cli import chat_template
-from gridprune_cli.chat_template import render_apart
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.vlm import chat_template
+from gridprune_cli.vlm.chat_template import render_apart
 
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?\n é \ud800"}]}]
 PLAIN = """{{ bos_token }}{% for message in messages %}{{ message.role|upper }}: {% for part in message.content -%}

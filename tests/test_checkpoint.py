@@ -16,16 +16,16 @@ from huggingface_hub.utils import are_progress_bars_disabled, filter_repo_object
 from safetensors.torch import load_file
 from tiny_families import make as make_tiny
 
+from gridprune_cli.cache.store import MOST_REMEMBERED, REMEMBERED, Store, open_store
 from gridprune_cli.cli import options
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.pruning.methods import make
-from gridprune_cli.store import MOST_REMEMBERED, REMEMBERED, Store, open_store
 from gridprune_cli.vlm import checkpoint, find, hub, identity, open_model
 from gridprune_cli.vlm.checkpoint import Checkpoint, find_clip
 from gridprune_cli.vlm.clip import ClipRelevance
 from gridprune_cli.vlm.shapes import SHAPES
-from gridprune_cli.vlm.words import WordRelevance
+from gridprune_cli.vlm.word_relevance import WordRelevance
 
 SHA, OTHER = "a" * 40, "b" * 40
 PHOTO = "0" * 64  # a picture's sha256

@@ -13,8 +13,8 @@ import torch
 from fuzz.files import changed, swap
 from PIL import Image
 
+from gridprune_cli.cache.store import open_store
 from gridprune_cli.scenes.scene import draw, make_scene
-from gridprune_cli.store import open_store
 from gridprune_cli.vlm import FAMILIES
 
 QUESTION = "What colour is the star?"

@@ -11,7 +11,7 @@ from tiny_families import make
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gridprune_cli.cost import Decoder, kv_bytes, prefill_flops
+from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.vlm import FAMILIES
 

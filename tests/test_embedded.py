@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 
+from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.evaluation.data import open_data
 from gridprune_cli.evaluation.results import summarise
@@ -18,7 +19,6 @@ from gridprune_cli.images import Picture, load_image
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.scenes import CHECKPOINT
 from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene, questions
-from gridprune_cli.store import open_store
 from gridprune_cli.tokens import EncodedImage
 
 SAMPLES = Path(__file__).parent.parent / "sample_images"

@@ -9,7 +9,7 @@ from itertools import combinations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_slots import slowly
+from test_placeholders import slowly
 from tiny_families import make
 from transformers import ProcessorMixin
 
@@ -200,7 +200,7 @@ def test_batched_answers_equal_single_ones(family, noise):
 @pytest.mark.parametrize("size", SIZES)
 def test_encoded_images_make_sense(family, noise, size):
     """Shapes agree, views lie on the picture, saliency is a share of attention, and the disk changes nothing."""
-    from gridprune_cli import files
+    from gridprune_cli.cache import files
 
     folder, _, _ = family
     pipeline = Pipeline(str(folder), dtype="float32")

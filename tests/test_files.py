@@ -14,9 +14,9 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gridprune_cli import files
+from gridprune_cli.cache import files
+from gridprune_cli.cache.files import ITEM_BYTES, FileFault, RawTensor, decode, encode, read_header, write_atomic
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.files import ITEM_BYTES, FileFault, RawTensor, decode, encode, read_header, write_atomic
 
 TENSORS = {
     "tokens": RawTensor("BF16", (2, 3), bytes(range(12))),
@@ -81,7 +81,7 @@ def test_tensors_lie_at_multiples_of_their_items() -> None:
 
 def test_equal_contents_give_equal_bytes_in_every_process() -> None:
     code = (
-        "import hashlib; from gridprune_cli.files import *\n"
+        "import hashlib; from gridprune_cli.cache.files import *\n"
         "t = {n: RawTensor('U8', (1,), n.encode()) for n in set('abcdef')}\n"
         "print(hashlib.sha256(encode(t, {n: {m: 1 for m in set('xyz')} for n in set('uvw')})).hexdigest())"
     )
@@ -248,5 +248,5 @@ def test_pipes_devices_and_folders_are_not_replaced(tmp_path: Path) -> None:
 
 
 def test_no_tensor_library_is_imported() -> None:
-    code = "import sys, gridprune_cli.store; print({'torch', 'numpy', 'safetensors'} & set(sys.modules))"
+    code = "import sys, gridprune_cli.cache.store; print({'torch', 'numpy', 'safetensors'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

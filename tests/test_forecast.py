@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_families import make
 
-from gridprune_cli import forecast as module
+from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
-from gridprune_cli.forecast import entry_bytes, forecast, free_bytes, may_lack_room
 from gridprune_cli.images import Picture, load_image, measure
 from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.runners import forecast as module
+from gridprune_cli.runners.forecast import entry_bytes, forecast, free_bytes, may_lack_room
 from gridprune_cli.scenes.scene import draw, make_scene
-from gridprune_cli.store import open_store
 from gridprune_cli.vlm import FAMILIES
 
 

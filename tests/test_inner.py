@@ -8,20 +8,20 @@ from typing import ClassVar
 import pytest
 import slow_methods as slow
 import torch
-from test_slots import slowly
+from test_placeholders import slowly
 from tiny_families import make
 
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate, prompts
-from gridprune_cli.inner import prune_inside
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.pruning.methods import RULES
 from gridprune_cli.pruning.methods import make as make_method
 from gridprune_cli.pruning.methods.sparsevlm import RatedAttention
 from gridprune_cli.pruning.region import inside
-from gridprune_cli.pruning.stages import Attention, OwnAttention, Region, RegionAttention, Rule, Sight, Stage, plan
+from gridprune_cli.pruning.schedule import Attention, OwnAttention, Region, RegionAttention, Rule, Sight, Stage, plan
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm import FAMILIES
+from gridprune_cli.vlm.inner import prune_inside
 
 QUESTION = "what colour is the left object?"
 NEW = 8

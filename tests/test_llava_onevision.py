@@ -8,13 +8,13 @@ import pytest
 import torch
 from test_llava_next import QUESTION, SIDE, check_rows, check_spots, mosaic, open_tiny, seen
 
-from gridprune_cli.bulk import Ask, Bulk
+from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.evaluation.data import read_jsonl
 from gridprune_cli.evaluation.run import Cell, Plan, answers
 from gridprune_cli.pipeline import Pruning
 from gridprune_cli.pruning.methods import make
-from gridprune_cli.store import open_store
+from gridprune_cli.runners.local import Ask, Bulk
 
 TILES = 2  # mosaics of much more than so many are shrunk to about as many
 

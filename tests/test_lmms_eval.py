@@ -59,9 +59,9 @@ def plugin(monkeypatch):
             module = ModuleType(f"lmms_eval.{name}".rstrip("."))
             module.__dict__.update(contents)
             monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.delitem(sys.modules, "gridprune_cli.lmms_eval", raising=False)
-    yield importlib.import_module("gridprune_cli.lmms_eval")
-    sys.modules.pop("gridprune_cli.lmms_eval", None)
+    monkeypatch.delitem(sys.modules, "gridprune_cli.integrations.lmms_eval", raising=False)
+    yield importlib.import_module("gridprune_cli.integrations.lmms_eval")
+    sys.modules.pop("gridprune_cli.integrations.lmms_eval", None)
 
 
 @pytest.fixture

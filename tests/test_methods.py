@@ -14,8 +14,8 @@ from gridprune_cli.pruning.methods import METHODS, RULES, make
 from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.methods.gridprune import LITERAL, SALIENCY_SCALES, GridPrune, region_quotas
 from gridprune_cli.pruning.methods.uniform import lattice
+from gridprune_cli.pruning.schedule import Sight, plan
 from gridprune_cli.pruning.signals import Signals, View
-from gridprune_cli.pruning.stages import Sight, plan
 
 # (method, options, the same written out; None where tests of its own below check it)
 MATRIX = [

@@ -9,14 +9,14 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from gridprune_cli import pipeline as pipeline_module
-from gridprune_cli.bulk import Ask, Bulk
+from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.images import SourceFile
 from gridprune_cli.pipeline import Asked, Pipeline, Pruning
 from gridprune_cli.pruning.methods import METHODS, make
 from gridprune_cli.pruning.signals import Signals
-from gridprune_cli.store import open_store
+from gridprune_cli.runners.local import Ask, Bulk
 from gridprune_cli.tokens import PrunedSet
 
 QUESTION = "What colour is the star?"

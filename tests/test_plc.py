@@ -181,7 +181,7 @@ def test_a_compressor_leaves_the_fingerprint_of_the_language_model(with_compress
 
 
 def test_a_set_of_an_older_schema_is_refused_with_what_to_do(llava, noise):
-    from gridprune_cli import files
+    from gridprune_cli.cache import files
 
     header, tensors = files.decode(llava.prune(llava.encode([noise((100, 80))])[0], QUESTION).to_bytes())
     header = {k: v for k, v in header.items() if k not in ("plc", "tensors", "digest")} | {"schema": 1}

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from gridprune_cli.store import Store
+from gridprune_cli.cache.store import Store
 
 KILLS = range(int(os.environ.get("KILLS", "2")))
 IMAGES, QUESTIONS = 40, ("What colour is the star?", "Where is it?", "How many circles are there?")

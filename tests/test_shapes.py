@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from gridprune_cli.bench import made_picture
+from gridprune_cli.bench.measure import made_picture
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.vlm import shapes

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gridprune_cli import files
+from gridprune_cli.cache import files
+from gridprune_cli.cache.files import RawTensor
+from gridprune_cli.cache.store import BUCKET, DEFAULT_LIMIT, Store, entry_key, open_store, parse_age, parse_size
 from gridprune_cli.errors import BadInput
-from gridprune_cli.files import RawTensor
-from gridprune_cli.store import BUCKET, DEFAULT_LIMIT, Store, entry_key, open_store, parse_age, parse_size
 
 ENCODER = {"family": "llava", "checkpoint": "c0ffee" * 8, "dtype": "bfloat16"}
 DAY = 86_400

@@ -12,10 +12,10 @@ from fuzz.files import ENTRY_FAULTS, PRUNED_FAULTS, changed, put, raw, semantic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gridprune_cli import files, store
+from gridprune_cli.cache import files, store
 from gridprune_cli.errors import BadInput
+from gridprune_cli.pruning.schedule import Attention, Stage, plan
 from gridprune_cli.pruning.signals import View
-from gridprune_cli.pruning.stages import Attention, Stage, plan
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet, load_pruned
 
 

@@ -38,8 +38,8 @@ def ask(
     quiet: options.Quiet = False,
 ) -> None:
     """Answer a question about an image, or several, from the visual tokens that it needs."""
+    from gridprune_cli.cache.files import write_atomic
     from gridprune_cli.cli.show import draw_figure
-    from gridprune_cli.files import write_atomic
 
     set_quiet(quiet)
     check_target(save, "--save")

@@ -14,10 +14,10 @@ from gridprune_cli.cli.output import check_target, lines_to, progress, say, set_
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
-    from gridprune_cli.bulk import Ask, Pruned, Reply
-    from gridprune_cli.lines import Item, Reader
     from gridprune_cli.pipeline import Pipeline, Pruning
-    from gridprune_cli.ray_engine import Ray
+    from gridprune_cli.questions import Item, Reader
+    from gridprune_cli.runners.local import Ask, Pruned, Reply
+    from gridprune_cli.runners.ray import Ray
 
 WINDOW = 16  # batches of questions that are looked at together, to find those of one image and of like length
 
@@ -62,8 +62,8 @@ def batch(
 
     A line that fails gives a line with `error` and `error_type`, and the rest goes on.
     """
-    from gridprune_cli.bulk import Bulk
-    from gridprune_cli.lines import Done, Reader
+    from gridprune_cli.questions import Done, Reader
+    from gridprune_cli.runners.local import Bulk
 
     set_quiet(quiet)
     check_results(output, resume, file)
@@ -115,8 +115,8 @@ def work(
 
     It is given `most` lines at a time, of those that are there; None: all of them at once.
     """
-    from gridprune_cli.bulk import Ask
-    from gridprune_cli.lines import windows
+    from gridprune_cli.questions import windows
+    from gridprune_cli.runners.local import Ask
 
     told: set[str] = set()  # a note that fits many images is made once
     for window in windows(reader, most, lambda item: item.size) if most else [list(reader)]:

@@ -11,7 +11,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.text import printable
 
 if TYPE_CHECKING:
-    from gridprune_cli.bench import Report, Spread
+    from gridprune_cli.bench.measure import Report, Spread
     from gridprune_cli.pipeline import Pipeline, Pruning
 
 _SHAPE = (
@@ -55,7 +55,7 @@ def subject(
             raise BadInput(f"{flag} {value}: not with --shape, which has no checkpoint")
     if device == "map":
         raise BadInput("--device map: not with --shape, whose random weights lie on one device")
-    from gridprune_cli.device import place
+    from gridprune_cli.vlm.placement import place
     from gridprune_cli.vlm.shapes import build, find_shape
 
     placed, found = place(device, dtype, shape), find_shape(shape)
@@ -78,7 +78,7 @@ def bench(
     """Measure what an answer costs from all visual tokens and from the kept ones: time, memory, operations."""
     import torch
 
-    from gridprune_cli.bench import made_picture, measure
+    from gridprune_cli.bench.measure import made_picture, measure
     from gridprune_cli.images import load_image, read_source
 
     set_quiet(quiet)

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from gridprune_cli.cache.files import FileFault
+from gridprune_cli.cache.store import Entry, Removed, Store, open_store, parse_age, parse_size
 from gridprune_cli.cli import options, output
 from gridprune_cli.errors import GridpruneError
-from gridprune_cli.files import FileFault
-from gridprune_cli.store import Entry, Removed, Store, open_store, parse_age, parse_size
 from gridprune_cli.text import printable
 
 BLOCK = 64  # lines of JSON that are written at once

@@ -13,9 +13,9 @@ from gridprune_cli.cli import options
 from gridprune_cli.cli.output import emit_json, progress, put, read_stdin, say, set_quiet, size, warn
 
 if TYPE_CHECKING:
-    from gridprune_cli.forecast import Forecast
     from gridprune_cli.pipeline import Pipeline
-    from gridprune_cli.ray_engine import Ray
+    from gridprune_cli.runners.forecast import Forecast
+    from gridprune_cli.runners.ray import Ray
 
 
 @options.takes(pipeline=options.pipeline, engine=options.engine)
@@ -41,8 +41,8 @@ def encode(
 ) -> None:
     """Encode images into the cache, but for those there already. One that can't be read is named; the rest goes on."""
     from gridprune_cli.errors import BadInput, GridpruneError
-    from gridprune_cli.forecast import forecast, may_lack_room
     from gridprune_cli.images import find_images
+    from gridprune_cli.runners.forecast import forecast, may_lack_room
 
     set_quiet(quiet)
     if pipeline.store is None:

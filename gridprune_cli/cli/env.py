@@ -18,10 +18,10 @@ def env(
     json: options.Json = False,
 ) -> None:
     """Print the settings in force and where each came from, versions, and device and dtype with the reason."""
-    from gridprune_cli import store
+    from gridprune_cli.cache import store
     from gridprune_cli.config import choose_model
-    from gridprune_cli.device import place
     from gridprune_cli.vlm.checkpoint import EMBEDDED
+    from gridprune_cli.vlm.placement import place
 
     choice = choose_model()
     model = choice.model or EMBEDDED

@@ -152,12 +152,12 @@ def _write(pipeline: "Pipeline", plan: "Plan", rows: "Rows", folder: Path) -> No
     """The results, as JSON, Markdown and, where the extra is there, HTML; the table also to stdout."""
     import json
 
+    from gridprune_cli.cache.files import write_atomic
     from gridprune_cli.cli.show import figure_of
     from gridprune_cli.evaluation import report
     from gridprune_cli.evaluation.results import markdown, summarise
     from gridprune_cli.evaluation.run import encode, prune
     from gridprune_cli.figure import draw
-    from gridprune_cli.files import write_atomic
 
     results = plan.settings(pipeline) | summarise(plan, rows)
     table = markdown(results)

@@ -82,8 +82,8 @@ def export(
 
 def _export(path: Path, target: Path, model: str | None, families: "dict[str, Family]") -> dict[str, Any]:
     """Writes one set, and says what there is in it. `families` holds the models that were opened."""
-    from gridprune_cli.export import to_vllm
-    from gridprune_cli.files import write_atomic
+    from gridprune_cli.cache.files import write_atomic
+    from gridprune_cli.integrations.vllm import to_vllm
     from gridprune_cli.tokens import load_pruned
     from gridprune_cli.vlm import open_model
 

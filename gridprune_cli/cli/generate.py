@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gridprune_cli.cache.files import MAX_BYTES
 from gridprune_cli.cli import options
 from gridprune_cli.cli.output import emit_json, emit_text, open_stdin, progress, say, set_quiet, warn
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.files import MAX_BYTES
 
 if TYPE_CHECKING:
-    from gridprune_cli.bulk import Bulk
+    from gridprune_cli.runners.local import Bulk
     from gridprune_cli.tokens import PrunedSet
 
 WINDOW = 128  # files that are held together, to find those of like length
@@ -46,8 +46,8 @@ def generate(
 
     Of several files, one that can't be answered from is named, and the rest goes on.
     """
-    from gridprune_cli.bulk import Bulk, in_order
     from gridprune_cli.pipeline import Pipeline
+    from gridprune_cli.runners.local import Bulk, in_order
 
     set_quiet(quiet)
     if files.count(Path("-")) > 1:

@@ -103,8 +103,8 @@ def _check(name: str) -> tuple[str, str]:
 
     Of a hub model config.json alone is looked at.
     """
-    from gridprune_cli.device import place
     from gridprune_cli.vlm import find_supported, quantization
+    from gridprune_cli.vlm.placement import place
 
     flag = "models default"
     checkpoint = find_supported(name, flag=flag)

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.lines import check_text
+from gridprune_cli.questions import check_text
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline, Pruning
-    from gridprune_cli.ray_engine import Ray
+    from gridprune_cli.runners.ray import Ray
 
 DEVICE = "auto, cpu, cuda, ..., or map: the language model over all GPUs."
 
@@ -143,10 +143,10 @@ def pipeline(
     no_cache: Annotated[bool, _option("Neither read nor write the cache.", _MODEL, "--no-cache")] = False,
 ) -> "Pipeline":
     """The model with its cache."""
+    from gridprune_cli.cache.store import open_store, parse_size
     from gridprune_cli.cli.output import warn
     from gridprune_cli.config import choose_model
     from gridprune_cli.pipeline import Pipeline
-    from gridprune_cli.store import open_store, parse_size
 
     choice = choose_model(model)
     store = None if no_cache else open_store(cache_dir, warn)
@@ -183,7 +183,7 @@ def engine(
     ] = None,
 ) -> "Ray | None":
     """Ray, where the work is not to be done in this process."""
-    from gridprune_cli.ray_engine import Ray
+    from gridprune_cli.runners.ray import Ray
 
     if engine not in ("local", "ray"):
         raise BadInput(f"--engine {engine}: not one of local, ray")

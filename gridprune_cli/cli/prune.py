@@ -49,7 +49,7 @@ def prune(
     quiet: options.Quiet = False,
 ) -> None:
     """Save the visual tokens that a question needs, with the prompt, as one safetensors file."""
-    from gridprune_cli.files import write_atomic
+    from gridprune_cli.cache.files import write_atomic
 
     set_quiet(quiet)
     if batch is not None:
@@ -90,9 +90,9 @@ def prune_lines(
     json: bool,
 ) -> None:
     """Writes a pruned set for every line. One that fails is named, and the rest goes on."""
-    from gridprune_cli.bulk import Bulk, in_order
-    from gridprune_cli.files import write_atomic
-    from gridprune_cli.lines import Reader
+    from gridprune_cli.cache.files import write_atomic
+    from gridprune_cli.questions import Reader
+    from gridprune_cli.runners.local import Bulk, in_order
 
     if not os.path.isdir(folder):
         raise BadInput(f"--output {folder}: with --batch, a folder; make it first")

@@ -59,8 +59,8 @@ def draw_figure(source: "Source", pruned: "PrunedSet", answer: str | None, path:
     """Writes the figure of a pruned set as PNG."""
     import io
 
+    from gridprune_cli.cache.files import write_atomic
     from gridprune_cli.figure import draw
-    from gridprune_cli.files import write_atomic
 
     png = io.BytesIO()
     draw(figure_of(source, pruned, answer)).save(png, "PNG")

@@ -10,10 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gridprune_cli import lines
+from gridprune_cli.cache.files import digest
 from gridprune_cli.errors import BadInput
-from gridprune_cli.files import digest
 from gridprune_cli.images import Source
+from gridprune_cli.questions import Item as Line
+from gridprune_cli.questions import Reader
 from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene, questions
 
 T = TypeVar("T")
@@ -100,7 +101,7 @@ def read_jsonl(path: str | Path) -> Data:
 
     Raises BadInput, with file and line, for the first that can't be used.
     """
-    reader = lines.Reader(str(path))
+    reader = Reader(str(path))
     items = tuple(_item(line, reader) for line in reader)
     if not items:
         raise BadInput(f"{reader.name}: no question in it; write one a line, as JSON")
@@ -112,7 +113,7 @@ def read_jsonl(path: str | Path) -> Data:
     return Data(reader.name, items, lambda image: Path(reader.place(image)))
 
 
-def _item(line: lines.Item, reader: lines.Reader) -> Item:
+def _item(line: Line, reader: Reader) -> Item:
     """Raises BadInput for a line that can't be asked, or not be scored."""
     if line.fault is not None:
         raise BadInput(line.fault)

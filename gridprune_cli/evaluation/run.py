@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gridprune_cli.cache.files import write_atomic
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.evaluation.data import Data, Item, one_or_all
 from gridprune_cli.evaluation.metrics import METRICS
-from gridprune_cli.files import write_atomic
 from gridprune_cli.generation import generate
 from gridprune_cli.images import open_source
 from gridprune_cli.pipeline import Asked, Pipeline, Pruning

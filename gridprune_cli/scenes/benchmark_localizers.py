@@ -22,11 +22,11 @@ from rich.progress import track
 from gridprune_cli.evaluation.data import PER_SCENE
 from gridprune_cli.evaluation.results import clustered_error
 from gridprune_cli.images import Picture
-from gridprune_cli.localize import RELEVANCE, VLM
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.signals import Box
+from gridprune_cli.regions import RELEVANCE, VLM
 from gridprune_cli.scenes.scene import (
     CELLS,
     HELDOUT,

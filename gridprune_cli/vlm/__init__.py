@@ -7,7 +7,7 @@ from gridprune_cli.vlm.checkpoint import Checkpoint, find, find_clip
 from gridprune_cli.vlm.support import FAMILIES, quantization, unsupported
 
 if TYPE_CHECKING:
-    from gridprune_cli.store import Store
+    from gridprune_cli.cache.store import Store
     from gridprune_cli.vlm.family import Family
 
 
@@ -44,7 +44,7 @@ def open_model(
     """
     from importlib import import_module
 
-    from gridprune_cli.device import place
+    from gridprune_cli.vlm.placement import place
 
     checkpoint = find_supported(model, revision, flag=flag, store=store)
     format = quantization(checkpoint.config)

@@ -60,7 +60,7 @@ def _look_into(name: str, folder: Path, commit: str, size: int) -> CachedModel:
         try:
             reason = unsupported(checkpoint.config) or checkpoint._lacks()
             if not reason and (stored := quantization(checkpoint.config)):
-                from gridprune_cli.device import place  # loads torch, which the others do without
+                from gridprune_cli.vlm.placement import place  # loads torch, which the others do without
 
                 reason = stored.lacks(place("auto", "auto", name).device)
         except (BadInput, AttributeError, TypeError) as fault:  # its settings are of the wrong kind

@@ -18,7 +18,7 @@ from gridprune_cli.vlm.weights import SAFE, weight_files
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig
 
-    from gridprune_cli.store import Store
+    from gridprune_cli.cache.store import Store
 
 EMBEDDED = "scenes"
 EMBEDDED_LOCALIZER = "scenes-localizer"

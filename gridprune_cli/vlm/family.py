@@ -24,17 +24,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from gridprune_cli.chat_template import render, render_apart
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm.attention import NAME
+from gridprune_cli.vlm.chat_template import render, render_apart
 from gridprune_cli.vlm.checkpoint import EMBEDDED, EMBEDDED_LOCALIZER, Checkpoint, find_clip
 from gridprune_cli.vlm.clip import ClipRelevance, weights_differ
 from gridprune_cli.vlm.compressor import FILE, Compressor, load_compressor
 from gridprune_cli.vlm.fit import fingerprint
 from gridprune_cli.vlm.loading import load_part
-from gridprune_cli.vlm.words import WordRelevance
+from gridprune_cli.vlm.word_relevance import WordRelevance
 
 PARTS = ("tower", "projector", "language")
 RELEVANCE = ("auto", "clip", "words")  # what it may come from; "auto" is CLIP where the tower is a CLIP's, else words

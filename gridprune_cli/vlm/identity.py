@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gridprune_cli import files
+from gridprune_cli.cache import files
 from gridprune_cli.vlm.weights import weight_files
 
 if TYPE_CHECKING:
-    from gridprune_cli.store import Store
+    from gridprune_cli.cache.store import Store
 
 SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 SETTLED = 2_000_000_000  # ns; file systems note times in ticks of up to two seconds

@@ -14,8 +14,8 @@ from transformers.image_processing_utils import get_patch_output_size
 from transformers.image_utils import ChannelDimension
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
+from gridprune_cli.pruning.placeholders import SEPARATOR
 from gridprune_cli.pruning.signals import View
-from gridprune_cli.pruning.slots import SEPARATOR
 from gridprune_cli.vlm.family import Encoding, Family
 from gridprune_cli.vlm.llava import Llava
 

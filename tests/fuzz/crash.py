@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from gridprune_cli import files
-from gridprune_cli.files import RawTensor
-from gridprune_cli.store import IGNORE, TAG, Store, entry_key
+from gridprune_cli.cache import files
+from gridprune_cli.cache.files import RawTensor
+from gridprune_cli.cache.store import IGNORE, TAG, Store, entry_key
 
 KEYS = 12  # entries that all fight for, of each of two encoders
 ENCODERS = [{"family": "llava", "checkpoint": name * 64, "dtype": "bfloat16"} for name in "ab"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gridprune_cli import files
+from gridprune_cli.cache import files
 from gridprune_cli.tokens import _raw, _tensor
 
 Header = dict[str, Any]

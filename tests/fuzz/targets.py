@@ -177,8 +177,8 @@ def line(random: Random) -> bytes:
 
 
 def run_line(random: Random) -> str:
-    from gridprune_cli.files import canonical
-    from gridprune_cli.lines import parse
+    from gridprune_cli.cache.files import canonical
+    from gridprune_cli.questions import parse
 
     item = parse(line(random), "file:1")
     if item.fault is not None:
@@ -194,9 +194,9 @@ def run_line(random: Random) -> str:
 @cache
 def embedded() -> tuple[Any, Any, bytes, bytes]:
     """The embedded model with a cache, an encoded scene, and the bytes of its entry and of a pruned set."""
+    from gridprune_cli.cache.store import Store
     from gridprune_cli.pipeline import Pipeline, Pruning
     from gridprune_cli.scenes.scene import draw, make_scene
-    from gridprune_cli.store import Store
 
     png = io.BytesIO()
     draw(make_scene(0))[0].save(png, "PNG")

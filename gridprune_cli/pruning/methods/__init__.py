@@ -24,7 +24,7 @@ from gridprune_cli.pruning.methods.uniform import Uniform
 from gridprune_cli.pruning.methods.visionzip import VisionZip
 from gridprune_cli.pruning.methods.vispruner import VisPruner
 from gridprune_cli.pruning.methods.vtw import VTW, Withdrawal
-from gridprune_cli.pruning.stages import Attention, OwnAttention, Region, RegionAttention, Rule
+from gridprune_cli.pruning.schedule import Attention, OwnAttention, Region, RegionAttention, Rule
 
 METHODS: dict[str, type[Method]] = {
     GridPrune.name: GridPrune,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.methods.base import InnerMethod
+from gridprune_cli.pruning.schedule import Rule, Sight, Stage
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.pruning.similarity import GRAIN, cosines
-from gridprune_cli.pruning.stages import Rule, Sight, Stage
 
 _NOTHING = -1e6  # the logarithm that stands for that of 0, far below any other
 

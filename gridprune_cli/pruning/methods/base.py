@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gridprune_cli.pruning.schedule import Stage
 from gridprune_cli.pruning.signals import Signals
-from gridprune_cli.pruning.stages import Stage
 
 
 @dataclass(frozen=True)

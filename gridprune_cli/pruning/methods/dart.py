@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.methods.base import InnerMethod
+from gridprune_cli.pruning.schedule import Rule, Sight, Stage
 from gridprune_cli.pruning.similarity import cosines
-from gridprune_cli.pruning.stages import Rule, Sight, Stage
 
 
 @dataclass(frozen=True)

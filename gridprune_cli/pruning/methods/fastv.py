@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gridprune_cli.pruning.methods.base import InnerMethod
-from gridprune_cli.pruning.stages import Attention, Stage
+from gridprune_cli.pruning.schedule import Attention, Stage
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from math import floor
 from typing import ClassVar
 
 from gridprune_cli.pruning.methods.base import InnerMethod, dwindling
-from gridprune_cli.pruning.stages import OwnAttention, Stage
+from gridprune_cli.pruning.schedule import OwnAttention, Stage
 
 DEPTHS = (0.25, 0.5, 0.75)  # layers 8, 16 and 24 of 32
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.methods.base import InnerMethod, dwindling
+from gridprune_cli.pruning.schedule import Attention, Stage
 from gridprune_cli.pruning.similarity import precise
-from gridprune_cli.pruning.stages import Attention, Stage
 
 DEPTHS = (3 / 32, 7 / 32, 16 / 32)  # behind the layers 2, 6 and 15 of 32
 COUNTS = ("last", "mean")

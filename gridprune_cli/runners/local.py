@@ -22,8 +22,8 @@ from gridprune_cli.decoding import BYTES_PER_PIXEL, MAX_TOGETHER, stop_when
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image, memory_of
-from gridprune_cli.localize import Localized
 from gridprune_cli.pipeline import Asked, Pipeline, Pruning
+from gridprune_cli.regions import Localized
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
 _MOST_PIXELS = 36_000_000  # that wait decoded for the tower; about 150 MB

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gridprune_cli import files
+from gridprune_cli.cache import files
+from gridprune_cli.cache.files import FileFault, RawTensor
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.files import FileFault, RawTensor
 
 SCHEMA = 1
 BUCKET = "visual-v1"

@@ -14,8 +14,8 @@ from queue import Empty, Queue
 from threading import Thread
 from typing import Any, BinaryIO, TypeVar
 
+from gridprune_cli.cache.files import canonical, deeper, digest
 from gridprune_cli.errors import BadInput
-from gridprune_cli.files import canonical, deeper, digest
 
 MAX_LINE = 1 << 20  # bytes; some 100 pages of text beside a question, and 1,000 such lines fit in memory
 MAX_DEPTH = 100  # levels of lists and objects in a line; Python's own limit lies near 1,000 and moves with the caller

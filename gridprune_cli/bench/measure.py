@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gridprune_cli.cost import Decoder, kv_bytes, prefill_flops
+from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture

@@ -83,7 +83,7 @@ def _start() -> "subprocess.Popen[bytes]":
     here = str(Path(__file__).resolve().parents[1])
     paths = [here, *(os.path.abspath(path) for path in sys.path)]
     bounds = MAX_SECONDS, MAX_MEMORY
-    code = f"import sys; sys.path[:] = {paths!r}; from gridprune_cli.chat_template import _serve; _serve{bounds}"
+    code = f"import sys; sys.path[:] = {paths!r}; from gridprune_cli.vlm.chat_template import _serve; _serve{bounds}"
     return subprocess.Popen(
         [sys.executable, "-I", "-S", "-W", "ignore", "-c", code],
         stdin=subprocess.PIPE,

@@ -19,9 +19,9 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
+from gridprune_cli.cache.files import canonical
 from gridprune_cli.cli import options
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.files import canonical
 from gridprune_cli.generation import generate
 from gridprune_cli.tokens import PrunedSet
 
@@ -32,7 +32,7 @@ _MAX_NEW_TOKENS = 128  # where a task sets none
 
 def manifest() -> ModelManifest:
     """How lmms-eval finds the model."""
-    return ModelManifest("gridprune", simple_class_path="gridprune_cli.lmms_eval.GridpruneModel")
+    return ModelManifest("gridprune", simple_class_path="gridprune_cli.integrations.lmms_eval.GridpruneModel")
 
 
 class GridpruneModel(lmms):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from gridprune_cli import device
-from gridprune_cli.device import place
 from gridprune_cli.errors import BadInput
+from gridprune_cli.vlm import placement
 from gridprune_cli.vlm.checkpoint import EMBEDDED
+from gridprune_cli.vlm.placement import place
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,10 @@ def test_the_dtype_on_a_gpu(able, dtype, monkeypatch):
 
 
 def test_map_needs_accelerate(monkeypatch):
-    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    monkeypatch.setattr(placement, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"^--device map: needs accelerate; install it with `pip install accelerate`$"):
         place("map", "auto", "some/model")
-    monkeypatch.setattr(device, "find_spec", lambda name: name)
+    monkeypatch.setattr(placement, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert place("map", "float32", "some/model").device == "cuda"
     assert place("map", "float32", "some/model").spread

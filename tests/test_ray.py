@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gridprune_cli import ray_engine
-from gridprune_cli.bulk import Ask, Bulk
+from gridprune_cli.cache.store import Store, open_store
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pipeline import Pipeline, Pruning
-from gridprune_cli.ray_engine import Ray, _cache, _decode, _encode, _received, _share, _Worker
-from gridprune_cli.store import Store, open_store
+from gridprune_cli.runners import ray as ray_runner
+from gridprune_cli.runners.local import Ask, Bulk
+from gridprune_cli.runners.ray import Ray, _cache, _decode, _encode, _received, _share, _Worker
 
 IMAGES = int(os.environ.get("IMAGES", "40"))
 QUESTIONS = ("What colour is the star?", "Where is it?", "How many circles are there?")
@@ -101,7 +101,7 @@ def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(command, tmp_
     assert [line["image"] for line in lines] == [f"photos/{seed:04}.png" for seed in range(IMAGES)]
     assert len({line["key"] for line in lines}) == IMAGES
     hits = sum(line["cache"] == "hit" for line in lines)  # what the worker had written, and not told of yet
-    assert hits <= 2 * ray_engine._TOGETHER
+    assert hits <= 2 * ray_runner._TOGETHER
     (told,) = said(tmp_path)
     assert told.startswith(f"{IMAGES} images, {hits} of them cached already")
 
@@ -115,7 +115,7 @@ def address(monkeypatch):
     """A Ray that runs already, on two CPUs."""
     import ray
 
-    for name, value in ray_engine._DEFAULTS.items():
+    for name, value in ray_runner._DEFAULTS.items():
         monkeypatch.setenv(name, value)
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 28)
     yield ray.get_runtime_context().gcs_address
@@ -249,12 +249,12 @@ def test_what_is_stored_in_eight_bits_is_found_and_not_decoded_again(storage, pi
 
 def test_the_worker_does_not_decode_what_comes_decoded_and_heeds_a_file_that_changed(pipeline, pictures, monkeypatch):
     worker, loaded = start_worker(pipeline), []
-    decode, load = ray_engine._decode, ray_engine.load_image
+    decode, load = ray_runner._decode, ray_runner.load_image
 
     def change(*given):
         made = decode(*given)
         Path(pictures[1]).write_bytes(Path(pictures[4]).read_bytes())
-        monkeypatch.setattr(ray_engine, "load_image", lambda data, name: loaded.append(name) or load(data, name))
+        monkeypatch.setattr(ray_runner, "load_image", lambda data, name: loaded.append(name) or load(data, name))
         return made
 
     monkeypatch.setitem(globals(), "_decode", change)
@@ -266,7 +266,7 @@ def test_the_worker_does_not_decode_what_comes_decoded_and_heeds_a_file_that_cha
 
 
 def test_large_pictures_are_left_to_the_worker(pipeline, pictures, monkeypatch):
-    monkeypatch.setattr(ray_engine, "_MOST_PIXELS", 6001)
+    monkeypatch.setattr(ray_runner, "_MOST_PIXELS", 6001)
     row, decoded = through(pipeline, [pictures])
     assert sorted(decoded[0]) == pictures[:2]
     ((_, results),) = _received(iter([{"done": row}]), pipeline, pytest.fail)
@@ -296,7 +296,7 @@ def test_a_cache_that_cannot_be_written_is_a_fault_of_all(tiny_llava, pictures, 
 
 
 def test_what_workers_say_is_said_once(pipeline):
-    done = pickle.dumps(ray_engine._Done([(0, [1])], ["a", "b"], [], None))
+    done = pickle.dumps(ray_runner._Done([(0, [1])], ["a", "b"], [], None))
     told = []
     assert list(_received(iter([{"done": done}, {"done": done}]), pipeline, told.append)) == [(0, [1])] * 2
     assert told == ["a", "b"]
@@ -309,7 +309,7 @@ def test_workers_leave_cpus_to_what_decodes(cpus, workers):
 
 
 def test_without_ray_a_line_says_what_to_install(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(ray_engine, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_runner, "find_spec", lambda name: None)
     code, out, err = run("encode", tmp_path, "--engine", "ray")
     assert (code, out) == (2, "")
     assert err == "gridprune: --engine ray: ray and pyarrow and pandas missing; pip install 'gridprune[ray]'\n"
@@ -330,7 +330,7 @@ def test_options_that_do_not_fit(run, tmp_path, name, given, message):
 
 
 def test_a_device_that_workers_cannot_have_is_refused(pipeline, pictures, monkeypatch):
-    monkeypatch.setattr(ray_engine, "find_spec", lambda name: True)
+    monkeypatch.setattr(ray_runner, "find_spec", lambda name: True)
     pipeline.family.spread = True
     with pytest.raises(BadInput, match="a worker has one device"):
         list(Ray().encode(pipeline, pictures, notice=pytest.fail))
@@ -338,7 +338,7 @@ def test_a_device_that_workers_cannot_have_is_refused(pipeline, pictures, monkey
 
 
 def test_a_clip_that_is_missing_is_told_before_ray_starts(tiny_llava, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_engine, "find_spec", lambda name: True)
+    monkeypatch.setattr(ray_runner, "find_spec", lambda name: True)
     monkeypatch.setattr(Ray, "_run", lambda *_: pytest.fail("started"))
     bare = shutil.copytree(tiny_llava, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
     with pytest.raises(BadInput, match="take --relevance words"):
@@ -346,7 +346,7 @@ def test_a_clip_that_is_missing_is_told_before_ray_starts(tiny_llava, tmp_path, 
 
 
 def test_questions_about_one_image_share_a_part(pipeline, monkeypatch):
-    monkeypatch.setattr(ray_engine, "find_spec", lambda name: True)
+    monkeypatch.setattr(ray_runner, "find_spec", lambda name: True)
     given = []
 
     def run(self, pipeline, items, *rest):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.vlm.words import keywords
+from gridprune_cli.vlm.word_relevance import keywords
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gridprune_cli.pruning.slots import SEPARATOR, staying
+from gridprune_cli.pruning.placeholders import SEPARATOR, staying
 
 
 def slowly(slots, kept):

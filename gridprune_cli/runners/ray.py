@@ -22,13 +22,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gridprune_cli.cache.store import Store, entry_key
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.images import Picture, identify, load_image
-from gridprune_cli.store import Store, entry_key
 
 if TYPE_CHECKING:
-    from gridprune_cli.bulk import Ask, Bulk, Reply
     from gridprune_cli.pipeline import Pipeline
+    from gridprune_cli.runners.local import Ask, Bulk, Reply
 
 _TOGETHER = 4  # parts that a worker takes at once: it reads and writes one while its model is at another
 _MOST_PIXELS = 100_000_000  # of a part that are handed over decoded, about 300 MB; the worker decodes the rest
@@ -92,7 +92,7 @@ class Ray:
 
         Sources are paths. `given` is what `Bulk.answer` takes besides.
         """
-        from gridprune_cli.bulk import in_order
+        from gridprune_cli.runners.local import in_order
 
         for pruning in {ask.pruning for ask in asks}:
             pipeline.find_relevance(pruning)  # here, once, and not in every worker
@@ -115,7 +115,7 @@ class Ray:
         refresh: bool = False,
     ) -> Iterator[Any]:
         """The result of every item, in turn, with `size` items to a part."""
-        from gridprune_cli.bulk import in_order
+        from gridprune_cli.runners.local import in_order
 
         if not items:
             return
@@ -319,7 +319,7 @@ class _Worker:
     def __init__(self, pipeline: bytes, job: Job, size: int, folder: str, threads: int):
         import torch
 
-        from gridprune_cli.bulk import Bulk
+        from gridprune_cli.runners.local import Bulk
 
         with suppress(OSError):
             os.chdir(folder)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gridprune_cli.cache.store import Store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.images import identify, load_image, measure
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.store import Store
 
 HEADER = 2048  # bytes of a file beside its tensors and the text that stands for the image
 SAMPLE = 256  # images whose sizes speak for all

@@ -17,9 +17,9 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.pruning.placeholders import SEPARATOR, staying
 from gridprune_cli.pruning.region import inside
-from gridprune_cli.pruning.slots import SEPARATOR, staying
-from gridprune_cli.pruning.stages import Rule, Sight, Stage
+from gridprune_cli.pruning.schedule import Rule, Sight, Stage
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.attention import NAME, watch_queries
 from gridprune_cli.vlm.family import Family

@@ -11,12 +11,12 @@ from fuzz.files import ENTRY_FAULTS, changed, put, swap
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gridprune_cli import files
+from gridprune_cli.cache import files
+from gridprune_cli.cache.files import RawTensor
+from gridprune_cli.cache.quantize import KINDS, Packed, pack
+from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
-from gridprune_cli.files import RawTensor
 from gridprune_cli.pipeline import Pipeline, Pruning
-from gridprune_cli.storage import KINDS, Packed, pack
-from gridprune_cli.store import open_store
 
 EIGHT = sorted(KINDS)
 SIMPLE = st.one_of(

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from gridprune_cli.cache.files import canonical
 from gridprune_cli.errors import BadInput
-from gridprune_cli.files import canonical
 from gridprune_cli.generation import check_model
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.family import Family

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from test_families import inputs
-from test_slots import slowly
+from test_placeholders import slowly
 from tiny_families import make
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.export import NOT_VLLM, VLLM, to_vllm
 from gridprune_cli.generation import generate
+from gridprune_cli.integrations.vllm import NOT_VLLM, VLLM, to_vllm
 from gridprune_cli.pipeline import Pipeline, Pruning
 from gridprune_cli.pruning.methods import make as make_method
 from gridprune_cli.vlm import FAMILIES

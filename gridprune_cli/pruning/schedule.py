@@ -1,8 +1,8 @@
 """Pruning inside the language model: at which layer visual tokens leave the sequence, and by which rule.
 
-A *stage* is a layer, a rule and a budget. What a rule may look at is measured at that layer by `gridprune_cli.inner`;
-the rule itself is pure. A new rule is one class, here or beside the method that it is for, and one line in `RULES` of
-`gridprune_cli.pruning.methods`.
+A *stage* is a layer, a rule and a budget. What a rule may look at is measured at that layer by
+`gridprune_cli.vlm.inner`; the rule itself is pure. A new rule is one class, here or beside the method that it is for,
+and one line in `RULES` of `gridprune_cli.pruning.methods`.
 """
 
 from abc import ABC, abstractmethod

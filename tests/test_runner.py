@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import ImageFile
 
-from gridprune_cli import bulk as bulk_module
-from gridprune_cli.bulk import Ask, Batches, Bulk, Pruned, Reply, in_order
+from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline, Pruning
-from gridprune_cli.store import open_store
+from gridprune_cli.runners import local as local_module
+from gridprune_cli.runners.local import Ask, Batches, Bulk, Pruned, Reply, in_order
 from gridprune_cli.tokens import EncodedImage
 
 QUESTIONS = ("What colour is the star?", "Where is it?", "How many red circles are left of the blue square?")
@@ -221,9 +221,9 @@ def test_few_pictures_are_held_however_many_there_are(pipeline, noise, tmp_path,
             read += 1
             yield data + bytes([number])  # PNG readers stop at its end, so these are pictures, all different
 
-    for most, size in ((bulk_module._MOST_PIXELS, 2), (2499, 2), (2499, 50)):
-        monkeypatch.setattr(bulk_module, "_MOST_PIXELS", most)
-        monkeypatch.setattr(bulk_module, "_MOST_MEMORY", 14 * most)
+    for most, size in ((local_module._MOST_PIXELS, 2), (2499, 2), (2499, 50)):
+        monkeypatch.setattr(local_module, "_MOST_PIXELS", most)
+        monkeypatch.setattr(local_module, "_MOST_MEMORY", 14 * most)
         read = 0
         for given, _ in enumerate(Bulk(pipeline, images=size, notice=silent).encode(sources(), refresh=True)):
             assert read - given <= 4 * 2
@@ -231,7 +231,7 @@ def test_few_pictures_are_held_however_many_there_are(pipeline, noise, tmp_path,
 
 
 def test_room_is_granted_in_turn_and_never_more_than_there_is():
-    room, held, most, order = bulk_module._Room(100), [0], [0], []
+    room, held, most, order = local_module._Room(100), [0], [0], []
     sizes = [60, 30, 90, 5, 250, 40, 60, 10]
     lock = threading.Lock()
 
@@ -255,7 +255,7 @@ def test_room_is_granted_in_turn_and_never_more_than_there_is():
 
 
 def test_who_waits_for_room_goes_when_it_is_closed():
-    room = bulk_module._Room(1)
+    room = local_module._Room(1)
     with ThreadPoolExecutor(1) as threads:
         future = threads.submit(room.enter, 1, 1)  # whose turn never comes
         room.close()
@@ -277,9 +277,9 @@ def test_large_pictures_are_read_one_at_a_time_and_all_of_them(pipeline, noise, 
         now[0] -= 1
         return picture
 
-    monkeypatch.setattr(bulk_module, "_workers", lambda: 4)
-    for memory, together in ((bulk_module._MOST_MEMORY, 4), (1, 1)):
-        monkeypatch.setattr(bulk_module, "_MOST_MEMORY", memory)
+    monkeypatch.setattr(local_module, "_workers", lambda: 4)
+    for memory, together in ((local_module._MOST_MEMORY, 4), (1, 1)):
+        monkeypatch.setattr(local_module, "_MOST_MEMORY", memory)
         most[0] = 0
         bulk = Bulk(pipeline, notice=silent, load=load)
         results = [result for _, result, _ in bulk.encode(paths, refresh=True)]
@@ -424,7 +424,7 @@ def test_memory_that_runs_out_in_pruning_halves_what_is_pruned_for_together(pipe
 def test_sets_that_are_too_large_to_wait_together_are_answered_in_parts(pipeline, pictures, monkeypatch):
     questions = asks(pictures)
     whole = [reply.text for reply in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)]
-    monkeypatch.setattr(bulk_module, "_MOST_BYTES", 1)
+    monkeypatch.setattr(local_module, "_MOST_BYTES", 1)
     assert [r.text for r in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)] == whole
 
 
