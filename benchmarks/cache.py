@@ -40,7 +40,7 @@ def fill(root: Path, entries: int) -> None:
     for number in range(entries):
         image = hashlib.sha256(str(number).encode()).hexdigest()
         key = entry_key(image, ENCODER, ("saliency",))
-        states = torch.full((count, 1), number, dtype=torch.bfloat16)
+        vision_features = torch.full((count, 1), number, dtype=torch.bfloat16)
         encoded = EncodedImage(
             key=key,
             model="llava-hf/llava-1.5-7b-hf",
@@ -49,9 +49,9 @@ def fill(root: Path, entries: int) -> None:
             encoder=ENCODER,
             size=(640, 480),
             views=(View(SIDE, SIDE, (0.125, 0.0, 0.875, 1.0)),),
-            states=states,
-            saliency=states[:, 0],
-            slots=torch.arange(count, dtype=torch.int32),
+            vision_features=vision_features,
+            saliency=vision_features[:, 0],
+            placeholder_map=torch.arange(count, dtype=torch.int32),
             prompt={"placeholder": "<image>" * count},
         )
         if not store.put(ENCODER, key, encoded.to_bytes()):

@@ -63,7 +63,11 @@ def methods() -> None:
     """Each method as a whole, and apart from its cosines, which are matrix products of the widths of the model."""
     k, views = CASES[0]
     count = sum(view.count for view in views)
-    vectors = {"states": torch.randn(count, STATE), "rows": torch.randn(count, ROW), "words": torch.randn(WORDS, ROW)}
+    vectors = {
+        "vision_features": torch.randn(count, STATE),
+        "rows": torch.randn(count, ROW),
+        "words": torch.randn(WORDS, ROW),
+    }
     signals = Signals(views, torch.rand(count) * 0.2, torch.rand(count), None, **vectors)
     heading(k, count)
     for name in METHODS:
@@ -76,11 +80,11 @@ def rules() -> None:
     """The same of the rules that choose inside the language model."""
     k, views = CASES[0]
     count = sum(view.count for view in views)
-    keys, states = torch.randn(2, count, ROW)
+    keys, vision_features = torch.randn(2, count, ROW)
     text_keys, text_states = torch.randn(2, 50, ROW)
     attention = torch.rand(count, dtype=torch.float64)
     within = torch.zeros(count, dtype=torch.bool)
-    sight = Sight(torch.arange(count), within, views, attention, states, keys, text_states, text_keys)
+    sight = Sight(torch.arange(count), within, views, attention, vision_features, keys, text_states, text_keys)
     heading(k, count)
     for name, kind in RULES.items():
         parts(name, kind, lambda kind=kind: kind().pick(sight, k))  # type: ignore[misc]

@@ -261,7 +261,7 @@ def main() -> None:
             pipeline = Pipeline(thin(layout, Path(folder)))
             for width, height in sizes:
                 (image,) = pipeline.see([picture(width, height)])
-                count, channels = image.states.shape
+                count, channels = image.vision_features.shape
                 size = len(image.to_bytes())
                 print(
                     f"{layout.config['model_type']:15}  {f'{width}x{height}':>10}  {count:6}  {channels:6}  {size:11,}"

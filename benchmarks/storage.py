@@ -13,7 +13,8 @@ from gridprune_cli.cache.quantize import STORAGES
 from gridprune_cli.evaluation.data import Data, open_data
 from gridprune_cli.evaluation.results import Z, clustered_error
 from gridprune_cli.evaluation.run import FULL, Cell, Plan, Row, Rows, answers, encode, place
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.settings import Pruning
 
 PRUNED = Cell("gridprune", Pruning(keep=0.11))
 

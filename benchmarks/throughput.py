@@ -27,10 +27,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.images import load_image
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.runners.local import Ask, Bulk, Reply
 from gridprune_cli.scenes import CHECKPOINT
 from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene, questions
+from gridprune_cli.settings import Pruning
 
 IMAGES = 16  # the command's batch of images
 QUESTIONS = 32  # and of questions

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gridprune_cli.cache.store import Store, open_store
     from gridprune_cli.errors import BadInput, GridpruneError
-    from gridprune_cli.pipeline import Answer, Pipeline, Pruning
+    from gridprune_cli.pipeline import Answer, Pipeline
     from gridprune_cli.pruning.methods import make
+    from gridprune_cli.settings import Pruning
     from gridprune_cli.tokens import EncodedImage, PrunedSet, load_pruned
 
 _HOMES = {
@@ -19,7 +20,7 @@ _HOMES = {
     "GridpruneError": "errors",
     "Answer": "pipeline",
     "Pipeline": "pipeline",
-    "Pruning": "pipeline",
+    "Pruning": "settings",
     "make": "pruning.methods",
     "Store": "cache.store",
     "open_store": "cache.store",

@@ -15,10 +15,10 @@ from torch import Tensor
 from gridprune_cli.cache.quantize import KINDS
 from gridprune_cli.pruning.methods import RULES
 from gridprune_cli.pruning.region import GRID, inside
-from gridprune_cli.pruning.schedule import Inside, Region, plan
+from gridprune_cli.pruning.schedule import LayerSchedule, Region, plan
 from gridprune_cli.pruning.signals import View
 
-MAX_NUMBERS = 1 << 27  # of states or rows: 16,384 visual tokens of 8,192 numbers
+MAX_NUMBERS = 1 << 27  # of vision_features or image_embeds: 16,384 visual tokens of 8,192 numbers
 MAX_POSITION = 1 << 24  # from there on float32, in which rotary angles are computed, can't tell neighbours apart
 MAX_LAYERS = 1 << 10  # of a language model; the deepest have about 130
 MAX_COORDINATE = 1e6  # of a view's box, in pictures: a tile that is padded leaves 0..1, but not by far
@@ -36,7 +36,7 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     _need(encoder["dtype"] in FLOATS, "its encoder names no dtype")
     kind = KINDS.get(encoder["storage"]) if isinstance(encoder.get("storage"), str) else None
     _need(kind is not None or "storage" not in encoder, "its encoder names no storage")
-    names = {"states", "saliency", "slots"} | ({"scales"} if kind else set())
+    names = {"vision_features", "saliency", "placeholder_map"} | ({"scales"} if kind else set())
     _need(tensors.keys() == names, f"it holds {_listed(tensors)}, not {_listed(names)}")
     count = _count(header.get("views"))
     _need(header.get("tokens") == count, "its views have another number of tokens than it tells")
@@ -45,19 +45,23 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     _need(isinstance(prompt, dict) and isinstance(prompt.get("placeholder"), str), "its prompt has no placeholder")
     _need(_all_texts(notes), "its notes are no texts")
     dtype = FLOATS[encoder["dtype"]]
-    states, saliency, slots = tensors["states"], tensors["saliency"], tensors["slots"]
-    _check_shape("states", states, kind or dtype, (count, -1))
-    _need(0 < states.numel() <= MAX_NUMBERS, f"states {tuple(states.shape)} are none, or too many")
+    vision_features, saliency, placeholder_map = (
+        tensors["vision_features"],
+        tensors["saliency"],
+        tensors["placeholder_map"],
+    )
+    _check_shape("vision_features", vision_features, kind or dtype, (count, -1))
+    _need(0 < vision_features.numel() <= MAX_NUMBERS, f"states {tuple(vision_features.shape)} are none, or too many")
     _check_shape("saliency", saliency, dtype, (count,))
-    _check_shape("slots", slots, torch.int32, (-1,))
+    _check_shape("placeholder_map", placeholder_map, torch.int32, (-1,))
     if kind:
         _check_shape("scales", tensors["scales"], torch.float32, (count,))
         check_range("scales", tensors["scales"], 0)
     else:
-        check_range("states", states)
+        check_range("vision_features", vision_features)
     check_range("saliency", saliency, 0)
-    check_range("slots", slots, -1)
-    tokens = slots[slots >= 0].sort().values.long()
+    check_range("placeholder_map", placeholder_map, -1)
+    tokens = placeholder_map[placeholder_map >= 0].sort().values.long()
     _need(torch.equal(tokens, torch.arange(count)), "slots do not hold every token once")
 
 
@@ -68,16 +72,16 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     _need(isinstance(method, dict) and isinstance(method.get("name"), str), "its method has no name")
     _need(header.get("positions") in ("original", "compact"), "positions are neither original nor compact")
     _need(header.get("plc") in ("off", "pool", "trained"), "plc is none of off, pool and trained")
-    source = header.get("relevance")
+    source = header.get("relevance_source")
     if source is not None:
         _need(isinstance(source, dict) and source.get("source") in ("clip", "words"), "relevance has no source")
         _need(isinstance(source.get("model"), str | None), "relevance has no model")
     _need((source is None) == ("relevance" not in tensors), "relevance and its source do not fit each other")
-    _need("inside" in header, "it does not say what leaves inside the language model")
+    _need("schedule" in header, "it does not say what leaves inside the language model")
     _need(_all_texts(header.get("remarks")), "its remarks are no texts")
     _need(isinstance(images, list) and len(images) > 0, "it holds no images")
     assert isinstance(images, list)
-    needed, known = {"rows", "kept", "input_ids", "position_ids", "saliency"}, {"relevance", "slots"}
+    needed, known = {"image_embeds", "kept", "input_ids", "position_ids", "saliency"}, {"relevance", "placeholder_map"}
     _need(needed <= tensors.keys() <= needed | known, f"it holds {_listed(tensors)}")
     counts = []
     for image in images:
@@ -86,16 +90,27 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
         _need(_all_texts(image.get("notes")), "an image's notes are no texts")
         counts.append(_count(image.get("views")))
     total = sum(counts)
-    rows, kept, ids, places = (tensors[name] for name in ("rows", "kept", "input_ids", "position_ids"))
-    _need(rows.dtype in FLOATS.values() and rows.dim() == 2, f"rows are {_dtype_and_shape(rows)}")
-    _need(0 < rows.numel() <= MAX_NUMBERS, f"rows are {_dtype_and_shape(rows)}, none or too many")
-    check_range("rows", rows)
+    image_embeds, kept, ids, places = (tensors[name] for name in ("image_embeds", "kept", "input_ids", "position_ids"))
+    _need(
+        image_embeds.dtype in FLOATS.values() and image_embeds.dim() == 2,
+        f"image_embeds are {_dtype_and_shape(image_embeds)}",
+    )
+    _need(
+        0 < image_embeds.numel() <= MAX_NUMBERS, f"image_embeds are {_dtype_and_shape(image_embeds)}, none or too many"
+    )
+    check_range("image_embeds", image_embeds)
     _check_shape("kept", kept, torch.int64, (-1,))
-    _need(0 < len(kept) <= len(rows), f"{len(kept)} kept tokens and {len(rows)} rows do not fit each other")
+    _need(
+        0 < len(kept) <= len(image_embeds),
+        f"{len(kept)} kept tokens and {len(image_embeds)} image_embeds do not fit each other",
+    )
     check_range("kept", kept, 0, total - 1)
     _need(_ascending(kept), "kept is not sorted, or holds a token twice")
     _check_shape("input_ids", ids, torch.int64, (-1,))
-    _need(len(ids) >= len(rows), f"{len(ids)} input_ids and {len(rows)} rows do not fit each other")
+    _need(
+        len(ids) >= len(image_embeds),
+        f"{len(ids)} input_ids and {len(image_embeds)} image_embeds do not fit each other",
+    )
     check_range("input_ids", ids, 0)
     _check_shape("position_ids", places, torch.int64, (3, len(ids)) if places.dim() == 2 else (len(ids),))
     check_range("position_ids", places, 0, MAX_POSITION)
@@ -108,19 +123,22 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     if "relevance" in tensors:
         _check_shape("relevance", tensors["relevance"], torch.float32, (total,))
         check_range("relevance", tensors["relevance"])
-    if "slots" in tensors:
-        slots = tensors["slots"]
-        _check_shape("slots", slots, torch.int64, (len(rows),))
-        check_range("slots", slots, -1)
-        _need(torch.equal(slots[slots >= 0].sort().values, kept), "slots and kept do not fit each other")
+    if "placeholder_map" in tensors:
+        placeholder_map = tensors["placeholder_map"]
+        _check_shape("placeholder_map", placeholder_map, torch.int64, (len(image_embeds),))
+        check_range("placeholder_map", placeholder_map, -1)
+        _need(
+            torch.equal(placeholder_map[placeholder_map >= 0].sort().values, kept),
+            "slots and kept do not fit each other",
+        )
     firsts = torch.tensor([0, *counts]).cumsum(0)
     places_of = torch.searchsorted(kept, firsts)  # where each image's own begin among the kept
     kept_of = [part - first for part, first in zip(kept.split(places_of.diff().tolist()), firsts, strict=False)]
     for image, part in zip(images, kept_of, strict=True):
         _check_origin(image, len(part))
-    if header.get("inside") is not None:
-        _need("slots" in tensors, "it does not say which visual tokens its rows are")
-        _check_inside(header["inside"], images, kept_of)
+    if header.get("schedule") is not None:
+        _need("placeholder_map" in tensors, "it does not say which visual tokens its image_embeds are")
+        _check_schedule(header["schedule"], images, kept_of)
 
 
 def _check_origin(image: Mapping[str, Any], kept: int) -> None:
@@ -149,7 +167,7 @@ def _check_origin(image: Mapping[str, Any], kept: int) -> None:
         _need(all(ratio is None or _number(ratio, 1, 1 << 31) for ratio in ratios.values()), "ratios are no numbers")
 
 
-def _check_inside(parts: Any, images: Sequence[Mapping[str, Any]], kept: Sequence[Tensor]) -> None:
+def _check_schedule(parts: Any, images: Sequence[Mapping[str, Any]], kept: Sequence[Tensor]) -> None:
     """What leaves inside the language model; `kept` holds each image's own tokens."""
     _need(isinstance(parts, dict) and isinstance(parts.get("stages"), list) and bool(parts["stages"]), "no stages")
     tokens = parts.get("tokens")
@@ -166,7 +184,7 @@ def _check_inside(parts: Any, images: Sequence[Mapping[str, Any]], kept: Sequenc
     _need(each in (1, len(images)), f"a stage keeps tokens of {each} images")
     _need(all(len(stage["keep"]) == each for stage in parts["stages"]), "its stages do not fit each other")
     present = [len(part) for part in kept]
-    leaving = Inside.from_json(parts)
+    leaving = LayerSchedule.from_json(parts)
     planned = plan(leaving.stages, present if each > 1 or len(images) == 1 else [sum(present)], len(tokens))
     _need(leaving == planned, "its stages and the tokens in each layer do not fit each other")
     for stage in leaving.stages:

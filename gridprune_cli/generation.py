@@ -96,18 +96,18 @@ def _misfit(family: Family, pruned: PrunedSet) -> str:
     """What of a set this model can't work with, or nothing. Indices out of range would end a GPU's whole process."""
     ids, text = pruned.input_ids, family.config.get_text_config()
     images = ids == family.image_token
-    if int(images.sum()) != len(pruned.rows):
-        return f"{int(images.sum())} image tokens for {len(pruned.rows)} rows"
+    if int(images.sum()) != len(pruned.image_embeds):
+        return f"{int(images.sum())} image tokens for {len(pruned.image_embeds)} rows"
     if not images.all() and int(ids[~images].max()) >= text.vocab_size:
         return f"a token id of {int(ids[~images].max())}, where there are {text.vocab_size}"
-    if pruned.rows.shape[1] != family.row_width:
-        return f"rows of {pruned.rows.shape[1]} numbers, not {family.row_width}"
+    if pruned.image_embeds.shape[1] != family.embed_width:
+        return f"rows of {pruned.image_embeds.shape[1]} numbers, not {family.embed_width}"
     if pruned.position_ids.dim() == 2 and family.axes != len(pruned.position_ids):
         return f"positions in {len(pruned.position_ids)} axes, not {family.axes}"
-    if pruned.inside and len(pruned.inside.tokens) != family.depth:
-        return f"a schedule for {len(pruned.inside.tokens)} layers of {family.depth}"
-    if pruned.inside and pruned.inside.stages[0].layer < family.first_inner:
-        return f"tokens leave at layer {pruned.inside.stages[0].layer}, before layer {family.first_inner}"
+    if pruned.schedule and len(pruned.schedule.tokens) != family.depth:
+        return f"a schedule for {len(pruned.schedule.tokens)} layers of {family.depth}"
+    if pruned.schedule and pruned.schedule.stages[0].layer < family.first_inner:
+        return f"tokens leave at layer {pruned.schedule.stages[0].layer}, before layer {family.first_inner}"
     return ""
 
 

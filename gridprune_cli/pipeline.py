@@ -4,9 +4,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite
 from typing import Any
 
 import torch
@@ -20,15 +19,14 @@ from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, SourceFile, identify, load_image, memory_of, open_source
 from gridprune_cli.pruning.compress import cell_weights, cells, pool, ratio_budget, ratios
 from gridprune_cli.pruning.methods import Method, make
-from gridprune_cli.pruning.methods.base import InnerMethod
-from gridprune_cli.pruning.methods.gridprune import GridPrune
 from gridprune_cli.pruning.placeholders import staying
-from gridprune_cli.pruning.region import contextual_regions, inside, parse_box
-from gridprune_cli.pruning.schedule import Inside, Region, RegionAttention, Rule, Stage, plan
+from gridprune_cli.pruning.region import contextual_regions, inside
+from gridprune_cli.pruning.schedule import LayerSchedule, Region, RegionAttention, Rule, Stage, plan
 from gridprune_cli.pruning.signals import Box, Signals, View
-from gridprune_cli.questions import check_question, check_text
-from gridprune_cli.regions import LONGEST, RELEVANCE, TEMPLATE, VLM, Localized, read_answer
+from gridprune_cli.questions import check_question
+from gridprune_cli.regions import LONGEST, TEMPLATE, VLM, Localized, read_answer
 from gridprune_cli.scenes.scene import looks_like_scene
+from gridprune_cli.settings import RELEVANCE, Pruning
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm import open_model
 from gridprune_cli.vlm.checkpoint import EMBEDDED, EMBEDDED_LOCALIZER
@@ -36,117 +34,9 @@ from gridprune_cli.vlm.family import Encoding, Family
 from gridprune_cli.vlm.word_relevance import keywords
 
 SIGNALS = ("saliency",)  # stored beside the states; relevance follows from the states and the question
-POSITIONS = ("original", "compact")
 ILP_LAYER = 3  # at whose input tokens leave the language model, where nothing else is said
-PLC = ("off", "pool", "trained")
 NO_SCENE = "no scene: the embedded model knows only its own scenes; name a real one, as in --model FOLDER"  # a note
 SMALL_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"  # to begin with: of family idefics3, half a GB
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What to keep of an image for a question.
-
-    keep       share of the visual tokens, in (0, 1]; K = keep * N, rounded to the nearest, at least 1
-    tokens     K itself, instead of `keep`
-    method     how to choose them
-    region     "auto" (found from the relevance), "none", or a box; only methods with zones heed it
-    positions  "original": kept tokens keep their place in the prompt; "compact": they are numbered on
-    localizer  what finds the region "auto": "relevance", "vlm" (the embedded model's own), or a model by name
-    localizer_template  how such a model is asked, a text with `{question}`; "" is our own (`localize.TEMPLATE`)
-    query      what relevance is measured against, where that is not the question
-    share_budget  several images share one K instead of each having its own; then there is no region
-    ilp        what stays inside the language model: "region", exactly the tokens inside the contextual region, or a
-               share of the image's N tokens, those inside first; None: everything
-    ilp_layer  the layer, from 0, at whose input the others leave; None: `ILP_LAYER`, or the nearest that the model has
-    plc        "pool" makes each row outside the region the mean of its cell, "trained" has the checkpoint's compressor
-               make the rows of that, "off" leaves rows as they are
-    inside_ratio, outside_ratio  visual tokens per row, inside and outside of the region, instead of the method's own
-               split of K; both together take the place of `keep` and `tokens`
-    """
-
-    keep: float = 0.11
-    tokens: int | None = None
-    method: Method = field(default_factory=lambda: make("gridprune"))
-    region: str | Box = "auto"
-    localizer: str = RELEVANCE
-    localizer_template: str = ""
-    positions: str = "original"
-    query: str | None = None
-    share_budget: bool = False
-    ilp: float | str | None = None
-    ilp_layer: int | None = None
-    plc: str = "off"
-    inside_ratio: float | None = None
-    outside_ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        """Reads a region that is given as text or a list. Raises BadInput for values out of range."""
-        if self.region not in ("auto", "none"):
-            given = self.region if isinstance(self.region, str) else ",".join(map(str, self.region))
-            try:
-                object.__setattr__(self, "region", parse_box(given))
-            except ValueError as fault:
-                raise BadInput(f"--region: {fault}, or auto, or none") from fault
-        if not 0 < self.keep <= 1:
-            raise BadInput(f"--keep {self.keep}: must be above 0 and at most 1")
-        if self.tokens is not None and self.tokens < 1:
-            raise BadInput(f"--tokens {self.tokens}: must be at least 1")
-        if self.share_budget and self.method.one_picture:
-            raise BadInput(
-                f"--share-budget: not with --method {self.method.name}, which splits the budget of one image"
-            )
-        if self.localizer_template and "{question}" not in self.localizer_template:
-            raise BadInput("--localizer-template: needs {question}, where the question goes")
-        if self.query is not None and not self.query.strip():
-            raise BadInput("--query: is empty; give a text, or leave it out to take the question")
-        for flag, text in (("--query", self.query), ("--localizer-template", self.localizer_template)):
-            check_text(text or "", flag)
-        if self.positions not in POSITIONS:
-            raise BadInput(f"--positions {self.positions}: not one of {', '.join(POSITIONS)}")
-        if self.ilp is not None and self.ilp != "region":
-            try:
-                share = float(self.ilp)
-            except ValueError as fault:
-                raise BadInput(f"--ilp {self.ilp}: neither region nor a share") from fault
-            if not 0 < share <= 1:
-                raise BadInput(f"--ilp {self.ilp}: must be above 0 and at most 1, or region")
-            object.__setattr__(self, "ilp", share)
-        if self.ilp is not None and isinstance(self.method, InnerMethod):
-            raise BadInput(f"--ilp: not with --method {self.method.name}, which prunes there by itself")
-        if self.ilp is None and self.ilp_layer is not None:
-            raise BadInput("--ilp-layer: only with --ilp, which says what stays")
-        if self.plc not in PLC:
-            raise BadInput(f"--plc {self.plc}: not one of {', '.join(PLC)}")
-        if self.plc != "off" and isinstance(self.method, InnerMethod):
-            raise BadInput(f"--plc: not with --method {self.method.name}, which prunes inside the language model alone")
-        for flag, ratio in (("--inside-ratio", self.inside_ratio), ("--outside-ratio", self.outside_ratio)):
-            if ratio is None:
-                continue
-            if not (ratio >= 1 and isfinite(ratio)):
-                raise BadInput(f"{flag} {ratio}: must be at least 1, in visual tokens per row")
-            if self.plc == "off":
-                raise BadInput(f"{flag}: only with --plc pool or --plc trained")
-            if self.share_budget or self.region == "none" or not isinstance(self.method, GridPrune):
-                raise BadInput(f"{flag}: needs a region; leave out what takes it away")
-        if self.inside_ratio and self.outside_ratio and self.inside_ratio > self.outside_ratio:
-            raise BadInput(f"--inside-ratio {self.inside_ratio}: must not be above --outside-ratio")
-
-    @property
-    def needs_relevance(self) -> bool:
-        return "relevance" in self.method.requires or self.plc == "trained"
-
-    def count(self, full: int) -> int:
-        """K for an image of `full` tokens. Raises BadInput where more are asked for than there are."""
-        if self.tokens is None:
-            return max(1, int(self.keep * full + 0.5))
-        if self.tokens > full:
-            raise BadInput(f"--tokens {self.tokens}: the image has {full} visual tokens")
-        return self.tokens
-
-    def heeds_region(self, images: int) -> bool:
-        """Whether there is a region of each image to heed."""
-        return isinstance(self.method, GridPrune) and self.region != "none" and not (self.share_budget and images > 1)
 
 
 @dataclass(frozen=True)
@@ -184,10 +74,10 @@ class Answer:
         return all(self.hits)
 
     def to_json(self) -> dict[str, Any]:
-        states = ["hit" if hit else "miss" for hit in self.hits]
+        hits_and_misses = ["hit" if hit else "miss" for hit in self.hits]
         return self.pruned.to_json() | {
             "answer": self.text,
-            "cache": states[0] if len(states) == 1 else states,
+            "cache": hits_and_misses[0] if len(hits_and_misses) == 1 else hits_and_misses,
             "ms": {name: round(value, 2) for name, value in self.ms.items()},
         }
 
@@ -299,12 +189,12 @@ class Pipeline:
 
         `several`: each picture will be one of several in a prompt.
         """
-        made = self.see(pictures, several)
+        made = self.run_tower(pictures, several)
         for encoded in made:
-            self.keep(encoded)
+            self.put(encoded)
         return made
 
-    def see(self, pictures: Sequence[Picture], several: bool = False) -> list[EncodedImage]:
+    def run_tower(self, pictures: Sequence[Picture], several: bool = False) -> list[EncodedImage]:
         """Runs the tower on pictures, and stores nothing. Raises BadInput as `check`."""
         for picture in pictures:
             self.check(picture)
@@ -312,14 +202,14 @@ class Pipeline:
         encodings = encode([picture.image for picture in pictures])
         return [self._encoded(*pair, several) for pair in zip(pictures, encodings, strict=True)]
 
-    def keep(self, encoded: EncodedImage) -> bool:
+    def put(self, encoded: EncodedImage) -> bool:
         """Stores an encoded image, where there is a cache. False where it can't be stored, of which `Store` warns."""
         return self.store is None or self.store.put(encoded.encoder, encoded.key, encoded.to_bytes())
 
     def _encoded(self, picture: Picture, encoding: Encoding, several: bool) -> EncodedImage:
-        if not (torch.isfinite(encoding.states).all() and torch.isfinite(encoding.saliency).all()):
+        if not (torch.isfinite(encoding.vision_features).all() and torch.isfinite(encoding.saliency).all()):
             raise GridpruneError(f"{picture.name}: the tower gave values that are not finite; try --dtype float32")
-        packed = None if self.storage == "full" else pack(encoding.states, self.storage)
+        packed = None if self.storage == "full" else pack(encoding.vision_features, self.storage)
         return EncodedImage(
             key=self.key(picture.sha256, several),
             model=self.model,
@@ -328,9 +218,9 @@ class Pipeline:
             encoder=self.encoder_of(several),
             size=picture.image.size,
             views=encoding.views,
-            states=packed.unpack(encoding.states.dtype) if packed else encoding.states,
+            vision_features=packed.unpack(encoding.vision_features.dtype) if packed else encoding.vision_features,
             saliency=encoding.saliency,
-            slots=encoding.slots.to(torch.int32),
+            placeholder_map=encoding.placeholder_map.to(torch.int32),
             prompt=encoding.prompt,
             notes=picture.notes + self._remarks(picture),
             packed=packed,
@@ -346,7 +236,7 @@ class Pipeline:
         out = []
         family = self.family
         # nothing was pruned where the CLIP was not looked for yet
-        if pruning.needs_relevance and not family.by_words and "clip" in vars(family) and family.clip:
+        if pruning.needs_relevance and not family.relevance_by_words and "clip" in vars(family) and family.clip:
             if getattr(pruning.method, "relevance_sign", 1) == 0:
                 out.append(
                     f"{pruning.method.name} turns CLIP's relevance round, as published; --relevance-sign 1 takes it as "
@@ -514,8 +404,8 @@ class Pipeline:
         for _, _, pruned in cuts:
             last = int(pruned.keywords["position_ids"].max())
             self.family.check_length(last + 1, "ask shorter, of fewer images, or take --positions compact")
-        rows = self._rows([(states, slots) for states, slots, _ in cuts])
-        return [make(rows=own) for own, (_, _, make) in zip(rows, cuts, strict=True)]
+        rows = self._project_rows([(vision_features, placeholder_map) for vision_features, placeholder_map, _ in cuts])
+        return [make(image_embeds=own) for own, (_, _, make) in zip(rows, cuts, strict=True)]
 
     def _cut(
         self, asked: Asked, signals: Sequence[Signals], parts: Sequence[Tensor], full: Tensor
@@ -526,17 +416,23 @@ class Pipeline:
         firsts = [sum(counts[:i]) for i in range(len(counts))]
         if len(parts) < len(images):  # a shared budget
             (kept,) = parts
-            states = _merged(pruning.method, _join(signals), kept, torch.cat([image.states for image in images]))
+            vision_features = _merged(
+                pruning.method, _join(signals), kept, torch.cat([image.vision_features for image in images])
+            )
         else:
             kept = torch.cat([first + part for first, part in zip(firsts, parts, strict=True)])
             merged = [
-                _merged(pruning.method, *own) for own in zip(signals, parts, [i.states for i in images], strict=True)
+                _merged(pruning.method, *own)
+                for own in zip(signals, parts, [i.vision_features for i in images], strict=True)
             ]
-            states = _cat(merged)
-        slots = torch.cat(
-            [torch.where(i.slots < 0, i.slots, i.slots + first) for i, first in zip(images, firsts, strict=True)]
+            vision_features = _cat(merged)
+        placeholder_map = torch.cat(
+            [
+                torch.where(i.placeholder_map < 0, i.placeholder_map, i.placeholder_map + first)
+                for i, first in zip(images, firsts, strict=True)
+            ]
         ).long()
-        stays = staying(slots, kept, sum(counts))
+        stays = staying(placeholder_map, kept, sum(counts))
         mask = torch.ones(len(full), dtype=torch.bool)
         mask[full == self.family.image_token] = stays
         ids = full[mask]
@@ -547,7 +443,7 @@ class Pipeline:
             chosen = [kept[owner[kept] == n] - first for n, first in enumerate(firsts)]
         if pruning.plc != "off":  # takes the place of what the method merges
             pairs = zip(images, signals, chosen, strict=True)
-            states = torch.cat([self._compressed(*own, pruning.plc) for own in pairs])
+            vision_features = torch.cat([self._compressed(*own, pruning.plc) for own in pairs])
         leaving = self._inside(pruning, signals, parts)
         origins = tuple(
             Origin(
@@ -576,17 +472,17 @@ class Pipeline:
             question=asked.question,
             method=pruning.method.to_json(),
             positions=pruning.positions,
-            slots=slots[stays] if leaving else None,
-            inside=leaving,
+            placeholder_map=placeholder_map[stays] if leaving else None,
+            schedule=leaving,
             plc=pruning.plc,
-            source=self.relevance_source(pruning),
+            relevance_source=self.relevance_source(pruning),
             remarks=self.remarks(pruning, origins),
         )
-        return states, slots[stays], make
+        return vision_features, placeholder_map[stays], make
 
-    def _inside(self, pruning: Pruning, signals: Sequence[Signals], kept: Sequence[Tensor]) -> Inside | None:
+    def _inside(self, pruning: Pruning, signals: Sequence[Signals], kept: Sequence[Tensor]) -> LayerSchedule | None:
         """What leaves inside the language model, given the kept tokens of each image, or of all in one."""
-        if pruning.ilp is None and not isinstance(pruning.method, InnerMethod):
+        if pruning.ilp is None and not pruning.method.inner:
             return None
         layers = range(self.family.first_inner, self.family.depth)
         counts = [sum(s.count for s in signals)] if len(kept) < len(signals) else [s.count for s in signals]
@@ -616,15 +512,15 @@ class Pipeline:
         unknown: dict[tuple[View, ...], list[tuple[int, int, Tensor]]] = {}  # place in `made`, and where to look
         for number, one in enumerate(asked):
             pruning, needs, query = one.pruning, one.pruning.method.requires, one.pruning.query or one.question
-            words = family.vocabulary.vectors(keywords(query)) if "words" in needs else None
+            words = family.vocabulary.vectors(keywords(query)) if "question_embeds" in needs else None
             made.append([])
             for image, said in zip(one.images, one.said, strict=True):
-                relevance = family.relevance(image.states, query) if pruning.needs_relevance else None
+                relevance = family.relevance(image.vision_features, query) if pruning.needs_relevance else None
                 region: Box | None = None
-                if isinstance(pruning.method, GridPrune) and pruning.heeds_region(len(one.images)):
+                if pruning.heeds_region(len(one.images)):
                     region = pruning.region if isinstance(pruning.region, tuple) else said.box if said else None
                     if region is None and relevance is not None:
-                        where = relevance * pruning.method.relevance_sign
+                        where = relevance * getattr(pruning.method, "relevance_sign", 1)
                         unknown.setdefault(image.views, []).append((number, len(made[-1]), where))
                 made[-1].append(
                     Signals(
@@ -632,10 +528,12 @@ class Pipeline:
                         relevance,
                         image.saliency.float(),
                         region,
-                        image.states.to(family.device) if "states" in needs else None,
-                        family.own_rows(image.states).to(family.device) if "rows" in needs else None,
+                        image.vision_features.to(family.device) if "vision_features" in needs else None,
+                        family.text_embeds(image.vision_features).to(family.device)
+                        if "image_embeds" in needs
+                        else None,
                         words,
-                        family.by_words,
+                        family.relevance_by_words,
                     )
                 )
         for views, places in unknown.items():
@@ -649,20 +547,22 @@ class Pipeline:
         """The states `(N, C)` of an image, those of kept tokens as compression leaves them."""
         k = len(kept)
         if plc == "off" or k in (0, image.count):  # with nothing dropped there is nothing to compress
-            return image.states
+            return image.vision_features
         within = _within(signals)
         cell = cells(image.views, kept, within)
-        rows = pool(image.states, cell, cell_weights(cell, image.saliency, k), k)
+        rows = pool(image.vision_features, cell, cell_weights(cell, image.saliency, k), k)
         if plc == "trained":
-            parts = (image.states.float(), signals.need("relevance"), within, rows.float(), within[kept])
+            parts = (image.vision_features.float(), signals.need("relevance"), within, rows.float(), within[kept])
             rows = self.family.compressor(*(part[None] for part in parts))[0].to(rows.dtype)
-        return image.states.index_put((kept,), rows)
+        return image.vision_features.index_put((kept,), rows)
 
-    def _rows(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    def _project_rows(self, wanted: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """For each pair of states `(N, C)` and slots `(S,)` the rows `(S, D)`: projected states, and separators."""
-        tokens = [slots >= 0 for _, slots in wanted]
-        states = [own[slots[token]] for (own, slots), token in zip(wanted, tokens, strict=True)]
-        projected = self.family.project(_cat(states)).split([len(own) for own in states])
+        tokens = [placeholder_map >= 0 for _, placeholder_map in wanted]
+        vision_features = [
+            own[placeholder_map[token]] for (own, placeholder_map), token in zip(wanted, tokens, strict=True)
+        ]
+        projected = self.family.project(_cat(vision_features)).split([len(own) for own in vision_features])
         out = list(projected)
         for n, token in enumerate(tokens):
             if not bool(token.all()):
@@ -707,7 +607,7 @@ class Pipeline:
                 hits = tuple(isinstance(one, EncodedImage) for one in found)
                 if pruning.needs_relevance:
                     self.family.relevance.load()
-                if "words" in pruning.method.requires:
+                if "question_embeds" in pruning.method.requires:
                     self.family.vocabulary.load()
                 shown = localizer._prepare(given) if localizer else []
             if localizer:
@@ -811,18 +711,20 @@ def _join(signals: Sequence[Signals]) -> Signals:
     first = signals[0]
     parts: dict[str, Any] = {
         name: torch.cat([own.need(name) for own in signals])
-        for name in ("relevance", "saliency", "states", "rows")
+        for name in ("relevance", "saliency", "vision_features", "image_embeds")
         if getattr(first, name) is not None
     }
     return replace(first, views=tuple(view for own in signals for view in own.views), region=None, **parts)
 
 
-def _merged(method: Method, signals: Signals, kept: Tensor, states: Tensor) -> Tensor:
+def _merged(method: Method, signals: Signals, kept: Tensor, vision_features: Tensor) -> Tensor:
     """The states (N, C), with those of kept tokens that a method merges others into."""
     weights = method.merge(signals, kept)
     if weights is None:
-        return states
-    return states.index_copy(0, kept, torch.sparse.mm(weights, states.float()).to(states.dtype))
+        return vision_features
+    return vision_features.index_copy(
+        0, kept, torch.sparse.mm(weights, vision_features.float()).to(vision_features.dtype)
+    )
 
 
 def _ilp(
@@ -855,9 +757,10 @@ def _zones(method: Method, signals: Signals, kept: Tensor) -> dict[str, Any] | N
 
     A zone keeps just its budget, so the budgets are counted from what was kept.
     """
-    if not isinstance(method, GridPrune):
+    zoned = method.zones(signals)
+    if zoned is None:
         return None
-    index, zones = method.zones(signals)
+    index, zones = zoned
     rows, cols = (list(sides) for sides in zip(*zones.grids, strict=True))
     budgets = torch.bincount(index[kept], minlength=zones.count).tolist()
     one = len(zones.grids) == 1

@@ -12,7 +12,6 @@ from typing import Any
 from gridprune_cli.pruning.region import GRID, parse_box
 from gridprune_cli.pruning.signals import Box
 
-RELEVANCE = "relevance"  # no model: the region is found from the relevance
 VLM = "vlm"  # the one that comes with the embedded model, which was trained on bare questions
 
 TEMPLATE = (

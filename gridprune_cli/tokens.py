@@ -14,10 +14,10 @@ from gridprune_cli.cache.files import RawTensor
 from gridprune_cli.cache.quantize import Packed
 from gridprune_cli.contents import MAX_NUMBERS, check_encoded, check_pruned, check_range, views_of
 from gridprune_cli.errors import BadInput
-from gridprune_cli.pruning.schedule import Inside
+from gridprune_cli.pruning.schedule import LayerSchedule
 from gridprune_cli.pruning.signals import Box, View
 
-SCHEMA = 2  # of a pruned set; an encoded image has the store's, which refuses any other
+SCHEMA = 3  # of a pruned set; an encoded image has the store's, which refuses any other
 
 _DTYPES = {
     torch.float64: "F64",
@@ -53,9 +53,9 @@ class EncodedImage:
     encoder: dict[str, Any]
     size: tuple[int, int]
     views: tuple[View, ...]
-    states: Tensor
+    vision_features: Tensor
     saliency: Tensor
-    slots: Tensor
+    placeholder_map: Tensor
     prompt: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what a user should know: of an animation the first frame was taken, ...
     packed: Packed | None = None
@@ -68,7 +68,7 @@ class EncodedImage:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors, as they are stored."""
-        return (self.packed or self.states).nbytes + self.saliency.nbytes + self.slots.nbytes
+        return (self.packed or self.vision_features).nbytes + self.saliency.nbytes + self.placeholder_map.nbytes
 
     def to_bytes(self) -> bytes:
         header = {
@@ -87,7 +87,7 @@ class EncodedImage:
         }
         tensors = {name: getattr(self, name) for name in _ENCODED_TENSORS}
         if self.packed:
-            tensors |= {"states": self.packed.codes, "scales": self.packed.scales}
+            tensors |= {"vision_features": self.packed.codes, "scales": self.packed.scales}
         return files.encode({name: _raw(tensor) for name, tensor in tensors.items()}, header)
 
     @classmethod
@@ -95,12 +95,15 @@ class EncodedImage:
         """The inverse of `to_bytes`, after `files.decode`. Raises ValueError as `contents.check_encoded` does."""
         loaded = _tensors(tensors)
         check_encoded(header, loaded)
-        views, (states, saliency, slots) = views_of(header["views"]), (loaded[name] for name in _ENCODED_TENSORS)
+        views, (vision_features, saliency, placeholder_map) = (
+            views_of(header["views"]),
+            (loaded[name] for name in _ENCODED_TENSORS),
+        )
         packed = None
         if "scales" in loaded:
-            packed = Packed(states, loaded["scales"])
-            states = packed.unpack(saliency.dtype)  # both come from the tower, in what it computes in
-            check_range("states", states)
+            packed = Packed(vision_features, loaded["scales"])
+            vision_features = packed.unpack(saliency.dtype)  # both come from the tower, in what it computes in
+            check_range("vision_features", vision_features)
         return cls(
             key=header["key"],
             model=header["model"],
@@ -109,9 +112,9 @@ class EncodedImage:
             encoder=header["encoder"],
             size=(header["size"][0], header["size"][1]),
             views=views,
-            states=states,
+            vision_features=vision_features,
             saliency=saliency,
-            slots=slots,
+            placeholder_map=placeholder_map,
             prompt=header["prompt"],
             notes=tuple(header["notes"]),
             packed=packed,
@@ -167,7 +170,7 @@ class PrunedSet:
     Enough to generate from. N visual tokens, of all images in turn; S slots stay, K of them visual tokens, the others
     separators.
 
-    rows         (S, D)       what the language model receives in place of its image tokens
+    image_embeds (S, D)       what the language model receives in place of its image tokens
     kept         (K,)         indices of the kept among the N visual tokens, sorted
     input_ids    (L,)         the prompt's token ids, with S image tokens
     position_ids (L,) or (3, L) for models with rotary positions in three axes
@@ -176,7 +179,7 @@ class PrunedSet:
     inside                    what leaves inside the language model
     """
 
-    rows: Tensor
+    image_embeds: Tensor
     kept: Tensor
     input_ids: Tensor
     position_ids: Tensor
@@ -188,10 +191,12 @@ class PrunedSet:
     question: str
     method: dict[str, Any]  # name and options
     positions: str  # "original" or "compact"
-    slots: Tensor | None = None
-    inside: Inside | None = None
+    placeholder_map: Tensor | None = None
+    schedule: LayerSchedule | None = None
     plc: str = "off"  # how rows were compressed: "off", "pool" or "trained"
-    source: dict[str, Any] | None = None  # what relevance came from: "source", "clip" or "words", and CLIP's "model"
+    relevance_source: dict[str, Any] | None = (
+        None  # what relevance came from: "source", "clip" or "words", and CLIP's "model"
+    )
     remarks: tuple[str, ...] = ()  # what a user should know of how it was pruned; see `Pipeline.remarks`
 
     @property
@@ -202,7 +207,7 @@ class PrunedSet:
     @property
     def counts(self) -> str:
         """How many visual tokens stay, in words."""
-        return f"{len(self.kept)} of {self.count} visual tokens" + (f", {self.inside}" if self.inside else "")
+        return f"{len(self.kept)} of {self.count} visual tokens" + (f", {self.schedule}" if self.schedule else "")
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -214,11 +219,11 @@ class PrunedSet:
         """The file. Raises BadInput where it would be larger than what is read again."""
         header = {"kind": "pruned", "schema": SCHEMA, "images": [asdict(image) for image in self.images]}
         header |= {name: getattr(self, name) for name in (*_PRUNED_TEXT, "plc")}
-        header["inside"] = self.inside.to_json() if self.inside else None
-        header |= {"relevance": self.source, "remarks": list(self.remarks)}
+        header["schedule"] = self.schedule.to_json() if self.schedule else None
+        header |= {"relevance_source": self.relevance_source, "remarks": list(self.remarks)}
         tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
         size = sum(len(tensor.data) for tensor in tensors.values()) + files.MAX_HEADER
-        if size > files.MAX_BYTES or self.rows.numel() > MAX_NUMBERS:  # which nobody could read again
+        if size > files.MAX_BYTES or self.image_embeds.numel() > MAX_NUMBERS:  # which nobody could read again
             raise BadInput(f"the pruned set takes {size} bytes, more than a file may have; keep less, with --keep")
         return files.encode(tensors, header)
 
@@ -235,16 +240,20 @@ class PrunedSet:
             "model": self.model,
             "method": self.method["name"],
             "options": {name: value for name, value in self.method.items() if name != "name"},
-            "relevance": self.source,
+            "relevance": self.relevance_source,
             "keep": round(len(self.kept) / self.count, 4),
-            "tokens": {"full": self.count, "kept": len(self.kept), "separators": len(self.rows) - len(self.kept)},
+            "tokens": {
+                "full": self.count,
+                "kept": len(self.kept),
+                "separators": len(self.image_embeds) - len(self.kept),
+            },
             "grid": each("grid"),
             "region": each("region"),
             "localizer": each("localizer"),
             "zones": each("zones"),
             "key": each("key"),
             "positions": self.positions,
-            "inside": self.inside.to_json() if self.inside else None,
+            "inside": self.schedule.to_json() if self.schedule else None,
             "plc": self.plc,
             "ratios": each("ratios"),
             "notes": list(self.notes),
@@ -266,10 +275,10 @@ class PrunedSet:
         check_pruned(header, loaded)
         return cls(
             **({"relevance": None} | loaded),
-            inside=Inside.from_json(header["inside"]) if header["inside"] else None,
+            schedule=LayerSchedule.from_json(header["schedule"]) if header["schedule"] else None,
             **{name: header[name] for name in _PRUNED_TEXT},
             plc=header["plc"],
-            source=header["relevance"],
+            relevance_source=header["relevance_source"],
             remarks=tuple(header["remarks"]),
             images=tuple(Origin.from_header(parts) for parts in header["images"]),
         )
@@ -294,8 +303,8 @@ def _pruned(read: Callable[[], tuple[dict[str, Any], dict[str, RawTensor]]], sou
         raise BadInput(f"{source}: not a pruned set ({fault}); make one with `gridprune prune`") from fault
 
 
-_ENCODED_TENSORS = ("states", "saliency", "slots")
-_PRUNED_TENSORS = ("rows", "kept", "input_ids", "position_ids", "saliency", "relevance", "slots")
+_ENCODED_TENSORS = ("vision_features", "saliency", "placeholder_map")
+_PRUNED_TENSORS = ("image_embeds", "kept", "input_ids", "position_ids", "saliency", "relevance", "placeholder_map")
 _PRUNED_TEXT = ("model", "fingerprint", "question", "method", "positions")
 
 

@@ -32,7 +32,7 @@ def top_saliency(signals, k, method):
 
 
 def signed_relevance(signals, method):
-    sign = method.relevance_sign or (1 if signals.by_words else -1)
+    sign = method.relevance_sign or (1 if signals.relevance_by_words else -1)
     return [sign * value for value in signals.relevance.tolist()]
 
 
@@ -52,11 +52,11 @@ def visionzip_parts(signals, k, method):
     if contextual:
         step = max(1, len(others) // contextual)
         targets = [others[i] for i in range(0, len(others), step)][:contextual]
-    states = signals.states.tolist()
+    vision_features = signals.vision_features.tolist()
     joined = {target: [] for target in targets}
     for i in others:
         if targets and i not in targets:
-            joined[first_best(targets, lambda t, i=i: cosine(states[i], states[t]))].append(i)
+            joined[first_best(targets, lambda t, i=i: cosine(vision_features[i], vision_features[t]))].append(i)
     return dominant, joined
 
 
@@ -94,7 +94,7 @@ def trim_weights(signals, k, method):
 
 
 def vispruner(signals, k, method):
-    states = signals.states.tolist()
+    vision_features = signals.vision_features.tolist()
     order = ranked(signals.saliency.tolist())
     important = math.floor(method.important_share * k)
     kept, rest = order[:important], order[important:]
@@ -104,7 +104,7 @@ def vispruner(signals, k, method):
             break
         even = [token for place, token in enumerate(rest) if place % 2 == 0]
         odd = [token for place, token in enumerate(rest) if place % 2 == 1]
-        closest = [max(cosine(states[i], states[j]) for j in odd) for i in even]
+        closest = [max(cosine(vision_features[i], vision_features[j]) for j in odd) for i in even]
         gone = min(method.step, len(rest) - (k - important), len(even))
         rest = [even[place] for place in ranked(closest)[gone:]] + odd
     return sorted(kept + rest)
@@ -114,7 +114,7 @@ def vispruner(signals, k, method):
 
 
 def divprune(signals, k, method):
-    rows, tokens = signals.rows.tolist(), range(signals.count)
+    rows, tokens = signals.image_embeds.tolist(), range(signals.count)
     distance = [[1 - cosine(rows[i], rows[j]) for j in tokens] for i in tokens]
     kept = [first_best(tokens, lambda i: min(distance[i][j] for j in tokens if j != i))]
     while len(kept) < k:
@@ -141,8 +141,8 @@ def covering(likeness, weight, k):
 
 
 def scope(signals, k, method):
-    states = signals.states.tolist()
-    likeness = [[cosine(a, b) for b in states] for a in states]
+    vision_features = signals.vision_features.tolist()
+    likeness = [[cosine(a, b) for b in vision_features] for a in vision_features]
     return covering(likeness, [a**method.alpha for a in signals.saliency.tolist()], k)
 
 
@@ -152,17 +152,19 @@ def softmax(values, temperature):
 
 
 def mmtok(signals, k, method):
-    words, rows, states = (part.tolist() for part in (signals.words, signals.rows, signals.states))
+    words, rows, vision_features = (
+        part.tolist() for part in (signals.question_embeds, signals.image_embeds, signals.vision_features)
+    )
     covered = [
         [value / len(words) for value in softmax([cosine(word, row) for row in rows], method.text_temperature)]
         for word in words
     ]
     covered += [
         [
-            method.alpha * value / len(states)
-            for value in softmax([cosine(state, other) for other in states], method.vision_temperature)
+            method.alpha * value / len(vision_features)
+            for value in softmax([cosine(state, other) for other in vision_features], method.vision_temperature)
         ]
-        for state in states
+        for state in vision_features
     ]
     return covering(covered, [1.0] * len(rows), k)
 
@@ -284,7 +286,7 @@ def cdpruner(signals, k, method):
     low, high = min(relevance), max(relevance)
     quality = [(r - low + 1e-6) / (high - low) if high > low else 1.0 for r in relevance]
     outside = []
-    for row in signals.rows.tolist():
+    for row in signals.image_embeds.tolist():
         length = math.sqrt(math.fsum(x * x for x in row))
         outside.append([x / length if length else 0.0 for x in row])
     kept = []
@@ -310,15 +312,15 @@ def cdpruner(signals, k, method):
 def duplication(sight, k, rule):
     """DART: pivots by the sums of their keys, then for each in turn what is least like it."""
     sums, text_sums = ([math.fsum(map(abs, key)) for key in keys.tolist()] for keys in (sight.keys, sight.text_keys))
-    states, text_states = sight.states.tolist(), sight.text_states.tolist()
+    hidden_states, text_hidden_states = sight.hidden_states.tolist(), sight.text_hidden_states.tolist()
     kept = ranked(sums)[: min(rule.visual_pivots, k)]
-    pivots = [states[i] for i in kept] + [text_states[t] for t in ranked(text_sums)[: rule.text_pivots]]
+    pivots = [hidden_states[i] for i in kept] + [text_hidden_states[t] for t in ranked(text_sums)[: rule.text_pivots]]
     left = k - len(kept)
     quotas = [left // len(pivots) + (place < left % len(pivots)) for place in range(len(pivots))] if pivots else []
     for pivot, quota in zip(pivots, quotas, strict=True):
         for _ in range(quota):
-            free = [i for i in range(len(states)) if i not in kept]
-            kept.append(first_best(free, lambda i, pivot=pivot: -cosine(pivot, states[i])))
+            free = [i for i in range(len(hidden_states)) if i not in kept]
+            kept.append(first_best(free, lambda i, pivot=pivot: -cosine(pivot, hidden_states[i])))
     return sorted(kept)
 
 

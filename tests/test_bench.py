@@ -9,7 +9,8 @@ from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
 from gridprune_cli.bench.measure import Spread, made_picture, measure
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import Generated, generate
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.settings import Pruning
 
 QUESTION = "What colour is the star?"
 
@@ -55,8 +56,8 @@ def test_tokens_that_leave_inside_count_in_the_layers_that_they_reach(pipeline, 
     report = measure(pipeline, noise((80, 60)), QUESTION, Pruning(keep=1.0, ilp=0.25), repeat=1, new_tokens=2)
     decoder = Decoder.of(pipeline.family.load("language").config)
     assert report.full.inside == (16,) * decoder.layers and report.pruned.tokens == 16
-    assert report.pruned.inside[0] == 16 and report.pruned.inside[-1] == 4
-    layers = [report.pruned.prompt - 16 + there for there in report.pruned.inside]
+    assert report.pruned.schedule[0] == 16 and report.pruned.schedule[-1] == 4
+    layers = [report.pruned.prompt - 16 + there for there in report.pruned.schedule]
     assert report.pruned.prefill_flops == prefill_flops(decoder, layers) < report.full.prefill_flops
     assert report.pruned.kv_bytes == kv_bytes(decoder, layers, 4)
 

@@ -19,8 +19,9 @@ from tiny_families import make as make_tiny
 from gridprune_cli.cache.store import MOST_REMEMBERED, REMEMBERED, Store, open_store
 from gridprune_cli.cli import options
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
+from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import checkpoint, find, hub, identity, open_model
 from gridprune_cli.vlm.checkpoint import Checkpoint, find_clip
 from gridprune_cli.vlm.clip import ClipRelevance
@@ -293,13 +294,13 @@ def edit(folder: Path, **changes: object) -> Path:
 
 def test_clip_is_found_in_its_sub_folder_or_named(hub_cache, tiny_llava, alone, noise):
     put(hub_cache, "some/clip", tiny_llava / "clip")
-    states = Pipeline(str(alone), dtype="float32").encode([noise((60, 60))])[0].states
+    vision_features = Pipeline(str(alone), dtype="float32").encode([noise((60, 60))])[0].vision_features
     relevance = []
     for model, clip in ((tiny_llava, None), (alone, str(tiny_llava / "clip")), (alone, "some/clip")):
         family = Pipeline(str(model), clip=clip, dtype="float32").family
         assert isinstance(family.relevance, ClipRelevance)
         assert family.relevance_source == {"source": "clip", "model": clip or f"{tiny_llava}/clip"}
-        relevance.append(family.relevance(states, "What colour is the star?").tolist())
+        relevance.append(family.relevance(vision_features, "What colour is the star?").tolist())
     assert relevance[0] == relevance[1] == relevance[2]
 
 
@@ -341,9 +342,9 @@ def test_what_is_no_clip_of_this_tower(tiny_llava, alone, tmp_path, noise):
     with pytest.raises(BadInput, match=r"^--clip .*nowhere: no folder"):
         Pipeline(str(tiny_llava), clip=str(tmp_path / "nowhere"))
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
-    states = pipeline.encode([noise((60, 60))])[0].states
+    vision_features = pipeline.encode([noise((60, 60))])[0].vision_features
     with pytest.raises(BadInput, match=r"rows of 32, the model's of 31; name the CLIP"):
-        pipeline.family.relevance(states[:, 1:], "What?")
+        pipeline.family.relevance(vision_features[:, 1:], "What?")
     edit(alone, model_type="siglip_vision_model")
     with pytest.raises(BadInput, match=r"the tower of .* is no CLIP; leave --clip out"):
         find_clip(find(str(alone)), str(tiny_llava / "clip"))

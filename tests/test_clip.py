@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm.clip import weights_differ
 
 

@@ -543,9 +543,11 @@ MISFITS = {
     "an image token more": swap(
         "input_ids", lambda ids: ids[ids != ids[0]].new_full(ids.shape, int(ids.mode().values))
     ),
-    "wider rows": swap("rows", lambda rows: torch.cat([rows, rows], 1)),
+    "wider image_embeds": swap("image_embeds", lambda embeds: torch.cat([embeds, embeds], 1)),
     "positions in three axes": swap("position_ids", lambda places: places.expand(3, -1)),
-    "a schedule for more layers": lambda header, _: header["inside"]["tokens"].append(header["inside"]["tokens"][-1]),
+    "a schedule for more layers": lambda header, _: header["schedule"]["tokens"].append(
+        header["schedule"]["tokens"][-1]
+    ),
     "out of range": swap("kept", lambda kept: kept + 1000),
 }
 

@@ -66,21 +66,21 @@ def test_rows_are_the_means_of_their_cells(case):
     views, kept, within, saliency = case
     cell = cells(views, kept, within)
     weight = cell_weights(cell, saliency, len(kept))
-    states = torch.randn(len(within), 3, generator=torch.Generator().manual_seed(0))
-    rows = pool(states, cell, weight, len(kept))
-    assert rows.dtype == states.dtype
+    vision_features = torch.randn(len(within), 3, generator=torch.Generator().manual_seed(0))
+    rows = pool(vision_features, cell, weight, len(kept))
+    assert rows.dtype == vision_features.dtype
     for j, anchor in enumerate(kept.tolist()):
         own = [i for i in range(len(within)) if cell[i] == j]
-        expected = sum(states[i].double() * float(weight[i]) for i in own)
+        expected = sum(vision_features[i].double() * float(weight[i]) for i in own)
         assert rows[j].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
         if within[anchor]:
-            assert torch.equal(rows[j], states[anchor])  # inside, kept tokens stay as they are
+            assert torch.equal(rows[j], vision_features[anchor])  # inside, kept tokens stay as they are
 
 
 def test_with_everything_kept_nothing_changes():
-    states, within = torch.randn(64, 5), torch.arange(64) % 3 == 0
+    vision_features, within = torch.randn(64, 5), torch.arange(64) % 3 == 0
     cell = cells((View(8, 8),), torch.arange(64), within)
-    assert torch.equal(pool(states, cell, cell_weights(cell, torch.rand(64), 64), 64), states)
+    assert torch.equal(pool(vision_features, cell, cell_weights(cell, torch.rand(64), 64), 64), vision_features)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ def inputs(batch=2, count=30, rows=24, seed=0):
     generator = torch.Generator().manual_seed(seed)
     within = torch.rand(batch, count, generator=generator) < 0.4
     kept = torch.rand(batch, count, generator=generator).topk(rows, dim=1).indices.sort(1).values
-    states = torch.randn(batch, count, WIDTH, generator=generator)
+    vision_features = torch.randn(batch, count, WIDTH, generator=generator)
     relevance = torch.rand(batch, count, generator=generator) * 2 - 1
     pooled = torch.randn(batch, rows, WIDTH, generator=generator)
-    return states, relevance, within, pooled, within.gather(1, kept)
+    return vision_features, relevance, within, pooled, within.gather(1, kept)
 
 
 @pytest.fixture
@@ -37,22 +37,24 @@ def test_untrained_it_gives_back_what_pooling_gave():
 
 @torch.no_grad()
 def test_a_row_looks_at_its_own_side_alone(trained):
-    states, relevance, within, pooled, inside = inputs()
-    before = trained(states, relevance, within, pooled, inside)
+    vision_features, relevance, within, pooled, inside = inputs()
+    before = trained(vision_features, relevance, within, pooled, inside)
     for side in (True, False):
-        changed = torch.where((within == side)[..., None], states + 1.5 * torch.randn_like(states), states)
+        changed = torch.where(
+            (within == side)[..., None], vision_features + 1.5 * torch.randn_like(vision_features), vision_features
+        )
         after = trained(changed, relevance, within, pooled, inside)
         moved = (after - before).abs().amax(-1) > 1e-4
         assert torch.equal(moved, inside == side)
-    assert not torch.allclose(trained(states, -relevance, within, pooled, inside), before)
+    assert not torch.allclose(trained(vision_features, -relevance, within, pooled, inside), before)
 
 
 @torch.no_grad()
 def test_it_is_attention_written_out(trained):
-    states, relevance, within, pooled, inside = inputs(batch=1)
-    found = trained(states, relevance, within, pooled, inside)[0]
+    vision_features, relevance, within, pooled, inside = inputs(batch=1)
+    found = trained(vision_features, relevance, within, pooled, inside)[0]
     heads, outside = 2, 0
-    tokens = torch.cat([trained.norm_tokens(states[0]), 10 * relevance[0][:, None]], 1)
+    tokens = torch.cat([trained.norm_tokens(vision_features[0]), 10 * relevance[0][:, None]], 1)
     told = trained.tell(tokens)
     for j in range(pooled.shape[1]):
         asked = trained.ask(trained.norm_rows(pooled[0, j]))

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import FAMILIES
 
 LLAVA = Decoder(4096, 32, 32, 128, 11008, 32064, (None,) * 32)

@@ -16,9 +16,10 @@ from gridprune_cli.evaluation.results import summarise
 from gridprune_cli.evaluation.run import Cell, Plan, answers
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, load_image
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.scenes import CHECKPOINT
 from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene, questions
+from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import EncodedImage
 
 SAMPLES = Path(__file__).parent.parent / "sample_images"

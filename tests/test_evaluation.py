@@ -23,10 +23,11 @@ from gridprune_cli.evaluation.data import Data, Item, open_data, read_jsonl, sce
 from gridprune_cli.evaluation.results import clustered_error, markdown, summarise
 from gridprune_cli.evaluation.run import FULL, Cell, Plan, Row, answers, place
 from gridprune_cli.images import load_image
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.questions import Reader
 from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene
+from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import find
 
 needs_report = pytest.mark.skipif(bool(report.lacking()), reason=report.lacking())

@@ -14,10 +14,11 @@ from tiny_families import make
 from transformers import ProcessorMixin
 
 from gridprune_cli.generation import generate
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import METHODS
 from gridprune_cli.pruning.methods import make as make_method
 from gridprune_cli.pruning.methods.base import InnerMethod
+from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm import FAMILIES
 
@@ -127,14 +128,14 @@ def test_answers_depend_on_picture_place_and_question(family, noise):
     pictures = [noise(SIZES["wide"], seed) for seed in range(2)]
     pipeline, (image, other), both = pruned_set(folder, pictures, half)
     pruned = pipeline.prune(image, QUESTION, half)
-    assert len(pruned.rows) > 3
-    slots = torch.nonzero(pruned.input_ids == pipeline.family.image_token)[:, 0]
+    assert len(pruned.image_embeds) > 3
+    placeholder_map = torch.nonzero(pruned.input_ids == pipeline.family.image_token)[:, 0]
     moved = pruned.position_ids.clone()
-    moved[..., slots] = moved[..., slots.roll(1)]
+    moved[..., placeholder_map] = moved[..., placeholder_map.roll(1)]
     sets = {
         "as it is": pruned,
         "another picture": pipeline.prune(other, QUESTION, half),
-        "rows in another order": replace(pruned, rows=pruned.rows.flip(0)),
+        "rows in another order": replace(pruned, image_embeds=pruned.image_embeds.flip(0)),
         "positions in another order": replace(pruned, position_ids=moved),
         "another question": pipeline.prune(image, QUESTION.replace("left", "right"), half),
         "two pictures": both,
@@ -165,7 +166,7 @@ def test_pruned_equals_masked(family, noise, positions, count, share):
     stays, first = [], 0
     for image in images:
         mine = {int(i) - first for i in pruned.kept if first <= i < first + image.count}
-        stays += slowly(image.slots.tolist(), mine)
+        stays += slowly(image.placeholder_map.tolist(), mine)
         first += image.count
     ids = given["input_ids"]
     mask = torch.ones_like(ids)
@@ -206,14 +207,16 @@ def test_encoded_images_make_sense(family, noise, size):
     pipeline = Pipeline(str(folder), dtype="float32")
     image = pipeline.encode([noise(SIZES[size])])[0]
     pipeline.family.check(image)  # raises nothing
-    assert len(image.states) == len(image.saliency) == image.count == int((image.slots >= 0).sum())
-    assert torch.isfinite(image.states).all() and (image.saliency >= 0).all() and image.saliency.std() > 0
+    assert len(image.vision_features) == len(image.saliency) == image.count == int((image.placeholder_map >= 0).sum())
+    assert torch.isfinite(image.vision_features).all() and (image.saliency >= 0).all() and image.saliency.std() > 0
     for view in image.views:
         left, top, right, bottom = view.box
         assert -1 <= left < right <= 2 and -1 <= top < bottom <= 2
         assert max(0, left) < min(1, right) and max(0, top) < min(1, bottom)
     again = EncodedImage.from_parts(*files.decode(image.to_bytes()))
-    assert torch.equal(again.states, image.states) and torch.equal(again.slots, image.slots)
+    assert torch.equal(again.vision_features, image.vision_features) and torch.equal(
+        again.placeholder_map, image.placeholder_map
+    )
 
 
 @pytest.mark.parametrize("method", ["gridprune", "uniform"])
@@ -235,7 +238,7 @@ def test_parts_need_no_weights_but_their_own(family, noise, tmp_path, method):
             save_file(keep, path, {"format": "pt"})
     encoded = Pipeline(str(halves["vision"]), dtype="float32").encode([picture])[0]
     whole = pipeline.encode([picture])[0]
-    assert torch.equal(encoded.states, whole.states) and torch.equal(encoded.saliency, whole.saliency)
+    assert torch.equal(encoded.vision_features, whole.vision_features) and torch.equal(encoded.saliency, whole.saliency)
     again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
     assert generate(Pipeline(str(halves["language"]), dtype="float32").family, [again], 6)[0].ids == expected
 
@@ -249,9 +252,9 @@ def test_every_method_runs(family, noise):
         for image in images:
             pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.4, method=make_method(name)))
             assert len(pruned.kept) == int(0.4 * image.count + 0.5) and bool((pruned.kept.diff() > 0).all())
-            assert torch.isfinite(pruned.rows).all()
+            assert torch.isfinite(pruned.image_embeds).all()
         again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
-        assert torch.equal(again.rows, pruned.rows)
+        assert torch.equal(again.image_embeds, pruned.image_embeds)
 
 
 def test_bfloat16(family, noise):
@@ -259,7 +262,7 @@ def test_bfloat16(family, noise):
     folder, _, _ = family
     pipeline, picture = Pipeline(str(folder), dtype="bfloat16"), noise((100, 80))
     encoded = pipeline.encode([picture])[0]
-    assert encoded.states.dtype == torch.bfloat16
+    assert encoded.vision_features.dtype == torch.bfloat16
     whole = pipeline.family.model_class.from_pretrained(folder, dtype=torch.bfloat16).eval()
     with torch.no_grad():
         expected = whole(**inputs(family, [picture])).logits[0, -1].float()
@@ -282,7 +285,7 @@ def test_a_language_model_over_several_places(family, noise, monkeypatch):
         pipeline = Pipeline(str(folder), dtype="float32", device="map")
         pipeline.family.load("tower", "projector", "language")
         made = pipeline.prune([pipeline.encode([p], several=True)[0] for p in pictures], QUESTION, pruning)
-        assert torch.equal(made.rows, expected.rows) and torch.equal(made.kept, expected.kept)
+        assert torch.equal(made.image_embeds, expected.image_embeds) and torch.equal(made.kept, expected.kept)
         assert generate(pipeline.family, [made], 12)[0].ids == answer
         used = set(getattr(pipeline.family.load("language"), "hf_device_map", {"": "cpu"}).values())
         assert used == ({"cpu"} if room > size else {"cpu", "disk"})

@@ -27,7 +27,7 @@ def pipeline(request, tmp_path_factory):
 
 
 def test_no_weights_are_read_to_count_tokens(pipeline):
-    assert pipeline.family.count_slots((640, 480)) > 0 and pipeline.family.width > 0
+    assert pipeline.family.count_placeholders((640, 480)) > 0 and pipeline.family.width > 0
     assert not pipeline.family._loaded
 
 
@@ -40,14 +40,14 @@ def test_no_weights_are_read_to_count_tokens(pipeline):
 def test_a_familys_settings_give_the_tokens_of_a_size_and_their_width(pipeline, size):
     picture = Picture(Image.new("RGB", size, "red"), "0" * 64, "a", ())
     try:
-        count = pipeline.family.count_slots(size)
+        count = pipeline.family.count_placeholders(size)
     except ValueError:
         with pytest.raises(BadInput):
             pipeline.encode([picture])
         return
     encoded = pipeline.encode([picture])[0]
-    assert (count, pipeline.family.width) == (len(encoded.slots), encoded.states.shape[1])
-    assert encoded.states.dtype == encoded.saliency.dtype == torch.bfloat16  # so that one tells the other's
+    assert (count, pipeline.family.width) == (len(encoded.placeholder_map), encoded.vision_features.shape[1])
+    assert encoded.vision_features.dtype == encoded.saliency.dtype == torch.bfloat16  # so that one tells the other's
 
 
 def test_encode_of_any_family(pipeline, noise, command, tmp_path):

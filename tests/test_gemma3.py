@@ -10,7 +10,8 @@ from tiny_families.gemma3 import inputs
 from transformers import Gemma3ForConditionalGeneration
 
 from gridprune_cli.generation import generate
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.settings import Pruning
 
 QUESTION = "what colour is the left object?"
 

@@ -27,7 +27,7 @@ def test_signals_equal_an_eager_reference(family, noise):
             out = model.model.get_image_features(
                 inputs["pixel_values"], inputs["pixel_attention_mask"], output_attentions=True
             )
-        assert torch.allclose(family.project(encoding.states), out.pooler_output[0], atol=1e-5)
+        assert torch.allclose(family.project(encoding.vision_features), out.pooler_output[0], atol=1e-5)
         reference = pool(out.attentions[-1].mean((1, 2)), family.side)  # what each patch is looked at
         assert torch.allclose(encoding.saliency, reference, atol=1e-6)
 

@@ -13,12 +13,13 @@ from tiny_families import make
 
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate, prompts
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import RULES
 from gridprune_cli.pruning.methods import make as make_method
 from gridprune_cli.pruning.methods.sparsevlm import RatedAttention
 from gridprune_cli.pruning.region import inside
 from gridprune_cli.pruning.schedule import Attention, OwnAttention, Region, RegionAttention, Rule, Sight, Stage, plan
+from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm import FAMILIES
 from gridprune_cli.vlm.inner import prune_inside
@@ -73,7 +74,7 @@ class Hidden:
 
     def __enter__(self):
         family = self.pipeline.family
-        text = family.load("language").get_submodule(family.words)
+        text = family.load("language").get_submodule(family.text_model)
         self.handles = [
             layer.register_forward_pre_hook(lambda m, a, k, n=n: self.hide(n, a, k), with_kwargs=True)
             for n, layer in enumerate(text.layers)
@@ -114,7 +115,7 @@ class Hidden:
 
 def places_gone(pipeline, pruned, staying):
     """(L,) bool: places of the prompt whose visual tokens are not in the set `staying`, or separators left alone."""
-    stays = slowly(pruned.slots.tolist(), staying)
+    stays = slowly(pruned.placeholder_map.tolist(), staying)
     gone = torch.zeros(len(pruned.input_ids), dtype=torch.bool)
     gone[pruned.input_ids == pipeline.family.image_token] = ~torch.tensor(stays)
     return gone
@@ -133,7 +134,7 @@ def check(pipeline, pruned, staying):
     gone = {layer: places_gone(pipeline, pruned, stays) for layer, stays in staying.items()}
     ids, logits, held = run(pipeline, [pruned])
     with Hidden(pipeline, gone):
-        expected_ids, expected, whole = run(pipeline, [replace(pruned, inside=None)])
+        expected_ids, expected, whole = run(pipeline, [replace(pruned, schedule=None)])
     assert torch.equal(ids, expected_ids)
     assert (logits - expected).abs().max() <= 1e-4
     left = [
@@ -160,9 +161,9 @@ def test_region_equals_hiding_what_is_outside(pipeline, attention, noise, which,
     pruned = prune(pipeline, [noise((210, 170))], pruning)
     stays = within(pruned)
     assert 0 < len(stays) < len(pruned.kept)
-    assert pruned.inside.tokens == (len(pruned.kept),) * layer + (len(stays),) * (pipeline.family.depth - layer)
+    assert pruned.schedule.tokens == (len(pruned.kept),) * layer + (len(stays),) * (pipeline.family.depth - layer)
     _, logits = check(pipeline, pruned, {layer: stays})
-    _, full, _ = run(pipeline, [replace(pruned, inside=None)])
+    _, full, _ = run(pipeline, [replace(pruned, schedule=None)])
     assert (logits[:, 0] - full[:, 0]).abs().max() > 1e-3  # what left did matter
     again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
     assert generate(pipeline.family, [again], NEW)[0].ids == generate(pipeline.family, [pruned], NEW)[0].ids
@@ -171,7 +172,7 @@ def test_region_equals_hiding_what_is_outside(pipeline, attention, noise, which,
 def test_two_images_have_regions_of_their_own(pipeline, noise):
     pruning = Pruning(keep=0.6, region=WITHIN, ilp="region", ilp_layer=last(pipeline))
     pruned = prune(pipeline, [noise((100, 80)), noise((60, 90), seed=1)], pruning)
-    assert len(pruned.inside.stages[0].keep) == 2
+    assert len(pruned.schedule.stages[0].keep) == 2
     check(pipeline, pruned, {last(pipeline): within(pruned)})
 
 
@@ -181,7 +182,7 @@ def eager_rows(pipeline, pruned, layer):
     before = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation({"text_config": "eager"})
     ids, mask, positions = prompts(pipeline.family, [pruned])
-    attention = model.get_submodule(pipeline.family.words).layers[layer].self_attn
+    attention = model.get_submodule(pipeline.family.text_model).layers[layer].self_attn
     rows = []
     handle = attention.register_forward_hook(lambda m, a, out: rows.append(out[1][0, :, -1].mean(0)))
     with torch.no_grad():
@@ -199,7 +200,7 @@ def eager_rows(pipeline, pruned, layer):
 
 def highest(pipeline, pruned, row, k, first=frozenset()):
     """The k visual tokens with the highest values in a row over the prompt's places, those in `first` before others."""
-    tokens = pruned.slots.tolist()
+    tokens = pruned.placeholder_map.tolist()
     at = (pruned.input_ids == pipeline.family.image_token).nonzero()[:, 0].tolist()
     order = sorted(
         (token not in first, -float(row[p]), token) for p, token in zip(at, tokens, strict=True) if token >= 0
@@ -211,9 +212,9 @@ def test_fastv_keeps_what_eager_attention_ranks_highest(pipeline, attention, noi
     layer = last(pipeline)
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method("fastv", layer=layer)))
     assert len(pruned.kept) == pruned.count
-    row = eager_rows(pipeline, replace(pruned, inside=None), layer - 1)
+    row = eager_rows(pipeline, replace(pruned, schedule=None), layer - 1)
     k = int(0.3 * pruned.count + 0.5)
-    assert pruned.inside.tokens[-1] == k
+    assert pruned.schedule.tokens[-1] == k
     check(pipeline, pruned, {layer: highest(pipeline, pruned, row, k)})
 
 
@@ -222,7 +223,7 @@ def test_a_budget_takes_the_region_first(pipeline, attention, noise):
     for share, region in ((0.2, WITHIN), (0.6, WITHOUT), (0.4, "none")):
         pruning = Pruning(keep=0.7, region=region, ilp=share, ilp_layer=layer)
         pruned = prune(pipeline, [noise((210, 170))], pruning)
-        row = eager_rows(pipeline, replace(pruned, inside=None), layer - 1)
+        row = eager_rows(pipeline, replace(pruned, schedule=None), layer - 1)
         stays = highest(pipeline, pruned, row, int(share * pruned.count + 0.5), within(pruned))
         check(pipeline, pruned, {layer: stays})
 
@@ -231,9 +232,9 @@ def test_pyramiddrop_ranks_by_the_layer_ahead(pipeline, attention, noise):
     """One stage, positions kept: the score against eager attention of the stage's own layer."""
     layer = last(pipeline)
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method("fastv", layer=layer)))
-    (stage,) = pruned.inside.stages
-    pruned = replace(pruned, inside=replace(pruned.inside, stages=(replace(stage, rule=OwnAttention()),)))
-    row = eager_rows(pipeline, replace(pruned, inside=None), layer)
+    (stage,) = pruned.schedule.stages
+    pruned = replace(pruned, schedule=replace(pruned.schedule, stages=(replace(stage, rule=OwnAttention()),)))
+    row = eager_rows(pipeline, replace(pruned, schedule=None), layer)
     check(pipeline, pruned, {layer: highest(pipeline, pruned, row, stage.keep[0])})
 
 
@@ -242,7 +243,7 @@ class Whole:
     """What transformers' own eager attention makes of a prompt of L places with nothing left out."""
 
     embeddings: torch.Tensor  # (L, D) ahead of the first layer
-    states: torch.Tensor  # (L, D) ahead of `layer`, normed as behind the last
+    hidden_states: torch.Tensor  # (L, D) ahead of `layer`, normed as behind the last
     attention: torch.Tensor  # (L, L) of the layer before, mean over heads
     compared: torch.Tensor  # (L, C) keys of the layer before, as cached
     projected: torch.Tensor  # (L, C) keys of `layer`, as projected
@@ -253,10 +254,10 @@ class Whole:
         before = model.config.get_text_config()._attn_implementation
         model.set_attn_implementation({"text_config": "eager"})
         ids, mask, positions = prompts(pipeline.family, [pruned])
-        text, found = model.get_submodule(pipeline.family.words), {}
+        text, found = model.get_submodule(pipeline.family.text_model), {}
         hooks = [
             text.layers[0].register_forward_pre_hook(lambda m, a: found.update(first=a[0][0])),
-            text.layers[layer].register_forward_pre_hook(lambda m, a: found.update(states=a[0][0])),
+            text.layers[layer].register_forward_pre_hook(lambda m, a: found.update(hidden_states=a[0][0])),
             text.layers[layer].self_attn.k_proj.register_forward_hook(lambda m, a, out: found.update(keys=out[0])),
             text.layers[layer - 1].self_attn.register_forward_hook(lambda m, a, out: found.update(rows=out[1][0])),
         ]
@@ -270,18 +271,18 @@ class Whole:
                 max_new_tokens=1,
                 return_dict_in_generate=True,
             )
-            states = text.norm(found["states"])
+            hidden_states = text.norm(found["hidden_states"])
         for hook in hooks:
             hook.remove()
         model.set_attn_implementation({"text_config": before})
         cached = out.past_key_values.layers[layer - 1].keys[0].transpose(0, 1).flatten(1)
-        return cls(found["first"], states, found["rows"].mean(0), cached, found["keys"])
+        return cls(found["first"], hidden_states, found["rows"].mean(0), cached, found["keys"])
 
 
 def places(pipeline, pruned):
     """Places of the visual tokens, by token, and of the text behind the last image."""
     at = (pruned.input_ids == pipeline.family.image_token).nonzero()[:, 0]
-    return at[pruned.slots >= 0], torch.arange(int(at[-1]) + 1, len(pruned.input_ids))
+    return at[pruned.placeholder_map >= 0], torch.arange(int(at[-1]) + 1, len(pruned.input_ids))
 
 
 def seen(pipeline, pruned, layer):
@@ -289,8 +290,8 @@ def seen(pipeline, pruned, layer):
     whole, (at, text) = Whole.run(pipeline, pruned, layer), places(pipeline, pruned)
     views = tuple(view for image in pruned.images for view in image.views)
     common = {"tokens": torch.arange(len(at)), "within": torch.zeros(len(at), dtype=torch.bool), "views": views}
-    dart = {"states": whole.states[at], "keys": whole.compared[at]}
-    dart |= {"text_states": whole.states[text], "text_keys": whole.compared[text]}
+    dart = {"hidden_states": whole.hidden_states[at], "keys": whole.compared[at]}
+    dart |= {"text_hidden_states": whole.hidden_states[text], "text_keys": whole.compared[text]}
     adaptprune = {"attention": whole.attention[-1, at].double(), "keys": whole.projected[at]}
     return {"dart": Sight(**common, **dart), "adaptprune": Sight(**common, **adaptprune)}
 
@@ -299,7 +300,7 @@ def seen(pipeline, pruned, layer):
 def test_rules_that_look_at_keys_see_those_of_the_model(pipeline, attention, noise, name, written_out):
     layer = last(pipeline)
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method(name, layer=layer)))
-    (stage,) = pruned.inside.stages
+    (stage,) = pruned.schedule.stages
     (k,) = stage.keep
     assert k == int(0.3 * pruned.count + 0.5)
     stays = set(written_out(seen(pipeline, pruned, layer)[name], k, stage.rule))
@@ -311,19 +312,19 @@ def test_vtw_leaves_nothing_behind(pipeline, attention, noise):
     first, end, depth = pipeline.family.first_inner, last(pipeline), pipeline.family.depth
     for layer, keep in ((first, 0.05), (end, end / depth)):
         pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=keep, method=make_method("vtw")))
-        assert pruned.inside.tokens == (pruned.count,) * layer + (0,) * (depth - layer)
+        assert pruned.schedule.tokens == (pruned.count,) * layer + (0,) * (depth - layer)
         check(pipeline, pruned, {layer: set()})
     two = prune(pipeline, [noise((100, 80)), noise((60, 90), 1)], Pruning(keep=0.05, method=make_method("vtw")))
     check(pipeline, two, {first: set()})
-    assert prune(pipeline, [noise((100, 80))], Pruning(keep=1.0, method=make_method("vtw"))).inside is None
+    assert prune(pipeline, [noise((100, 80))], Pruning(keep=1.0, method=make_method("vtw"))).schedule is None
 
 
 def test_sparsevlm_asks_the_raters(pipeline, attention, noise):
     """One stage, positions kept, and one behind another: the score against eager attention."""
     first, layer = pipeline.family.first_inner, last(pipeline)
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method("sparsevlm")))
-    assert pruned.inside.stages[-1].keep == (int(0.3 * pruned.count + 0.5),)
-    k = pruned.inside.stages[-1].keep[0]
+    assert pruned.schedule.stages[-1].keep == (int(0.3 * pruned.count + 0.5),)
+    k = pruned.schedule.stages[-1].keep[0]
     at, text = places(pipeline, pruned)
     whole = Whole.run(pipeline, pruned, layer)
     rates = torch.tensor(slow.raters(whole.embeddings[at], whole.embeddings[text]))
@@ -353,7 +354,7 @@ class Odd(Rule):
 
 
 def staged(pruned, stages, depth):
-    return replace(pruned, inside=plan(stages, [len(pruned.kept)], depth))
+    return replace(pruned, schedule=plan(stages, [len(pruned.kept)], depth))
 
 
 def test_several_stages(pipeline, attention, noise):
@@ -363,10 +364,10 @@ def test_several_stages(pipeline, attention, noise):
         pytest.skip("one layer only at which tokens can leave")
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=1.0, region=WITHIN, ilp="region", ilp_layer=first))
     region = within(pruned)
-    two = staged(pruned, [*pruned.inside.stages, Stage(end, Attention(), (3,))], pipeline.family.depth)
-    assert two.inside.tokens[-1] == 3
+    two = staged(pruned, [*pruned.schedule.stages, Stage(end, Attention(), (3,))], pipeline.family.depth)
+    assert two.schedule.tokens[-1] == 3
     with Hidden(pipeline, {first: places_gone(pipeline, pruned, region)}):
-        row = eager_rows(pipeline, replace(pruned, inside=None), end - 1)
+        row = eager_rows(pipeline, replace(pruned, schedule=None), end - 1)
     check(pipeline, two, {first: region, end: highest(pipeline, two, row, 3)})
 
 
@@ -374,11 +375,11 @@ def test_numbered_on_equals_a_run_with_those_positions(pipeline, noise):
     """The same hidden tokens, with the rest's position embeddings put in place layer by layer."""
     layer = pipeline.family.first_inner
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=1.0, region=WITHIN, ilp="region", ilp_layer=layer))
-    (stage,) = pruned.inside.stages
-    compact = replace(pruned, inside=replace(pruned.inside, stages=(replace(stage, positions="compact"),)))
+    (stage,) = pruned.schedule.stages
+    compact = replace(pruned, schedule=replace(pruned.schedule, stages=(replace(stage, positions="compact"),)))
     gone = places_gone(pipeline, pruned, within(pruned))
     ids, logits, _ = run(pipeline, [compact])
-    text = pipeline.family.load("language").get_submodule(pipeline.family.words)
+    text = pipeline.family.load("language").get_submodule(pipeline.family.text_model)
 
     def renumber(number, args, kwargs):
         if number < layer:
@@ -393,7 +394,7 @@ def test_numbered_on_equals_a_run_with_those_positions(pipeline, noise):
         for n, block in enumerate(text.layers)
     ]
     with Hidden(pipeline, {layer: gone}):
-        expected_ids, expected, _ = run(pipeline, [replace(pruned, inside=None)])
+        expected_ids, expected, _ = run(pipeline, [replace(pruned, schedule=None)])
     for handle in handles:
         handle.remove()
     assert torch.equal(ids, expected_ids)
@@ -442,17 +443,17 @@ def test_a_batch_answers_as_its_prompts_do_alone(pipeline, attention, noise):
         alone_ids, alone, _ = run(pipeline, [pruned])
         assert torch.equal(own_ids, alone_ids[0])
         assert (own - alone[0]).abs().max() <= 1e-4
-    for pair in ([sets[0], sets[0]], [sets[0], replace(sets[0], inside=None)]):  # prompts of one length, no padding
+    for pair in ([sets[0], sets[0]], [sets[0], replace(sets[0], schedule=None)]):  # prompts of one length, no padding
         assert torch.equal(run(pipeline, pair)[0], torch.cat([run(pipeline, [one])[0] for one in pair]))
 
 
 def test_beams_prune_alike(pipeline, noise):
     pruned = prune(pipeline, [noise((100, 80))], Pruning(keep=0.8, ilp=0.3, ilp_layer=last(pipeline)))
     (made,) = generate(pipeline.family, [pruned], NEW, num_beams=3)
-    row = eager_rows(pipeline, replace(pruned, inside=None), last(pipeline) - 1)
-    stays = highest(pipeline, pruned, row, pruned.inside.tokens[-1], within(pruned))
+    row = eager_rows(pipeline, replace(pruned, schedule=None), last(pipeline) - 1)
+    stays = highest(pipeline, pruned, row, pruned.schedule.tokens[-1], within(pruned))
     with Hidden(pipeline, {last(pipeline): places_gone(pipeline, pruned, stays)}):
-        (expected,) = generate(pipeline.family, [replace(pruned, inside=None)], NEW, num_beams=3)
+        (expected,) = generate(pipeline.family, [replace(pruned, schedule=None)], NEW, num_beams=3)
     assert made.ids == expected.ids
 
 
@@ -527,7 +528,7 @@ def test_a_rule_sees_what_is_there(llava, noise, monkeypatch):
     class Curious(Rule):
         name: ClassVar[str] = "curious"
         attention: ClassVar[int | None] = -1
-        states: ClassVar[bool] = True
+        hidden_states: ClassVar[bool] = True
 
         def pick(self, sight, k):
             seen.append(sight)
@@ -541,14 +542,14 @@ def test_a_rule_sees_what_is_there(llava, noise, monkeypatch):
     assert torch.equal(sight.tokens, pruned.kept)
     assert {int(token) for token in sight.tokens[sight.within]} == within(pruned)
     at = (pruned.input_ids == llava.family.image_token).nonzero()[:, 0]
-    row = eager_rows(llava, replace(pruned, inside=None), 1)
+    row = eager_rows(llava, replace(pruned, schedule=None), 1)
     assert torch.allclose(sight.attention, row[at].double(), atol=1e-6)
-    states = []
-    text = llava.family.load("language").get_submodule(llava.family.words)
-    handle = text.layers[2].register_forward_pre_hook(lambda m, a, k: states.append(a[0]), with_kwargs=True)
-    eager_rows(llava, replace(pruned, inside=None), 1)
+    hidden_states = []
+    text = llava.family.load("language").get_submodule(llava.family.text_model)
+    handle = text.layers[2].register_forward_pre_hook(lambda m, a, k: hidden_states.append(a[0]), with_kwargs=True)
+    eager_rows(llava, replace(pruned, schedule=None), 1)
     handle.remove()
-    assert torch.allclose(sight.states, text.norm(states[0][0, at]), atol=1e-5)
+    assert torch.allclose(sight.hidden_states, text.norm(hidden_states[0][0, at]), atol=1e-5)
     assert sight.keys is None and sight.views == pruned.images[0].views
 
 
@@ -563,7 +564,7 @@ def test_what_generate_must_not_do(llava, noise):
     with pytest.raises(GridpruneError, match="flex_attention"):
         generate(llava.family, [pruned], 4)
     config._attn_implementation = before
-    assert not any(layer._forward_pre_hooks for layer in model.get_submodule(llava.family.words).layers)
+    assert not any(layer._forward_pre_hooks for layer in model.get_submodule(llava.family.text_model).layers)
     assert len(generate(llava.family, [pruned], 4)[0].ids) == 4
 
 
@@ -602,11 +603,11 @@ def test_a_shared_budget_is_one_inside_too(llava, noise):
     pictures = [noise((100, 80)), noise((60, 90), 1)]
     own = prune(llava, pictures, Pruning(keep=0.5, ilp=0.2))
     shared = prune(llava, pictures, Pruning(keep=0.5, ilp=0.2, share_budget=True))
-    assert own.inside.stages[0].keep == (3, 3) and shared.inside.stages[0].keep == (6,)
+    assert own.schedule.stages[0].keep == (3, 3) and shared.schedule.stages[0].keep == (6,)
     check(
         llava,
         shared,
-        {2: highest(llava, shared, eager_rows(llava, replace(shared, inside=None), 1), 6)},
+        {2: highest(llava, shared, eager_rows(llava, replace(shared, schedule=None), 1), 6)},
     )
 
 

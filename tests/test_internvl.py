@@ -52,7 +52,7 @@ def test_signals_equal_an_eager_reference(tmp_path, noise, layer):
         pixels = family.process(picture)[0]["pixel_values"]
         with torch.no_grad():
             out = model.model.get_image_features(pixels, output_attentions=True)
-        assert torch.allclose(family.project(encoding.states), out.pooler_output.flatten(0, 1), atol=1e-5)
+        assert torch.allclose(family.project(encoding.vision_features), out.pooler_output.flatten(0, 1), atol=1e-5)
         reference = pool(out.attentions[layer][:, :, 0, 1:].mean(1), 2)  # what CLS looks at
         assert torch.allclose(encoding.saliency, reference, atol=1e-6)
 

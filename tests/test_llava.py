@@ -9,8 +9,9 @@ from tiny_families.llava_siglip import make as tiny_siglip
 from transformers import AutoTokenizer, CLIPModel, LlavaForConditionalGeneration, LlavaProcessor
 
 from gridprune_cli.generation import generate
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
+from gridprune_cli.settings import Pruning
 
 QUESTIONS = ("What colour is the star?", "How many red circles are there?", "Where is the object with K?")
 
@@ -93,14 +94,14 @@ def test_signals_equal_an_eager_reference(tiny_llava, reference, picture):
             output_attentions=True,
             output_hidden_states=True,
         )
-        states = out.hidden_states[-2][0, 1:]
-        patches = clip.visual_projection(clip.vision_model.post_layernorm(states))
+        vision_features = out.hidden_states[-2][0, 1:]
+        patches = clip.visual_projection(clip.vision_model.post_layernorm(vision_features))
         text = clip.get_text_features(**tokenizer(question, return_tensors="pt")).pooler_output
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
     encoded = pipeline.encode([picture])[0]
-    assert torch.allclose(encoded.states, states, atol=1e-5)
+    assert torch.allclose(encoded.vision_features, vision_features, atol=1e-5)
     assert torch.allclose(encoded.saliency, out.attentions[-2][0, :, 0, 1:].mean(0), atol=1e-6)
-    relevance = pipeline.family.relevance(encoded.states, question)
+    relevance = pipeline.family.relevance(encoded.vision_features, question)
     assert torch.allclose(relevance, torch.cosine_similarity(patches, text), atol=1e-5)
 
 
@@ -108,11 +109,11 @@ def test_a_long_question_is_read_to_its_end(tiny_llava, noise, monkeypatch, capl
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
     pipeline.family.relevance.tokenizer.model_max_length = 12
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    states = pipeline.encode([noise((224, 224))])[0].states
+    vision_features = pipeline.encode([noise((224, 224))])[0].vision_features
     words = "red star blue cross green circle white square left right"  # ten, what the text tower takes at once
     first, second = words, "What colour is the star?"
-    both = pipeline.family.relevance(states, f"{first} {second}")
-    pieces = [pipeline.family.relevance(states, part) for part in (first, second)]
+    both = pipeline.family.relevance(vision_features, f"{first} {second}")
+    pieces = [pipeline.family.relevance(vision_features, part) for part in (first, second)]
     assert torch.allclose(both, torch.stack(pieces).mean(0), atol=1e-6)
     assert not caplog.records  # nobody is told that it was too long
 
@@ -121,17 +122,19 @@ def test_questions_read_together_are_those_read_alone(tiny_llava, noise, monkeyp
     from gridprune_cli.vlm import clip
 
     pipeline, alone = (Pipeline(str(tiny_llava), dtype="float32") for _ in range(2))
-    states = pipeline.encode([noise((224, 224))])[0].states
+    vision_features = pipeline.encode([noise((224, 224))])[0].vision_features
     questions = [*QUESTIONS, "What?", "red star blue cross green circle white square left right What colour is it?"]
     monkeypatch.setattr(clip, "_BATCH", 2)
     pipeline.family.relevance.read(questions)
     for question in questions:
-        together, single = (p.family.relevance(states, question) for p in (pipeline, alone))
+        together, single = (p.family.relevance(vision_features, question) for p in (pipeline, alone))
         assert torch.allclose(together, single, atol=1e-6)
     monkeypatch.setattr(clip, "_TEXTS", 3)  # no more are kept
     pipeline.family.relevance.read(["Where?"])
     assert list(pipeline.family.relevance._texts) == [*questions[-2:], "Where?"]
-    assert torch.equal(pipeline.family.relevance(states, QUESTIONS[0]), alone.family.relevance(states, QUESTIONS[0]))
+    assert torch.equal(
+        pipeline.family.relevance(vision_features, QUESTIONS[0]), alone.family.relevance(vision_features, QUESTIONS[0])
+    )
 
 
 def test_layers_behind_the_one_that_is_read_are_not_there(tiny_llava, reference):
@@ -169,7 +172,7 @@ def test_a_token_covers_its_place_in_the_picture(tiny_llava):
 def test_bfloat16_runs(tiny_llava, noise):
     pipeline = Pipeline(str(tiny_llava), dtype="bfloat16")
     encoded = pipeline.encode([noise((224, 224))])[0]
-    assert encoded.states.dtype == torch.bfloat16
+    assert encoded.vision_features.dtype == torch.bfloat16
     pruned = pipeline.prune(encoded, QUESTIONS[0], Pruning(tokens=3, method=make("fastervlm")))
     assert len(generate(pipeline.family, [pruned], 5)[0].ids) == 5
 
@@ -185,7 +188,7 @@ def test_signals_over_a_siglip_tower_equal_an_eager_reference(tmp_path, noise):
         with torch.no_grad():
             out = whole.eval().model.vision_tower(pixels, output_hidden_states=True, output_attentions=True)
             rows = whole.model.get_image_features(pixels).pooler_output[0]
-        assert torch.allclose(encoding.states, out.hidden_states[-1][0], atol=1e-5)
+        assert torch.allclose(encoding.vision_features, out.hidden_states[-1][0], atol=1e-5)
         assert torch.allclose(encoding.saliency, out.attentions[-1][0].mean((0, 1)), atol=1e-6)  # received
-        assert torch.allclose(family.project(encoding.states), rows, atol=1e-5)
+        assert torch.allclose(family.project(encoding.vision_features), rows, atol=1e-5)
         assert encoding.views[0].box == (0, 0, 1, 1)  # stretched, nothing cropped

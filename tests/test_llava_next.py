@@ -9,7 +9,8 @@ from tiny_families import make
 from transformers import AutoTokenizer, CLIPModel
 
 from gridprune_cli.generation import generate
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.settings import Pruning
 
 QUESTION = "what colour is the left object?"
 SIDE, PATCH = 4, 14  # of a tile: patches, and pixels of a patch
@@ -53,13 +54,13 @@ def check_spots(tiny, size):
     family = tiny.pipeline.family
     embed = family.load("tower").model.vision_tower.embeddings
 
-    def see(pixels):
-        states = embed(pixels)[:, -SIDE * SIDE :]
-        return states, states.abs().mean(-1)
+    def run_tower(pixels):
+        vision_features = embed(pixels)[:, -SIDE * SIDE :]
+        return vision_features, vision_features.abs().mean(-1)
 
     before = Image.new("RGB", size, (90, 90, 90))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(family, "see", see)
+        patch.setattr(family, "run_tower", run_tower)
         (plain,) = family.encode([before])
         first, checked = 0, 0
         for view in plain.views:
@@ -74,7 +75,7 @@ def check_spots(tiny, size):
                 after = before.copy()
                 after.paste((255, 0, 0), tuple(spot))
                 (changed,) = family.encode([after])
-                change = (changed.states - plain.states).norm(dim=-1)[first : first + view.count]
+                change = (changed.vision_features - plain.vision_features).norm(dim=-1)[first : first + view.count]
                 assert int(change.argmax()) == token, (view, token, spot)
                 checked += 1
             first += view.count
@@ -117,14 +118,14 @@ def test_a_token_covers_its_place_in_the_picture(tiny, size):
 def test_signals_equal_an_eager_reference(tiny, noise, size, shape, box):
     picture = noise(size)
     inputs = tiny.pipeline.family.processor.image_processor([picture.image], return_tensors="pt")
-    states, attention = seen(tiny.whole, inputs["pixel_values"][0], -2)
-    states, saliency = states[:, 1:], attention[:, :, 0, 1:].mean(1)[..., None]
+    vision_features, attention = seen(tiny.whole, inputs["pixel_values"][0], -2)
+    vision_features, saliency = vision_features[:, 1:], attention[:, :, 0, 1:].mean(1)[..., None]
 
     def packed(values):
         return torch.cat([values[0], mosaic(values[1:], shape, size).flatten(0, 1)])
 
     encoded = tiny.pipeline.encode([picture])[0]
-    assert torch.allclose(encoded.states, packed(states), atol=1e-5)
+    assert torch.allclose(encoded.vision_features, packed(vision_features), atol=1e-5)
     assert torch.allclose(encoded.saliency, packed(saliency)[:, 0], atol=1e-6)
 
     clip = CLIPModel.from_pretrained(tiny.folder / "clip", dtype=torch.float32).eval()
@@ -132,8 +133,8 @@ def test_signals_equal_an_eager_reference(tiny, noise, size, shape, box):
     ids = [words.bos_token_id, *words(QUESTION, add_special_tokens=False).input_ids, words.eos_token_id]
     with torch.no_grad():
         text = clip.get_text_features(torch.tensor([ids])).pooler_output
-        patches = clip.visual_projection(clip.vision_model.post_layernorm(packed(states)))
-    relevance = tiny.pipeline.family.relevance(encoded.states, QUESTION)
+        patches = clip.visual_projection(clip.vision_model.post_layernorm(packed(vision_features)))
+    relevance = tiny.pipeline.family.relevance(encoded.vision_features, QUESTION)
     assert torch.allclose(relevance, torch.cosine_similarity(patches, text), atol=1e-5)
 
 
@@ -143,24 +144,24 @@ def check_rows(tiny, picture):
     with torch.no_grad():
         expected = tiny.whole.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output[0]
     encoded = tiny.pipeline.encode([picture])[0]
-    (rows,) = tiny.pipeline._rows([(encoded.states, encoded.slots)])
+    (rows,) = tiny.pipeline._rows([(encoded.vision_features, encoded.placeholder_map)])
     assert rows.shape == expected.shape
     assert torch.allclose(rows, expected, atol=1e-4)
     newlines = (expected == tiny.whole.model.image_newline).all(1)
-    assert torch.equal(encoded.slots < 0, newlines)
+    assert torch.equal(encoded.placeholder_map < 0, newlines)
     return encoded
 
 
 @pytest.mark.parametrize("size", [(112, 112), (210, 70), (100, 70), (60, 200), (31, 29)])
 def test_rows_and_newlines_are_the_models_own(tiny, noise, size):
     encoded = check_rows(tiny, noise(size))
-    assert int((encoded.slots < 0).sum()) == encoded.views[1].rows
+    assert int((encoded.placeholder_map < 0).sum()) == encoded.views[1].rows
 
 
 def test_a_line_of_a_picture_has_no_mosaic(tiny, noise):
     """Cutting the padding off in whole patches leaves nothing of it."""
     encoded = check_rows(tiny, noise((400, 4)))
-    assert len(encoded.views) == 1 and (encoded.slots >= 0).all()
+    assert len(encoded.views) == 1 and (encoded.placeholder_map >= 0).all()
 
 
 @pytest.mark.parametrize("size", [(400, 4), (4, 400)])

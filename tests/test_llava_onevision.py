@@ -12,9 +12,9 @@ from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.evaluation.data import read_jsonl
 from gridprune_cli.evaluation.run import Cell, Plan, answers
-from gridprune_cli.pipeline import Pruning
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.runners.local import Ask, Bulk
+from gridprune_cli.settings import Pruning
 
 TILES = 2  # mosaics of much more than so many are shrunk to about as many
 
@@ -71,22 +71,22 @@ def test_a_token_covers_its_place_in_the_picture(tiny, size):
 def test_signals_equal_an_eager_reference(tiny, noise, size, shape, grid, box):
     picture = noise(size)
     inputs = tiny.pipeline.family.processor.image_processor([picture.image], return_tensors="pt")
-    states, attention = seen(tiny.whole, inputs["pixel_values"][0], -1)
+    vision_features, attention = seen(tiny.whole, inputs["pixel_values"][0], -1)
     with torch.no_grad():
-        rows = tiny.whole.model.multi_modal_projector(states)
+        rows = tiny.whole.model.multi_modal_projector(vision_features)
     saliency = attention.mean((1, 2))[..., None]  # received, over heads and queries
 
     def packed(values):
         return torch.cat([values[0], shrunk(mosaic(values[1:], shape, size)).flatten(0, 1)])
 
     encoded = tiny.pipeline.encode([picture])[0]
-    assert torch.allclose(encoded.states, packed(rows), atol=1e-4)
+    assert torch.allclose(encoded.vision_features, packed(rows), atol=1e-4)
     assert torch.allclose(encoded.saliency, packed(saliency)[:, 0], atol=1e-6)
     words = tiny.pipeline.family.processor.tokenizer(QUESTION, add_special_tokens=False, return_tensors="pt").input_ids
     with torch.no_grad():
         words = tiny.whole.get_input_embeddings()(words[0])
     expected = torch.cosine_similarity(packed(rows)[:, None], words[None], dim=-1).mean(1)
-    assert torch.allclose(tiny.pipeline.family.relevance(encoded.states, QUESTION), expected, atol=1e-5)
+    assert torch.allclose(tiny.pipeline.family.relevance(encoded.vision_features, QUESTION), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(100, 50), (224, 224), (210, 70), (60, 200), (31, 29), (900, 4)])
@@ -107,14 +107,14 @@ def test_one_of_several_is_a_base_view_of_the_padded_picture(tiny, noise, size, 
     pictures = [noise(size), noise((60, 90), seed=1)]
     images = [picture.image for picture in pictures]
     pixels = tiny.pipeline.family.processor.image_processor([images], return_tensors="pt")["pixel_values"]
-    states, attention = seen(tiny.whole, pixels[:, 0], -1)
+    vision_features, attention = seen(tiny.whole, pixels[:, 0], -1)
     with torch.no_grad():
-        rows = tiny.whole.model.multi_modal_projector(states)
+        rows = tiny.whole.model.multi_modal_projector(vision_features)
     encoded = tiny.pipeline.encode(pictures, several=True)
     for n, one in enumerate(encoded):
         assert [(view.rows, view.cols) for view in one.views] == [(SIDE, SIDE)]
-        assert one.slots.tolist() == [*range(SIDE * SIDE), -1]  # and the newline
-        assert torch.allclose(one.states, rows[n], atol=1e-4)
+        assert one.placeholder_map.tolist() == [*range(SIDE * SIDE), -1]  # and the newline
+        assert torch.allclose(one.vision_features, rows[n], atol=1e-4)
         assert torch.allclose(one.saliency, attention[n].mean((0, 1)), atol=1e-6)
     assert encoded[0].views[0].box == pytest.approx(box)
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.scenes.scene import draw, make_scene
+from gridprune_cli.settings import Pruning
 
 
 def installed() -> bool:
@@ -124,7 +125,7 @@ def test_a_clip_that_is_missing_is_told_at_once_and_words_can_be_asked_for(plugi
     bare = shutil.copytree(tiny_llava, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
     with pytest.raises(BadInput, match="take --relevance words"):
         plugin.GridpruneModel(pretrained=str(bare))
-    assert plugin.GridpruneModel(pretrained=str(bare), relevance="words").pipeline.family.by_words
+    assert plugin.GridpruneModel(pretrained=str(bare), relevance="words").pipeline.family.relevance_by_words
 
 
 def test_how_a_task_generates(plugin):

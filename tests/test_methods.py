@@ -55,7 +55,7 @@ MOSAIC = View(6, 9, (-0.02, 0.0, 1.02, 1.0))
 LAYOUTS = [(View(8, 8),), (View(1, 17),), (View(13, 1),), (View(7, 11),), (View(1, 1),), (View(5, 5), *TILES)]
 LAYOUTS += [(View(4, 4), MOSAIC), (*TILES[:2], View(3, 4), View(2, 2))]
 REGIONS = [None, (0, 0, 7, 7), (2, 3, 4, 6), (0, 0, 0, 0), (7, 7, 7, 7)]
-VECTORS = ("states", "rows", "words")
+VECTORS = ("vision_features", "image_embeds", "question_embeds")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -71,25 +71,31 @@ def problems(draw):
         relevance, saliency = (relevance * 4).round() / 4, (saliency * 4).round() / 4
     vectors = {
         name: torch.randn(length, width, generator=generator, dtype=torch.float64)
-        for name, length, width in (("states", count, 5), ("rows", count, 7), ("words", draw(st.integers(1, 4)), 7))
+        for name, length, width in (
+            ("vision_features", count, 5),
+            ("image_embeds", count, 7),
+            ("question_embeds", draw(st.integers(1, 4)), 7),
+        )
     }
     kind = draw(st.sampled_from(["plain", "alike", "copies", "zeros", "flat"]))
     if kind == "alike":  # as a tower's states are: most of each is the same
         vectors = {name: vector * 0.1 + 1 for name, vector in vectors.items()}
     copied = torch.randint(count, (count,), generator=generator)
     if kind == "copies":
-        vectors |= {name: vectors[name][copied] for name in ("states", "rows")}
+        vectors |= {name: vectors[name][copied] for name in ("vision_features", "image_embeds")}
         if draw(st.booleans()):
             relevance, saliency = relevance[copied], saliency[copied]
     if kind == "zeros":
-        for name in ("states", "rows"):
+        for name in ("vision_features", "image_embeds"):
             vectors[name][:: draw(st.integers(1, 3))] = 0
     if kind == "flat":  # padding, seen by nobody
-        vectors |= {name: torch.ones_like(vectors[name]) for name in ("states", "rows")}
+        vectors |= {name: torch.ones_like(vectors[name]) for name in ("vision_features", "image_embeds")}
     dtype = draw(st.sampled_from(DTYPES))
     region = draw(st.sampled_from(REGIONS))
     vectors = {name: vector.to(dtype) for name, vector in vectors.items()}
-    signals = Signals(views, relevance.to(dtype), saliency.to(dtype), region, **vectors, by_words=draw(st.booleans()))
+    signals = Signals(
+        views, relevance.to(dtype), saliency.to(dtype), region, **vectors, relevance_by_words=draw(st.booleans())
+    )
     return signals, draw(st.integers(1, count))
 
 
@@ -272,15 +278,15 @@ def sights(draw):
     signals, _ = draw(problems())
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     tokens = (torch.rand(signals.count, generator=generator) < draw(st.sampled_from([0.6, 1.0]))).nonzero()[:, 0]
-    text = torch.randn(draw(st.integers(0, 5)), 12, generator=generator).to(signals.rows.dtype)
+    text = torch.randn(draw(st.integers(0, 5)), 12, generator=generator).to(signals.image_embeds.dtype)
     sight = Sight(
         tokens,
         torch.zeros(len(tokens), dtype=torch.bool),
         signals.views,
         attention=signals.saliency[tokens].double(),
-        states=signals.rows[tokens],
-        keys=signals.states[tokens],
-        text_states=text[:, :7],
+        hidden_states=signals.image_embeds[tokens],
+        keys=signals.vision_features[tokens],
+        text_hidden_states=text[:, :7],
         text_keys=text[:, 7:],
     )
     return sight, draw(st.integers(0, len(tokens)))
@@ -401,10 +407,10 @@ EQUIVARIANT = ("topk-relevance", "fastervlm", "vispruner", "divprune", "scope", 
 def test_the_order_of_tokens_does_not_matter(name, k):
     generator = torch.Generator().manual_seed(k)
     relevance, saliency = torch.rand(2, 60, generator=generator, dtype=torch.float64)
-    states, rows, words = (torch.randn(n, 50, generator=generator, dtype=torch.float64) for n in (60, 60, 3))
+    vision_features, rows, words = (torch.randn(n, 50, generator=generator, dtype=torch.float64) for n in (60, 60, 3))
     order = torch.randperm(60, generator=generator)
-    here = Signals((View(6, 10),), relevance, saliency, None, states, rows, words)
-    there = Signals((View(10, 6),), relevance[order], saliency[order], None, states[order], rows[order], words)
+    here = Signals((View(6, 10),), relevance, saliency, None, vision_features, rows, words)
+    there = Signals((View(10, 6),), relevance[order], saliency[order], None, vision_features[order], rows[order], words)
     assert torch.equal(order[make(name).select(there, k)].sort().values, make(name).select(here, k))
 
 

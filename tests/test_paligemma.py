@@ -9,7 +9,8 @@ from torch.nn.functional import pad
 from transformers import PaliGemmaForConditionalGeneration
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.settings import Pruning
 
 SIZES = {"square": (100, 100), "wide": (210, 70), "tall": (60, 200), "tiny": (31, 29)}
 
@@ -57,9 +58,9 @@ def test_signals_equal_an_eager_reference(kind, noise, size):
         rows = whole.model.get_image_features(pixels).pooler_output[0]
     encoded = pipeline.encode([picture])[0]
     received = tower.attentions[-1][0].mean((0, 1))  # over heads and queries
-    assert torch.allclose(encoded.states, tokens(name, tower.last_hidden_state[0]), atol=1e-5)
+    assert torch.allclose(encoded.vision_features, tokens(name, tower.last_hidden_state[0]), atol=1e-5)
     assert torch.allclose(encoded.saliency, tokens(name, received[:, None])[:, 0], atol=1e-6)
-    assert torch.allclose(pipeline.family.project(encoded.states), rows, atol=1e-5)
+    assert torch.allclose(pipeline.family.project(encoded.vision_features), rows, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -84,7 +85,7 @@ def test_a_batch_of_pictures_is_each_picture(pipeline, noise):
     pictures = [noise(size).image for size in SIZES.values()]
     for picture, together in zip(pictures, pipeline.family.encode(pictures), strict=True):
         alone = pipeline.family.encode([picture])[0]
-        assert torch.allclose(together.states, alone.states, atol=1e-5)
+        assert torch.allclose(together.vision_features, alone.vision_features, atol=1e-5)
         assert torch.allclose(together.saliency, alone.saliency, atol=1e-6)
 
 

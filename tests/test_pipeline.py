@@ -13,10 +13,11 @@ from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.images import SourceFile
-from gridprune_cli.pipeline import Asked, Pipeline, Pruning
+from gridprune_cli.pipeline import Asked, Pipeline
 from gridprune_cli.pruning.methods import METHODS, make
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.runners.local import Ask, Bulk
+from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import PrunedSet
 
 QUESTION = "What colour is the star?"
@@ -55,7 +56,7 @@ def test_pictures_of_one_question_are_decoded_as_memory_lets(
         noise((64, 64), seed=n).image.save(path)
     expected = Pipeline(str(tiny_llava), dtype="float32").ask(paths, QUESTION, max_new_tokens=8)
     held, seen = [], []
-    load, see = SourceFile.load, pipeline.see
+    load, see = SourceFile.load, pipeline.run_tower
 
     def watched_load(file):
         picture = load(file)
@@ -73,7 +74,7 @@ def test_pictures_of_one_question_are_decoded_as_memory_lets(
         monkeypatch.setattr(pipeline_module, "MAX_TOGETHER", most)
     answer = pipeline.ask(paths, QUESTION, max_new_tokens=8)
     assert (seen, answer.hits, answer.text) == (groups, (False,) * 3, expected.text)
-    assert torch.allclose(answer.pruned.rows, expected.pruned.rows, atol=1e-5)
+    assert torch.allclose(answer.pruned.image_embeds, expected.pruned.image_embeds, atol=1e-5)
     assert [origin.name for origin in answer.pruned.images] == [str(path) for path in paths]
     assert pipeline.ask(paths, QUESTION, max_new_tokens=8).hits == (True,) * 3
 
@@ -153,9 +154,9 @@ def test_a_pruned_set_from_disk_answers_the_same(pipeline, image, method, positi
     encoded, _ = pipeline.encode_one(image)
     pruned = pipeline.prune(encoded, QUESTION, Pruning(keep=0.4, method=make(method), positions=positions))
     again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
-    inner = pruned.inside is not None
-    assert len(pruned.kept) == len(pruned.rows) == (16 if inner else 6)
-    assert not inner or pruned.inside.tokens[-1] == (0 if method == "vtw" else 6)
+    inner = pruned.schedule is not None
+    assert len(pruned.kept) == len(pruned.image_embeds) == (16 if inner else 6)
+    assert not inner or pruned.schedule.tokens[-1] == (0 if method == "vtw" else 6)
     assert generate(pipeline.family, [again], 6)[0].ids == generate(pipeline.family, [pruned], 6)[0].ids
     assert (pruned.images[0].zones is not None) == (method == "gridprune")
 
@@ -169,16 +170,18 @@ def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share
     groups = [images] if share else [[image] for image in images]
     expected, first = [], 0
     for group in groups:
-        states = torch.cat([image.states for image in group])
+        vision_features = torch.cat([image.vision_features for image in group])
         views = tuple(view for image in group for view in image.views)
-        signals = Signals(views, saliency=torch.cat([image.saliency for image in group]), states=states)
+        signals = Signals(
+            views, saliency=torch.cat([image.saliency for image in group]), vision_features=vision_features
+        )
         kept = method.select(signals, 6)
         weights = method.merge(signals, kept).to_dense()
         assert (weights > 0).sum(1).max() > 1
-        assert torch.equal(pruned.kept[first // len(states) * 6 :][:6], kept + first)
-        expected.append(pipeline.family.project(weights @ states))
-        first += len(states)
-    assert torch.allclose(pruned.rows, torch.cat(expected), atol=1e-5)
+        assert torch.equal(pruned.kept[first // len(vision_features) * 6 :][:6], kept + first)
+        expected.append(pipeline.family.project(weights @ vision_features))
+        first += len(vision_features)
+    assert torch.allclose(pruned.image_embeds, torch.cat(expected), atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -192,8 +195,12 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
     monkeypatch.setattr(type(method), "_merge", lambda self, signals, kept: None)
     pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=method))
     (signals,) = given
-    known = {name for name in ("relevance", "states", "rows", "words") if getattr(signals, name) is not None}
-    assert known == method.requires - {"saliency"} and not signals.by_words
+    known = {
+        name
+        for name in ("relevance", "vision_features", "image_embeds", "question_embeds")
+        if getattr(signals, name) is not None
+    }
+    assert known == method.requires - {"saliency"} and not signals.relevance_by_words
     assert ("language" in pipeline.family._loaded, "projector" in pipeline.family._loaded) == (False, True)
 
 
@@ -289,7 +296,7 @@ def test_a_set_says_what_its_relevance_came_from(pipeline, image, tiny_llava):
     ):
         pruned = made.prune(encoded, QUESTION, pruning)
         assert pruned.to_json()["relevance"] == expected
-        assert PrunedSet.from_bytes(pruned.to_bytes(), "set").source == expected
+        assert PrunedSet.from_bytes(pruned.to_bytes(), "set").relevance_source == expected
 
 
 @pytest.mark.parametrize(
@@ -333,7 +340,7 @@ def test_a_model_without_a_text_tower_uses_its_own_words(tiny_llava, tmp_path, i
     pruned = pipeline.prune(encoded, QUESTION)
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        rows = whole.model.multi_modal_projector(encoded.states)
+        rows = whole.model.multi_modal_projector(encoded.vision_features)
         words = whole.get_input_embeddings()(
             pipeline.family.processor.tokenizer(QUESTION, add_special_tokens=False, return_tensors="pt").input_ids[0]
         )
@@ -367,7 +374,7 @@ def test_many_questions_are_pruned_for_as_each_is_alone(pipeline, image, tmp_pat
             assert made.to_json() == alone.to_json()
             for name in ("kept", "input_ids", "position_ids", "saliency"):
                 assert torch.equal(getattr(made, name), getattr(alone, name))
-            assert torch.allclose(made.rows, alone.rows, atol=1e-5)
+            assert torch.allclose(made.image_embeds, alone.image_embeds, atol=1e-5)
 
 
 def test_one_question_that_cannot_be_asked_fails_all(pipeline, image):
@@ -399,4 +406,4 @@ def test_encode_all_goes_on_after_a_bad_image(pipeline, image, tmp_path, noise):
     assert isinstance(results[str(bad)][0], BadInput)
     assert [results[str(path)][0].count for path in others] == [16, 16, 16]
     single = Pipeline(pipeline.model, dtype="float32").encode_one(others[0])[0]
-    assert torch.allclose(results[str(others[0])][0].states, single.states, atol=1e-5)
+    assert torch.allclose(results[str(others[0])][0].vision_features, single.vision_features, atol=1e-5)

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from gridprune_cli.pruning.placeholders import SEPARATOR, staying
 
 
-def slowly(slots, kept):
+def slowly(placeholder_map, kept):
     """Run by run, a run being what lies between two separators: one stays behind a kept token, or behind no token."""
     out, run = [], []
-    for slot in slots:
+    for slot in placeholder_map:
         if slot == SEPARATOR:
             out += [*(token in kept for token in run), not run or any(token in kept for token in run)]
             run = []
@@ -22,10 +22,10 @@ def slowly(slots, kept):
 @given(st.data())
 def test_staying_is_what_it_says(data):
     tokens = data.draw(st.permutations(range(data.draw(st.integers(1, 12)))))
-    slots = list(tokens)
+    placeholder_map = list(tokens)
     for place in sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=5)), reverse=True):
-        slots.insert(place, SEPARATOR)
+        placeholder_map.insert(place, SEPARATOR)
     kept = data.draw(st.lists(st.sampled_from(tokens), unique=True, min_size=1))
-    stays = staying(torch.tensor(slots), torch.tensor(sorted(kept)), len(tokens))
-    assert stays.tolist() == slowly(slots, set(kept))
-    assert int(stays[torch.tensor(slots) != SEPARATOR].sum()) == len(kept)
+    stays = staying(torch.tensor(placeholder_map), torch.tensor(sorted(kept)), len(tokens))
+    assert stays.tolist() == slowly(placeholder_map, set(kept))
+    assert int(stays[torch.tensor(placeholder_map) != SEPARATOR].sum()) == len(kept)

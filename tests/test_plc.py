@@ -6,9 +6,10 @@ from tiny_families import make
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make as make_method
 from gridprune_cli.pruning.region import inside
+from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm import FAMILIES
 from gridprune_cli.vlm.compressor import Compressor, save_compressor
@@ -39,8 +40,8 @@ def slow_states(image, kept, region):
     rows = []
     for anchor in kept:
         weight = image.saliency[cells[anchor]].double()
-        rows.append((image.states[cells[anchor]].double() * (weight / weight.sum())[:, None]).sum(0))
-    return torch.stack(rows).to(image.states.dtype)
+        rows.append((image.vision_features[cells[anchor]].double() * (weight / weight.sum())[:, None]).sum(0))
+    return torch.stack(rows).to(image.vision_features.dtype)
 
 
 @pytest.mark.parametrize("region", [(0, 0, 3, 7), "none"])
@@ -56,20 +57,20 @@ def test_rows_of_a_set_are_means_of_their_cells(pipeline, noise, count, region):
     for image, origin in zip(images, pooled.images, strict=True):
         own = [int(i) - first for i in pooled.kept if first <= i < first + image.count]
         assert len(own) == int(0.3 * image.count + 0.5)
-        states = image.states.clone()
-        states[own] = slow_states(image, own, origin.region)
-        stays = [slot for slot in image.slots.tolist() if slot in own]
-        expected.append(pipeline.family.project(states[stays]))
+        vision_features = image.vision_features.clone()
+        vision_features[own] = slow_states(image, own, origin.region)
+        stays = [slot for slot in image.placeholder_map.tolist() if slot in own]
+        expected.append(pipeline.family.project(vision_features[stays]))
         first += image.count
-    slots = torch.cat([image.slots for image in images])
-    assert len(plain.rows) == len(pooled.rows)
-    rows = pooled.rows
-    if (slots < 0).any():  # separators are left as they were
-        separator = (plain.rows == pipeline.family.separator()).all(1)
-        assert torch.equal(rows[separator], plain.rows[separator])
+    placeholder_map = torch.cat([image.placeholder_map for image in images])
+    assert len(plain.image_embeds) == len(pooled.image_embeds)
+    rows = pooled.image_embeds
+    if (placeholder_map < 0).any():  # separators are left as they were
+        separator = (plain.image_embeds == pipeline.family.separator()).all(1)
+        assert torch.equal(rows[separator], plain.image_embeds[separator])
         rows = rows[~separator]
     assert torch.allclose(rows, torch.cat(expected), atol=1e-4)
-    assert not torch.allclose(pooled.rows, plain.rows, atol=1e-3)
+    assert not torch.allclose(pooled.image_embeds, plain.image_embeds, atol=1e-3)
 
 
 def test_a_compressed_set_from_disk_answers_the_same(pipeline, noise):
@@ -83,14 +84,14 @@ def test_a_compressed_set_from_disk_answers_the_same(pipeline, noise):
 def test_with_everything_kept_rows_stay_as_they_are(pipeline, noise):
     image = pipeline.encode([noise((100, 80))])[0]
     plain, pooled = (pipeline.prune(image, QUESTION, Pruning(keep=1.0, plc=plc)) for plc in ("off", "pool"))
-    assert torch.equal(plain.rows, pooled.rows)
+    assert torch.equal(plain.image_embeds, pooled.image_embeds)
 
 
 def test_an_image_that_keeps_nothing_is_left_out(llava, noise):
     images = [llava.encode([noise((100, 80), seed)])[0] for seed in range(3)]
     pruning = Pruning(tokens=2, share_budget=True, method=make_method("fastervlm"), plc="pool")
     pooled = llava.prune(images, QUESTION, pruning)
-    assert len(pooled.kept) == len(pooled.rows) == 2 and torch.isfinite(pooled.rows).all()
+    assert len(pooled.kept) == len(pooled.image_embeds) == 2 and torch.isfinite(pooled.image_embeds).all()
     ratios = [origin.ratios for origin in pooled.images]
     assert {"inside": None, "outside": None} in ratios
 
@@ -166,11 +167,13 @@ def test_trained_rows_are_what_the_compressor_makes_of_pooled_ones(with_compress
     made = pipeline.prune(image, QUESTION, Pruning(keep=0.4, plc="trained", method=make_method(method)))
     kept, region = made.kept, made.images[0].region
     within = inside(image.views, region) if region else torch.zeros(image.count, dtype=torch.bool)
-    pooled = image.states[kept] if bool(within.all()) else slow_states(image, kept.tolist(), region)
-    relevance = pipeline.family.relevance(image.states, QUESTION)
+    pooled = image.vision_features[kept] if bool(within.all()) else slow_states(image, kept.tolist(), region)
+    relevance = pipeline.family.relevance(image.vision_features, QUESTION)
     with torch.no_grad():
-        states = compressor(image.states[None], relevance[None], within[None], pooled[None], within[kept][None])[0]
-    assert torch.allclose(made.rows, pipeline.family.project(states), atol=1e-4)
+        vision_features = compressor(
+            image.vision_features[None], relevance[None], within[None], pooled[None], within[kept][None]
+        )[0]
+    assert torch.allclose(made.image_embeds, pipeline.family.project(vision_features), atol=1e-4)
     again = PrunedSet.from_bytes(made.to_bytes(), "x")
     assert again.plc == "trained"
     assert generate(pipeline.family, [again], 6)[0].ids == generate(pipeline.family, [made], 6)[0].ids

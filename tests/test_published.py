@@ -16,8 +16,9 @@ from test_families import logits
 from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from gridprune_cli.generation import generate
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import FAMILIES
 
 QUESTION = "what colour is the left object?"
@@ -78,7 +79,7 @@ def test_keep_everything_is_generate(repository, noise):
     pruned = pipeline.prune(encoded, QUESTION, everything)
     assert torch.equal(pruned.input_ids, inputs["input_ids"][0])
     assert list(generate(pipeline.family, [pruned], LENGTH)[0].ids) == expected
-    other = replace(pruned, rows=pruned.rows.flip(1))
+    other = replace(pruned, image_embeds=pruned.image_embeds.flip(1))
     assert not torch.allclose(logits(pipeline, pruned), logits(pipeline, other), atol=1e-2)
 
 

@@ -16,7 +16,8 @@ from gridprune_cli.cache.files import RawTensor
 from gridprune_cli.cache.quantize import KINDS, Packed, pack
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.settings import Pruning
 
 EIGHT = sorted(KINDS)
 SIMPLE = st.one_of(
@@ -118,17 +119,17 @@ def test_an_entry_holds_codes_and_scales_and_gives_the_dtype_of_the_tower(pipeli
     assert exact.packed is None and "storage" not in exact.encoder and exact.encoder == full.family.encoder
     assert made.encoder == exact.encoder | {"storage": pipeline.storage}
     _, tensors = pipeline.store.get(pipeline.encoder, made.key)
-    count, width = exact.states.shape
+    count, width = exact.vision_features.shape
     kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     assert kinds == {
-        "states": ({"float8": "F8_E4M3", "int8": "I8"}[pipeline.storage], (count, width)),
+        "vision_features": ({"float8": "F8_E4M3", "int8": "I8"}[pipeline.storage], (count, width)),
         "scales": ("F32", (count,)),
         "saliency": ("BF16", (count,)),
-        "slots": ("I32", (count,)),
+        "placeholder_map": ("I32", (count,)),
     }
     found = pipeline.look_up(picture.sha256, "again")
-    assert found.states.dtype == torch.bfloat16 and torch.equal(found.states, made.states)
-    assert torch.equal(found.states, pack(exact.states, pipeline.storage).unpack(torch.bfloat16))
+    assert found.vision_features.dtype == torch.bfloat16 and torch.equal(found.vision_features, made.vision_features)
+    assert torch.equal(found.vision_features, pack(exact.vision_features, pipeline.storage).unpack(torch.bfloat16))
     assert torch.equal(found.saliency, exact.saliency)
     assert found.nbytes == count * (width + 4 + 2 + 4) < exact.nbytes
     assert dataclasses.replace(found, name=made.name).to_bytes() == made.to_bytes()
@@ -136,13 +137,17 @@ def test_an_entry_holds_codes_and_scales_and_gives_the_dtype_of_the_tower(pipeli
 
 def _codes_as(dtype: str):
     def spoil(header, tensors):
-        return tensors | {"states": RawTensor(dtype, tensors["states"].shape, tensors["states"].data)}
+        return tensors | {
+            "vision_features": RawTensor(dtype, tensors["vision_features"].shape, tensors["vision_features"].data)
+        }
 
     return spoil
 
 
 SPOILT = {
-    "no scales": lambda header, tensors: {name: tensors[name] for name in ("states", "saliency", "slots")},
+    "no scales": lambda header, tensors: {
+        name: tensors[name] for name in ("vision_features", "saliency", "placeholder_map")
+    },
     "too few scales": lambda header, tensors: tensors | {"scales": RawTensor("F32", (1,), bytes(4))},
     "scales of another dtype": lambda header, tensors: (
         tensors | {"scales": RawTensor("I32", tensors["scales"].shape, tensors["scales"].data)}
@@ -164,11 +169,13 @@ def test_an_entry_of_no_sense_is_a_miss_and_is_written_anew(tiny_llava: Path, no
     """Digests are right, contents are not. The last of them only the model can tell."""
     pipeline, picture = Pipeline(str(tiny_llava), store=open_store(), dtype="bfloat16"), noise((90, 70))
     (image,) = pipeline.encode([dataclasses.replace(picture, notes=("noise",))])
-    wider = torch.cat([image.states, image.states], 1)
+    wider = torch.cat([image.vision_features, image.vision_features], 1)
     faults = ENTRY_FAULTS | {
-        "wider states": swap("states", lambda _: wider),
+        "wider states": swap("vision_features", lambda _: wider),
         "another placeholder": put("prompt", "placeholder", value="<image>"),
-        "separators": swap("slots", lambda slots: torch.cat([slots, slots[:1] * 0 - 1])),
+        "separators": swap(
+            "placeholder_map", lambda placeholder_map: torch.cat([placeholder_map, placeholder_map[:1] * 0 - 1])
+        ),
         "another image": put("image", value="0" * 64),
     }
     told = []
@@ -204,8 +211,10 @@ def test_an_entry_in_full_is_what_it_always_was() -> None:
     """Its bytes are frozen: a change of them would lose every cache there is."""
     from test_tokens import encoded_image
 
-    states = torch.arange(102, dtype=torch.bfloat16).view(17, 6)
-    image = dataclasses.replace(encoded_image(torch.bfloat16), states=states, saliency=states[:, 0])
+    vision_features = torch.arange(102, dtype=torch.bfloat16).view(17, 6)
+    image = dataclasses.replace(
+        encoded_image(torch.bfloat16), vision_features=vision_features, saliency=vision_features[:, 0]
+    )
     image = dataclasses.replace(image, encoder={"family": "llava"}, prompt={"grid": [1, 2]})
     frozen = "e2afda48452ec906b60a1d25f66b6936bb4597e5e549a0e1bf661c51fe0567bb"
     assert hashlib.sha256(image.to_bytes()).hexdigest() == frozen

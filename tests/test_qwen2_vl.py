@@ -11,9 +11,10 @@ from transformers.vision_utils import get_vision_window_index
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make as make_method
 from gridprune_cli.pruning.signals import View
+from gridprune_cli.settings import Pruning
 
 QUESTION = "what colour is the left object?"
 SIZES = {"square": (100, 100), "wide": (240, 90), "tall": (70, 260), "tiny": (31, 29), "large": (900, 700)}
@@ -52,7 +53,7 @@ def test_signals_equal_an_eager_reference(kind, noise, monkeypatch, size):
     inputs = family.process(picture.image)[0]
     with torch.no_grad():
         out = model.model.get_image_features(**inputs)
-    assert torch.allclose(found.states[:, :64], out.pooler_output[0], atol=1e-5)
+    assert torch.allclose(found.vision_features[:, :64], out.pooler_output[0], atol=1e-5)
     (weights,) = seen  # one call: the block looks at the whole picture
     assert weights.shape[2:] == (4 * len(found.saliency),) * 2
     order = range(len(found.saliency))
@@ -72,14 +73,14 @@ def test_a_token_covers_its_place_in_the_picture(kind, size):
     before = Image.new("RGB", SIZES[size], (90, 90, 90))
     first = pipeline.family.encode([before])[0]
     (view,) = first.views
-    assert view.box == (0, 0, 1, 1) and view.count == len(first.states)
+    assert view.box == (0, 0, 1, 1) and view.count == len(first.vision_features)
     width, height = before.width / view.cols, before.height / view.rows
     assert 2 / 3 < width / height < 3 / 2  # tokens are as good as square
     for row, col in {(0, view.cols - 1), (view.rows // 2, view.cols // 2), (view.rows - 1, 0)}:
         after = before.copy()
         corner = (col * width + width / 4, row * height + height / 4)
         after.paste((255, 0, 0), (*map(round, corner), round(corner[0] + width / 2), round(corner[1] + height / 2)))
-        change = (pipeline.family.encode([after])[0].states - first.states).abs().sum(-1)
+        change = (pipeline.family.encode([after])[0].vision_features - first.vision_features).abs().sum(-1)
         assert change.argmax() == row * view.cols + col
 
 
@@ -127,7 +128,7 @@ def test_several_pictures_encode_as_single_ones(kind, noise):
     pictures = [noise(size, seed).image for seed, size in enumerate(SIZES.values())]
     for picture, found in zip(pictures, family.encode(pictures), strict=True):
         (alone,) = family.encode([picture])
-        assert torch.equal(found.states, alone.states) and torch.equal(found.saliency, alone.saliency)
+        assert torch.equal(found.vision_features, alone.vision_features) and torch.equal(found.saliency, alone.saliency)
 
 
 def test_a_strip_is_refused(kind):

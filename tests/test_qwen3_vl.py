@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny_families import make
 
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.settings import Pruning
 
 QUESTION = "what colour is the left object?"
 
@@ -28,8 +29,8 @@ def encoded(folder, noise):
 
 def test_states_hold_features_and_deepstack_side_by_side(encoded):
     pipeline, image, out = encoded
-    own, *levels = pipeline.family.split(image.states)
-    assert image.states.shape == (image.count, 3 * 64)
+    own, *levels = pipeline.family.split(image.vision_features)
+    assert image.vision_features.shape == (image.count, 3 * 64)
     assert torch.allclose(own, out.pooler_output[0], atol=1e-5)
     assert len(levels) == len(out.deepstack_features) == 2
     for found, expected in zip(levels, out.deepstack_features, strict=True):
@@ -54,7 +55,7 @@ def test_relevance_is_of_the_tokens_own_rows(encoded):
     table = family.load("language").get_input_embeddings().weight
     words = table[family.processor.tokenizer(QUESTION, add_special_tokens=False).input_ids]
     expected = [torch.stack([torch.cosine_similarity(row, word, 0) for word in words]).mean() for row in out[1][0]]
-    assert torch.allclose(family.relevance(image.states, QUESTION), torch.stack(expected), atol=1e-5)
+    assert torch.allclose(family.relevance(image.vision_features, QUESTION), torch.stack(expected), atol=1e-5)
 
 
 def test_deepstack_reaches_the_answer(encoded):

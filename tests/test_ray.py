@@ -20,10 +20,11 @@ import pytest
 
 from gridprune_cli.cache.store import Store, open_store
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.runners import ray as ray_runner
 from gridprune_cli.runners.local import Ask, Bulk
 from gridprune_cli.runners.ray import Ray, _cache, _decode, _encode, _received, _share, _Worker
+from gridprune_cli.settings import Pruning
 
 IMAGES = int(os.environ.get("IMAGES", "40"))
 QUESTIONS = ("What colour is the star?", "Where is it?", "How many circles are there?")

@@ -14,12 +14,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.images import Picture
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.regions import TEMPLATE, read_answer
 from gridprune_cli.scenes import LOCALIZER
 from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene, questions
+from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import PrunedSet
 
 QUESTION = "Where is the star?"

@@ -11,9 +11,10 @@ from PIL import ImageFile
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.images import load_image
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.runners import local as local_module
 from gridprune_cli.runners.local import Ask, Batches, Bulk, Pruned, Reply, in_order
+from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import EncodedImage
 
 QUESTIONS = ("What colour is the star?", "Where is it?", "How many red circles are left of the blue square?")
@@ -120,10 +121,10 @@ def test_encoding_in_bulk_gives_what_encoding_alone_gives(pipeline, pictures, ti
     for path, (name, encoded, _) in zip(pictures, made, strict=True):
         single = alone.encode_one(path)[0]
         assert (encoded.key, encoded.name, encoded.views) == (single.key, name, single.views)
-        assert torch.allclose(encoded.states, single.states, atol=1e-5)
+        assert torch.allclose(encoded.vision_features, single.vision_features, atol=1e-5)
         assert torch.allclose(encoded.saliency, single.saliency, atol=1e-5)
         stored = pipeline.look_up(encoded.image, name)  # what was given was written before
-        assert stored is not None and torch.equal(stored.states, encoded.states)
+        assert stored is not None and torch.equal(stored.vision_features, encoded.vision_features)
     again = list(Bulk(pipeline, notice=silent).encode(pictures))
     assert all(hit for _, _, hit in again)
     assert all(hit is False for _, _, hit in Bulk(pipeline, notice=silent).encode(pictures, refresh=True))
@@ -133,12 +134,12 @@ def test_what_else_is_in_a_batch_leaves_an_image_s_saliency_alone(noise):
     """To the last bit, as far as the tower's own products leave its states alone: so entries are the same files."""
     pipeline = Pipeline("scenes", dtype="float32")
     pictures = [noise((224, 224), seed) for seed in range(6)]
-    single = [pipeline.see([picture])[0] for picture in pictures]
+    single = [pipeline.run_tower([picture])[0] for picture in pictures]
     for size in (2, 5, 6):
-        together = [encoded for i in range(0, 6, size) for encoded in pipeline.see(pictures[i : i + size])]
+        together = [encoded for i in range(0, 6, size) for encoded in pipeline.run_tower(pictures[i : i + size])]
         for alone, encoded in zip(single, together, strict=True):
-            assert torch.allclose(encoded.states, alone.states, atol=1e-4)
-            if torch.equal(encoded.states, alone.states):
+            assert torch.allclose(encoded.vision_features, alone.vision_features, atol=1e-4)
+            if torch.equal(encoded.vision_features, alone.vision_features):
                 assert torch.equal(encoded.saliency, alone.saliency)
 
 
@@ -176,7 +177,7 @@ def test_bad_pictures_are_told_in_their_place(pipeline, pictures, tmp_path):
 def test_a_picture_that_the_tower_refuses_is_named(pipeline, pictures, monkeypatch):
     from gridprune_cli.images import identify
 
-    see, refused = pipeline.see, identify(pictures[3])[0]
+    see, refused = pipeline.run_tower, identify(pictures[3])[0]
 
     def picky(batch, several):
         if any(picture.sha256 == refused for picture in batch):
@@ -205,7 +206,7 @@ def test_memory_that_runs_out_in_the_tower_halves_the_batch(pipeline, pictures, 
     ]
     alone = fresh(tiny_llava)
     for path, encoded in zip(pictures, made, strict=True):
-        assert torch.allclose(encoded.states, alone.encode_one(path)[0].states, atol=1e-5)
+        assert torch.allclose(encoded.vision_features, alone.encode_one(path)[0].vision_features, atol=1e-5)
 
 
 def test_few_pictures_are_held_however_many_there_are(pipeline, noise, tmp_path, monkeypatch):
@@ -408,11 +409,11 @@ def test_memory_that_runs_out_in_pruning_halves_what_is_pruned_for_together(pipe
     expected = [reply.text for reply in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)]
     project, told, most = pipeline.family.project, [], []
 
-    def small(states):
-        if len(states) > 100:
+    def small(vision_features):
+        if len(vision_features) > 100:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        most.append(len(states))
-        return project(states)
+        most.append(len(vision_features))
+        return project(vision_features)
 
     monkeypatch.setattr(pipeline.family, "project", small)
     replies = Bulk(pipeline, questions=16, notice=told.append).answer(questions, max_new_tokens=4)

@@ -9,7 +9,8 @@ from transformers import AutoConfig
 
 from gridprune_cli.bench.measure import made_picture
 from gridprune_cli.errors import BadInput
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import shapes
 from gridprune_cli.vlm.shapes import SHAPES, build, find_shape
 
@@ -56,8 +57,8 @@ def test_a_shape_answers(name, tokens, separators, words):
     (image,) = pipeline.encode([made_picture(pipeline.model)])
     assert image.count == tokens and torch.isfinite(image.saliency).all()
     pruned = pipeline.prune(image, "What is it?", Pruning(keep=1.0))
-    assert len(pruned.rows) == tokens + separators
-    assert len(pruned.input_ids) - len(pruned.rows) == words
+    assert len(pruned.image_embeds) == tokens + separators
+    assert len(pruned.input_ids) - len(pruned.image_embeds) == words
     assert isinstance(pipeline.generate(pipeline.prune(image, "What is it?", Pruning()), max_new_tokens=3), str)
     model = family.load("language")
     assert len(model.model.language_model.layers) == 2

@@ -28,7 +28,7 @@ def make(number: int, *, size: int = 100, name: str = "a.jpg", **header: object)
     image = f"{number:064x}"
     key = entry_key(image, ENCODER, ["saliency"])
     base = {"schema": 1, "key": key, "image": image, "encoder": ENCODER, "name": name, "tokens": size, "views": []}
-    return key, files.encode({"states": RawTensor("U8", (size,), bytes([number % 256]) * size)}, base | header)
+    return key, files.encode({"vision_features": RawTensor("U8", (size,), bytes([number % 256]) * size)}, base | header)
 
 
 def fill(store: Store, count: int, size: int = 1000) -> list[str]:
@@ -154,7 +154,7 @@ BREAKS: dict[str, Callable[[bytes], bytes]] = {
     "cut header": lambda data: data[:50],
     "zeroes": lambda data: bytes(len(data)),
     "flipped bit": _flip,
-    "foreign": lambda data: safetensors.numpy.save({"states": np.zeros(100, np.uint8)}),
+    "foreign": lambda data: safetensors.numpy.save({"vision_features": np.zeros(100, np.uint8)}),
     "future schema": lambda data: make(1, schema=2)[1],
     "no schema": lambda data: files.encode(files.decode(data)[1], {"key": make(1)[0]}),
     "another key": lambda data: make(2)[1],
@@ -382,7 +382,7 @@ def test_a_reader_never_sees_a_part_of_what_eight_writers_write(store: Store) ->
             assert found or not seen[key], "an entry that was there is gone: it was read in part, and removed"
             if found:
                 seen[key] += 1
-                assert found[1]["states"].data == bytes([number]) * 300_000
+                assert found[1]["vision_features"].data == bytes([number]) * 300_000
     assert [writer.communicate()[1] for writer in writers] == [""] * 8
     assert keys_in(store) == set(keys)
     assert all(fault is None for _, fault in store.verify())

@@ -12,7 +12,8 @@ from tiny_families.quantised import KINDS, quantise
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import FAMILIES, find_supported, hub, support
 from gridprune_cli.vlm.support import FORMATS, Format, quantization, unsupported
 

@@ -38,9 +38,9 @@ def encoded_image(dtype, rows=3, cols=5, name="ä \n.png"):
         encoder={"family": "llava", "dtype": str(dtype).removeprefix("torch.")},
         size=(7, 9),
         views=(View(rows, cols, (0.1, 0.0, 0.9, 1.0)), View(1, 2)),
-        states=torch.randn(rows * cols + 2, 6).to(dtype),
+        vision_features=torch.randn(rows * cols + 2, 6).to(dtype),
         saliency=torch.rand(rows * cols + 2).to(dtype),
-        slots=torch.tensor([*range(rows * cols), -1, rows * cols + 1, rows * cols], dtype=torch.int32),
+        placeholder_map=torch.tensor([*range(rows * cols), -1, rows * cols + 1, rows * cols], dtype=torch.int32),
         prompt={"placeholder": "<image>", "grid": [1, 2]},
         notes=("first of 2 frames",),
     )
@@ -50,7 +50,7 @@ def pruned_set(relevance=True):
     torch.manual_seed(0)
     zones = {"rows": 1, "cols": 1, "budgets": [1]}
     return PrunedSet(
-        rows=torch.randn(2, 4, dtype=torch.bfloat16),
+        image_embeds=torch.randn(2, 4, dtype=torch.bfloat16),
         kept=torch.tensor([1, 5]),
         input_ids=torch.tensor([3, 4, 4, 9]),
         position_ids=torch.tensor([0, 2, 6, 7]),
@@ -70,7 +70,7 @@ def pruned_set(relevance=True):
         model="m",
         fingerprint="f" * 64,
         question="Où?",
-        source={"source": "clip", "model": "ä/clip"} if relevance else None,
+        relevance_source={"source": "clip", "model": "ä/clip"} if relevance else None,
         method={"name": "gridprune", "zone": 4},
         positions="original",
     )
@@ -100,9 +100,9 @@ def test_a_llava_image_takes_at_most_1_2_mib():
     image = dataclasses.replace(
         encoded_image(torch.bfloat16),
         views=(View(24, 24),),
-        states=torch.zeros(576, 1024, dtype=torch.bfloat16),
+        vision_features=torch.zeros(576, 1024, dtype=torch.bfloat16),
         saliency=torch.zeros(576, dtype=torch.bfloat16),
-        slots=torch.arange(576, dtype=torch.int32),
+        placeholder_map=torch.arange(576, dtype=torch.int32),
     )
     assert len(image.to_bytes()) <= 1.2 * 2**20
 
@@ -138,7 +138,10 @@ def of_schema_9(data):
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "not a pruned set"),
         (lambda data: encoded_image(torch.float32).to_bytes(), "it holds something else"),
         (lambda data: of_schema_9(data), "its schema is 9, this version reads 2"),
-        (lambda data: dataclasses.replace(pruned_set(), rows=torch.zeros(1, 4)).to_bytes(), "do not fit each other"),
+        (
+            lambda data: dataclasses.replace(pruned_set(), image_embeds=torch.zeros(1, 4)).to_bytes(),
+            "do not fit each other",
+        ),
     ],
 )
 def test_what_is_no_pruned_set_is_refused_in_one_line(spoil, reason):
@@ -158,7 +161,7 @@ def test_a_missing_file_is_named(tmp_path):
 def staged_set():
     """A pruned set of two images, with all that a file may hold."""
     inside = plan((Stage(1, Attention(), (1,)), Stage(3, Attention(), (0,))), [2], 5)
-    return dataclasses.replace(pruned_set(), slots=torch.tensor([1, 5]), inside=inside)
+    return dataclasses.replace(pruned_set(), placeholder_map=torch.tensor([1, 5]), schedule=inside)
 
 
 def test_what_the_faults_start_from_is_whole():

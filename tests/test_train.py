@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcessor
 
 from gridprune_cli.images import Picture
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.scenes import model as built
 from gridprune_cli.scenes.model import IMAGE, WIDTH
 from gridprune_cli.scenes.scene import (
@@ -31,6 +31,7 @@ from gridprune_cli.scenes.train.language import pack, places_of, whiten
 from gridprune_cli.scenes.train.localizer import LOCALIZER_HEADS, Localizer, extents, seen_owners, shrink
 from gridprune_cli.scenes.train.plan import Plan
 from gridprune_cli.scenes.train.tower import HEADS, properties
+from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm.compressor import load_compressor
 
 
@@ -202,7 +203,7 @@ def test_the_compressor_learns_from_what_it_will_be_given(short, tmp_path):
     found = stage.relevance(image.states[None], [text])[0]
     assert torch.allclose(found, pipeline.family.relevance(image.states, text), atol=1e-5)
     made = pipeline.prune(image, text, Pruning(plc="trained"))
-    assert made.plc == "trained" and len(made.rows) == 28
+    assert made.plc == "trained" and len(made.image_embeds) == 28
 
 
 def test_a_plan_shows_the_tokens_and_rates_it_says():

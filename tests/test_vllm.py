@@ -20,8 +20,9 @@ from tiny_families import make
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.integrations.vllm import NOT_VLLM, VLLM, to_vllm
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import FAMILIES
 
 QUESTION = "what colour is the left object?"
@@ -72,7 +73,7 @@ def test_rows_are_what_the_language_model_is_given(family, noise, size):
     request = to_vllm(pipeline.family, pruned)
     token = pipeline.family.image_token
     assert 0 < len(pruned.kept) < image.count
-    assert request.image_embeds.shape == (1, len(pruned.rows), whole.config.text_config.hidden_size)
+    assert request.image_embeds.shape == (1, len(pruned.image_embeds), whole.config.text_config.hidden_size)
 
     # of our own generate, to the last bit
     model = pipeline.family.load("language")
@@ -82,7 +83,7 @@ def test_rows_are_what_the_language_model_is_given(family, noise, size):
     # of transformers with all tokens, where the kept ones are
     given = inputs(family, [picture])
     all_rows = given_to(whole.model.language_model, lambda: whole(**given))[0, given["input_ids"][0] == token]
-    stays = torch.tensor(slowly(image.slots.tolist(), set(pruned.kept.tolist())))
+    stays = torch.tensor(slowly(image.placeholder_map.tolist(), set(pruned.kept.tolist())))
     assert torch.allclose(request.image_embeds[0], all_rows[stays], atol=1e-5)
     assert not torch.allclose(request.image_embeds[0], all_rows[stays.roll(1)], atol=1e-2)
 
@@ -147,7 +148,7 @@ def test_ids_follow_the_rows(llava, noise):
         "another question": llava.prune(image, "Is there a blue circle on the right?", COMPACT),
         "more": llava.prune(image, QUESTION, replace(COMPACT, keep=0.8)),
         "another picture": llava.prune(second, QUESTION, COMPACT),
-        "another dtype": replace(first, rows=first.rows.bfloat16()),
+        "another dtype": replace(first, image_embeds=first.image_embeds.bfloat16()),
     }
     assert first.kept.tolist() != others["another question"].kept.tolist()
     found = [own, *(ids(made)[0] for made in others.values())]
@@ -159,7 +160,9 @@ def test_several_images(llava, noise):
     three, apart = replace(COMPACT, tokens=3), {"template": "USER: {image} and {image} {question} ASSISTANT:"}
     pruned = llava.prune(images, QUESTION, three, **apart)
     request = to_vllm(llava.family, pruned)
-    assert request.image_embeds.shape == (2, 3, 48) and torch.equal(request.image_embeds.flatten(0, 1), pruned.rows)
+    assert request.image_embeds.shape == (2, 3, 48) and torch.equal(
+        request.image_embeds.flatten(0, 1), pruned.image_embeds
+    )
     assert written_out(request, llava.family.image_token) == pruned.input_ids.tolist()
     assert len(set(request.uuids)) == 2
     alone = to_vllm(llava.family, llava.prune(images[0], QUESTION, three))  # equal but for rounding, so by another id

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import find
 from gridprune_cli.vlm.weights import check_pickles, tensors, weight_files
 
@@ -51,7 +52,7 @@ def test_pickled_weights_answer_as_safetensors_do(kind, tiny_llava, tmp_path, no
         for model in (tiny_llava, folder)
     ]
     assert answers[0].text == answers[1].text
-    assert torch.equal(answers[0].pruned.rows, answers[1].pruned.rows)
+    assert torch.equal(answers[0].pruned.image_embeds, answers[1].pruned.image_embeds)
     assert torch.equal(answers[0].pruned.relevance, answers[1].pruned.relevance)
 
 

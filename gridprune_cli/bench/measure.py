@@ -15,9 +15,10 @@ from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.scenes.scene import SAMPLES, SIZE, draw, make_scene
+from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import EncodedImage
 from gridprune_cli.vlm.checkpoint import EMBEDDED
 
@@ -248,7 +249,7 @@ def _answer(
     select = _since(start)
     (made,) = generate(pipeline.family, [pruned], new_tokens, min_new_tokens=new_tokens)
     kept = len(pruned.kept)
-    inside = pruned.inside.tokens if pruned.inside else ()
+    inside = pruned.schedule.tokens if pruned.schedule else ()
     prompt = len(pruned.input_ids)
     return _Run(kept, inside, prompt, localize, select, made.prefill, made.decode, _peak(device))
 

@@ -23,7 +23,7 @@ from gridprune_cli.cache import files
 from gridprune_cli.cache.files import FileFault, RawTensor
 from gridprune_cli.errors import BadInput, GridpruneError
 
-SCHEMA = 1
+SCHEMA = 2
 BUCKET = "visual-v1"
 DEFAULT_LIMIT = "20G"
 TAG, IGNORE, REMEMBERED = "CACHEDIR.TAG", ".gitignore", "remembered.json"  # the root's own files

@@ -11,7 +11,8 @@ from gridprune_cli.errors import BadInput
 
 if TYPE_CHECKING:
     from gridprune_cli.images import Source
-    from gridprune_cli.pipeline import Pipeline, Pruning
+    from gridprune_cli.pipeline import Pipeline
+    from gridprune_cli.settings import Pruning
 
 Images = Annotated[
     list[str], typer.Argument(metavar="IMAGE...", help="Image files, or - for stdin.", show_default=False)

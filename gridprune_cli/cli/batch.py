@@ -14,10 +14,11 @@ from gridprune_cli.cli.output import check_target, lines_to, progress, say, set_
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
-    from gridprune_cli.pipeline import Pipeline, Pruning
+    from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.questions import Item, Reader
     from gridprune_cli.runners.local import Ask, Pruned, Reply
     from gridprune_cli.runners.ray import Ray
+    from gridprune_cli.settings import Pruning
 
 WINDOW = 16  # batches of questions that are looked at together, to find those of one image and of like length
 

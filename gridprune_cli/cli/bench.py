@@ -12,7 +12,8 @@ from gridprune_cli.text import printable
 
 if TYPE_CHECKING:
     from gridprune_cli.bench.measure import Report, Spread
-    from gridprune_cli.pipeline import Pipeline, Pruning
+    from gridprune_cli.pipeline import Pipeline
+    from gridprune_cli.settings import Pruning
 
 _SHAPE = (
     "Random weights in a published shape, instead of a model: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b or "

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from gridprune_cli.evaluation.data import Item
     from gridprune_cli.evaluation.run import Cell, Plan, Rows
-    from gridprune_cli.pipeline import Pipeline, Pruning
+    from gridprune_cli.pipeline import Pipeline
+    from gridprune_cli.settings import Pruning
 
 
 @options.takes(pipeline=options.pipeline, prompt=options.prompt)

@@ -19,8 +19,9 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.questions import check_text
 
 if TYPE_CHECKING:
-    from gridprune_cli.pipeline import Pipeline, Pruning
+    from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.runners.ray import Ray
+    from gridprune_cli.settings import Pruning
 
 DEVICE = "auto, cpu, cuda, ..., or map: the language model over all GPUs."
 
@@ -295,9 +296,9 @@ def pruning(
     seed: Annotated[int | None, _option("Seed of the method random.", _PAPERS)] = None,
 ) -> "Pruning":
     """What to keep."""
-    from gridprune_cli.pipeline import Pruning
     from gridprune_cli.pruning.methods import make
     from gridprune_cli.pruning.methods.gridprune import LITERAL
+    from gridprune_cli.settings import Pruning
 
     given = {
         "zone": zone,

@@ -14,7 +14,8 @@ from gridprune_cli.cli.output import check_target, emit_json, progress, say, set
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
-    from gridprune_cli.pipeline import Pipeline, Pruning
+    from gridprune_cli.pipeline import Pipeline
+    from gridprune_cli.settings import Pruning
 
 _LONGEST = 243  # characters of a file's name before .safetensors; file systems take 255
 _WINDOW = 128  # lines of --batch that are looked at together, to find those of one image
@@ -71,8 +72,8 @@ def prune(
     data = pruned.to_bytes()
     write_atomic(output, data, sync=True)
     if json:
-        states = ["hit" if hit else "miss" for _, hit in found]
-        cache = states[0] if len(states) == 1 else states
+        hits_and_misses = ["hit" if hit else "miss" for _, hit in found]
+        cache = hits_and_misses[0] if len(hits_and_misses) == 1 else hits_and_misses
         emit_json(pruned.to_json() | {"cache": cache, "file": str(output), "bytes": len(data)})
     for note in pruned.notes:
         say(note)

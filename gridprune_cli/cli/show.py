@@ -13,7 +13,8 @@ from gridprune_cli.cli.output import check_target, put, say, set_quiet, stdout
 if TYPE_CHECKING:
     from gridprune_cli.figure import Figure
     from gridprune_cli.images import Source
-    from gridprune_cli.pipeline import Pipeline, Pruning
+    from gridprune_cli.pipeline import Pipeline
+    from gridprune_cli.settings import Pruning
     from gridprune_cli.tokens import Origin, PrunedSet
 
 
@@ -84,7 +85,7 @@ def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Fig
         region=origin.region,
         question=pruned.question,
         answer=answer,
-        details=" · ".join(filter(None, (kept, pruned.method["name"], compressed, str(pruned.inside or "")))),
+        details=" · ".join(filter(None, (kept, pruned.method["name"], compressed, str(pruned.schedule or "")))),
     )
 
 

@@ -13,8 +13,9 @@ from gridprune_cli.evaluation.data import Data, Item, one_or_all
 from gridprune_cli.evaluation.metrics import METRICS
 from gridprune_cli.generation import generate
 from gridprune_cli.images import open_source
-from gridprune_cli.pipeline import Asked, Pipeline, Pruning
+from gridprune_cli.pipeline import Asked, Pipeline
 from gridprune_cli.pruning.methods import make
+from gridprune_cli.settings import Pruning
 from gridprune_cli.text import to_json
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
@@ -244,7 +245,7 @@ def _line(plan: Plan, item: Item, cell: Cell, pruned: PrunedSet, answer: str) ->
         "kept": len(pruned.kept),
         "tokens": pruned.count,
         "region": one_or_all([origin.region for origin in pruned.images]),
-        "relevance": pruned.source,
+        "relevance": pruned.relevance_source,
         "notes": list(pruned.notes),
         "answer": answer,
         "answers": list(item.answers),

@@ -69,7 +69,7 @@ def to_vllm(family: Family, pruned: PrunedSet) -> Request:
     if kind not in VLLM:
         raise BadInput(f"model type {kind} can't go to vLLM: {NOT_VLLM[kind]}; use `gridprune generate`")
     check_model(family, pruned)
-    if pruned.inside:
+    if pruned.schedule:
         raise BadInput(
             "tokens leave inside the language model, which vLLM can't do; prune without --ilp and with another --method"
         )
@@ -89,7 +89,7 @@ def to_vllm(family: Family, pruned: PrunedSet) -> Request:
         )
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = (ids[1:] != family.image_token) | (ids[:-1] != family.image_token)
-    embeds = pruned.rows.view(count, -1, pruned.rows.shape[-1])
+    embeds = pruned.image_embeds.view(count, -1, pruned.image_embeds.shape[-1])
     return Request(ids[first], embeds, tuple(map(_digest, embeds)), pruned.model, pruned.question)
 
 

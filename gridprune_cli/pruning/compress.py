@@ -49,11 +49,15 @@ def cell_weights(cell: Tensor, saliency: Tensor, k: int) -> Tensor:
     return weight / torch.zeros(k, dtype=torch.float64).index_add(0, mine, weight)[mine]
 
 
-def pool(states: Tensor, cell: Tensor, weight: Tensor, k: int) -> Tensor:
+def pool(vision_features: Tensor, cell: Tensor, weight: Tensor, k: int) -> Tensor:
     """The states of the k cells, (k, C): sums of their tokens' states (N, C), each times its weight (N,)."""
     joined = cell >= 0
-    parts = states[joined].double() * weight[joined, None]
-    return torch.zeros(k, states.shape[1], dtype=torch.float64).index_add(0, cell[joined], parts).to(states.dtype)
+    parts = vision_features[joined].double() * weight[joined, None]
+    return (
+        torch.zeros(k, vision_features.shape[1], dtype=torch.float64)
+        .index_add(0, cell[joined], parts)
+        .to(vision_features.dtype)
+    )
 
 
 def ratio_budget(

@@ -34,9 +34,9 @@ class Sight:
     within: Tensor
     views: tuple[View, ...] = ()
     attention: Tensor | None = None
-    states: Tensor | None = None
+    hidden_states: Tensor | None = None
     keys: Tensor | None = None
-    text_states: Tensor | None = None
+    text_hidden_states: Tensor | None = None
     text_keys: Tensor | None = None
 
 
@@ -54,7 +54,7 @@ class Rule(ABC):
     name: ClassVar[str]
     attention: ClassVar[int | None] = None
     rated: ClassVar[bool] = False
-    states: ClassVar[bool] = False
+    hidden_states: ClassVar[bool] = False
     keys: ClassVar[int | None] = None
 
     @abstractmethod
@@ -142,7 +142,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Inside:
+class LayerSchedule:
     """All stages of a prompt, in the order of their layers, and what they come to.
 
     tokens  visual tokens in each layer of the language model
@@ -156,14 +156,14 @@ class Inside:
         return {"stages": [stage.to_json() for stage in self.stages], "tokens": list(self.tokens), "mean": mean}
 
     @classmethod
-    def from_json(cls, parts: dict[str, Any]) -> "Inside":
+    def from_json(cls, parts: dict[str, Any]) -> "LayerSchedule":
         return cls(tuple(Stage.from_json(stage) for stage in parts["stages"]), tuple(parts["tokens"]))
 
     def __str__(self) -> str:
         return ", ".join(f"{sum(stage.keep)} from layer {stage.layer} on" for stage in self.stages)
 
 
-def plan(stages: Sequence[Stage], present: Sequence[int], depth: int) -> Inside:
+def plan(stages: Sequence[Stage], present: Sequence[int], depth: int) -> LayerSchedule:
     """Stages with budgets no larger than what is there, for `present` tokens per image (or in all) and `depth` layers.
 
     `present` must be as long as every stage's `keep`, layers below `depth` and ascending; of stages at the same layer
@@ -174,4 +174,4 @@ def plan(stages: Sequence[Stage], present: Sequence[int], depth: int) -> Inside:
         there = tuple(min(k, n) for k, n in zip(stage.keep, there, strict=True))
         tokens[stage.layer :] = [sum(there)] * (depth - stage.layer)
         planned.append(Stage(stage.layer, stage.rule, there, stage.positions))
-    return Inside(tuple(planned), tuple(tokens))
+    return LayerSchedule(tuple(planned), tuple(tokens))

@@ -41,10 +41,10 @@ class Signals:
     relevance: Tensor | None = None
     saliency: Tensor | None = None
     region: Box | None = None
-    states: Tensor | None = None
-    rows: Tensor | None = None
-    words: Tensor | None = None
-    by_words: bool = False
+    vision_features: Tensor | None = None
+    image_embeds: Tensor | None = None
+    question_embeds: Tensor | None = None
+    relevance_by_words: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError where a signal has another length than the views, or values that are not finite."""
@@ -56,11 +56,11 @@ class Signals:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, the views have {self.count} tokens")
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name} has values that are not finite")
-        for name in ("states", "rows", "words"):
+        for name in ("vision_features", "image_embeds", "question_embeds"):
             value = getattr(self, name)
             if value is None:
                 continue
-            if value.dim() != 2 or not value.numel() or (name != "words" and len(value) != self.count):
+            if value.dim() != 2 or not value.numel() or (name != "question_embeds" and len(value) != self.count):
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, the views have {self.count} tokens")
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name} has values that are not finite")

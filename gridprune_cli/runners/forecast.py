@@ -102,8 +102,12 @@ def entry_bytes(pipeline: Pipeline, size: tuple[int, int]) -> int:
     """Bytes of the entry of a picture of a width and height, about. ValueError where the family can't process it."""
     family = pipeline.family
     number, token = family.dtype.itemsize, family.processor.tokenizer.convert_ids_to_tokens(family.image_token)
-    states = family.width * number if pipeline.storage == "full" else family.width + 4  # a byte each, and a scale
-    return HEADER + family.count_slots(size) * (states + number + 4 + len(token))  # with saliency, slot and text
+    vision_features = (
+        family.width * number if pipeline.storage == "full" else family.width + 4
+    )  # a byte each, and a scale
+    return HEADER + family.count_placeholders(size) * (
+        vision_features + number + 4 + len(token)
+    )  # with saliency, slot and text
 
 
 def free_bytes(folder: Path) -> int:

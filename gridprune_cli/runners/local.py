@@ -22,8 +22,9 @@ from gridprune_cli.decoding import BYTES_PER_PIXEL, MAX_TOGETHER, stop_when
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, identify, load_image, memory_of
-from gridprune_cli.pipeline import Asked, Pipeline, Pruning
+from gridprune_cli.pipeline import Asked, Pipeline
 from gridprune_cli.regions import Localized
+from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
 _MOST_PIXELS = 36_000_000  # that wait decoded for the tower; about 150 MB
@@ -189,10 +190,10 @@ class Bulk:
         results: dict[str, _Latest | GridpruneError] = dict(latest)
         first = {picture.sha256 for picture in new}
         for picture, result in zip(
-            new, self._images.run(new, partial(self.pipeline.see, several=several)), strict=True
+            new, self._images.run(new, partial(self.pipeline.run_tower, several=several)), strict=True
         ):
             if isinstance(result, EncodedImage):
-                latest[picture.sha256] = result, writer.submit(self.pipeline.keep, result)
+                latest[picture.sha256] = result, writer.submit(self.pipeline.put, result)
                 results[picture.sha256] = latest[picture.sha256]
             else:
                 results[picture.sha256] = result
@@ -372,7 +373,7 @@ class Bulk:
                     yield index, pruned
                     continue
                 waiting.append((index, pruned))
-                held += pruned.pruned.rows.nbytes
+                held += pruned.pruned.image_embeds.nbytes
                 if len(waiting) >= _GROUP * self._questions.size or held > _MOST_BYTES:
                     send()
                     held = 0

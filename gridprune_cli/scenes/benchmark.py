@@ -12,9 +12,10 @@ from rich.progress import track
 from gridprune_cli.evaluation.data import scenes
 from gridprune_cli.evaluation.results import markdown, summarise
 from gridprune_cli.evaluation.run import Cell, Plan, Rows, answers
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.scenes.scene import TUNE
+from gridprune_cli.settings import Pruning
 
 
 def swept() -> tuple[Cell, ...]:

@@ -22,11 +22,11 @@ from rich.progress import track
 from gridprune_cli.evaluation.data import PER_SCENE
 from gridprune_cli.evaluation.results import clustered_error
 from gridprune_cli.images import Picture
-from gridprune_cli.pipeline import Pipeline, Pruning
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.signals import Box
-from gridprune_cli.regions import RELEVANCE, VLM
+from gridprune_cli.regions import VLM
 from gridprune_cli.scenes.scene import (
     CELLS,
     HELDOUT,
@@ -41,6 +41,7 @@ from gridprune_cli.scenes.scene import (
     pixel_owners,
     questions,
 )
+from gridprune_cli.settings import RELEVANCE, Pruning
 from gridprune_cli.tokens import EncodedImage
 
 SPLITS = {"heldout": HELDOUT, "tune": TUNE}  # first seeds
@@ -81,7 +82,7 @@ def score(scene: Scene, question: Question, box: Box) -> tuple[float, float, flo
 def by_relevance(main: Pipeline, images: Sequence[EncodedImage], asked: Sequence[Question]) -> list[Box | None]:
     measure = main.family.relevance
     return [
-        contextual_region(measure(image.states, question.text), image.views)
+        contextual_region(measure(image.vision_features, question.text), image.views)
         for image, question in zip(images, asked, strict=True)
     ]
 

@@ -74,24 +74,26 @@ class ClipRelevance:
         _ = self.model, self.tokenizer
 
     @torch.inference_mode()
-    def __call__(self, states: Tensor, question: str) -> Tensor:
+    def __call__(self, vision_features: Tensor, question: str) -> Tensor:
         """Cosines of patch states `(N, C)` with the question, `(N,)` float32 on the CPU.
 
         Raises BadInput where the states are no states of this CLIP's tower.
         """
-        if self._last is None or self._last[0] is not states:  # an image is often asked about several times in a row
-            self._last = states, self._patches(states)
+        if (
+            self._last is None or self._last[0] is not vision_features
+        ):  # an image is often asked about several times in a row
+            self._last = vision_features, self._patches(vision_features)
         return (self._last[1] @ self._text(question).T).mean(1).cpu()
 
-    def _patches(self, states: Tensor) -> Tensor:
+    def _patches(self, vision_features: Tensor) -> Tensor:
         """Unit vectors `(N, D)` of patch states."""
         head = self.model.vision_model.post_layernorm
-        if states.shape[1] != len(head.weight):
+        if vision_features.shape[1] != len(head.weight):
             raise BadInput(
                 f"--clip {self.checkpoint.name}: its tower gives rows of {len(head.weight)}, the model's of "
-                f"{states.shape[1]}; name the CLIP that the model's tower was taken from"
+                f"{vision_features.shape[1]}; name the CLIP that the model's tower was taken from"
             )
-        patches = self.model.visual_projection(head(states.to(self.device, self.dtype)))
+        patches = self.model.visual_projection(head(vision_features.to(self.device, self.dtype)))
         return normalize(patches.float(), dim=-1)
 
     def _text(self, question: str) -> Tensor:

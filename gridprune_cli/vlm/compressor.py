@@ -44,14 +44,16 @@ class Compressor(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, states: Tensor, relevance: Tensor, within: Tensor, pooled: Tensor, inside: Tensor) -> Tensor:
+    def forward(
+        self, vision_features: Tensor, relevance: Tensor, within: Tensor, pooled: Tensor, inside: Tensor
+    ) -> Tensor:
         """States of the rows `(B, K, C)`.
 
         states (B, N, C), relevance (B, N) and within (B, N) bool are of all tokens; pooled (B, K, C) are the rows'
         states after pooling, and inside (B, K) bool tells which rows' anchors lie in the region. The j-th row outside
         takes the j-th query, and starts again behind the last one.
         """
-        tokens = torch.cat([self.norm_tokens(states), _SPREAD * relevance[..., None]], dim=-1)
+        tokens = torch.cat([self.norm_tokens(vision_features), _SPREAD * relevance[..., None]], dim=-1)
         turn = ((~inside).long().cumsum(1) - 1).clamp(min=0) % QUERIES
         asked = self.ask(self.norm_rows(pooled)) + self.queries[turn] * ~inside[..., None]
         key, value = self.tell(tokens).chunk(2, dim=-1)

@@ -52,10 +52,10 @@ class Encoding:
                       else `positions` needs; JSON values only
     """
 
-    states: Tensor
+    vision_features: Tensor
     saliency: Tensor
     views: tuple[View, ...]
-    slots: Tensor
+    placeholder_map: Tensor
     prompt: dict[str, Any] = field(default_factory=dict)
 
 
@@ -65,7 +65,7 @@ class Family(ABC):
     model_class: ClassVar[type[PreTrainedModel]]
     processor_class: ClassVar[Any]
     modules: ClassVar[dict[str, tuple[str, ...]]]  # part -> dotted paths of its sub-modules
-    words: ClassVar[str] = "model.language_model"  # dotted path of the language model's text part
+    text_model: ClassVar[str] = "model.language_model"  # dotted path of the language model's text part
     batched: ClassVar[bool] = False  # whether `generate` takes features as one tensor (1, N, D), not a list of (N, D)
     together: ClassVar[bool] = False  # whether a picture is encoded in another way where a prompt has several
     axes: ClassVar[int] = 1  # of `positions`
@@ -159,7 +159,7 @@ class Family(ABC):
         return WordRelevance(self)
 
     @cached_property
-    def by_words(self) -> bool:
+    def relevance_by_words(self) -> bool:
         """Whether relevance comes from words, not from CLIP."""
         return self._relevance == "words" or self.checkpoint.clip_tower is None
 
@@ -169,7 +169,7 @@ class Family(ABC):
 
         Raises BadInput where it is not known, is not the tower's, or can't be had, GridpruneError where the hub fails.
         """
-        return None if self.by_words else find_clip(self.checkpoint)
+        return None if self.relevance_by_words else find_clip(self.checkpoint)
 
     @property
     def relevance_source(self) -> dict[str, Any]:
@@ -194,21 +194,21 @@ class Family(ABC):
         return self.config.vision_config.hidden_size
 
     @property
-    def row_width(self) -> int:
+    def embed_width(self) -> int:
         """D, how many numbers a row has that the language model receives."""
         return self.config.get_text_config().hidden_size
 
     def check(self, image: EncodedImage) -> None:
         """Raises ValueError where an encoded image, as a cache holds it, is none that `encode` gives."""
-        if image.states.shape[1] != self.width:
-            raise ValueError(f"states of {image.states.shape[1]} numbers, not {self.width}")
+        if image.vision_features.shape[1] != self.width:
+            raise ValueError(f"states of {image.vision_features.shape[1]} numbers, not {self.width}")
         token = self.processor.tokenizer.convert_ids_to_tokens(self.image_token)
-        if image.prompt["placeholder"].count(token) != len(image.slots):
-            raise ValueError(f"its placeholder does not hold {token} {len(image.slots)} times")
-        if type(self).separator is Family.separator and len(image.slots) != image.count:
+        if image.prompt["placeholder"].count(token) != len(image.placeholder_map):
+            raise ValueError(f"its placeholder does not hold {token} {len(image.placeholder_map)} times")
+        if type(self).separator is Family.separator and len(image.placeholder_map) != image.count:
             raise ValueError("separators, of which this model has none")
 
-    def count_slots(self, size: tuple[int, int]) -> int:
+    def count_placeholders(self, size: tuple[int, int]) -> int:
         """S of a picture of a width and height in pixels, by the settings. ValueError where it can't be processed."""
         return self.processor._get_num_multimodal_tokens(image_sizes=[size[::-1]]).num_image_tokens[0]
 
@@ -262,13 +262,13 @@ class Family(ABC):
 
     # ---- pruning -----------------------------------------------------------------------------------------------------
 
-    def project(self, states: Tensor) -> Tensor:
+    def project(self, vision_features: Tensor) -> Tensor:
         """Rows that the language model receives `(K, D)` for states `(K, C)`, row by row."""
-        return states
+        return vision_features
 
-    def own_rows(self, states: Tensor) -> Tensor:
+    def text_embeds(self, vision_features: Tensor) -> Tensor:
         """The rows `(K, D)` of states `(K, C)` that stand where words do."""
-        return self.project(states)
+        return self.project(vision_features)
 
     @cached_property
     def compressor(self) -> Compressor:
@@ -329,7 +329,7 @@ class Family(ABC):
             rows |= zip(some, made.input_ids, strict=True)
         out = [torch.tensor(rows[n]) for n in range(len(texts))]
         for ids, (_, images) in zip(out, asked, strict=True):
-            if int((ids == self.image_token).sum()) != sum(len(image.slots) for image in images):
+            if int((ids == self.image_token).sum()) != sum(len(image.placeholder_map) for image in images):
                 raise BadInput("the question holds the model's image token; leave it out")
         return out
 
@@ -391,7 +391,7 @@ class Family(ABC):
 
         A new one at each call: `generate` changes what it is given.
         """
-        rows = [pruned.rows.to(self.device, self.dtype) for pruned in batch]
+        rows = [pruned.image_embeds.to(self.device, self.dtype) for pruned in batch]
         return BaseModelOutputWithPooling(pooler_output=torch.cat(rows)[None] if self.batched else rows)
 
     def extras(self, ids: Tensor) -> dict[str, Tensor]:
@@ -408,9 +408,9 @@ class Family(ABC):
         """The first layer at whose input visual tokens can leave: one layer must have seen them."""
         return 1
 
-    def rotary(self, states: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def rotary(self, hidden_states: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """The position embeddings that a layer gets for places `(B, n)` in a text."""
-        return self.load("language").get_submodule(self.words).rotary_emb(states, positions)
+        return self.load("language").get_submodule(self.text_model).rotary_emb(hidden_states, positions)
 
 
 def _without_video(kind: Any) -> Any:

@@ -31,17 +31,17 @@ class Gemma3(PaliGemma):
         return avg_pool2d(patches.transpose(1, 2).unflatten(2, (side, side)), side // tokens).flatten(2).transpose(1, 2)
 
     @torch.inference_mode()
-    def project(self, states: Tensor) -> Tensor:
+    def project(self, vision_features: Tensor) -> Tensor:
         """The projector, but for its pooling."""
         projector = self.load("projector").model.multi_modal_projector
-        normed = projector.mm_soft_emb_norm(states.to(self.device, self.dtype))
+        normed = projector.mm_soft_emb_norm(vision_features.to(self.device, self.dtype))
         return (normed @ projector.mm_input_projection_weight).to(self.dtype).cpu()
 
     def extras(self, ids: Tensor) -> dict[str, Tensor]:
         """Kind 1 is an image; what a batch is padded with is none."""
         return {"token_type_ids": (ids == self.image_token).long()}
 
-    def rotary(self, states: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def rotary(self, hidden_states: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Layers with a sliding window turn faster than the others."""
-        text = self.load("language").get_submodule(self.words)
-        return text.rotary_emb(states, positions, text.config.layer_types[layer])
+        text = self.load("language").get_submodule(self.text_model)
+        return text.rotary_emb(hidden_states, positions, text.config.layer_types[layer])

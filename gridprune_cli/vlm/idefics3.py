@@ -23,23 +23,23 @@ class Idefics3(InternVL):
         "projector": ("model.connector",),
         "language": ("model.text_model", "lm_head"),
     }
-    words = "model.text_model"
+    text_model = "model.text_model"
     batched = False
 
     @property
     def side(self) -> int:
         return self.config.scale_factor
 
-    def count_slots(self, size: tuple[int, int]) -> int:
+    def count_placeholders(self, size: tuple[int, int]) -> int:
         tiles, *_ = self.processor.image_processor.get_number_of_image_patches(*size[::-1], self._image_settings)
         return tiles * self.processor.image_seq_len
 
-    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def run_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Patch states `(T, P, C)` of tiles `(T, 3, H, W)`, and the attention that they receive `(T, P)`."""
         tower = self.load("tower").model.vision_model
         with watch(tower.encoder.layers[-1].self_attn, cls=False) as record:
-            states = tower(pixels).last_hidden_state
-        return states, torch.cat(record)
+            vision_features = tower(pixels).last_hidden_state
+        return vision_features, torch.cat(record)
 
     def grid(self, picture: Image, inputs: dict[str, Tensor]) -> tuple[int, int]:
         return int(inputs["rows"].item()), int(inputs["cols"].item())

@@ -37,7 +37,7 @@ def prune_inside(
     repeats, as for beams, prune alike. Raises BadInput at a run that does otherwise, and GridpruneError where
     attention is not finite, or was set to a kind that can't be followed: neither eager nor what `Family.load` sets.
     """
-    if all(pruned.inside is None for pruned in batch):
+    if all(pruned.schedule is None for pruned in batch):
         yield
         return
     run = _Run(family, model, batch, ids, mask)
@@ -75,13 +75,13 @@ class _Prompt:
     """One pruned set's stages, and what stands at each place of its padded prompt (L,)."""
 
     def __init__(self, pruned: PrunedSet, image_tokens: Tensor):
-        self.stages = {stage.layer: stage for stage in pruned.inside.stages} if pruned.inside else {}
+        self.stages = {stage.layer: stage for stage in pruned.schedule.stages} if pruned.schedule else {}
         self.visual = torch.full((len(image_tokens),), _TEXT)
         self.text = image_tokens.flip(0).cumsum(0).flip(0) == 0  # behind the last image
         self.views = tuple(view for image in pruned.images for view in image.views)
         self.weight = torch.zeros(len(image_tokens))  # of the queries whose attention is measured for rules with raters
-        if pruned.slots is not None:
-            self.visual[image_tokens] = pruned.slots.long()
+        if pruned.placeholder_map is not None:
+            self.visual[image_tokens] = pruned.placeholder_map.long()
         counts = torch.tensor([image.count for image in pruned.images])
         self.owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
         self.within = torch.cat(
@@ -142,7 +142,7 @@ class _Run:
 
     def __init__(self, family: Family, model: nn.Module, batch: Sequence[PrunedSet], ids: Tensor, mask: Tensor):
         self.family = family
-        text: Any = model.get_submodule(family.words)
+        text: Any = model.get_submodule(family.text_model)
         self.layers, self.norm = text.layers, text.norm
         kind = text.config._attn_implementation
         if kind not in (NAME, "eager"):
@@ -258,8 +258,8 @@ class _Run:
         here = entries.to(hidden.device)
         if rule.attention is not None:
             seen["attention"] = rows[-1][row].cpu().double()[entries]
-        if rule.states:
-            seen["states"] = self.norm(hidden[row, here])
+        if rule.hidden_states:
+            seen["hidden_states"] = self.norm(hidden[row, here])
         if rule.keys == 0:
             seen["keys"] = layer.self_attn.k_proj(layer.input_layernorm(hidden[row, here]))
         if rule.keys == -1:

@@ -33,14 +33,14 @@ class InternVL(Family):
     @torch.inference_mode()
     def _encode(self, picture: Image) -> Encoding:
         inputs, placeholder = self.process(picture)
-        patches, attention = self.see(inputs["pixel_values"].flatten(0, -4))
-        states = join(patches, self.side)
+        patches, attention = self.run_tower(inputs["pixel_values"].flatten(0, -4))
+        vision_features = join(patches, self.side)
         saliency = join(attention[..., None], self.side).mean(-1).to(self.dtype)
         rows, cols = self.grid(picture, inputs)
         boxes = [(x / cols, y / rows, (x + 1) / cols, (y + 1) / rows) for y in range(rows) for x in range(cols)]
-        across = round(states.shape[1] ** 0.5)
+        across = round(vision_features.shape[1] ** 0.5)
         return Encoding(
-            states.flatten(0, 1).cpu(),
+            vision_features.flatten(0, 1).cpu(),
             saliency.flatten().cpu(),
             tuple(View(across, across, box) for box in (*boxes, (0.0, 0.0, 1.0, 1.0))),
             torch.arange(saliency.numel()),
@@ -56,11 +56,11 @@ class InternVL(Family):
     def width(self) -> int:
         return self.side**2 * super().width
 
-    def count_slots(self, size: tuple[int, int]) -> int:
+    def count_placeholders(self, size: tuple[int, int]) -> int:
         images = self.processor.image_processor
         return images.get_number_of_image_patches(*size[::-1], self._image_settings) * self.processor.image_seq_length
 
-    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def run_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Patch states `(T, P, C)` of tiles `(T, 3, H, W)`, and the CLS token's attention to them `(T, P)`."""
         model = self.load("tower")
         tower, layer = model.model.vision_tower, model.config.vision_feature_layer
@@ -82,8 +82,8 @@ class InternVL(Family):
         return rows, cols
 
     @torch.inference_mode()
-    def project(self, states: Tensor) -> Tensor:
-        return self.projector(self.load("projector").model)(states.to(self.device, self.dtype)).cpu()
+    def project(self, vision_features: Tensor) -> Tensor:
+        return self.projector(self.load("projector").model)(vision_features.to(self.device, self.dtype)).cpu()
 
     def projector(self, model: Any) -> Any:
         """The part of the model that makes rows of joined patches."""

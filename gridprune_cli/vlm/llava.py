@@ -24,12 +24,14 @@ class Llava(Family):
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
-        states, saliency = self.see(torch.cat([self.process(picture)[0]["pixel_values"] for picture in pictures]))
-        side = round(states.shape[1] ** 0.5)
+        vision_features, saliency = self.run_tower(
+            torch.cat([self.process(picture)[0]["pixel_values"] for picture in pictures])
+        )
+        side = round(vision_features.shape[1] ** 0.5)
         placeholder = self.processor.image_token * (side * side)
         return [
             Encoding(
-                states[i],
+                vision_features[i],
                 saliency[i],
                 (View(side, side, self._seen(picture)),),
                 torch.arange(side * side),
@@ -38,7 +40,7 @@ class Llava(Family):
             for i, picture in enumerate(pictures)
         ]
 
-    def count_slots(self, size: tuple[int, int]) -> int:
+    def count_placeholders(self, size: tuple[int, int]) -> int:
         """A picture of any size is brought to that of the tower."""
         tower = self.config.vision_config
         return (tower.image_size // tower.patch_size) ** 2
@@ -50,7 +52,7 @@ class Llava(Family):
             return []
         return [f"model.vision_tower.encoder.layers.{i}" for i in range(layer % (layers + 1), layers)]
 
-    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def run_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Patch states `(B, N, C)` of the layer that the projector reads, and the saliency `(B, N)` of that layer."""
         model = self.load("tower")
         tower, layer = model.model.vision_tower, model.config.vision_feature_layer
@@ -74,6 +76,6 @@ class Llava(Family):
         return 0.5 - half[0], 0.5 - half[1], 0.5 + half[0], 0.5 + half[1]
 
     @torch.inference_mode()
-    def project(self, states: Tensor) -> Tensor:
+    def project(self, vision_features: Tensor) -> Tensor:
         projector = self.load("projector").model.multi_modal_projector
-        return projector(states.to(self.device, self.dtype)).cpu()
+        return projector(vision_features.to(self.device, self.dtype)).cpu()

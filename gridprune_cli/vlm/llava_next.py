@@ -26,7 +26,7 @@ class LlavaNext(Llava):
     model_class = LlavaNextForConditionalGeneration
     processor_class = LlavaNextProcessor
 
-    count_slots = Family.count_slots
+    count_placeholders = Family.count_placeholders
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
@@ -37,8 +37,8 @@ class LlavaNext(Llava):
     ) -> Encoding:
         """The base view, which covers the part `box` of the picture, and the mosaic where there are tiles besides."""
         size = inputs["image_sizes"].cpu()  # (1, 2), height and width
-        parts = [self.see(pixels) for pixels in inputs["pixel_values"][0].split(_TILES)]
-        states, saliency = (torch.cat(part) for part in zip(*parts, strict=True))  # (T, N, C) and (T, N)
+        parts = [self.run_tower(pixels) for pixels in inputs["pixel_values"][0].split(_TILES)]
+        vision_features, saliency = (torch.cat(part) for part in zip(*parts, strict=True))  # (T, N, C) and (T, N)
         marks = self._pack(torch.zeros(*saliency.shape, 1), size)[:, 0]
         token = marks != SEPARATOR
         rows = int((~token).sum())
@@ -48,16 +48,16 @@ class LlavaNext(Llava):
         if cols:  # nothing is left between the padding of a picture that is hardly more than a line, or without tiles
             views.append(View(rows, cols, self._mosaic(size[0], side)))
         return Encoding(
-            self._pack(self._stored(states), size)[token].cpu(),
+            self._pack(self._stored(vision_features), size)[token].cpu(),
             self._pack(saliency[..., None], size)[token, 0],
             tuple(views),
             torch.where(token, token.cumsum(0) - 1, SEPARATOR),
             {"placeholder": placeholder},
         )
 
-    def _stored(self, states: Tensor) -> Tensor:
+    def _stored(self, vision_features: Tensor) -> Tensor:
         """What is kept of tower states `(T, N, C)`."""
-        return states
+        return vision_features
 
     def _pack(self, values: Tensor, size: Tensor) -> Tensor:
         """Values of tiles `(T, N, C)` as the model packs them, `(S, C)`, with `SEPARATOR` in the newlines' rows."""

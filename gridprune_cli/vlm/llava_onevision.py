@@ -42,11 +42,11 @@ class LlavaOnevision(LlavaNext):
         inputs = {name: value[:1] for name, value in self._place(data).items()}
         return self._encode_tiles(inputs, placeholder, _square(*picture.size))
 
-    def _stored(self, states: Tensor) -> Tensor:
-        return self.load("projector").model.multi_modal_projector(states.to(self.device))
+    def _stored(self, vision_features: Tensor) -> Tensor:
+        return self.load("projector").model.multi_modal_projector(vision_features.to(self.device))
 
-    def project(self, states: Tensor) -> Tensor:
-        return states
+    def project(self, vision_features: Tensor) -> Tensor:
+        return vision_features
 
     def _packing(self) -> dict[str, Any]:
         return {"vision_aspect_ratio": self.load("tower").config.vision_aspect_ratio}

@@ -34,11 +34,13 @@ class PaliGemma(Family):
         tower = self.load("tower").model.vision_tower
         with watch(tower.encoder.layers[-1].self_attn, cls=False) as record:
             patches = tower(torch.cat([data["pixel_values"] for data in inputs])).last_hidden_state
-        states = self.pool(patches).cpu()
+        vision_features = self.pool(patches).cpu()
         saliency = self.pool(torch.cat(record)[..., None])[..., 0].to(self.dtype).cpu()
-        side = round(states.shape[1] ** 0.5)
+        side = round(vision_features.shape[1] ** 0.5)
         return [
-            Encoding(states[i], saliency[i], (View(side, side),), torch.arange(side * side), {"placeholder": text})
+            Encoding(
+                vision_features[i], saliency[i], (View(side, side),), torch.arange(side * side), {"placeholder": text}
+            )
             for i, text in enumerate(placeholders)
         ]
 
@@ -47,9 +49,9 @@ class PaliGemma(Family):
         return patches
 
     @torch.inference_mode()
-    def project(self, states: Tensor) -> Tensor:
+    def project(self, vision_features: Tensor) -> Tensor:
         projector = self.load("projector").model.multi_modal_projector
-        return projector(states.to(self.device, self.dtype)).cpu()
+        return projector(vision_features.to(self.device, self.dtype)).cpu()
 
     def write_text(self, question: str, images: int, system: str | None) -> str:
         """What the processor makes of a question: images come first, and the beginning of the text behind them."""

@@ -78,11 +78,11 @@ class Qwen2VL(Family):
         """Position ids `(3, L)`. Text counts on in all axes; an image has one time, and its rows and columns count from
         there. What follows it begins behind its longer side."""
         places = torch.empty(3, len(ids), dtype=torch.long)
-        slots = (ids == self.image_token).nonzero()[:, 0].tolist()
+        placeholder_map = (ids == self.image_token).nonzero()[:, 0].tolist()
         token = place = seen = 0  # next token, its position, slots so far
         for image in images:
             (view,) = image.views
-            start, end = slots[seen], slots[seen] + view.count
+            start, end = placeholder_map[seen], placeholder_map[seen] + view.count
             places[:, token:start] = torch.arange(start - token) + place
             place += start - token
             index = torch.arange(view.count)
@@ -92,6 +92,6 @@ class Qwen2VL(Family):
         places[:, token:] = torch.arange(len(ids) - token) + place
         return places
 
-    def rotary(self, states: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def rotary(self, hidden_states: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """All axes count on as in text."""
-        return super().rotary(states, positions[None], layer)
+        return super().rotary(hidden_states, positions[None], layer)

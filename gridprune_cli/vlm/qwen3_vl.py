@@ -28,27 +28,27 @@ class Qwen3VL(Qwen2VL):
         return (1 + self._levels) * super().width
 
     @property
-    def row_width(self) -> int:
+    def embed_width(self) -> int:
         return self.width
 
     @property
     def _levels(self) -> int:
         return len(self.checkpoint.config["vision_config"]["deepstack_visual_indexes"])
 
-    def split(self, states: Tensor) -> tuple[Tensor, ...]:
+    def split(self, vision_features: Tensor) -> tuple[Tensor, ...]:
         """States `(N, (1 + levels) * D)` as the tokens' own rows and those of each level, `(N, D)` each."""
-        return states.chunk(1 + self._levels, dim=1)
+        return vision_features.chunk(1 + self._levels, dim=1)
 
     @property
     def first_inner(self) -> int:
         """Deepstack rows are added behind the first layers, for every token that was there at the start."""
         return self._levels
 
-    def own_rows(self, states: Tensor) -> Tensor:
+    def text_embeds(self, vision_features: Tensor) -> Tensor:
         """Without the deepstack rows, which never stand where words do."""
-        return self.split(states)[0]
+        return self.split(vision_features)[0]
 
     def features(self, batch: Sequence[PrunedSet]) -> Any:
-        images = [self.split(pruned.rows.to(self.device, self.dtype)) for pruned in batch]
+        images = [self.split(pruned.image_embeds.to(self.device, self.dtype)) for pruned in batch]
         rows, *levels = (list(parts) for parts in zip(*images, strict=True))
         return BaseModelOutputWithDeepstackFeatures(pooler_output=rows, deepstack_features=levels)

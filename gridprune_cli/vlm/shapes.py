@@ -245,7 +245,7 @@ def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = No
             family.relevance.model = _random(CLIPModel, folder / "clip", dtype, device)
         family.relevance.load()
         # what else is read of the folder
-        _ = family.processor, family.encoder, family.by_words, family.config, family.checkpoint.config
+        _ = family.processor, family.encoder, family.relevance_by_words, family.config, family.checkpoint.config
     return family
 
 

@@ -52,7 +52,7 @@ class WordRelevance:
         if "language" in family._loaded:
             return family.load("language").get_input_embeddings()
         without = [*family.modules["tower"], *family.modules["projector"], "lm_head"]
-        without += [f"{family.words}.{name}" for name in ("layers", "norm")]
+        without += [f"{family.text_model}.{name}" for name in ("layers", "norm")]
         return load_part(
             family.model_class, family.checkpoint.folder, without, family.dtype, family.device
         ).get_input_embeddings()
@@ -72,9 +72,14 @@ class WordRelevance:
         return self.embedding(ids.to(self.family.device)).to(self.family.device)
 
     @torch.inference_mode()
-    def __call__(self, states: Tensor, question: str) -> Tensor:
+    def __call__(self, vision_features: Tensor, question: str) -> Tensor:
         """Mean cosines of visual tokens, given as states `(N, C)`, with the question's words: `(N,)` float32, CPU."""
         words = normalize(self.vectors(question).float(), dim=-1)
-        if self._last is None or self._last[0] is not states:  # an image is often asked about several times in a row
-            self._last = states, normalize(self.family.own_rows(states).to(self.family.device).float(), dim=-1)
+        if (
+            self._last is None or self._last[0] is not vision_features
+        ):  # an image is often asked about several times in a row
+            self._last = (
+                vision_features,
+                normalize(self.family.text_embeds(vision_features).to(self.family.device).float(), dim=-1),
+            )
         return (self._last[1] @ words.T).mean(1).cpu()

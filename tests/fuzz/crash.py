@@ -32,7 +32,9 @@ def entry(encoder: int, number: int, version: int) -> tuple[str, bytes]:
     key = entry_key(image, ENCODERS[encoder], ["saliency"])
     header = {"schema": 1, "key": key, "encoder": ENCODERS[encoder], "image": image, "number": [number, version]}
     size = 20_000 + 5_000 * (number % 4)
-    return key, files.encode({"states": RawTensor("U8", (size,), bytes([number, version % 256]) * (size // 2))}, header)
+    return key, files.encode(
+        {"vision_features": RawTensor("U8", (size,), bytes([number, version % 256]) * (size // 2))}, header
+    )
 
 
 def write(store: Store, rng: random.Random) -> None:

@@ -215,12 +215,16 @@ _VIEWS: dict[str, Any] = {
 }
 
 ENTRY_FAULTS: dict[str, Fault] = {
-    **_tensor_faults(("states", "saliency"), ("slots",)),
+    **_tensor_faults(("vision_features", "saliency"), ("placeholder_map",)),
     **_text_faults(("model",), ("image",), ("name",), ("prompt", "placeholder"), ("notes", 0)),
     **{what: put("views", value=views) for what, views in _VIEWS.items()},
-    "a slot twice": swap("slots", lambda slots: torch.where(slots == 1, 0, slots)),
+    "a token in two places": swap(
+        "placeholder_map", lambda placeholder_map: torch.where(placeholder_map == 1, 0, placeholder_map)
+    ),
     "saliency below 0": swap("saliency", _first(-1)),
-    "states of another dtype": swap("states", lambda states: states.to(torch.float16)),
+    "vision_features of another dtype": swap(
+        "vision_features", lambda vision_features: vision_features.to(torch.float16)
+    ),
     "saliency of another dtype": swap("saliency", lambda saliency: saliency.to(torch.float16)),
     "another kind": put("kind", value="pruned"),
     "another count": put("tokens", value=3),
@@ -230,7 +234,7 @@ ENTRY_FAULTS: dict[str, Fault] = {
     "no notes": put("notes", value="first of 2 frames"),
 }
 
-_INSIDE: dict[str, tuple[tuple[Any, ...], Any]] = {
+_SCHEDULES: dict[str, tuple[tuple[Any, ...], Any]] = {
     "inside a list": ((), []),
     "inside a number": ((), 3),
     "no stages": (("stages",), []),
@@ -255,22 +259,22 @@ _INSIDE: dict[str, tuple[tuple[Any, ...], Any]] = {
 }
 
 PRUNED_FAULTS: dict[str, Fault] = {
-    **_tensor_faults(("rows", "saliency", "relevance"), ("kept", "input_ids", "position_ids"), ("relevance",)),
+    **_tensor_faults(("image_embeds", "saliency", "relevance"), ("kept", "input_ids", "position_ids"), ("relevance",)),
     **_text_faults(("model",), ("fingerprint",), ("question",), ("method", "name"), ("positions",), ("plc",)),
     **_text_faults(("images", 0, "key"), ("images", 1, "image"), ("images", 0, "name")),
     **{what: put("images", 0, "views", value=views) for what, views in _VIEWS.items()},
-    **{what: put("inside", *path, value=value) for what, (path, value) in _INSIDE.items()},
+    **{what: put("schedule", *path, value=value) for what, (path, value) in _SCHEDULES.items()},
     "kept twice": swap("kept", lambda kept: kept[:1].repeat(len(kept))),
     "kept unsorted": swap("kept", lambda kept: kept.flip(0)),
     "kept out of range": swap("kept", lambda kept: kept + 1),
     "kept in 32 bits": swap("kept", lambda kept: kept.int()),
     "kept of none": swap("kept", lambda kept: kept[:0]),
-    "other slots": swap("slots", lambda slots: slots.flip(0) * 0),
-    "slots gone": drop("slots"),
+    "another placeholder_map": swap("placeholder_map", lambda placeholder_map: placeholder_map.flip(0) * 0),
+    "no placeholder_map": drop("placeholder_map"),
     "positions on two axes": swap("position_ids", lambda places: places.expand(2, -1)),
     "positions descending": swap("position_ids", lambda places: places.flip(0)),
     "positions not compact": put("positions", value="compact"),
-    "fewer input_ids than rows": lambda _, tensors: tensors.update(
+    "fewer input_ids than image_embeds": lambda _, tensors: tensors.update(
         input_ids=tensors["input_ids"][:1], position_ids=tensors["position_ids"][:1]
     ),
     "another kind": put("kind", value="encoded"),

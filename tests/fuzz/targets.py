@@ -195,8 +195,9 @@ def run_line(random: Random) -> str:
 def embedded() -> tuple[Any, Any, bytes, bytes]:
     """The embedded model with a cache, an encoded scene, and the bytes of its entry and of a pruned set."""
     from gridprune_cli.cache.store import Store
-    from gridprune_cli.pipeline import Pipeline, Pruning
+    from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.scenes.scene import draw, make_scene
+    from gridprune_cli.settings import Pruning
 
     png = io.BytesIO()
     draw(make_scene(0))[0].save(png, "PNG")
@@ -234,7 +235,9 @@ def run_entry(random: Random) -> str:
     if hit is None:
         return "missed"
     assert changed is files.semantic, "changed bytes were read"
-    assert hit.states.shape == encoded.states.shape and bool(torch.isfinite(hit.states).all())
+    assert hit.vision_features.shape == encoded.vision_features.shape and bool(
+        torch.isfinite(hit.vision_features).all()
+    )
     json.dumps(pipeline.prune(hit, "Where is the star?").to_json())
     return "read"
 
@@ -292,10 +295,10 @@ def run_signals(random: Random) -> str:
         relevance=numbers(count).clamp(-1, 1),
         saliency=numbers(count, low=0.0),
         region=random.choice((None, (x0, y0, x1, y1))),
-        states=numbers(count, 6),
-        rows=numbers(count, 4),
-        words=numbers(random.choice((1, 3)), 4),
-        by_words=random.random() < 0.5,
+        vision_features=numbers(count, 6),
+        image_embeds=numbers(count, 4),
+        question_embeds=numbers(random.choice((1, 3)), 4),
+        relevance_by_words=random.random() < 0.5,
     )
     k = random.randint(1, count)
     name = random.choice(list(METHODS))

@@ -11,18 +11,23 @@ from torch import Tensor
 
 from gridprune_cli.pruning.schedule import Stage
 from gridprune_cli.pruning.signals import Signals
+from gridprune_cli.pruning.zones import Zones
 
 
 @dataclass(frozen=True)
 class Method(ABC):
     """A method's options. `requires` names the signals that it looks at.
 
-    one_picture  whether it splits the budget of a single picture, so that several can't share one
+    one_picture   whether it splits the budget of a single picture, so that several can't share one
+    takes_region  whether it keeps more of what lies in the contextual region
+    inner         whether it keeps all tokens here and drops them inside the language model, by `stages`
     """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
     one_picture: ClassVar[bool] = False
+    takes_region: ClassVar[bool] = False
+    inner: ClassVar[bool] = False
 
     def to_json(self) -> dict[str, Any]:
         """Its name and options."""
@@ -63,14 +68,20 @@ class Method(ABC):
         """`merge` for K < N."""
         return None
 
+    def zones(self, signals: Signals) -> tuple[Tensor, Zones] | None:
+        """Each token's zone, (N,) int64, and the zones, for a method that has a budget per zone; else None."""
+        return None
+
     def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
-        """What leaves inside the language model, for `InnerMethod`: nothing here."""
+        """What leaves inside the language model, for methods that are `inner`: nothing here."""
         return ()
 
 
 @dataclass(frozen=True)
 class InnerMethod(Method):
     """A method that gives the language model all tokens, and drops them inside of it."""
+
+    inner: ClassVar[bool] = True
 
     def _pick(self, signals: Signals, k: int) -> Tensor:
         """All of them."""
@@ -97,7 +108,7 @@ def values(signals: Signals, name: str) -> Tensor:
 
 def signed_relevance(signals: Signals, sign: int) -> Tensor:
     """Relevance times its sign, (N,) float64. Sign 0 stands for -1 with CLIP's relevance and 1 with that of words."""
-    return values(signals, "relevance") * (sign or (1 if signals.by_words else -1))
+    return values(signals, "relevance") * (sign or (1 if signals.relevance_by_words else -1))
 
 
 def weights(kept: Tensor, own: Tensor, rest: Tensor, into: Tensor, share: Tensor, count: int) -> Tensor:

@@ -31,7 +31,7 @@ class CDPruner(Method):
     """
 
     name: ClassVar[str] = "cdpruner"
-    requires: ClassVar[frozenset[str]] = frozenset({"rows", "relevance"})
+    requires: ClassVar[frozenset[str]] = frozenset({"image_embeds", "relevance"})
     relevance_sign: int = 0
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class CDPruner(Method):
         relevance = signed_relevance(signals, self.relevance_sign)
         low, high = relevance.aminmax()
         quality = (relevance - low + 1e-6) / (high - low) if bool(high > low) else torch.ones_like(relevance)
-        likeness = cosines(signals.need("rows"))
+        likeness = cosines(signals.need("image_embeds"))
         # With L = diag(q) S diag(q), the ratio of determinants is q_j^2 times what of unit row j no taken row spans.
         left = likeness.diagonal().clone()
         factor = torch.empty(k, len(left), dtype=torch.float64)

@@ -23,7 +23,7 @@ class Duplication(Rule):
     """
 
     name: ClassVar[str] = "duplication"
-    states: ClassVar[bool] = True
+    hidden_states: ClassVar[bool] = True
     keys: ClassVar[int | None] = -1
     visual_pivots: int = 4
     text_pivots: int = 4
@@ -35,15 +35,15 @@ class Duplication(Rule):
                 raise ValueError(f"{option} must be at least {least}, not {getattr(self, option)}")
 
     def pick(self, sight: Sight, k: int) -> Tensor:
-        assert sight.keys is not None and sight.states is not None
-        assert sight.text_keys is not None and sight.text_states is not None
+        assert sight.keys is not None and sight.hidden_states is not None
+        assert sight.text_keys is not None and sight.text_hidden_states is not None
         visual = _largest(sight.keys, min(self.visual_pivots, k))
         text = _largest(sight.text_keys, min(self.text_pivots, len(sight.text_keys)))
         stays = torch.zeros(len(sight.tokens), dtype=torch.bool)
         stays[visual] = True
-        pivots = torch.cat([sight.states[visual], sight.text_states[text]])
+        pivots = torch.cat([sight.hidden_states[visual], sight.text_hidden_states[text]])
         each, more = divmod(k - len(visual), max(1, len(pivots)))
-        for number, likeness in enumerate(cosines(pivots, sight.states)):
+        for number, likeness in enumerate(cosines(pivots, sight.hidden_states)):
             least = likeness.masked_fill(stays, torch.inf).argsort(stable=True)
             stays[least[: each + (number < more)]] = True
         return stays.nonzero()[:, 0]

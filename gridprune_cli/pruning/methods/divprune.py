@@ -23,10 +23,10 @@ class DivPrune(Method):
     """
 
     name: ClassVar[str] = "divprune"
-    requires: ClassVar[frozenset[str]] = frozenset({"rows"})
+    requires: ClassVar[frozenset[str]] = frozenset({"image_embeds"})
 
     def _pick(self, signals: Signals, k: int) -> Tensor:
-        distance = 1 - cosines(signals.need("rows"))
+        distance = 1 - cosines(signals.need("image_embeds"))
         distance.fill_diagonal_(torch.inf)
         nearest = distance.amin(1)
         kept = torch.empty(k, dtype=torch.long)

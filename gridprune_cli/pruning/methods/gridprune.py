@@ -35,6 +35,7 @@ class GridPrune(Method):
 
     name: ClassVar[str] = "gridprune"
     requires: ClassVar[frozenset[str]] = frozenset({"relevance", "saliency"})
+    takes_region: ClassVar[bool] = True
     zone: int = 4
     alpha: float = 0.2
     temperature: float = 0.3

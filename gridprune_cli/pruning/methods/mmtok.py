@@ -29,7 +29,7 @@ class MMTok(Method):
     """
 
     name: ClassVar[str] = "mmtok"
-    requires: ClassVar[frozenset[str]] = frozenset({"states", "rows", "words"})
+    requires: ClassVar[frozenset[str]] = frozenset({"vision_features", "image_embeds", "question_embeds"})
     alpha: float = 0.5
     text_temperature: float = 0.02
     vision_temperature: float = 0.2
@@ -43,8 +43,8 @@ class MMTok(Method):
                 raise ValueError(f"{option} must be above 0, not {getattr(self, option)}")
 
     def _pick(self, signals: Signals, k: int) -> Tensor:
-        to_words = cosines(signals.need("words"), signals.need("rows"))
-        to_tokens = cosines(signals.need("states"))
+        to_words = cosines(signals.need("question_embeds"), signals.need("image_embeds"))
+        to_tokens = cosines(signals.need("vision_features"))
         words = torch.softmax(to_words / self.text_temperature, dim=1) / len(to_words)
         tokens = torch.softmax(to_tokens / self.vision_temperature, dim=1) / len(to_tokens)
         return cover(torch.cat([words, self.alpha * tokens]), k).sort().values

@@ -24,7 +24,7 @@ class Scope(Method):
     """
 
     name: ClassVar[str] = "scope"
-    requires: ClassVar[frozenset[str]] = frozenset({"states", "saliency"})
+    requires: ClassVar[frozenset[str]] = frozenset({"vision_features", "saliency"})
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
@@ -34,4 +34,4 @@ class Scope(Method):
 
     def _pick(self, signals: Signals, k: int) -> Tensor:
         weight = values(signals, "saliency") ** self.alpha
-        return cover(cosines(signals.need("states")), k, weight).sort().values
+        return cover(cosines(signals.need("vision_features")), k, weight).sort().values

@@ -33,7 +33,7 @@ class VisionZip(Method):
     """
 
     name: ClassVar[str] = "visionzip"
-    requires: ClassVar[frozenset[str]] = frozenset({"saliency", "states"})
+    requires: ClassVar[frozenset[str]] = frozenset({"saliency", "vision_features"})
     contextual_share: float = 5 / 32
     merge_by: str = "mean"
 
@@ -56,7 +56,7 @@ class VisionZip(Method):
         return dominant, targets, others.nonzero()[:, 0]
 
     def _pick(self, signals: Signals, k: int) -> Tensor:
-        signals.need("states")  # told now, not when merging
+        signals.need("vision_features")  # told now, not when merging
         dominant, targets, _ = self._parts(signals, k)
         return torch.cat([dominant, targets]).sort().values
 
@@ -64,8 +64,8 @@ class VisionZip(Method):
         _, targets, rest = self._parts(signals, len(kept))
         if not len(targets):
             return None
-        states = signals.need("states")
-        nearest = cosines(states[rest], states[targets]).argmax(1)
+        vision_features = signals.need("vision_features")
+        nearest = cosines(vision_features[rest], vision_features[targets]).argmax(1)
         joined = torch.bincount(nearest, minlength=len(targets))
         share = 1 / (joined + 1) if self.merge_by == "mean" else 1 / joined.clamp(min=1)
         place = torch.searchsorted(kept, targets)

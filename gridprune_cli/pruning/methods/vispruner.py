@@ -28,7 +28,7 @@ class VisPruner(Method):
     """
 
     name: ClassVar[str] = "vispruner"
-    requires: ClassVar[frozenset[str]] = frozenset({"saliency", "states"})
+    requires: ClassVar[frozenset[str]] = frozenset({"saliency", "vision_features"})
     important_share: float = 0.5
     step: int = 8
 
@@ -42,7 +42,7 @@ class VisPruner(Method):
     def _pick(self, signals: Signals, k: int) -> Tensor:
         by_saliency = values(signals, "saliency").argsort(descending=True, stable=True)
         important = int(self.important_share * k)
-        likeness = cosines(signals.need("states"))
+        likeness = cosines(signals.need("vision_features"))
         rest = by_saliency[important:]
         while (surplus := len(rest) - (k - important)) > 0 and len(rest) > 1:
             even, odd = rest[::2], rest[1::2]
