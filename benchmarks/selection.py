@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 
-from gridprune_cli.pruning.methods import METHODS, RULES, make
+from gridprune_cli.pruning.methods import METHODS, RULES, make_method
 from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.schedule import Sight
@@ -39,7 +39,7 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def gridprune() -> None:
-    method = make("gridprune")
+    method = make_method("gridprune")
     print(f"{'kept':>12}  {'no region':>10}  {'find region':>11}  {'region + select':>15}   ms")
     for k, views in CASES:
         count = sum(view.count for view in views)
@@ -71,7 +71,7 @@ def methods() -> None:
     signals = Signals(views, torch.rand(count) * 0.2, torch.rand(count), None, **vectors)
     heading(k, count)
     for name in METHODS:
-        if isinstance(method := make(name), InnerMethod):
+        if isinstance(method := make_method(name), InnerMethod):
             continue
         parts(name, type(method), lambda method=method: method.merge(signals, method.select(signals, k)))  # type: ignore[misc]
 

@@ -18,7 +18,7 @@ from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, Source, SourceFile, identify, load_image, memory_of, open_source
 from gridprune_cli.pruning.compress import cell_weights, cells, pool, ratio_budget, ratios
-from gridprune_cli.pruning.methods import Method, make
+from gridprune_cli.pruning.methods import Method, make_method
 from gridprune_cli.pruning.placeholders import staying
 from gridprune_cli.pruning.region import contextual_regions, inside
 from gridprune_cli.pruning.schedule import LayerSchedule, Region, RegionAttention, Rule, Stage, plan
@@ -354,7 +354,7 @@ class Pipeline:
         """This model's answers, as a localiser, to the question about each image. It is given all tokens."""
         bare = "{question}" if pruning.localizer == VLM else TEMPLATE
         template = pruning.localizer_template or bare
-        whole = Pruning(keep=1.0, method=make("uniform"))
+        whole = Pruning(keep=1.0, method=make_method("uniform"))
         sets = self.prune_each(
             [
                 Asked((image,), template.replace("{question}", question), whole)

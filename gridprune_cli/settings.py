@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.pruning.methods import Method, make
+from gridprune_cli.pruning.methods import Method, make_method
 from gridprune_cli.pruning.region import parse_box
 from gridprune_cli.pruning.signals import Box
 from gridprune_cli.questions import check_text
@@ -38,7 +38,7 @@ class Pruning:
 
     keep: float = 0.11
     tokens: int | None = None
-    method: Method = field(default_factory=lambda: make("gridprune"))
+    method: Method = field(default_factory=lambda: make_method("gridprune"))
     region: str | Box = "auto"
     localizer: str = RELEVANCE
     localizer_template: str = ""

@@ -20,7 +20,7 @@ from gridprune_cli.cache.store import MOST_REMEMBERED, REMEMBERED, Store, open_s
 from gridprune_cli.cli import options
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import checkpoint, find, hub, identity, open_model
 from gridprune_cli.vlm.checkpoint import Checkpoint, find_clip
@@ -322,7 +322,7 @@ def test_words_are_taken_where_asked_for_or_where_there_is_nothing_else(tiny_lla
 def test_a_clip_that_nobody_knows_is_not_swapped_for_words(alone):
     for relevance in ("auto", "clip"):
         pipeline = Pipeline(str(alone), relevance=relevance)
-        pipeline.find_relevance(Pruning(keep=1.0, method=make("uniform")))  # needs none
+        pipeline.find_relevance(Pruning(keep=1.0, method=make_method("uniform")))  # needs none
         with pytest.raises(BadInput, match=r"which CLIP .* is not known; name it as --clip, or take --relevance words"):
             pipeline.find_relevance(Pruning())
     config = json.loads((alone / "config.json").read_text())
@@ -391,7 +391,7 @@ def test_the_known_clip_is_fetched_where_relevance_is_needed(known, tiny_llava, 
     monkeypatch.setattr(hub, "locate", locate)
     monkeypatch.setattr(hub, "fetch", lambda name, *_, **__: calls.append(name))
     pipeline = Pipeline(str(alone), dtype="float32")
-    pipeline.find_relevance(Pruning(keep=1.0, method=make("uniform")))
+    pipeline.find_relevance(Pruning(keep=1.0, method=make_method("uniform")))
     assert calls == []
     pipeline.find_relevance(Pruning())
     assert calls == [(KNOWN, True), (KNOWN, False), KNOWN]

@@ -15,8 +15,7 @@ from transformers import ProcessorMixin
 
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import METHODS
-from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods import METHODS, make_method
 from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import EncodedImage, PrunedSet

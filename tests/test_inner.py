@@ -14,8 +14,7 @@ from tiny_families import make
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate, prompts
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import RULES
-from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods import RULES, make_method
 from gridprune_cli.pruning.methods.sparsevlm import RatedAttention
 from gridprune_cli.pruning.region import inside
 from gridprune_cli.pruning.schedule import Attention, OwnAttention, Region, RegionAttention, Rule, Sight, Stage, plan

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, CLIPModel, LlavaForConditionalGeneration
 
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning
 
 QUESTIONS = ("What colour is the star?", "How many red circles are there?", "Where is the object with K?")
@@ -173,7 +173,7 @@ def test_bfloat16_runs(tiny_llava, noise):
     pipeline = Pipeline(str(tiny_llava), dtype="bfloat16")
     encoded = pipeline.encode([noise((224, 224))])[0]
     assert encoded.vision_features.dtype == torch.bfloat16
-    pruned = pipeline.prune(encoded, QUESTIONS[0], Pruning(tokens=3, method=make("fastervlm")))
+    pruned = pipeline.prune(encoded, QUESTIONS[0], Pruning(tokens=3, method=make_method("fastervlm")))
     assert len(generate(pipeline.family, [pruned], 5)[0].ids) == 5
 
 

@@ -12,7 +12,7 @@ from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.evaluation.data import read_jsonl
 from gridprune_cli.evaluation.run import Cell, Plan, answers
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.runners.local import Ask, Bulk
 from gridprune_cli.settings import Pruning
 
@@ -148,7 +148,7 @@ def test_an_evaluation_asks_of_one_image_and_of_several_as_ask_does(tiny, noise,
     lines = [{"image": image, "question": QUESTION, "answers": ["yes"], "id": n} for n, image in enumerate(images)]
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = read_jsonl(tmp_path / "lines.jsonl")
-    pruning = Pruning(keep=0.5, method=make("uniform"))
+    pruning = Pruning(keep=0.5, method=make_method("uniform"))
     plan = Plan(data, (Cell("uniform", pruning),), max_new_tokens=4)
     results = [line for batch in answers(tiny.pipeline, plan, {}) for line in batch if line["cell"] == "uniform"]
     assert len(results) == 2

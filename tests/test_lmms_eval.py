@@ -14,7 +14,7 @@ import pytest
 
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.scenes.scene import draw, make_scene
 from gridprune_cli.settings import Pruning
 
@@ -99,7 +99,7 @@ def test_answers_are_those_of_the_pipeline(plugin, documents, tiny_llava):
     made = model.generate_until(requests_of(model, documents, kwargs))
     pipeline = Pipeline(str(tiny_llava))
     for n, document in enumerate(documents):
-        pruning = Pruning(keep=0.5, method=make("gridprune", zone=2), region="none", query=document["question"])
+        pruning = Pruning(keep=0.5, method=make_method("gridprune", zone=2), region="none", query=document["question"])
         asked = f"{document['question']}\nAnswer the question using a single word or phrase."
         whole = pipeline.ask(document["image"], asked, pruning, max_new_tokens=3 if n < 4 else 2).text
         assert made[n] == whole.partition("\n\n")[0]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gridprune_cli.pruning.methods import METHODS, RULES, make
+from gridprune_cli.pruning.methods import METHODS, RULES, make_method
 from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.methods.gridprune import LITERAL, SALIENCY_SCALES, GridPrune, region_quotas
 from gridprune_cli.pruning.methods.uniform import lattice
@@ -113,7 +113,7 @@ each = pytest.mark.parametrize(("name", "options"), [(name, options) for name, o
 @given(problems())
 def test_exactly_k_sorted_unique_in_range_and_the_same_again(name, options, problem):
     signals, k = problem
-    method = make(name, **options)
+    method = make_method(name, **options)
     kept = method.select(signals, k)
     assert kept.dtype == torch.int64 and kept.shape == (k,)
     assert bool((kept.diff() > 0).all())
@@ -126,7 +126,7 @@ def test_exactly_k_sorted_unique_in_range_and_the_same_again(name, options, prob
 @given(problems())
 def test_each_is_what_its_formula_says(name, options, written_out, problem):
     signals, k = problem
-    method = make(name, **options)
+    method = make_method(name, **options)
     if k < signals.count:
         assert method.select(signals, k).tolist() == written_out(signals, k, method)
 
@@ -136,7 +136,7 @@ def test_each_is_what_its_formula_says(name, options, written_out, problem):
 @given(made=st.lists(problems(), min_size=1, max_size=6))
 def test_many_questions_are_selected_for_as_each_is_alone(name, options, made):
     """Of the same views and of others, with a region and without, some of which keep everything."""
-    method = make(name, **options)
+    method = make_method(name, **options)
     made += [(replace(signals, region=region), signals.count) for signals, _ in made for region in (None, (1, 1, 5, 4))]
     made += [(replace(signals, region=(1, 1, 5, 4)), k) for signals, k in made]
     signals, ks = zip(*made, strict=True)
@@ -149,19 +149,19 @@ def test_all_tokens_stay_where_k_is_n(name, options):
     """Even without signals: nothing has to be computed to keep everything."""
     for views in LAYOUTS:
         signals = Signals(views)
-        assert make(name, **options).select(signals, signals.count).tolist() == list(range(signals.count))
+        assert make_method(name, **options).select(signals, signals.count).tolist() == list(range(signals.count))
 
 
 @each
 @pytest.mark.parametrize("k", [0, -1, 65])
 def test_k_out_of_range_is_an_error(name, options, k):
     with pytest.raises(ValueError, match="keep 1 to 64"):
-        make(name, **options).select(Signals((View(8, 8),), torch.zeros(64), torch.zeros(64)), k)
+        make_method(name, **options).select(Signals((View(8, 8),), torch.zeros(64), torch.zeros(64)), k)
 
 
 @pytest.mark.parametrize("name", OUTER)
 def test_a_method_needs_what_it_requires_and_no_more(name):
-    method, views = make(name), (View(3, 3),)
+    method, views = make_method(name), (View(3, 3),)
     known = {signal: torch.rand(*((9, 5) if signal in VECTORS else (9,))) for signal in method.requires}
     assert len(method.select(Signals(views, **known), 4)) == 4
     for missing in method.requires:
@@ -172,21 +172,21 @@ def test_a_method_needs_what_it_requires_and_no_more(name):
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(OUTER)))
 def test_inner_methods_give_the_language_model_everything(name):
     signals = Signals((View(3, 3),))
-    assert make(name).select(signals, 2).tolist() == list(range(9))
+    assert make_method(name).select(signals, 2).tolist() == list(range(9))
     with pytest.raises(ValueError, match="keep 1 to 9"):
-        make(name).select(signals, 10)
+        make_method(name).select(signals, 10)
 
 
 def test_fastv_is_one_stage():
-    (stage,) = make("fastv").stages([576, 100], [288, 50], range(1, 32))
+    (stage,) = make_method("fastv").stages([576, 100], [288, 50], range(1, 32))
     assert (stage.layer, stage.keep, stage.rule.name, stage.positions) == (2, (288, 50), "attention", "original")
-    assert make("fastv", layer=3).stages([9], [9], range(1, 4))[0].layer == 3
-    assert not any(make(name).stages([9], [9], range(1, 4)) for name in OUTER)
+    assert make_method("fastv", layer=3).stages([9], [9], range(1, 4))[0].layer == 3
+    assert not any(make_method(name).stages([9], [9], range(1, 4)) for name in OUTER)
 
 
 def test_pyramiddrop_halves_three_times_as_published():
     """576 tokens in 32 layers: 288 from layer 8, 144 from 16, 72 from 24 on; 270 in the mean, as the paper has it."""
-    stages = make("pyramiddrop").stages([576], [72], range(1, 32))
+    stages = make_method("pyramiddrop").stages([576], [72], range(1, 32))
     assert [(stage.layer, stage.keep) for stage in stages] == [(8, (288,)), (16, (144,)), (24, (72,))]
     assert {(stage.rule.name, stage.positions) for stage in stages} == {("own-attention", "compact")}
     assert sum(plan(stages, [576], 32).tokens) / 32 == 270
@@ -196,7 +196,7 @@ def test_pyramiddrop_halves_three_times_as_published():
 @given(st.integers(1, 3000), st.floats(0, 1), st.integers(2, 80), st.integers(1, 3))
 def test_pyramiddrop_ends_with_k_and_never_grows(count, share, depth, first):
     k = max(1, round(share * count))
-    stages = make("pyramiddrop").stages([count], [k], range(min(first, depth - 1), depth))
+    stages = make_method("pyramiddrop").stages([count], [k], range(min(first, depth - 1), depth))
     layers, left = [stage.layer for stage in stages], [stage.keep[0] for stage in stages]
     assert left[-1] == k and left == sorted(left, reverse=True) and left[0] <= count
     assert layers == sorted(layers) and min(first, depth - 1) <= layers[0] and layers[-1] < depth
@@ -209,14 +209,14 @@ def test_dart_and_adaptprune_are_one_stage_each():
         ("dart", "duplication", {"visual_pivots": 2, "text_pivots": 0}),
         ("adaptprune", "suppression", {"centre": 2.0, "radius": 3.0, "spread": 0.7, "likeness": 0.2}),
     ):
-        (stage,) = make(name).stages([576, 100], [64, 9], range(1, 32))
+        (stage,) = make_method(name).stages([576, 100], [64, 9], range(1, 32))
         assert (stage.layer, stage.keep, stage.rule, stage.positions) == (2, (64, 9), RULES[rule](), "original")
-        (stage,) = make(name, layer=5, **options).stages([576], [64], range(1, 32))
+        (stage,) = make_method(name, layer=5, **options).stages([576], [64], range(1, 32))
         assert (stage.layer, stage.rule) == (5, RULES[rule](**options))
 
 
 def test_sparsevlm_has_three_stages_behind_layers_2_6_and_15_of_32():
-    stages = make("sparsevlm").stages([576], [72], range(1, 32))
+    stages = make_method("sparsevlm").stages([576], [72], range(1, 32))
     assert [(stage.layer, stage.keep) for stage in stages] == [(3, (288,)), (7, (144,)), (16, (72,))]
     assert {(stage.rule.name, stage.positions) for stage in stages} == {("rated-attention", "compact")}
 
@@ -225,15 +225,16 @@ def test_sparsevlm_has_three_stages_behind_layers_2_6_and_15_of_32():
 @given(st.integers(1, 800), st.floats(0, 1), st.integers(3, 80), st.integers(1, 3))
 def test_sparsevlm_counts_what_is_left_or_the_mean(count, share, depth, first):
     k, layers = max(1, round(share * count)), range(min(first, depth - 1), depth)
-    stages = make("sparsevlm").stages([count], [k], layers)
+    stages = make_method("sparsevlm").stages([count], [k], layers)
     assert stages[-1].keep == (k,) and all(stage.layer in layers for stage in stages)
-    stages = make("sparsevlm", count="mean").stages([count], [k], layers)
+    stages = make_method("sparsevlm", count="mean").stages([count], [k], layers)
 
     def mean(stages):
         return sum(plan(stages, [count], depth).tokens) / depth
 
     others = [
-        make("sparsevlm").stages([count], [last], layers) for last in (stages[-1].keep[0] - 1, stages[-1].keep[0] + 1)
+        make_method("sparsevlm").stages([count], [last], layers)
+        for last in (stages[-1].keep[0] - 1, stages[-1].keep[0] + 1)
     ]
     assert 1 <= stages[-1].keep[0] <= k
     if stages[-1].keep[0] > 1:
@@ -247,7 +248,7 @@ def test_sparsevlm_counts_what_is_left_or_the_mean(count, share, depth, first):
     [([576], [64], 4), ([576], [270], 15), ([576], [1], 1), ([576], [575], 31), ([576, 100], [64, 100], 8)],
 )
 def test_vtw_leaves_where_the_mean_is_nearest_to_k(counts, budgets, layer):
-    (stage,) = make("vtw").stages(counts, budgets, range(1, 32))
+    (stage,) = make_method("vtw").stages(counts, budgets, range(1, 32))
     assert (stage.layer, stage.rule.name, stage.positions) == (layer, "withdrawal", "original")
     assert stage.keep == (0,) * len(counts)
     assert stage.rule.pick(Sight(torch.arange(9), torch.zeros(9, dtype=torch.bool)), 0).tolist() == []
@@ -256,8 +257,8 @@ def test_vtw_leaves_where_the_mean_is_nearest_to_k(counts, budgets, layer):
 
 
 def test_vtw_by_its_layer_and_with_all_tokens():
-    assert [stage.layer for stage in make("vtw", layer=15).stages([9], [9], range(1, 32))] == [15]
-    assert make("vtw").stages([9, 4], [9, 4], range(1, 32)) == ()
+    assert [stage.layer for stage in make_method("vtw", layer=15).stages([9], [9], range(1, 32))] == [15]
+    assert make_method("vtw").stages([9, 4], [9, 4], range(1, 32)) == ()
 
 
 # (rule, options, the same written out)
@@ -341,11 +342,11 @@ def test_rules_pick_by_attention():
 
 def test_unknown_names_and_options_name_the_known_ones():
     with pytest.raises(ValueError, match=r"'grid'.*gridprune.*uniform"):
-        make("grid")
+        make_method("grid")
     with pytest.raises(ValueError, match=r"'size'.*zone, alpha"):
-        make("gridprune", size=3)
+        make_method("gridprune", size=3)
     with pytest.raises(ValueError, match=r"'alpha'.*none"):
-        make("uniform", alpha=0.2)
+        make_method("uniform", alpha=0.2)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +397,7 @@ def test_unknown_names_and_options_name_the_known_ones():
 )
 def test_options_out_of_range_are_errors(name, option, value):
     with pytest.raises(ValueError, match=option):
-        make(name, **{option: value})
+        make_method(name, **{option: value})
 
 
 EQUIVARIANT = ("topk-relevance", "fastervlm", "vispruner", "divprune", "scope", "cdpruner", "mmtok", "trim")
@@ -411,7 +412,7 @@ def test_the_order_of_tokens_does_not_matter(name, k):
     order = torch.randperm(60, generator=generator)
     here = Signals((View(6, 10),), relevance, saliency, None, vision_features, rows, words)
     there = Signals((View(10, 6),), relevance[order], saliency[order], None, vision_features[order], rows[order], words)
-    assert torch.equal(order[make(name).select(there, k)].sort().values, make(name).select(here, k))
+    assert torch.equal(order[make_method(name).select(there, k)].sort().values, make_method(name).select(here, k))
 
 
 @settings(deadline=None, max_examples=60)
@@ -421,10 +422,10 @@ def test_what_is_merged(problem, data):
     method, written_out = data.draw(
         st.sampled_from(
             [
-                (make("visionzip"), slow.visionzip_weights),
-                (make("visionzip", merge_by="sum", contextual_share=0.5), slow.visionzip_weights),
-                (make("trim"), slow.trim_weights),
-                (make("trim", mean_token=False), slow.trim_weights),
+                (make_method("visionzip"), slow.visionzip_weights),
+                (make_method("visionzip", merge_by="sum", contextual_share=0.5), slow.visionzip_weights),
+                (make_method("trim"), slow.trim_weights),
+                (make_method("trim", mean_token=False), slow.trim_weights),
             ]
         )
     )
@@ -445,7 +446,7 @@ def test_what_is_merged(problem, data):
 def test_all_others_merge_nothing(name):
     vectors = {signal: torch.rand(9, 5) for signal in VECTORS}
     signals = Signals((View(3, 3),), torch.rand(9), torch.rand(9), **vectors)
-    assert make(name).merge(signals, make(name).select(signals, 4)) is None
+    assert make_method(name).merge(signals, make_method(name).select(signals, 4)) is None
 
 
 @pytest.mark.parametrize("name", VECTORS)
@@ -588,7 +589,7 @@ def test_random_draws_every_token_alike_and_leaves_the_global_generator_alone():
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    draws = torch.cat([make("random", seed=seed).select(signals, 5) for seed in range(800)])
+    draws = torch.cat([make_method("random", seed=seed).select(signals, 5) for seed in range(800)])
     assert torch.equal(torch.rand(1), expected)
     counts = torch.bincount(draws, minlength=20)  # 200 expected each, standard deviation 12
     assert int(counts.min()) > 140 and int(counts.max()) < 260
@@ -624,15 +625,15 @@ def best_lattice_radius(rows, cols, k):
 def test_uniform_covers_the_grid_as_well_as_a_lattice(rows, cols, ks):
     """Or, where that leaves single tokens out, at least so that each of them has a kept neighbour."""
     for k in ks:
-        kept = make("uniform").select(Signals((View(rows, cols),)), k).tolist()
+        kept = make_method("uniform").select(Signals((View(rows, cols),)), k).tolist()
         assert covering_radius(rows, cols, kept) <= max(best_lattice_radius(rows, cols, k), math.sqrt(2)) + 1e-9
 
 
 def test_uniform_by_eye():
-    assert make("uniform").select(Signals((View(24, 24),)), 64).tolist() == [
+    assert make_method("uniform").select(Signals((View(24, 24),)), 64).tolist() == [
         row * 24 + col for row in range(1, 24, 3) for col in range(1, 24, 3)
     ]
-    rows = torch.bincount(make("uniform").select(Signals((View(16, 16),)), 28) // 16, minlength=16)
+    rows = torch.bincount(make_method("uniform").select(Signals((View(16, 16),)), 28) // 16, minlength=16)
     assert rows.tolist() == [0, 5, 0, 0, 6, 0, 0, 0, 5, 0, 0, 6, 0, 0, 6, 0]
 
 
@@ -647,4 +648,4 @@ def test_a_lattice_has_exactly_k_tokens(rows, cols, data):
 
 def test_uniform_splits_k_over_views_by_size():
     signals = Signals((View(2, 2), View(4, 4)))
-    assert torch.bincount((make("uniform").select(signals, 10) >= 4).long()).tolist() == [2, 8]
+    assert torch.bincount((make_method("uniform").select(signals, 10) >= 4).long()).tolist() == [2, 8]

@@ -14,7 +14,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.images import SourceFile
 from gridprune_cli.pipeline import Asked, Pipeline
-from gridprune_cli.pruning.methods import METHODS, make
+from gridprune_cli.pruning.methods import METHODS, make_method
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.runners.local import Ask, Bulk
 from gridprune_cli.settings import Pruning
@@ -152,7 +152,7 @@ def test_a_broken_entry_is_encoded_again(pipeline, image):
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_a_pruned_set_from_disk_answers_the_same(pipeline, image, method, positions):
     encoded, _ = pipeline.encode_one(image)
-    pruned = pipeline.prune(encoded, QUESTION, Pruning(keep=0.4, method=make(method), positions=positions))
+    pruned = pipeline.prune(encoded, QUESTION, Pruning(keep=0.4, method=make_method(method), positions=positions))
     again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
     inner = pruned.schedule is not None
     assert len(pruned.kept) == len(pruned.image_embeds) == (16 if inner else 6)
@@ -165,7 +165,7 @@ def test_a_pruned_set_from_disk_answers_the_same(pipeline, image, method, positi
 @pytest.mark.parametrize("share", [False, True])
 def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share):
     images = [pipeline.encode([noise((224, 224), seed)])[0] for seed in range(count)]
-    method = make("visionzip", contextual_share=0.5)
+    method = make_method("visionzip", contextual_share=0.5)
     pruned = pipeline.prune(images, QUESTION, Pruning(tokens=6, method=method, share_budget=share))
     groups = [images] if share else [[image] for image in images]
     expected, first = [], 0
@@ -188,7 +188,7 @@ def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share
 def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, method, monkeypatch):
     encoded, _ = pipeline.encode_one(image)
     given = []
-    method = make(method)
+    method = make_method(method)
     monkeypatch.setattr(
         type(method), "_pick_each", lambda self, signals, ks: given.extend(signals) or [torch.arange(k) for k in ks]
     )
@@ -206,7 +206,7 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
 
 def test_one_budget_for_several_images_is_nothing_that_hired_could_split():
     with pytest.raises(BadInput, match="--share-budget: not with --method hired"):
-        Pruning(method=make("hired"), share_budget=True)
+        Pruning(method=make_method("hired"), share_budget=True)
 
 
 def test_positions(pipeline, image):
@@ -222,7 +222,9 @@ def test_positions(pipeline, image):
 
 def test_zone_budgets_add_up(pipeline, image):
     encoded, _ = pipeline.encode_one(image)
-    zones = pipeline.prune(encoded, QUESTION, Pruning(tokens=7, method=make("gridprune", zone=2))).images[0].zones
+    zones = (
+        pipeline.prune(encoded, QUESTION, Pruning(tokens=7, method=make_method("gridprune", zone=2))).images[0].zones
+    )
     assert (zones["rows"], zones["cols"], len(zones["budgets"]), sum(zones["budgets"])) == (2, 2, 4, 7)
 
 
@@ -292,7 +294,7 @@ def test_a_set_says_what_its_relevance_came_from(pipeline, image, tiny_llava):
         (pipeline, Pruning(), clip),
         (pipeline, Pruning(plc="pool"), clip),
         (words, Pruning(), {"source": "words", "model": None}),
-        (pipeline, Pruning(method=make("uniform")), None),
+        (pipeline, Pruning(method=make_method("uniform")), None),
     ):
         pruned = made.prune(encoded, QUESTION, pruning)
         assert pruned.to_json()["relevance"] == expected
@@ -313,7 +315,7 @@ def test_a_sign_that_turns_relevance_round_as_published_is_a_remark(
     method, options, relevance, turned, tiny_llava, image
 ):
     pipeline = Pipeline(str(tiny_llava), dtype="float32", relevance=relevance)
-    pruning = Pruning(method=make(method, **options))
+    pruning = Pruning(method=make_method(method, **options))
     assert pipeline.remarks(pruning) == ()  # nothing was pruned
     pruned = pipeline.ask(image, QUESTION, pruning, max_new_tokens=1).pruned
     expected = (f"{method} turns CLIP's relevance round, as published; --relevance-sign 1 takes it as it is",)
@@ -329,7 +331,7 @@ def test_a_clip_that_is_not_there_is_told_before_anything_is_loaded(tiny_llava, 
     with pytest.raises(BadInput, match="--relevance words"):
         list(Bulk(pipeline).answer([Ask((image,), QUESTION, Pruning())]))
     assert pipeline.family._loaded == {}
-    whole = Pruning(keep=1.0, method=make("uniform"))
+    whole = Pruning(keep=1.0, method=make_method("uniform"))
     assert len(pipeline.ask(image, QUESTION, whole, max_new_tokens=1).pruned.kept) == 16
 
 
@@ -347,7 +349,7 @@ def test_a_model_without_a_text_tower_uses_its_own_words(tiny_llava, tmp_path, i
     expected = torch.cosine_similarity(rows[:, None], words[None], dim=-1).mean(1)
     assert torch.allclose(pruned.relevance, expected, atol=1e-5)
     # so relevance is not turned round
-    pruned = pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=make("trim")))
+    pruned = pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=make_method("trim")))
     assert pruned.kept.tolist() == sorted(expected.topk(3).indices.tolist())
 
 
@@ -363,9 +365,9 @@ def test_many_questions_are_pruned_for_as_each_is_alone(pipeline, image, tmp_pat
         Asked((a, b), "Which is larger?", Pruning(keep=0.3)),
         Asked((a, b), "Which is larger?", Pruning(tokens=9, share_budget=True, positions="compact")),
         Asked((b,), "Where?", Pruning(tokens=5, region=(0, 0, 3, 3), query="star", ilp=0.1)),
-        Asked((a,), QUESTION, Pruning(tokens=5, method=make("visionzip"))),
+        Asked((a,), QUESTION, Pruning(tokens=5, method=make_method("visionzip"))),
         Asked((a,), QUESTION, Pruning(plc="pool", inside_ratio=2, outside_ratio=4)),
-        Asked((a,), QUESTION, Pruning(keep=1.0, method=make("uniform"))),
+        Asked((a,), QUESTION, Pruning(keep=1.0, method=make_method("uniform"))),
     ]
     for system, template in ((None, None), ("red", None), (None, "{image} {question} ")):
         prompt = {"system": system, "template": template}

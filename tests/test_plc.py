@@ -7,7 +7,7 @@ from tiny_families import make
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.pruning.region import inside
 from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import PrunedSet

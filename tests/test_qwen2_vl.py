@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_window_index
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.settings import Pruning
 

@@ -5,7 +5,7 @@ import torch
 from tiny_families import make
 
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning
 
 QUESTION = "what colour is the left object?"

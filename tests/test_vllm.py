@@ -21,7 +21,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.integrations.vllm import NOT_VLLM, VLLM, to_vllm
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import FAMILIES
 

@@ -14,7 +14,7 @@ from gridprune_cli.evaluation.metrics import METRICS
 from gridprune_cli.generation import generate
 from gridprune_cli.images import open_source
 from gridprune_cli.pipeline import Asked, Pipeline
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning
 from gridprune_cli.text import to_json
 from gridprune_cli.tokens import EncodedImage, PrunedSet
@@ -45,7 +45,7 @@ class Cell:
         return replace(self, pruning=replace(self.pruning, method=seeded))
 
 
-FULL = Cell("all tokens", Pruning(keep=1.0, method=make("uniform"), region="none"))
+FULL = Cell("all tokens", Pruning(keep=1.0, method=make_method("uniform"), region="none"))
 """What all cells are compared with; part of every evaluation."""
 
 

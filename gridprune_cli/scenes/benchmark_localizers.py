@@ -23,7 +23,7 @@ from gridprune_cli.evaluation.data import PER_SCENE
 from gridprune_cli.evaluation.results import clustered_error
 from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.signals import Box
 from gridprune_cli.regions import VLM
@@ -47,7 +47,7 @@ from gridprune_cli.tokens import EncodedImage
 SPLITS = {"heldout": HELDOUT, "tune": TUNE}  # first seeds
 HELD = 0.8  # of the pixels asked for
 ONE = "one object"  # all questions that ask for just one, whatever their kind
-_WHOLE = Pruning(keep=1.0, method=make("uniform"))
+_WHOLE = Pruning(keep=1.0, method=make_method("uniform"))
 _ASKED = Pruning(localizer=VLM)
 
 

@@ -265,7 +265,7 @@ def run_text(random: Random) -> str:
 def run_signals(random: Random) -> str:
     import torch
 
-    from gridprune_cli.pruning.methods import METHODS, make
+    from gridprune_cli.pruning.methods import METHODS, make_method
     from gridprune_cli.pruning.signals import Signals, View
 
     views = tuple(
@@ -303,7 +303,7 @@ def run_signals(random: Random) -> str:
     k = random.randint(1, count)
     name = random.choice(list(METHODS))
     try:
-        method = make(name)
+        method = make_method(name)
         kept = method.select(signals, k)
     except ValueError as fault:
         assert str(fault), name
@@ -311,7 +311,7 @@ def run_signals(random: Random) -> str:
     expected = count if "stages" in vars(type(method)) else k
     assert kept.dtype == torch.int64 and len(kept) == expected, (name, k, len(kept))
     assert torch.equal(kept, kept.unique()) and int(kept[0]) >= 0 and int(kept[-1]) < count, (name, kept)
-    assert torch.equal(kept, make(name).select(signals, k)), name
+    assert torch.equal(kept, make_method(name).select(signals, k)), name
     weights = method.merge(signals, kept)
     assert weights is None or bool(torch.isfinite(weights.to_dense()).all()), name
     return "chosen"

@@ -59,7 +59,7 @@ RULES: dict[str, type[Rule]] = {
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
-def make(name: str, **options: Any) -> Method:
+def make_method(name: str, **options: Any) -> Method:
     """A method by name. Raises ValueError for an unknown name or option, and for a value of no use to it."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
