@@ -15,9 +15,8 @@ from unittest.mock import patch
 import torch
 
 from gridprune_cli.pruning.methods import METHODS, RULES, make_method
-from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.region import contextual_region
-from gridprune_cli.pruning.schedule import Sight
+from gridprune_cli.pruning.schedule import LayerSignals
 from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.pruning.similarity import cosines
 
@@ -46,14 +45,14 @@ def gridprune() -> None:
         relevance, saliency = torch.rand(count) * 0.2, torch.rand(count)
 
         def plain(k: int = k, signals: tuple = (views, relevance, saliency)) -> None:
-            method.select(Signals(*signals), k)
+            method.select_batch([Signals(*signals)], [k])
 
         def find(relevance: torch.Tensor = relevance, views: tuple[View, ...] = views) -> None:
             contextual_region(relevance, views)
 
         def full(k: int = k, signals: tuple = (views, relevance, saliency)) -> None:
             views, relevance, saliency = signals
-            method.select(Signals(views, relevance, saliency, contextual_region(relevance, views)), k)
+            method.select_batch([Signals(views, relevance, saliency, contextual_region(relevance, views))], [k])
 
         row = [milliseconds(work) for work in (plain, find, full)]
         print(f"{f'{k} of {count}':>12}  {row[0]:>10.2f}  {row[1]:>11.2f}  {row[2]:>15.2f}")
@@ -65,15 +64,15 @@ def methods() -> None:
     count = sum(view.count for view in views)
     vectors = {
         "vision_features": torch.randn(count, STATE),
-        "rows": torch.randn(count, ROW),
-        "words": torch.randn(WORDS, ROW),
+        "image_embeds": torch.randn(count, ROW),
+        "question_embeds": torch.randn(WORDS, ROW),
     }
     signals = Signals(views, torch.rand(count) * 0.2, torch.rand(count), None, **vectors)
     heading(k, count)
     for name in METHODS:
-        if isinstance(method := make_method(name), InnerMethod):
+        if (method := make_method(name)).inner:
             continue
-        parts(name, type(method), lambda method=method: method.merge(signals, method.select(signals, k)))  # type: ignore[misc]
+        parts(name, type(method), lambda method=method: method.merge(signals, *method.select_batch([signals], [k])))  # type: ignore[misc]
 
 
 def rules() -> None:
@@ -84,10 +83,12 @@ def rules() -> None:
     text_keys, text_states = torch.randn(2, 50, ROW)
     attention = torch.rand(count, dtype=torch.float64)
     within = torch.zeros(count, dtype=torch.bool)
-    sight = Sight(torch.arange(count), within, views, attention, vision_features, keys, text_states, text_keys)
+    layer_signals = LayerSignals(
+        torch.arange(count), within, views, attention, vision_features, keys, text_states, text_keys
+    )
     heading(k, count)
     for name, kind in RULES.items():
-        parts(name, kind, lambda kind=kind: kind().pick(sight, k))  # type: ignore[misc]
+        parts(name, kind, lambda kind=kind: kind().select(layer_signals, k))  # type: ignore[misc]
 
 
 def heading(k: int, count: int) -> None:

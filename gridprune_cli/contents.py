@@ -184,13 +184,13 @@ def _check_schedule(parts: Any, images: Sequence[Mapping[str, Any]], kept: Seque
     _need(each in (1, len(images)), f"a stage keeps tokens of {each} images")
     _need(all(len(stage["keep"]) == each for stage in parts["stages"]), "its stages do not fit each other")
     present = [len(part) for part in kept]
-    leaving = LayerSchedule.from_json(parts)
+    leaving = LayerSchedule.from_json(parts, RULES)
     planned = plan(leaving.stages, present if each > 1 or len(images) == 1 else [sum(present)], len(tokens))
     _need(leaving == planned, "its stages and the tokens in each layer do not fit each other")
     for stage in leaving.stages:
         if isinstance(stage.rule, Region):
             _need(each == len(images), "a stage keeps regions of no images")
-            for image, part, keep in zip(images, kept, stage.keep, strict=True):
+            for image, part, keep in zip(images, kept, stage.budgets, strict=True):
                 _need(image.get("region") is not None, "a stage keeps a region, and there is none")
                 within = inside(views_of(image["views"]), tuple(image["region"]))[part]
                 _need(int(within.sum()) == keep, "a stage does not keep what is inside its region")

@@ -681,7 +681,7 @@ def _choose(asked: Sequence[Asked], signals: Sequence[Sequence[Signals]]) -> lis
             method, k = _budget(part, one.pruning)
             alike.setdefault(method, []).append((part, k))
             methods.append(method)
-    kept = {method: iter(method.select_each(*zip(*own, strict=True))) for method, own in alike.items()}
+    kept = {method: iter(method.select_batch(*zip(*own, strict=True))) for method, own in alike.items()}
     flat = iter([next(kept[method]) for method in methods])
     return [[next(flat) for _ in own] for own in parts]
 

@@ -63,7 +63,7 @@ class Pruning:
             raise BadInput(f"--keep {self.keep}: must be above 0 and at most 1")
         if self.tokens is not None and self.tokens < 1:
             raise BadInput(f"--tokens {self.tokens}: must be at least 1")
-        if self.share_budget and self.method.one_picture:
+        if self.share_budget and self.method.single_image:
             raise BadInput(
                 f"--share-budget: not with --method {self.method.name}, which splits the budget of one image"
             )

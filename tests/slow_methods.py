@@ -306,13 +306,15 @@ def cdpruner(signals, k, method):
     return sorted(kept)
 
 
-# Rules inside the language model: each takes (sight, k, rule), and gives the sorted kept places among the n
+# Rules inside the language model: each takes (layer_signals, k, rule), and gives the sorted kept places among the n
 
 
-def duplication(sight, k, rule):
+def duplication(layer_signals, k, rule):
     """DART: pivots by the sums of their keys, then for each in turn what is least like it."""
-    sums, text_sums = ([math.fsum(map(abs, key)) for key in keys.tolist()] for keys in (sight.keys, sight.text_keys))
-    hidden_states, text_hidden_states = sight.hidden_states.tolist(), sight.text_hidden_states.tolist()
+    sums, text_sums = (
+        [math.fsum(map(abs, key)) for key in keys.tolist()] for keys in (layer_signals.keys, layer_signals.text_keys)
+    )
+    hidden_states, text_hidden_states = layer_signals.hidden_states.tolist(), layer_signals.text_hidden_states.tolist()
     kept = ranked(sums)[: min(rule.visual_pivots, k)]
     pivots = [hidden_states[i] for i in kept] + [text_hidden_states[t] for t in ranked(text_sums)[: rule.text_pivots]]
     left = k - len(kept)
@@ -324,15 +326,15 @@ def duplication(sight, k, rule):
     return sorted(kept)
 
 
-def suppression(sight, k, rule):
+def suppression(layer_signals, k, rule):
     """AdaptPrune: soft non-maximum suppression."""
     place = {}
-    for number, view in enumerate(sight.views):
+    for number, view in enumerate(layer_signals.views):
         place |= {len(place) + i: (number, *divmod(i, view.cols)) for i in range(view.rows * view.cols)}
-    keys, scores = sight.keys.tolist(), []
-    for token, attention in zip(sight.tokens.tolist(), sight.attention.tolist(), strict=True):
+    keys, scores = layer_signals.keys.tolist(), []
+    for token, attention in zip(layer_signals.tokens.tolist(), layer_signals.attention.tolist(), strict=True):
         number, *at = place[token]
-        sides = (sight.views[number].rows, sight.views[number].cols)
+        sides = (layer_signals.views[number].rows, layer_signals.views[number].cols)
         off = sum((2 * x / (side - 1) - 1) ** 2 if side > 1 else 0.0 for x, side in zip(at, sides, strict=True))
         scores.append(attention * math.exp(-off / (2 * rule.centre**2)))
     kept = []
@@ -340,12 +342,12 @@ def suppression(sight, k, rule):
         free = [i for i in range(len(scores)) if i not in kept]
         best = first_best(free, scores.__getitem__, max(scores[i] for i in free))
         kept.append(best)
-        view, *at = place[int(sight.tokens[best])]
+        view, *at = place[int(layer_signals.tokens[best])]
         for i in free:
-            other, *there = place[int(sight.tokens[i])]
+            other, *there = place[int(layer_signals.tokens[i])]
             distance = math.dist(at, there)
             if other == view and distance <= rule.radius + EQUAL:
-                near = math.exp(-(distance**2) / (2 * rule.spread**2))
+                near = math.exp(-(distance**2) / (2 * rule.sigma**2))
                 scores[i] *= 1 - near * math.exp(-((1 - cosine(keys[i], keys[best])) ** 2) / (2 * rule.likeness**2))
     return sorted(kept)
 

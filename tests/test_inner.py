@@ -17,7 +17,16 @@ from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import RULES, make_method
 from gridprune_cli.pruning.methods.sparsevlm import RatedAttention
 from gridprune_cli.pruning.region import inside
-from gridprune_cli.pruning.schedule import Attention, OwnAttention, Region, RegionAttention, Rule, Sight, Stage, plan
+from gridprune_cli.pruning.schedule import (
+    Attention,
+    LayerSignals,
+    OwnAttention,
+    Region,
+    RegionAttention,
+    Rule,
+    Stage,
+    plan,
+)
 from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm import FAMILIES
@@ -171,7 +180,7 @@ def test_region_equals_hiding_what_is_outside(pipeline, attention, noise, which,
 def test_two_images_have_regions_of_their_own(pipeline, noise):
     pruning = Pruning(keep=0.6, region=WITHIN, ilp="region", ilp_layer=last(pipeline))
     pruned = prune(pipeline, [noise((100, 80)), noise((60, 90), seed=1)], pruning)
-    assert len(pruned.schedule.stages[0].keep) == 2
+    assert len(pruned.schedule.stages[0].budgets) == 2
     check(pipeline, pruned, {last(pipeline): within(pruned)})
 
 
@@ -234,7 +243,7 @@ def test_pyramiddrop_ranks_by_the_layer_ahead(pipeline, attention, noise):
     (stage,) = pruned.schedule.stages
     pruned = replace(pruned, schedule=replace(pruned.schedule, stages=(replace(stage, rule=OwnAttention()),)))
     row = eager_rows(pipeline, replace(pruned, schedule=None), layer)
-    check(pipeline, pruned, {layer: highest(pipeline, pruned, row, stage.keep[0])})
+    check(pipeline, pruned, {layer: highest(pipeline, pruned, row, stage.budgets[0])})
 
 
 @dataclass(frozen=True)
@@ -292,7 +301,7 @@ def seen(pipeline, pruned, layer):
     dart = {"hidden_states": whole.hidden_states[at], "keys": whole.compared[at]}
     dart |= {"text_hidden_states": whole.hidden_states[text], "text_keys": whole.compared[text]}
     adaptprune = {"attention": whole.attention[-1, at].double(), "keys": whole.projected[at]}
-    return {"dart": Sight(**common, **dart), "adaptprune": Sight(**common, **adaptprune)}
+    return {"dart": LayerSignals(**common, **dart), "adaptprune": LayerSignals(**common, **adaptprune)}
 
 
 @pytest.mark.parametrize(("name", "written_out"), [("dart", slow.duplication), ("adaptprune", slow.suppression)])
@@ -300,7 +309,7 @@ def test_rules_that_look_at_keys_see_those_of_the_model(pipeline, attention, noi
     layer = last(pipeline)
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method(name, layer=layer)))
     (stage,) = pruned.schedule.stages
-    (k,) = stage.keep
+    (k,) = stage.budgets
     assert k == int(0.3 * pruned.count + 0.5)
     stays = set(written_out(seen(pipeline, pruned, layer)[name], k, stage.rule))
     assert len(stays) == k
@@ -322,8 +331,8 @@ def test_sparsevlm_asks_the_raters(pipeline, attention, noise):
     """One stage, positions kept, and one behind another: the score against eager attention."""
     first, layer = pipeline.family.first_inner, last(pipeline)
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method("sparsevlm")))
-    assert pruned.schedule.stages[-1].keep == (int(0.3 * pruned.count + 0.5),)
-    k = pruned.schedule.stages[-1].keep[0]
+    assert pruned.schedule.stages[-1].budgets == (int(0.3 * pruned.count + 0.5),)
+    k = pruned.schedule.stages[-1].budgets[0]
     at, text = places(pipeline, pruned)
     whole = Whole.run(pipeline, pruned, layer)
     rates = torch.tensor(slow.raters(whole.embeddings[at], whole.embeddings[text]))
@@ -348,7 +357,7 @@ class Odd(Rule):
 
     name: ClassVar[str] = "odd"
 
-    def pick(self, sight, k):
+    def select(self, signals, k):
         return torch.arange(1, 2 * k, 2)
 
 
@@ -496,8 +505,8 @@ def test_keys_beyond_a_sliding_window_are_seen(tmp_path, noise, monkeypatch):
         name: ClassVar[str] = "curious"
         keys: ClassVar[int | None] = -1
 
-        def pick(self, sight, k):
-            found.append((sight.keys, sight.text_keys))
+        def select(self, signals, k):
+            found.append((signals.keys, signals.text_keys))
             return torch.arange(k)
 
     monkeypatch.setitem(RULES, "curious", Curious)
@@ -529,27 +538,27 @@ def test_a_rule_sees_what_is_there(llava, noise, monkeypatch):
         attention: ClassVar[int | None] = -1
         hidden_states: ClassVar[bool] = True
 
-        def pick(self, sight, k):
-            seen.append(sight)
+        def select(self, signals, k):
+            seen.append(layer_signals)
             return torch.arange(k)
 
     monkeypatch.setitem(RULES, "curious", Curious)
     pruned = prune(llava, [noise((100, 80))], Pruning(tokens=9, region=WITHIN, ilp=0.3))
     pruned = staged(pruned, [Stage(2, Curious(), (4,))], 3)
     run(llava, [pruned])
-    (sight,) = seen
-    assert torch.equal(sight.tokens, pruned.kept)
-    assert {int(token) for token in sight.tokens[sight.within]} == within(pruned)
+    (layer_signals,) = seen
+    assert torch.equal(layer_signals.tokens, pruned.kept)
+    assert {int(token) for token in layer_signals.tokens[layer_signals.within]} == within(pruned)
     at = (pruned.input_ids == llava.family.image_token).nonzero()[:, 0]
     row = eager_rows(llava, replace(pruned, schedule=None), 1)
-    assert torch.allclose(sight.attention, row[at].double(), atol=1e-6)
+    assert torch.allclose(layer_signals.attention, row[at].double(), atol=1e-6)
     hidden_states = []
     text = llava.family.load("language").get_submodule(llava.family.text_model)
     handle = text.layers[2].register_forward_pre_hook(lambda m, a, k: hidden_states.append(a[0]), with_kwargs=True)
     eager_rows(llava, replace(pruned, schedule=None), 1)
     handle.remove()
-    assert torch.allclose(sight.hidden_states, text.norm(hidden_states[0][0, at]), atol=1e-5)
-    assert sight.keys is None and sight.views == pruned.images[0].views
+    assert torch.allclose(layer_signals.hidden_states, text.norm(hidden_states[0][0, at]), atol=1e-5)
+    assert layer_signals.keys is None and layer_signals.views == pruned.images[0].views
 
 
 def test_what_generate_must_not_do(llava, noise):
@@ -602,7 +611,7 @@ def test_a_shared_budget_is_one_inside_too(llava, noise):
     pictures = [noise((100, 80)), noise((60, 90), 1)]
     own = prune(llava, pictures, Pruning(keep=0.5, ilp=0.2))
     shared = prune(llava, pictures, Pruning(keep=0.5, ilp=0.2, share_budget=True))
-    assert own.schedule.stages[0].keep == (3, 3) and shared.schedule.stages[0].keep == (6,)
+    assert own.schedule.stages[0].budgets == (3, 3) and shared.schedule.stages[0].budgets == (6,)
     check(
         llava,
         shared,
@@ -613,7 +622,7 @@ def test_a_shared_budget_is_one_inside_too(llava, noise):
 def test_budgets_are_no_larger_than_what_is_there():
     stages = [Stage(1, Region(), (9, 2)), Stage(3, RegionAttention(), (4, 4)), Stage(3, Attention(), (3, 3))]
     made = plan(stages, [6, 5], 5)
-    assert [stage.keep for stage in made.stages] == [(6, 2), (3, 2)]
+    assert [stage.budgets for stage in made.stages] == [(6, 2), (3, 2)]
     assert made.tokens == (11, 8, 8, 5, 5)
     assert str(made) == "8 from layer 1 on, 5 from layer 3 on"
     assert type(made).from_json(json.loads(json.dumps(made.to_json()))) == made

@@ -175,7 +175,7 @@ def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share
         signals = Signals(
             views, saliency=torch.cat([image.saliency for image in group]), vision_features=vision_features
         )
-        kept = method.select(signals, 6)
+        kept = method.select_batch([signals], [6])[0]
         weights = method.merge(signals, kept).to_dense()
         assert (weights > 0).sum(1).max() > 1
         assert torch.equal(pruned.kept[first // len(vision_features) * 6 :][:6], kept + first)

@@ -304,14 +304,14 @@ def run_signals(random: Random) -> str:
     name = random.choice(list(METHODS))
     try:
         method = make_method(name)
-        kept = method.select(signals, k)
+        kept = method.select_batch([signals], [k])[0]
     except ValueError as fault:
         assert str(fault), name
         return "refused"
     expected = count if "stages" in vars(type(method)) else k
     assert kept.dtype == torch.int64 and len(kept) == expected, (name, k, len(kept))
     assert torch.equal(kept, kept.unique()) and int(kept[0]) >= 0 and int(kept[-1]) < count, (name, kept)
-    assert torch.equal(kept, make_method(name).select(signals, k)), name
+    assert torch.equal(kept, make_method(name).select_batch([signals], [k])[0]), name
     weights = method.merge(signals, kept)
     assert weights is None or bool(torch.isfinite(weights.to_dense()).all()), name
     return "chosen"

@@ -40,7 +40,7 @@ class HoloV(Method):
         if self.crops not in CROPS:
             raise ValueError(f"crops must be one of {', '.join(CROPS)}, not {self.crops}")
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
+    def select(self, signals: Signals, k: int) -> Tensor:
         saliency = values(signals, "saliency")
         cut = _grid if self.crops == "grid" else _runs
         crop = torch.cat([_SIDE * _SIDE * n + cut(view) for n, view in enumerate(signals.views)])
