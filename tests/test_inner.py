@@ -539,7 +539,7 @@ def test_a_rule_sees_what_is_there(llava, noise, monkeypatch):
         hidden_states: ClassVar[bool] = True
 
         def select(self, signals, k):
-            seen.append(layer_signals)
+            seen.append(signals)
             return torch.arange(k)
 
     monkeypatch.setitem(RULES, "curious", Curious)
@@ -564,7 +564,7 @@ def test_a_rule_sees_what_is_there(llava, noise, monkeypatch):
 def test_what_generate_must_not_do(llava, noise):
     pruned = prune(llava, [noise((100, 80))], Pruning(ilp=0.1))
     for options in ({"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}):
-        with pytest.raises(BadInput, match="--generation"):
+        with pytest.raises(BadInput, match="generation"):
             generate(llava.family, [pruned], 4, **options)
     model = llava.family.load("language")
     config = model.config.get_text_config()
