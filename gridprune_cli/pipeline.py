@@ -95,7 +95,7 @@ class Pipeline:
     store     None means no cache
     storage   how states are stored: `full`, as the tower gives them, or `float8` or `int8`, which is less exact.
               Answers are made from what is stored, also where it was just encoded, or is not stored at all
-    flag      the option that errors name
+    field     the setting that errors name
 
     Raises BadInput for a model, device or dtype that can't be used, GridpruneError where the hub can't be asked.
     """
@@ -111,7 +111,7 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "auto",
         storage: str = "full",
-        flag: str = "--model",
+        field: str = "model",
     ):
         if storage not in STORAGES:
             raise BadInput(f"--store {storage}: not one of {', '.join(STORAGES)}")
@@ -121,7 +121,7 @@ class Pipeline:
         else:
             name = EMBEDDED if model is None else model
             self.family = open_model(
-                name, dtype, device, revision=revision, clip=clip, relevance=relevance, store=store, flag=flag
+                name, dtype, device, revision=revision, clip=clip, relevance=relevance, store=store, field=field
             )
         self.chosen = model is not None
         self._placed = {"device": device, "dtype": dtype, "storage": storage}
@@ -148,7 +148,7 @@ class Pipeline:
 
         And in some families whether the picture is one of several in its prompt.
         """
-        together = {"together": True} if several and self.family.together else {}
+        together = {"together": True} if several and self.family.encodes_multi_image else {}
         return self.family.encoder | together | ({} if self.storage == "full" else {"storage": self.storage})
 
     def key(self, image: str, several: bool = False) -> str:
@@ -198,7 +198,7 @@ class Pipeline:
         """Runs the tower on pictures, and stores nothing. Raises BadInput as `check`."""
         for picture in pictures:
             self.check(picture)
-        encode = self.family.encode_together if several else self.family.encode
+        encode = self.family.encode_multi_image if several else self.family.encode
         encodings = encode([picture.image for picture in pictures])
         return [self._encoded(*pair, several) for pair in zip(pictures, encodings, strict=True)]
 
@@ -345,7 +345,7 @@ class Pipeline:
             )
         if name not in self._localizers:
             model = EMBEDDED_LOCALIZER if name == VLM else name
-            self._localizers[name] = Pipeline(model, store=self.store, **self._placed, flag="--localizer")
+            self._localizers[name] = Pipeline(model, store=self.store, **self._placed, field="localizer")
         return self._localizers[name]
 
     def name_regions(

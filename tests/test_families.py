@@ -110,7 +110,9 @@ def test_answers_by_command(family, noise, command, tmp_path):
         assert answer["answer"] == processor.tokenizer.decode(expected) and len(expected) == 24
         assert len(answer["answer"].replace(" ", "")) == 24
         assert answer["tokens"]["kept"] == answer["tokens"]["full"]
-        again = "miss" if Pipeline(str(folder)).family.together else "hit"  # the first picture, now one of two
+        again = (
+            "miss" if Pipeline(str(folder)).family.encodes_multi_image else "hit"
+        )  # the first picture, now one of two
         assert answer["cache"] == ("miss" if count == 1 else [again, "miss"])
         saved, less = tmp_path / f"{count}.safetensors", ask(*paths[:count], keep=0.3)
         assert 0 < less["tokens"]["kept"] < less["tokens"]["full"]

@@ -37,7 +37,7 @@ def test_the_dtype_on_a_gpu(able, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
     placed = place("auto", "auto", EMBEDDED)
-    assert (placed.device, placed.dtype, placed.spread) == ("cuda", dtype, False)
+    assert (placed.device, placed.dtype, placed.sharded) == ("cuda", dtype, False)
 
 
 def test_map_needs_accelerate(monkeypatch):
@@ -47,7 +47,7 @@ def test_map_needs_accelerate(monkeypatch):
     monkeypatch.setattr(placement, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert place("map", "float32", "some/model").device == "cuda"
-    assert place("map", "float32", "some/model").spread
+    assert place("map", "float32", "some/model").sharded
 
 
 @pytest.mark.parametrize(("where", "dtype", "words"), [("abacus", "auto", "--device"), ("cpu", "int4", "--dtype int4")])

@@ -332,7 +332,7 @@ def test_options_that_do_not_fit(run, tmp_path, name, given, message):
 
 def test_a_device_that_workers_cannot_have_is_refused(pipeline, pictures, monkeypatch):
     monkeypatch.setattr(ray_runner, "find_spec", lambda name: True)
-    pipeline.family.spread = True
+    pipeline.family.sharded = True
     with pytest.raises(BadInput, match="a worker has one device"):
         list(Ray().encode(pipeline, pictures, notice=pytest.fail))
     assert list(Ray().answer(pipeline, [], notice=pytest.fail)) == []  # nothing to do, and no Ray for it

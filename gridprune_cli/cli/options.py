@@ -162,7 +162,6 @@ def pipeline(
         device=device,
         dtype=dtype,
         storage=storage,
-        flag=choice.flag,
     )
 
 

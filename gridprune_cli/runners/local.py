@@ -173,7 +173,7 @@ class Bulk:
             del data  # preparing takes the most memory
         except Exception as fault:
             return _Read(name, _named(name, _told(fault)))
-        if not (several and self.pipeline.family.together):
+        if not (several and self.pipeline.family.encodes_multi_image):
             self.pipeline.family.prepare(picture.image)
         return _Read(name, picture)
 
@@ -228,7 +228,7 @@ class Bulk:
                 self.pipeline.family.relevance.read(queries)
         apart: dict[bool, list[int]] = {}  # by whether the images of a question are encoded as some of several
         for index, ask in enumerate(asks):
-            apart.setdefault(self.pipeline.family.together and len(ask.sources) > 1, []).append(index)
+            apart.setdefault(self.pipeline.family.encodes_multi_image and len(ask.sources) > 1, []).append(index)
         for several, indices in apart.items():
             yield from self._prune_images(asks, indices, several, system, template)
 

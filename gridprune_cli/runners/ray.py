@@ -120,7 +120,7 @@ class Ray:
         if not items:
             return
         device = pipeline.family.device
-        if pipeline.family.spread or device not in ("cpu", "cuda"):
+        if pipeline.family.sharded or device not in ("cpu", "cuda"):
             raise BadInput(f"--device {device}: with --engine ray, auto, cpu or cuda; a worker has one device")
         parts = [items[start : start + size] for start in range(0, len(items), size)]
         with _ray(self.address) as ray:

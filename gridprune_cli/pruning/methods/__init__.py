@@ -53,10 +53,12 @@ METHODS: dict[str, type[Method]] = {
 }
 
 # the rules of stages, for those that are read from a file: the methods', and those of inner pruning by region
-RULES: dict[str, type[Rule]] = {
-    rule.name: rule
-    for rule in (*(rule for method in METHODS.values() for rule in method.rules), Region, RegionAttention)
-}
+_RULES: tuple[type[Rule], ...] = (
+    *(rule for method in METHODS.values() for rule in method.rules),
+    Region,
+    RegionAttention,
+)
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in _RULES}
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 

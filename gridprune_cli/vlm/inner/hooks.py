@@ -119,7 +119,7 @@ class _Run:
             for item, prompt in enumerate(self.prompts):
                 if rule := prompt.rated:
                     prompt.rate(rule, hidden[item * (len(hidden) // len(self.prompts))])
-        kwargs = self._cut(arguments, hidden, number, layer)
+        kwargs = self._layer_arguments(arguments, hidden, number, layer)
         # 2. at a stage: measure what is still missing, and drop what leaves
         if stages := self._stages(number):
             own_attention: list[Tensor] = []
@@ -128,7 +128,7 @@ class _Run:
                     layer.self_attn(layer.input_layernorm(hidden), **kwargs | {"past_key_values": None})
             self.watching.close()
             hidden = self._drop(number, layer, hidden, own_attention)
-            kwargs = self._cut(arguments, hidden, number, layer)
+            kwargs = self._layer_arguments(arguments, hidden, number, layer)
         if self.remaining is not None:
             self.remaining_at[number] = self.remaining
         # 3. ahead of a stage: have this layer's attention and keys recorded
@@ -208,7 +208,7 @@ class _Run:
                 raise GridpruneError(f"the model's {name} hold values that are not finite; try `dtype=float32`")
         return measured
 
-    def _cut(self, arguments: dict[str, Any], hidden: Tensor, number: int, layer: Any) -> dict[str, Any]:
+    def _layer_arguments(self, arguments: dict[str, Any], hidden: Tensor, number: int, layer: Any) -> dict[str, Any]:
         """A layer's arguments, cut to what remains of the prompts."""
         remaining = self.remaining
         if remaining is None:
