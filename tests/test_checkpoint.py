@@ -73,7 +73,7 @@ def test_revisions(hub_cache, tiny_llava):
     assert find("some/llava", "v2") == find("some/llava@v2") == find("some/llava@v2", "v2")
     assert find("some/llava", "v2").name == "some/llava@v2"  # what a pruned set is generated with later
     assert find("some/llava", OTHER).commit == OTHER
-    with pytest.raises(BadInput, match=r"--revision v1: --model some/llava@v2 names another"):
+    with pytest.raises(BadInput, match=r"revision=v1: `model=some/llava@v2` names another"):
         find("some/llava@v2", "v1")
     for model in ("scenes", str(tiny_llava)):
         with pytest.raises(BadInput, match="only models from the hub have revisions"):
@@ -182,7 +182,7 @@ def test_failures_are_one_line_that_says_what_to_do(case, call, monkeypatch, hub
 
     monkeypatch.setattr(hub, call, fail)
     words = words.replace("v9", SHA) if call == "snapshot_download" else words
-    with pytest.raises(GridpruneError, match=rf"^--model some/llava: .*{words}") as told:
+    with pytest.raises(GridpruneError, match=rf"^model=some/llava: .*{words}") as told:
         open_model("some/llava", "auto", "cpu", revision="v9")
     assert told.value.exit_code == code and "\n" not in str(told.value)
 
@@ -209,7 +209,7 @@ def find_snapshot(cache: Path) -> Path:
 
 
 def test_offline_and_not_in_the_cache(hub_cache):
-    with pytest.raises(BadInput, match=r"--model some/llava: no such folder, .*HF_HUB_OFFLINE"):
+    with pytest.raises(BadInput, match=r"model=some/llava: no such folder, .*HF_HUB_OFFLINE"):
         find("some/llava")
     with pytest.raises(BadInput, match="no name that the hub could have"):
         find("some/..llava")
@@ -232,7 +232,7 @@ def test_missing_weights_are_told_at_once(tiny_llava, tmp_path):
 def test_an_adapter_is_not_left_out_in_silence(tiny_llava, tmp_path):
     folder = shutil.copytree(tiny_llava, tmp_path / "llava")
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(BadInput, match=r"--model .*llava: has an adapter .* merge it into the weights"):
+    with pytest.raises(BadInput, match=r"model=.*llava: has an adapter .* merge it into the weights"):
         Pipeline(str(folder))
 
 
@@ -311,11 +311,11 @@ def test_words_are_taken_where_asked_for_or_where_there_is_nothing_else(tiny_lla
         assert family.relevance_source == {"source": "words", "model": None}
     other = str(make_tiny("qwen2_vl", tmp_path / "qwen"))
     assert isinstance(Pipeline(other).family.relevance, WordRelevance)
-    with pytest.raises(BadInput, match=r"^--relevance clip: the tower of .* is no CLIP; use --relevance words"):
+    with pytest.raises(BadInput, match=r"^relevance=clip: the tower of .* is no CLIP; use `relevance=words`"):
         Pipeline(other, relevance="clip")
-    with pytest.raises(BadInput, match=r"^--clip .*: not with --relevance words"):
+    with pytest.raises(BadInput, match=r"^clip=.*: not with `relevance=words`"):
         Pipeline(str(alone), clip=str(tiny_llava / "clip"), relevance="words")
-    with pytest.raises(BadInput, match=r"^--relevance both: not one of auto, clip, words"):
+    with pytest.raises(BadInput, match=r"^relevance=both: not one of auto, clip, words"):
         Pipeline(str(alone), relevance="both")
 
 
@@ -323,7 +323,7 @@ def test_a_clip_that_nobody_knows_is_not_swapped_for_words(alone):
     for relevance in ("auto", "clip"):
         pipeline = Pipeline(str(alone), relevance=relevance)
         pipeline.find_relevance(Pruning(keep=1.0, method=make_method("uniform")))  # needs none
-        with pytest.raises(BadInput, match=r"which CLIP .* is not known; name it as --clip, or take --relevance words"):
+        with pytest.raises(BadInput, match=r"which CLIP .* is not known; name it as `clip`, or take `relevance=words`"):
             pipeline.find_relevance(Pruning())
     config = json.loads((alone / "config.json").read_text())
     del config["vision_config"]  # then it is a CLIP's, as transformers reads it
@@ -339,14 +339,14 @@ def test_states_do_not_depend_on_the_clip(tiny_llava, alone):
 def test_what_is_no_clip_of_this_tower(tiny_llava, alone, tmp_path, noise):
     with pytest.raises(BadInput, match="no CLIP with a text tower"):
         Pipeline(str(tiny_llava), clip=str(tiny_llava))
-    with pytest.raises(BadInput, match=r"^--clip .*nowhere: no folder"):
+    with pytest.raises(BadInput, match=r"^clip=.*nowhere: no folder"):
         Pipeline(str(tiny_llava), clip=str(tmp_path / "nowhere"))
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
     vision_features = pipeline.encode([noise((60, 60))])[0].vision_features
-    with pytest.raises(BadInput, match=r"rows of 32, the model's of 31; name the CLIP"):
+    with pytest.raises(BadInput, match=r"gives 32 numbers per patch, the model's 31; name the CLIP"):
         pipeline.family.relevance(vision_features[:, 1:], "What?")
     edit(alone, model_type="siglip_vision_model")
-    with pytest.raises(BadInput, match=r"the tower of .* is no CLIP; leave --clip out"):
+    with pytest.raises(BadInput, match=r"the tower of .* is no CLIP; leave `clip` out"):
         find_clip(find(str(alone)), str(tiny_llava / "clip"))
 
 
@@ -374,7 +374,7 @@ def test_the_known_clip_is_taken_from_the_hubs_cache_unless_it_is_not_whole(cach
     if cached in ("pickled", "whole"):
         assert find_clip(find(str(alone))).identity == f"hub:{KNOWN}@{SHA}"
     else:
-        remedies = r"HF_HUB_OFFLINE forbids to fetch it; .* --clip FOLDER, or take --relevance words$"
+        remedies = r"HF_HUB_OFFLINE forbids to fetch it; .* name a copy as `clip`, or take `relevance=words`$"
         with pytest.raises(BadInput, match=rf"^the CLIP {KNOWN}: .*{remedies}"):
             find_clip(find(str(alone)))
 
@@ -420,7 +420,7 @@ def test_a_known_clip_that_cannot_be_fetched_is_told_with_both_remedies(fault, c
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "hf_hub_download", fail)
-    with pytest.raises(GridpruneError, match=r"--clip FOLDER, or take --relevance words$") as told:
+    with pytest.raises(GridpruneError, match=r"`clip`, or take `relevance=words`$") as told:
         find_clip(find(str(alone)))
     assert told.value.exit_code == code and "\n" not in str(told.value)
 

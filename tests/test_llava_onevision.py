@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from test_llava_next import QUESTION, SIDE, check_rows, check_spots, mosaic, open_tiny, seen
+from test_llava_next import QUESTION, SIDE, check_embeds, check_spots, mosaic, open_tiny, seen
 
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import GridpruneError
@@ -90,8 +90,8 @@ def test_signals_equal_an_eager_reference(tiny, noise, size, shape, grid, box):
 
 
 @pytest.mark.parametrize("size", [(100, 50), (224, 224), (210, 70), (60, 200), (31, 29), (900, 4)])
-def test_rows_and_newlines_are_the_models_own(tiny, noise, size):
-    check_rows(tiny, noise(size))
+def test_embeds_and_newlines_are_the_models_own(tiny, noise, size):
+    check_embeds(tiny, noise(size))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_the_dtype_on_a_gpu(able, dtype, monkeypatch):
 
 def test_map_needs_accelerate(monkeypatch):
     monkeypatch.setattr(placement, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"^--device map: needs accelerate; install it with `pip install accelerate`$"):
+    with pytest.raises(BadInput, match=r"^device=map: needs accelerate; install it with `pip install accelerate`$"):
         place("map", "auto", "some/model")
     monkeypatch.setattr(placement, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -50,7 +50,7 @@ def test_map_needs_accelerate(monkeypatch):
     assert place("map", "float32", "some/model").sharded
 
 
-@pytest.mark.parametrize(("where", "dtype", "words"), [("abacus", "auto", "--device"), ("cpu", "int4", "--dtype int4")])
+@pytest.mark.parametrize(("where", "dtype", "words"), [("abacus", "auto", "device"), ("cpu", "int4", "dtype=int4")])
 def test_what_is_not_there_is_named(where, dtype, words):
     with pytest.raises(BadInput, match=f"^{words}"):
         place(where, dtype, "some/model")

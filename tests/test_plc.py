@@ -135,12 +135,12 @@ def test_settings_that_do_not_go_together(settings, message):
 
 def test_a_model_without_a_compressor(llava, noise, tmp_path):
     image = llava.encode([noise((100, 80))])[0]
-    with pytest.raises(BadInput, match=r"--plc trained: .* has no compressor\.safetensors; use --plc pool") as caught:
+    with pytest.raises(BadInput, match=r"plc=trained: .* has no compressor\.safetensors; use `plc=pool`") as caught:
         llava.prune(image, QUESTION, Pruning(plc="trained"))
     assert "\n" not in str(caught.value)
     path = tmp_path / "a.png"
     noise((50, 50)).image.save(path)
-    with pytest.raises(BadInput, match="--plc trained"):
+    with pytest.raises(BadInput, match="plc=trained"):
         llava.ask(path, QUESTION, Pruning(plc="trained"))
     assert set(llava.family._loaded) == {"tower"}  # it was told before more was loaded
 

@@ -73,10 +73,10 @@ def test_rows_of_a_matrix_differ():
 
 
 def test_bad_shapes():
-    with pytest.raises(BadInput, match=r"--shape llava: not one of llava-1\.5-7b"):
+    with pytest.raises(BadInput, match=r"shape=llava: not one of llava-1\.5-7b"):
         find_shape("llava")
     for layers in (0, 4):
-        with pytest.raises(BadInput, match=f"--layers {layers}: .* has 1 to 3"):
+        with pytest.raises(BadInput, match=f"layers={layers}: .* has 1 to 3"):
             build(shrunk("llava-1.5-7b"), torch.float32, "cpu", layers)
-    with pytest.raises(BadInput, match=r"GB of weights, but .* take --dtype bfloat16, or fewer --layers"):
+    with pytest.raises(BadInput, match=r"GB of weights, but .* take `dtype=bfloat16`, or fewer `layers`"):
         shapes._check_room(1 << 60, "cpu")

@@ -19,16 +19,19 @@ from tiny_families import make
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
-from gridprune_cli.integrations.vllm import NOT_VLLM, VLLM, to_vllm
+from gridprune_cli.integrations.vllm import to_vllm
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning
-from gridprune_cli.vlm import FAMILIES
+from gridprune_cli.vlm import FAMILIES, family_class
 
 QUESTION = "what colour is the left object?"
 SIZES = [(100, 100), (210, 70)]
 COMPACT = Pruning(keep=0.4, positions="compact")
 PAGE = Path(__file__).parents[1] / "docs" / "vllm.md"
+
+
+VLLM = ("llava", "llava_next", "llava_onevision")
 
 
 @pytest.fixture(scope="module", params=VLLM)
@@ -122,7 +125,7 @@ def test_the_file_holds_the_request(run, noise, tmp_path, tiny_llava, dtype):
     assert f"{target}: 5 rows for each image" in err
     with safe_open(saved, "pt") as before, safe_open(target, "pt") as after:
         assert set(after.keys()) == {"prompt_token_ids", "image_embeds"}
-        assert torch.equal(after.get_tensor("image_embeds")[0], before.get_tensor("rows"))
+        assert torch.equal(after.get_tensor("image_embeds")[0], before.get_tensor("image_embeds"))
         assert after.get_tensor("image_embeds").dtype == getattr(torch, dtype)
         assert len(after.get_tensor("prompt_token_ids")) == record["prompt"] == len(before.get_tensor("input_ids")) - 4
         about = json.loads(after.metadata()["vllm"])
@@ -168,7 +171,7 @@ def test_several_images(llava, noise):
     alone = to_vllm(llava.family, llava.prune(images[0], QUESTION, three))  # equal but for rounding, so by another id
     assert torch.allclose(request.image_embeds[0], alone.image_embeds[0], atol=1e-5)
     shared = replace(COMPACT, tokens=5, share_budget=True, method=make_method("fastervlm"))
-    with pytest.raises(BadInput, match="equally many rows for each of the 2 images, and text between them"):
+    with pytest.raises(BadInput, match="equally many embeds for each of the 2 images, and text between them"):
         to_vllm(llava.family, llava.prune(images, QUESTION, shared, **apart))
     with pytest.raises(BadInput, match=r"runs of \[6\]"):  # side by side
         to_vllm(llava.family, llava.prune(images, QUESTION, three))
@@ -177,7 +180,7 @@ def test_several_images(llava, noise):
 def test_positions_with_gaps_are_refused(llava, noise):
     (image,) = llava.encode([noise((100, 80))])
     original = replace(COMPACT, positions="original")
-    with pytest.raises(BadInput, match=r"original positions.*prune with --positions compact"):
+    with pytest.raises(BadInput, match=r"original positions.*prune with `positions=compact`"):
         to_vllm(llava.family, llava.prune(image, QUESTION, original))
     whole = to_vllm(llava.family, llava.prune(image, QUESTION, replace(original, keep=1.0)))  # there are no gaps
     assert whole.image_embeds.shape == (1, 16, 48)
@@ -191,12 +194,13 @@ def test_inner_pruning_is_refused(llava, noise, pruning):
 
 
 def test_every_family_goes_or_is_refused_with_a_reason(llava, noise):
-    assert set(VLLM).isdisjoint(NOT_VLLM) and {*VLLM, *NOT_VLLM} == set(FAMILIES)
+    reasons = {kind: family_class(kind).vllm for kind in FAMILIES}
+    assert [kind for kind, reason in reasons.items() if not reason] == [*VLLM]
     (image,) = llava.encode([noise((100, 80))])
     pruned = llava.prune(image, QUESTION, COMPACT)
-    for kind, reason in NOT_VLLM.items():
-        stranger = SimpleNamespace(checkpoint=SimpleNamespace(family=kind))
-        with pytest.raises(BadInput, match=re.escape(f"model type {kind} can't go to vLLM: {reason}")):
+    for kind in reasons.keys() - VLLM:
+        stranger = SimpleNamespace(checkpoint=SimpleNamespace(family=kind), vllm=reasons[kind])
+        with pytest.raises(BadInput, match=re.escape(f"model type {kind} can't go to vLLM: {reasons[kind]}; use `gri")):
             to_vllm(stranger, pruned)
 
 

@@ -79,5 +79,5 @@ def to_vllm(family: Family, pruned: PrunedSet) -> VllmRequest:
 
 
 def _digest(embeds: Tensor) -> str:
-    """sha256 of embeds with their shape and dtype."""
-    return hashlib.sha256(save({"embeds": embeds.contiguous()})).hexdigest()
+    """sha256 of embeds with their shape and dtype; "rows" is but a name, on which the ids depend."""
+    return hashlib.sha256(save({"rows": embeds.contiguous()})).hexdigest()
