@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from gridprune_cli.pruning.similarity import GRAIN
+
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -52,7 +54,8 @@ def _split(weights: Tensor, caps: Tensor, k: Tensor) -> Tensor:
     if bool(over.any()):
         shares = torch.where(over, torch.minimum(weights * _level(weights, caps, k), caps), shares)
     budgets = shares.long()
-    remainders = (shares - budgets).masked_fill(budgets >= caps, -1.0)
+    # rounding noise must not decide between equal remainders, of which the first gets one more
+    remainders = ((shares - budgets) * GRAIN).round().masked_fill(budgets >= caps, -1.0)
     one_more = torch.arange(caps.shape[-1]) < (k - budgets.sum(-1))[..., None]  # for the largest remainders
     return budgets.scatter_add(-1, remainders.argsort(descending=True, stable=True), one_more.long())
 
