@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gridprune_cli.pruning.methods import METHODS, RULES, make_method
+from gridprune_cli.pruning.methods.base import Method
 from gridprune_cli.pruning.methods.gridprune import LITERAL, SALIENCY_SCALES, GridPrune, region_quotas
 from gridprune_cli.pruning.methods.uniform import lattice
 from gridprune_cli.pruning.schedule import LayerSignals, plan
@@ -107,6 +108,32 @@ def test_the_matrix_has_every_method():
     assert {name for name, _, _ in MATRIX} == set(OUTER)
     assert set(METHODS) - set(OUTER) == {"fastv", "pyramiddrop", "sparsevlm", "dart", "adaptprune", "vtw"}
     assert all(method.name == name for name, method in METHODS.items())
+    # from which help and completion take the names, without torch
+    assert all(method.__module__.rpartition(".")[2].replace("_", "-") == name for name, method in METHODS.items())
+
+
+def test_a_method_is_a_score_or_a_selection_of_its_own():
+    class Last(Method):
+        name = "last"
+
+        def score(self, signals):
+            return torch.arange(signals.count) // 2
+
+    class Nothing(Method):
+        name = "nothing"
+
+    nine, four = Signals((View(3, 3),)), Signals((View(2, 2),))
+    kept = Last().select_batch([nine, four, nine], [4, 4, 1])
+    assert [indices.tolist() for indices in kept] == [[4, 6, 7, 8], [0, 1, 2, 3], [8]]
+    assert Nothing().select_batch([four], [4])[0].tolist() == [0, 1, 2, 3]  # nothing to choose
+    with pytest.raises(NotImplementedError, match="Nothing implements none of score, select"):
+        Nothing().select_batch([nine], [4])
+
+
+def test_options_are_checked_where_they_are_changed():
+    assert make_method("gridprune", zone=3).with_options(region_share=0.7) == GridPrune(zone=3, region_share=0.7)
+    with pytest.raises(ValueError, match="region_share must be from 0 to 1"):
+        GridPrune().with_options(region_share=2.0)
 
 
 each = pytest.mark.parametrize(("name", "options"), [(name, options) for name, options, _ in MATRIX])

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -14,7 +16,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.settings import Pruning
-from gridprune_cli.vlm import FAMILIES, find_supported, hub, support
+from gridprune_cli.vlm import FAMILIES, family_class, find_supported, hub, support
 from gridprune_cli.vlm.support import FORMATS, Format, quantization, unsupported
 
 CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_vision_model"}
@@ -85,6 +87,19 @@ def test_what_families_have_is_supported():
         assert unsupported({"model_type": family} | strategy) == ""
     assert unsupported({"model_type": "llava", "vision_config": SIGLIP, "vision_feature_select_strategy": "full"}) == ""
     assert unsupported({"model_type": "gemma3", "mm_tokens_per_image": 256}) == ""
+
+
+def test_a_family_is_an_entry_and_a_class_that_fit():
+    for kind, entry in FAMILIES.items():
+        adapter = family_class(kind)
+        assert entry.model_type == kind == adapter.model_class.config_class.model_type
+        assert ("CLIP" in entry.needs) == ("clip_vision_model" in entry.towers)
+
+
+def test_what_is_known_of_families_needs_no_torch():
+    imports = "import sys, gridprune_cli.vlm.support, gridprune_cli.vlm.cached"
+    code = f"{imports}; print({{'torch', 'transformers'}} & {{*sys.modules}})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 # ---- quantised -------------------------------------------------------------------------------------------------------

@@ -77,9 +77,9 @@ def _coordinates(number: int, view: View) -> Tensor:
 
 @dataclass(frozen=True)
 class AdaptPrune(InnerMethod):
-    """From layer `layer` on, K tokens by `Suppression`; what stays keeps its positions.
+    """From layer `layer` on, K tokens by attention, which is lowered around each that was taken, by `Suppression`.
 
-    Attention is that of the prompt's last token in the layer before, mean over heads.
+    What stays keeps its positions. Attention is that of the prompt's last token in the layer before, mean over heads.
 
     centre    width of the weight of the centre, in halves of a side: 1 is the published 12 on its 24 x 24 tokens
     radius    in tokens, as `sigma` is: what is farther off is never lowered

@@ -17,13 +17,13 @@ from gridprune_cli.pruning.zones import Zones
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A pruning method. The fields of a sub-class are its options, and the first line of its docstring sums it up.
+    """A pruning method. The fields of a sub-class are its options.
 
     A method implements `score`, and keeps the K tokens of the highest score; or `select`, where it chooses otherwise;
     or `select_alike`, where it is faster on many questions at once. One that merges tokens implements `merge_weights`.
     Callers use `select_batch` and `merge`, which do the checks.
 
-    name          what `--method` takes
+    name          what `--method` takes; its file is called so, with `_` for `-`
     requires      the fields of `Signals` that it looks at; no others are computed
     single_image  whether it splits the budget of one image over its views, so that images can't share a budget
     takes_region  whether it keeps more tokens inside the contextual region
@@ -38,11 +38,6 @@ class Method(ABC):
     inner: ClassVar[bool] = False
     rules: ClassVar[tuple[type[Rule], ...]] = ()
     relevance_sign = 1  # what relevance is multiplied with; an option of some methods, see `signed_relevance`
-
-    @classmethod
-    def summary(cls) -> str:
-        """One line that says what the method keeps: the first line of its docstring."""
-        return (cls.__doc__ or "").partition("\n")[0]
 
     def to_json(self) -> dict[str, Any]:
         """Its name and options."""

@@ -16,7 +16,7 @@ _INDEPENDENT = 1e-6  # squared part of a unit row outside of what was taken: bel
 
 @dataclass(frozen=True)
 class CDPruner(Method):
-    """Greedy maximum of det(L) over the tokens taken.
+    """The tokens that are relevant and unlike each other: the greedy maximum of det(L) over the tokens taken.
 
         q_i  = (r'_i - min r' + 1e-6) / (max r' - min r')        r' relevance times its sign
         L_ij = q_i * cos(x_i, x_j) * q_j

@@ -57,10 +57,10 @@ def _largest(keys: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Dart(InnerMethod):
-    """From layer `layer` on, K tokens by `Duplication`, with the keys and the hidden states that the layer before gave.
+    """From layer `layer` on, a few pivots and what is least like them, K tokens in all, by `Duplication`.
 
-    Keys have their position embeddings, and hidden states are normed as behind the last layer. What stays keeps its
-    positions. All this is as in the published code.
+    Keys and hidden states are those that the layer before gave: keys with their position embeddings, hidden states
+    normed as behind the last layer. What stays keeps its positions. All this is as in the published code.
 
     Departures: exactly K stay. The published code keeps its visual pivots beside what it counts, and rounds down what
     each pivot takes: its 128 are 4 + 8 * 16, K = 132 here. Its order of pivots is that of a Python set.

@@ -16,7 +16,7 @@ CROPS = ("grid", "runs")
 
 @dataclass(frozen=True)
 class HoloV(Method):
-    """Crop p keeps its top k_p by saliency; the question has no say.
+    """A budget per crop by its mean saliency, and the top of each crop by saliency; the question has no say.
 
         w_p = mean of A over crop p, divided by the sum of the means of all crops
         k_p = floor(w_p * K), and one more each for the crops of the highest w_p until they sum to K
