@@ -152,12 +152,15 @@ def softmax(values, temperature):
 
 
 def mmtok(signals, k, method):
-    words, rows, vision_features = (
-        part.tolist() for part in (signals.question_embeds, signals.image_embeds, signals.vision_features)
+    question_embeds, rows, vision_features = (
+        vectors.tolist() for vectors in (signals.question_embeds, signals.image_embeds, signals.vision_features)
     )
     covered = [
-        [value / len(words) for value in softmax([cosine(word, row) for row in rows], method.text_temperature)]
-        for word in words
+        [
+            value / len(question_embeds)
+            for value in softmax([cosine(word, row) for row in rows], method.text_temperature)
+        ]
+        for word in question_embeds
     ]
     covered += [
         [
@@ -188,9 +191,9 @@ def holov(signals, k, method):
             members = {}
             for place, token in enumerate(tokens):
                 row, col = divmod(place, view.cols)
-                part = (row * min(4, view.rows) // view.rows, col * min(4, view.cols) // view.cols)
-                members.setdefault(part, []).append(token)
-            crops += [members[part] for part in sorted(members)]
+                crop = (row * min(4, view.rows) // view.rows, col * min(4, view.cols) // view.cols)
+                members.setdefault(crop, []).append(token)
+            crops += [members[crop] for crop in sorted(members)]
     crops = [crop for crop in crops if crop]
     weights = [sum(saliency[i] for i in crop) / len(crop) for crop in crops]
     budgets = [0] * len(crops)
@@ -218,7 +221,7 @@ def hired(signals, k, method):
     if len(signals.views) == 1 or not bases:
         return top_saliency(signals, k, method)
     base = signals.views[bases[0]]
-    own = list(range(starts[bases[0]], starts[bases[0]] + base.rows * base.cols))
+    base_tokens = list(range(starts[bases[0]], starts[bases[0]] + base.rows * base.cols))
     tiles = []  # (tokens, left, top, right, bottom)
     for n, view in enumerate(signals.views):
         if n == bases[0]:
@@ -232,10 +235,10 @@ def hired(signals, k, method):
                 tokens = [starts[n] + r * view.cols + c for r in range(r0, r1) for c in range(c0, c1)]
                 width, height = (x1 - x0) / view.cols, (y1 - y0) / view.rows
                 tiles.append((tokens, x0 + c0 * width, y0 + r0 * height, x0 + c1 * width, y0 + r1 * height))
-    leading = sorted(own, key=lambda i: (-saliency[i], i))[: int((1 - method.base_share) * len(own))]
+    leading = sorted(base_tokens, key=lambda i: (-saliency[i], i))[: int((1 - method.base_share) * len(base_tokens))]
     counts = []
     for _, left, top, right, bottom in tiles:
-        centres = [divmod(i - own[0], base.cols) for i in leading]
+        centres = [divmod(i - base_tokens[0], base.cols) for i in leading]
         counts.append(
             sum(
                 left <= (c + 0.5) / base.cols + 1e-9 < right and top <= (r + 0.5) / base.rows + 1e-9 < bottom
@@ -243,9 +246,9 @@ def hired(signals, k, method):
             )
         )
     room = sum(len(tile[0]) for tile in tiles)
-    quota = max(min(math.floor(method.base_share * k + 0.5), len(own)), k - room)
+    quota = max(min(math.floor(method.base_share * k + 0.5), len(base_tokens)), k - room)
     budgets = shared(counts, [len(tile[0]) for tile in tiles], k - quota)
-    kept = sorted(own, key=lambda i: (-saliency[i], i))[:quota]
+    kept = sorted(base_tokens, key=lambda i: (-saliency[i], i))[:quota]
     for (tokens, *_), budget in zip(tiles, budgets, strict=True):
         kept += sorted(tokens, key=lambda i: (-saliency[i], i))[:budget]
     return sorted(kept)
@@ -292,13 +295,13 @@ def cdpruner(signals, k, method):
     kept = []
     while len(kept) < k:
         free = set(range(len(outside))) - set(kept)
-        part = {i: math.fsum(x * x for x in outside[i]) for i in free}
-        score = {i: quality[i] ** 2 * part[i] for i in free if part[i] > 1e-6}
+        squares = {i: math.fsum(x * x for x in outside[i]) for i in free}
+        score = {i: quality[i] ** 2 * squares[i] for i in free if squares[i] > 1e-6}
         if not score:
             order = [i for i in ranked(relevance) if i in free]
             return sorted(kept + order[: k - len(kept)])
         token = first_best(score, score.get, max(score.values()))
-        axis = [x / math.sqrt(part[token]) for x in outside[token]]
+        axis = [x / math.sqrt(squares[token]) for x in outside[token]]
         for row in outside:
             along = math.fsum(x * y for x, y in zip(row, axis, strict=True))
             row[:] = [x - along * y for x, y in zip(row, axis, strict=True)]

@@ -54,17 +54,17 @@ def test_a_hub_name_answers_like_its_folder(hub_cache, tiny_llava, noise):
     pipeline = Pipeline("some/tiny-llava", dtype="float32", clip=str(tiny_llava / "clip"))
     local = Pipeline(str(tiny_llava), dtype="float32")
     picture = noise((100, 80))
-    made, expected = (p.prune(p.encoder.encode([picture])[0], "What colour is the star?") for p in (pipeline, local))
-    assert made.kept.tolist() == expected.kept.tolist() and made.model == "some/tiny-llava"
-    assert pipeline.generate(made, max_new_tokens=4) == local.generate(expected, max_new_tokens=4)
+    pruned, expected = (p.prune(p.encoder.encode([picture])[0], "What colour is the star?") for p in (pipeline, local))
+    assert pruned.kept.tolist() == expected.kept.tolist() and pruned.model == "some/tiny-llava"
+    assert pipeline.generate(pruned, max_new_tokens=4) == local.generate(expected, max_new_tokens=4)
 
 
 def test_a_folder_comes_before_a_hub_name(hub_cache, tiny_llava, tmp_path, monkeypatch):
     put(hub_cache, "some/tiny-llava", tiny_llava)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_llava, tmp_path / "some" / "tiny-llava")
-    found = find("some/tiny-llava")
-    assert found.commit is None and found.folder == Path("some/tiny-llava")
+    checkpoint = find("some/tiny-llava")
+    assert checkpoint.commit is None and checkpoint.folder == Path("some/tiny-llava")
 
 
 def test_revisions(hub_cache, tiny_llava):
@@ -125,7 +125,7 @@ def test_only_what_holds_no_code_is_fetched(monkeypatch, hub_cache, tiny_llava):
 
 
 @pytest.mark.parametrize(
-    ("said", "stored"),
+    ("settings", "stored"),
     [
         ({"dtype": "bfloat16"}, "bfloat16"),
         ({"torch_dtype": "float16", "text_config": {"dtype": "float32"}}, "float16"),
@@ -133,18 +133,18 @@ def test_only_what_holds_no_code_is_fetched(monkeypatch, hub_cache, tiny_llava):
         ({}, "float32"),
     ],
 )
-def test_the_dtype_of_a_checkpoint(said, stored, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"} | said))
+def test_the_dtype_of_a_checkpoint(settings, stored, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"} | settings))
     assert find(str(tmp_path)).stored == stored
 
 
 def test_the_options_of_the_commands_reach_the_model(hub_cache, tiny_llava):
     put(hub_cache, "some/llava", tiny_llava, OTHER, "v2")
-    made = options.pipeline("some/llava", revision="v2", clip=str(tiny_llava / "clip"))
-    assert (made.model, made.family.checkpoint.commit) == ("some/llava@v2", OTHER)
-    assert made.family.clip and made.family.clip.folder == tiny_llava / "clip"
-    assert made.family.checkpoint.store is made.store
-    assert Pipeline(made.model).family.checkpoint.commit == OTHER  # as `generate` opens it
+    pipeline = options.pipeline("some/llava", revision="v2", clip=str(tiny_llava / "clip"))
+    assert (pipeline.model, pipeline.family.checkpoint.commit) == ("some/llava@v2", OTHER)
+    assert pipeline.family.clip and pipeline.family.clip.folder == tiny_llava / "clip"
+    assert pipeline.family.checkpoint.store is pipeline.store
+    assert Pipeline(pipeline.model).family.checkpoint.commit == OTHER  # as `generate` opens it
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ FAILURES = {
 @pytest.mark.parametrize("call", ["hf_hub_download", "snapshot_download"])
 @pytest.mark.parametrize("case", FAILURES)
 def test_failures_are_one_line_that_says_what_to_do(case, call, monkeypatch, hub_cache, tiny_llava):
-    fault, code, words = FAILURES[case]
+    fault, code, reason = FAILURES[case]
     put(hub_cache, "some/llava", tiny_llava, ref="v9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", case not in ("network",))
     if call == "snapshot_download":
@@ -182,10 +182,10 @@ def test_failures_are_one_line_that_says_what_to_do(case, call, monkeypatch, hub
         raise fault
 
     monkeypatch.setattr(hub, call, fail)
-    words = words.replace("v9", SHA) if call == "snapshot_download" else words
-    with pytest.raises(GridpruneError, match=rf"^model=some/llava: .*{words}") as told:
+    reason = reason.replace("v9", SHA) if call == "snapshot_download" else reason
+    with pytest.raises(GridpruneError, match=rf"^model=some/llava: .*{reason}") as caught:
         open_model("some/llava", "auto", "cpu", revision="v9")
-    assert told.value.exit_code == code and "\n" not in str(told.value)
+    assert caught.value.exit_code == code and "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system has no SIGPIPE")
@@ -257,12 +257,12 @@ def test_pickled_weights_are_fetched_where_a_repository_has_no_others(weights, m
                 (snapshot / file).write_text(json.dumps(content))
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    found = find("some/llava").complete()
+    checkpoint = find("some/llava").complete()
     there = {path.name for path in snapshot.iterdir() if path.name in files}
     assert there == set(files) - {"training_args.bin", "optimizer.bin", "model.pt", "pytorch_model_fsdp.bin"} - (
         {"pytorch_model.bin"} if weights == "safetensors" else set()
     )
-    assert found.folder == snapshot
+    assert checkpoint.folder == snapshot
 
 
 # ---- the CLIP of a tower ---------------------------------------------------------------------------------------------
@@ -421,9 +421,9 @@ def test_a_known_clip_that_cannot_be_fetched_is_told_with_both_remedies(fault, c
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "hf_hub_download", fail)
-    with pytest.raises(GridpruneError, match=r"`clip`, or take `relevance=words`$") as told:
+    with pytest.raises(GridpruneError, match=r"`clip`, or take `relevance=words`$") as caught:
         find_clip(find(str(alone)))
-    assert told.value.exit_code == code and "\n" not in str(told.value)
+    assert caught.value.exit_code == code and "\n" not in str(caught.value)
 
 
 # ---- identities ------------------------------------------------------------------------------------------------------
@@ -583,8 +583,8 @@ def test_damaged_settings_are_bad_input(tiny_llava, tmp_path, name):
 def test_an_attention_that_a_config_names_is_not_fetched(tiny_llava, tmp_path):
     copy = shutil.copytree(tiny_llava, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
-    for part in (config, config["text_config"], config["vision_config"]):
-        part["attn_implementation"] = part["_attn_implementation"] = "someone/kernel"
+    for section in (config, config["text_config"], config["vision_config"]):
+        section["attn_implementation"] = section["_attn_implementation"] = "someone/kernel"
     (copy / "config.json").write_text(json.dumps(config))
     model = open_model(str(copy), "float32", "cpu").load("language")
     assert "kernel" not in str(model.config.get_text_config()._attn_implementation)

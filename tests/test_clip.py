@@ -15,14 +15,14 @@ from gridprune_cli.vlm.clip import weights_differ
 def tuned(tiny_llava, tmp_path):
     """A copy of the tiny LLaVA whose tower's weights went through a function."""
 
-    def make(function):
+    def build(function):
         folder = shutil.copytree(tiny_llava, tmp_path / "tuned", dirs_exist_ok=True)
         weights = load_file(tiny_llava / "model.safetensors")
         changed = {n: function(w) if "vision_tower" in n else w for n, w in weights.items()}
         save_file(changed, folder / "model.safetensors", {"format": "pt"})
         return folder
 
-    return make
+    return build
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -43,6 +43,6 @@ def test_a_tower_that_was_tuned_is_a_remark(tuned, tmp_path, noise):
     for relevance, remarks in (("clip", 1), ("words", 0)):
         pipeline = Pipeline(str(folder), dtype="float32", relevance=relevance)
         pipeline.ask(tmp_path / "a.png", "What?", Pruning(), max_new_tokens=1)
-        told = remarks(pipeline.family, Pruning())
-        assert len(told) == remarks
-        assert all(f"other weights than {folder}/clip, from which its relevance comes" in text for text in told)
+        notes = remarks(pipeline.family, Pruning())
+        assert len(notes) == remarks
+        assert all(f"other weights than {folder}/clip, from which its relevance comes" in text for text in notes)

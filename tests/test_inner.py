@@ -262,12 +262,12 @@ class Whole:
         before = model.config.get_text_config()._attn_implementation
         model.set_attn_implementation({"text_config": "eager"})
         ids, mask, positions = prompts(pipeline.family, [pruned])
-        text, found = model.get_submodule(pipeline.family.text_model), {}
+        text, recorded = model.get_submodule(pipeline.family.text_model), {}
         hooks = [
-            text.layers[0].register_forward_pre_hook(lambda m, a: found.update(first=a[0][0])),
-            text.layers[layer].register_forward_pre_hook(lambda m, a: found.update(hidden_states=a[0][0])),
-            text.layers[layer].self_attn.k_proj.register_forward_hook(lambda m, a, out: found.update(keys=out[0])),
-            text.layers[layer - 1].self_attn.register_forward_hook(lambda m, a, out: found.update(rows=out[1][0])),
+            text.layers[0].register_forward_pre_hook(lambda m, a: recorded.update(first=a[0][0])),
+            text.layers[layer].register_forward_pre_hook(lambda m, a: recorded.update(hidden_states=a[0][0])),
+            text.layers[layer].self_attn.k_proj.register_forward_hook(lambda m, a, out: recorded.update(keys=out[0])),
+            text.layers[layer - 1].self_attn.register_forward_hook(lambda m, a, out: recorded.update(rows=out[1][0])),
         ]
         with torch.no_grad():
             out = model.generate(  # which PaliGemma's positions need: their size tells in keys
@@ -279,12 +279,12 @@ class Whole:
                 max_new_tokens=1,
                 return_dict_in_generate=True,
             )
-            hidden_states = text.norm(found["hidden_states"])
+            hidden_states = text.norm(recorded["hidden_states"])
         for hook in hooks:
             hook.remove()
         model.set_attn_implementation({"text_config": before})
         cached = out.past_key_values.layers[layer - 1].keys[0].transpose(0, 1).flatten(1)
-        return cls(found["first"], hidden_states, found["rows"].mean(0), cached, found["keys"])
+        return cls(recorded["first"], hidden_states, recorded["rows"].mean(0), cached, recorded["keys"])
 
 
 def places(pipeline, pruned):
@@ -447,22 +447,22 @@ def test_a_batch_answers_as_its_prompts_do_alone(pipeline, attention, noise):
     for pruning in (prunings[0], *prunings[6:9]):
         sets.append(prune(pipeline, [noise((100, 80)), noise((60, 90), 1)], pruning))
     ids, logits, _ = run(pipeline, sets)
-    for own_ids, own, pruned in zip(ids, logits, sets, strict=True):
+    for own_ids, prompt_logits, pruned in zip(ids, logits, sets, strict=True):
         alone_ids, alone, _ = run(pipeline, [pruned])
         assert torch.equal(own_ids, alone_ids[0])
-        assert (own - alone[0]).abs().max() <= 1e-4
+        assert (prompt_logits - alone[0]).abs().max() <= 1e-4
     for pair in ([sets[0], sets[0]], [sets[0], replace(sets[0], schedule=None)]):  # prompts of one length, no padding
         assert torch.equal(run(pipeline, pair)[0], torch.cat([run(pipeline, [one])[0] for one in pair]))
 
 
 def test_beams_prune_alike(pipeline, noise):
     pruned = prune(pipeline, [noise((100, 80))], Pruning(keep=0.8, ilp=0.3, ilp_layer=last(pipeline)))
-    (made,) = generate(pipeline.family, [pruned], NEW, num_beams=3)
+    (generated,) = generate(pipeline.family, [pruned], NEW, num_beams=3)
     row = eager_rows(pipeline, replace(pruned, schedule=None), last(pipeline) - 1)
     stays = highest(pipeline, pruned, row, pruned.schedule.tokens[-1], within(pruned))
     with Hidden(pipeline, {last(pipeline): places_gone(pipeline, pruned, stays)}):
         (expected,) = generate(pipeline.family, [replace(pruned, schedule=None)], NEW, num_beams=3)
-    assert made.ids == expected.ids
+    assert generated.ids == expected.ids
 
 
 def test_layers_at_which_nothing_can_leave(pipeline, noise):
@@ -498,7 +498,7 @@ def test_a_sliding_window_reaches_no_further(tmp_path, noise, window, kind):
 
 def test_keys_beyond_a_sliding_window_are_seen(tmp_path, noise, monkeypatch):
     """The first layer's keys are the same however far it looks; its cache holds no more of them than it does."""
-    found = []
+    recorded = []
 
     @dataclass(frozen=True)
     class Curious(Rule):
@@ -506,7 +506,7 @@ def test_keys_beyond_a_sliding_window_are_seen(tmp_path, noise, monkeypatch):
         keys: ClassVar[int | None] = -1
 
         def select(self, signals, k):
-            found.append((signals.keys, signals.text_keys))
+            recorded.append((signals.keys, signals.text_keys))
             return torch.arange(k)
 
     monkeypatch.setitem(RULES, "curious", Curious)
@@ -518,7 +518,7 @@ def test_keys_beyond_a_sliding_window_are_seen(tmp_path, noise, monkeypatch):
         pipeline = Pipeline(str(folder), dtype="float32")
         pruned = prune(pipeline, [noise((100, 80))], Pruning(keep=1.0, ilp=0.5, ilp_layer=1))
         run(pipeline, [staged(pruned, [Stage(1, Curious(), (4,))], 4)])
-    (short, short_text), (whole, whole_text) = found
+    (short, short_text), (whole, whole_text) = recorded
     assert len(whole) == pruned.count > 6 and len(whole_text)
     assert torch.equal(short, whole) and torch.equal(short_text, whole_text)
 
@@ -609,9 +609,9 @@ def test_settings_that_make_no_sense(llava, noise):
 
 def test_a_shared_budget_is_one_inside_too(llava, noise):
     pictures = [noise((100, 80)), noise((60, 90), 1)]
-    own = prune(llava, pictures, Pruning(keep=0.5, ilp=0.2))
+    separate = prune(llava, pictures, Pruning(keep=0.5, ilp=0.2))
     shared = prune(llava, pictures, Pruning(keep=0.5, ilp=0.2, share_budget=True))
-    assert own.schedule.stages[0].budgets == (3, 3) and shared.schedule.stages[0].budgets == (6,)
+    assert separate.schedule.stages[0].budgets == (3, 3) and shared.schedule.stages[0].budgets == (6,)
     check(
         llava,
         shared,
@@ -621,8 +621,8 @@ def test_a_shared_budget_is_one_inside_too(llava, noise):
 
 def test_budgets_are_no_larger_than_what_is_there():
     stages = [Stage(1, Region(), (9, 2)), Stage(3, RegionAttention(), (4, 4)), Stage(3, Attention(), (3, 3))]
-    made = plan(stages, [6, 5], 5)
-    assert [stage.budgets for stage in made.stages] == [(6, 2), (3, 2)]
-    assert made.tokens == (11, 8, 8, 5, 5)
-    assert str(made) == "8 from layer 1 on, 5 from layer 3 on"
-    assert type(made).from_json(json.loads(json.dumps(made.to_json()))) == made
+    schedule = plan(stages, [6, 5], 5)
+    assert [stage.budgets for stage in schedule.stages] == [(6, 2), (3, 2)]
+    assert schedule.tokens == (11, 8, 8, 5, 5)
+    assert str(schedule) == "8 from layer 1 on, 5 from layer 3 on"
+    assert type(schedule).from_json(json.loads(json.dumps(schedule.to_json()))) == schedule

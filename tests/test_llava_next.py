@@ -130,8 +130,8 @@ def test_signals_equal_an_eager_reference(tiny, noise, size, shape, box):
     assert torch.allclose(encoded.saliency, packed(saliency)[:, 0], atol=1e-6)
 
     clip = CLIPModel.from_pretrained(tiny.folder / "clip", dtype=torch.float32).eval()
-    words = AutoTokenizer.from_pretrained(tiny.folder / "clip")
-    ids = [words.bos_token_id, *words(QUESTION, add_special_tokens=False).input_ids, words.eos_token_id]
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder / "clip")
+    ids = [tokenizer.bos_token_id, *tokenizer(QUESTION, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     with torch.no_grad():
         text = clip.get_text_features(torch.tensor([ids])).pooler_output
         patches = clip.visual_projection(clip.vision_model.post_layernorm(packed(vision_features)))

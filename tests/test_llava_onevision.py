@@ -81,10 +81,12 @@ def test_signals_equal_an_eager_reference(tiny, noise, size, shape, grid, box):
     encoded = tiny.pipeline.encoder.encode([picture])[0]
     assert torch.allclose(encoded.vision_features, packed(rows), atol=1e-4)
     assert torch.allclose(encoded.saliency, packed(saliency)[:, 0], atol=1e-6)
-    words = tiny.pipeline.family.processor.tokenizer(QUESTION, add_special_tokens=False, return_tensors="pt").input_ids
+    question_embeds = tiny.pipeline.family.processor.tokenizer(
+        QUESTION, add_special_tokens=False, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
-        words = tiny.whole.get_input_embeddings()(words[0])
-    expected = torch.cosine_similarity(packed(rows)[:, None], words[None], dim=-1).mean(1)
+        question_embeds = tiny.whole.get_input_embeddings()(question_embeds[0])
+    expected = torch.cosine_similarity(packed(rows)[:, None], question_embeds[None], dim=-1).mean(1)
     assert torch.allclose(tiny.pipeline.family.relevance(encoded.vision_features, QUESTION), expected, atol=1e-5)
 
 

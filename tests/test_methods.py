@@ -164,15 +164,17 @@ def test_each_is_what_its_formula_says(name, options, written_out, problem):
 
 @each
 @settings(deadline=None, max_examples=10)
-@given(made=st.lists(problems(), min_size=1, max_size=6))
-def test_many_questions_are_selected_for_as_each_is_alone(name, options, made):
+@given(cases=st.lists(problems(), min_size=1, max_size=6))
+def test_many_questions_are_selected_for_as_each_is_alone(name, options, cases):
     """Of the same views and of others, with a region and without, some of which keep everything."""
     method = make_method(name, **options)
-    made += [(replace(signals, region=region), signals.count) for signals, _ in made for region in (None, (1, 1, 5, 4))]
-    made += [(replace(signals, region=(1, 1, 5, 4)), k) for signals, k in made]
-    signals, ks = zip(*made, strict=True)
-    for kept, own, k in zip(method.select_batch(signals, ks), signals, ks, strict=True):
-        assert torch.equal(kept, select(method, own, k))
+    cases += [
+        (replace(signals, region=region), signals.count) for signals, _ in cases for region in (None, (1, 1, 5, 4))
+    ]
+    cases += [(replace(signals, region=(1, 1, 5, 4)), k) for signals, k in cases]
+    signals, ks = zip(*cases, strict=True)
+    for kept, image_signals, k in zip(method.select_batch(signals, ks), signals, ks, strict=True):
+        assert torch.equal(kept, select(method, image_signals, k))
 
 
 @each
@@ -445,10 +447,14 @@ EQUIVARIANT = ("topk-relevance", "fastervlm", "vispruner", "divprune", "scope", 
 def test_the_order_of_tokens_does_not_matter(name, k):
     generator = torch.Generator().manual_seed(k)
     relevance, saliency = torch.rand(2, 60, generator=generator, dtype=torch.float64)
-    vision_features, rows, words = (torch.randn(n, 50, generator=generator, dtype=torch.float64) for n in (60, 60, 3))
+    vision_features, rows, question_embeds = (
+        torch.randn(n, 50, generator=generator, dtype=torch.float64) for n in (60, 60, 3)
+    )
     order = torch.randperm(60, generator=generator)
-    here = Signals((View(6, 10),), relevance, saliency, None, vision_features, rows, words)
-    there = Signals((View(10, 6),), relevance[order], saliency[order], None, vision_features[order], rows[order], words)
+    here = Signals((View(6, 10),), relevance, saliency, None, vision_features, rows, question_embeds)
+    there = Signals(
+        (View(10, 6),), relevance[order], saliency[order], None, vision_features[order], rows[order], question_embeds
+    )
     assert torch.equal(order[select(make_method(name), there, k)].sort().values, select(make_method(name), here, k))
 
 

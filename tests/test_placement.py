@@ -50,7 +50,7 @@ def test_map_needs_accelerate(monkeypatch):
     assert place("map", "float32", "some/model").sharded
 
 
-@pytest.mark.parametrize(("where", "dtype", "words"), [("abacus", "auto", "device"), ("cpu", "int4", "dtype=int4")])
-def test_what_is_not_there_is_named(where, dtype, words):
-    with pytest.raises(BadInput, match=f"^{words}"):
+@pytest.mark.parametrize(("where", "dtype", "named"), [("abacus", "auto", "device"), ("cpu", "int4", "dtype=int4")])
+def test_what_is_not_there_is_named(where, dtype, named):
+    with pytest.raises(BadInput, match=f"^{named}"):
         place(where, dtype, "some/model")
