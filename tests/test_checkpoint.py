@@ -333,8 +333,8 @@ def test_a_clip_that_nobody_knows_is_not_swapped_for_words(alone):
 
 
 def test_states_do_not_depend_on_the_clip(tiny_llava, alone):
-    keys = {Pipeline(str(alone), clip=clip).key(PHOTO) for clip in (None, str(tiny_llava / "clip"))}
-    assert keys == {Pipeline(str(tiny_llava)).key(PHOTO)}
+    keys = {Pipeline(str(alone), clip=clip).encoder.key(PHOTO) for clip in (None, str(tiny_llava / "clip"))}
+    assert keys == {Pipeline(str(tiny_llava)).encoder.key(PHOTO)}
 
 
 def test_what_is_no_clip_of_this_tower(tiny_llava, alone, tmp_path, noise):

@@ -111,7 +111,7 @@ def test_one_of_several_is_a_base_view_of_the_padded_picture(tiny, noise, size, 
     vision_features, attention = seen(tiny.whole, pixels[:, 0], -1)
     with torch.no_grad():
         rows = tiny.whole.model.multi_modal_projector(vision_features)
-    encoded = tiny.pipeline.encode(pictures, several=True)
+    encoded = tiny.pipeline.encoder.encode(pictures, several=True)
     for n, one in enumerate(encoded):
         assert [(view.rows, view.cols) for view in one.views] == [(SIDE, SIDE)]
         assert one.placeholder_map.tolist() == [*range(SIDE * SIDE), -1]  # and the newline

@@ -54,7 +54,7 @@ def test_shapes_are_as_large_as_published(name, tmp_path):
 def test_a_shape_answers(name, tokens, separators, text_tokens):
     family = build(shrunk(name), torch.float32, "cpu", layers=2)
     pipeline = Pipeline(family)
-    (image,) = pipeline.encoder.encode([sample_scene(pipeline.model)])
+    image, _ = pipeline.encode(sample_scene(pipeline.model))
     assert image.count == tokens and torch.isfinite(image.saliency).all()
     pruned = pipeline.prune(image, "What is it?", Pruning(keep=1.0))
     assert len(pruned.image_embeds) == tokens + separators

@@ -40,11 +40,12 @@ class ModelParts:
         self._loaded: dict[str, Any] = {}  # part -> a model that holds it
 
     def load(self, *parts: str) -> Any:
-        """A model that holds the first of these parts. Parts are read once, and those asked for together in one go.
+        """A model that holds the first of these parts; None where that part has no modules, as a projector may.
 
-        A sharded language model is read by itself, since the other parts lie on one device.
+        Parts are read once, and those asked for together in one go. A sharded language model is read by itself, since
+        the other parts lie on one device.
         """
-        missing = {name for name in parts if name not in self._loaded}
+        missing = {name for name in parts if self.modules[name] and name not in self._loaded}
         alone = {"language"} & missing if self.sharded else set()
         for group in (missing - alone, alone):
             if group:
@@ -57,7 +58,7 @@ class ModelParts:
                 if "language" in group and model.config.get_text_config()._attn_implementation == "sdpa":
                     model.set_attn_implementation({"text_config": NAME})
                 self._loaded |= dict.fromkeys(group, model)
-        return self._loaded[parts[0]]
+        return self._loaded.get(parts[0])
 
     def unread(self) -> list[str]:
         """Dotted paths of what no part needs, such as layers behind the one whose features are stored."""
