@@ -22,6 +22,10 @@ crash SECONDS="600":
 bombs:
     python -m tests.fuzz.bombs
 
+# the embedded model, from random weights; about four hours on 2 cores
+train *ARGUMENTS:
+    python -m training {{ARGUMENTS}}
+
 # the page of all commands
 docs:
     python docs/generate_commands.py

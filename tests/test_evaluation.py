@@ -547,7 +547,7 @@ def test_without_the_extra_all_but_the_report_is_written(run, questions, tmp_pat
 
 
 def test_the_sweep_is_told_in_the_same_table():
-    from gridprune_cli.scenes.benchmark import swept
+    from benchmarks.sweeps import swept
 
     cells = swept()
     assert len(cells) == len({cell.name for cell in cells}) == 72

@@ -19,7 +19,8 @@ from gridprune_cli.pruning.methods import make
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.regions import TEMPLATE, read_answer
 from gridprune_cli.scenes import LOCALIZER
-from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene, questions
+from gridprune_cli.scenes.questions import questions
+from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene
 from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import PrunedSet
 

@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from gridprune_cli.scenes.questions import KINDS, ask, questions
 from gridprune_cli.scenes.scene import (
     CHARACTERS,
     COLOURS,
     HELDOUT,
-    KINDS,
     SAMPLES,
     SHAPES,
     SIZE,
@@ -19,13 +19,11 @@ from gridprune_cli.scenes.scene import (
     TUNE,
     Scene,
     SceneObject,
-    ask,
     covering,
     draw,
     looks_like_scene,
     make_scene,
     neighbour,
-    questions,
 )
 
 
@@ -66,7 +64,7 @@ def test_scenes_stay_as_they_were_trained_on():
 
 
 def test_the_splits_do_not_meet():
-    from gridprune_cli.scenes.train.plan import COMPRESSOR, LANGUAGE, TOWER
+    from training.plan import COMPRESSOR, LANGUAGE, TOWER
 
     last = max(plan.first_seed + plan.scenes for plan in (TOWER, LANGUAGE, COMPRESSOR))
     assert TRAIN <= TOWER.first_seed < last < TUNE < HELDOUT < SAMPLES

@@ -11,8 +11,7 @@ from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcesso
 
 from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.scenes import model as built
-from gridprune_cli.scenes.model import IMAGE, WIDTH
+from gridprune_cli.scenes.questions import questions
 from gridprune_cli.scenes.scene import (
     CHARACTERS,
     COLOURS,
@@ -23,16 +22,17 @@ from gridprune_cli.scenes.scene import (
     draw,
     make_scene,
     neighbour,
-    questions,
 )
-from gridprune_cli.scenes.train import run
-from gridprune_cli.scenes.train.data import IGNORE, Pool, asked_patches, normalise
-from gridprune_cli.scenes.train.language import pack, places_of, whiten
-from gridprune_cli.scenes.train.localizer import LOCALIZER_HEADS, Localizer, extents, seen_owners, shrink
-from gridprune_cli.scenes.train.plan import Plan
-from gridprune_cli.scenes.train.tower import HEADS, properties
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm.compressor import load_compressor
+from training import model as built
+from training import run
+from training.data import IGNORE, Pool, asked_patches, normalise
+from training.language import pack, places_of, whiten
+from training.localizer import LOCALIZER_HEADS, Localizer, extents, seen_owners, shrink
+from training.model import IMAGE, WIDTH
+from training.plan import Plan
+from training.tower import HEADS, properties
 
 
 @pytest.fixture
@@ -200,8 +200,8 @@ def test_the_compressor_learns_from_what_it_will_be_given(short, tmp_path):
     assert torch.allclose(stored, image.saliency, rtol=0.1, atol=1e-4)
     models = (LlavaForConditionalGeneration, tmp_path / "out"), (CLIPModel, tmp_path / "out/clip")
     stage = run.Compression(*(kind.from_pretrained(folder, dtype=torch.float32) for kind, folder in models))
-    found = stage.relevance(image.states[None], [text])[0]
-    assert torch.allclose(found, pipeline.family.relevance(image.states, text), atol=1e-5)
+    found = stage.relevance(image.vision_features[None], [text])[0]
+    assert torch.allclose(found, pipeline.family.relevance(image.vision_features, text), atol=1e-5)
     made = pipeline.prune(image, text, Pruning(plc="trained"))
     assert made.plc == "trained" and len(made.image_embeds) == 28
 

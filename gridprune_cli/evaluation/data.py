@@ -15,7 +15,8 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.images import Source
 from gridprune_cli.questions import Item as Line
 from gridprune_cli.questions import Reader
-from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene, questions
+from gridprune_cli.scenes.questions import questions
+from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene
 
 T = TypeVar("T")
 
