@@ -19,7 +19,9 @@ from pathlib import Path
 
 from gridprune_cli.cache import files
 from gridprune_cli.cache.files import RawTensor
-from gridprune_cli.cache.store import IGNORE, TAG, Store, entry_key
+from gridprune_cli.cache.layout import SCHEMA
+from gridprune_cli.cache.root import IGNORE, TAG
+from gridprune_cli.cache.store import Store, entry_key
 
 KEYS = 12  # entries that all fight for, of each of two encoders
 ENCODERS = [{"family": "llava", "checkpoint": name * 64, "dtype": "bfloat16"} for name in "ab"]
@@ -30,7 +32,7 @@ def entry(encoder: int, number: int, version: int) -> tuple[str, bytes]:
     """Key and bytes of an entry; its tensor follows from its number and its version."""
     image = f"{number:064x}"
     key = entry_key(image, ENCODERS[encoder], ["saliency"])
-    header = {"schema": 1, "key": key, "encoder": ENCODERS[encoder], "image": image, "number": [number, version]}
+    header = {"schema": SCHEMA, "key": key, "encoder": ENCODERS[encoder], "image": image, "number": [number, version]}
     size = 20_000 + 5_000 * (number % 4)
     return key, files.encode(
         {"vision_features": RawTensor("U8", (size,), bytes([number, version % 256]) * (size // 2))}, header

@@ -226,8 +226,10 @@ def run_pruned(random: Random) -> str:
 def run_entry(random: Random) -> str:
     import torch
 
+    from gridprune_cli.cache.layout import entry_path
+
     pipeline, encoded, whole, _ = embedded()
-    path = pipeline.store._path(encoded.encoder, encoded.key)
+    path = entry_path(pipeline.store.root, encoded.encoder, encoded.key)
     path.parent.mkdir(parents=True, exist_ok=True)
     changed = files.raw if random.random() < 0.5 else files.semantic
     path.write_bytes(changed(random, whole))
