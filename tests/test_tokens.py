@@ -140,7 +140,7 @@ def of_schema(schema, data):
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "not a pruned set"),
         (lambda data: encoded_image(torch.float32).to_bytes(), "it holds something else"),
         (lambda data: of_schema(2, data), "its schema is 2, and this version reads 3; prune again"),
-        (lambda data: of_schema("9\n" * 99, data), "its schema is 9.*; prune again"),
+        (lambda data: of_schema("9\n" * 99, data), "its schema is '9.*; prune again"),
         (
             lambda data: dataclasses.replace(pruned_set(), image_embeds=torch.zeros(1, 4)).to_bytes(),
             "do not fit each other",
