@@ -25,6 +25,7 @@ from typing import IO, cast
 import PIL
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from gridprune_cli import bounded
 from gridprune_cli.errors import BadInput
 
 MAX_PIXELS = 75_000_000  # see BYTES_PER_PIXEL: 1.05 GB; GRIDPRUNE_MAX_PIXELS raises it, and what follows with it
@@ -194,20 +195,14 @@ def _apart(image: Image.Image) -> bool:
 
 
 def _decode_apart(data: bytes, clock: Clock) -> tuple[Image.Image, tuple[str, ...]]:
-    folders = [str(Path(module).resolve().parents[1]) for module in (__file__, cast(str, PIL.__file__))]
     limits = int(MAX_MEMORY * scale()), int(clock.seconds) + 1
-    code = f"import sys; sys.path += {folders!r}; from gridprune_cli.decoding import _serve; _serve(*{limits})"
+    pillow = str(Path(cast(str, PIL.__file__)).resolve().parents[1])
     # files, not pipes: the worker needs no one to feed it, and complaints that would fill its file are left out
     with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as complaints:
         file.write(data)
         file.seek(0)
-        worker = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-W", "ignore", "-c", code],
-            stdin=file,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # address space that threads reserve would count as memory
-        )
+        environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}  # address space that threads reserve counts as memory
+        worker = bounded.start(__name__, *limits, paths=[pillow], stdin=file, stderr=complaints, env=environment)
         with worker:
             try:
                 out = _output(worker, clock)
@@ -236,19 +231,15 @@ def _output(worker: "subprocess.Popen[bytes]", clock: Clock) -> bytes:
             return worker.communicate(timeout=0.2)[0]
 
 
-def _serve(memory: int, seconds: int) -> None:
+def serve(memory: int, seconds: int) -> None:
     """The worker: from stdin the bytes of an image file; to stdout a line of JSON, then the rows of RGB pixels.
 
     `memory` bounds its address space, and `seconds` its time on a CPU, should the one who started it be gone.
     """
-    import resource
-
     from PIL import AvifImagePlugin
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C ends it at once, even in C
-    for limit, most in (("RLIMIT_AS", memory), ("RLIMIT_CPU", seconds), ("RLIMIT_FSIZE", 1 << 16)):
-        with suppress(ValueError, OSError):  # a lower limit is set already
-            resource.setrlimit(getattr(resource, limit), (most, most))
+    bounded.limit(AS=memory, CPU=seconds, FSIZE=1 << 16)
     AvifImagePlugin.DEFAULT_MAX_THREADS = 2
     data, out = sys.stdin.buffer.read(), sys.stdout.buffer
     try:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+from gridprune_cli import bounded
 from gridprune_cli.errors import BadInput
 
 MAX_SECONDS = 5.0  # for one prompt, by the clock; templates of published models take milliseconds
@@ -80,17 +81,10 @@ def _exchange(process: "subprocess.Popen[bytes]", request: bytes) -> bytes:
 
 
 def _start() -> "subprocess.Popen[bytes]":
-    here = str(Path(__file__).resolve().parents[1])
-    paths = [here, *(os.path.abspath(path) for path in sys.path)]
-    bounds = MAX_SECONDS, MAX_MEMORY
-    code = f"import sys; sys.path[:] = {paths!r}; from gridprune_cli.vlm.chat_template import _serve; _serve{bounds}"
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-W", "ignore", "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a Ctrl-C is for this process, which kills it where it waits for it
-    )
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    paths = [os.path.abspath(path) for path in sys.path]
+    # in a session of its own: a Ctrl-C is for this process, which kills the other where it waits for it
+    return bounded.start(__name__, MAX_SECONDS, MAX_MEMORY, paths=paths, start_new_session=True, **pipes)
 
 
 def _stop() -> None:
@@ -115,16 +109,15 @@ os.register_at_fork(after_in_child=_forget)
 # ---- in the process --------------------------------------------------------------------------------------------------
 
 
-def _serve(seconds: float, memory: int) -> None:
+def serve(seconds: float, memory: int) -> None:
     """Answers lines of stdin on stdout, until the one who started it is gone."""
     import resource
 
     import transformers.utils.chat_template_utils  # noqa: F401  # neither its time nor its memory is the template's
 
-    with suppress(OSError, ValueError):  # no /proc, or a lower limit is set already
+    with suppress(OSError):  # no /proc
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        bounded.limit(AS=pages * resource.getpagesize() + memory)
     for request in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_REAL, seconds)  # whose signal ends the process, also within a call of C
         try:
