@@ -27,7 +27,7 @@ def ask(data: Data, storage: str, dtype: str) -> tuple[Rows, float]:
     """Every answer, and the mean bytes of an entry of the cache."""
     samples: Rows = {}
     with TemporaryDirectory() as folder, Store(Path(folder), limit=None) as store:
-        pipeline = Pipeline("scenes", dtype=dtype, storage=storage, store=store)
+        pipeline = Pipeline("scenes", dtype=dtype, cache_dtype=storage, store=store)
         for _ in answers(pipeline, Plan(data, (PRUNED,)), samples):
             pass
         size = mean(entry.bytes for entry in store.entries())

@@ -28,11 +28,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.runners.local import Ask, Bulk, Reply
+from gridprune_cli.runners.batches import result_or_raise
 from gridprune_cli.scenes import CHECKPOINT
 from gridprune_cli.scenes.questions import questions
 from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene
-from gridprune_cli.settings import Pruning
+from gridprune_cli.settings import Request
 
 IMAGES = 16  # the command's batch of images
 QUESTIONS = 32  # and of questions
@@ -103,26 +103,26 @@ def ask(paths: list[Path], cache: Path, count: int) -> None:
     plain: list[float] = []
     different = total = 0
     for number, share in enumerate([paths[:4], *shares(paths, count)]):
-        asks = [
-            Ask((path,), question.text, Pruning())
+        requests = [
+            Request((path,), question.text)
             for path in share
             for question in questions(make_scene(seed(path)), PER_IMAGE, random.Random(f"throughput-{path.name}"))
         ]
         bulk, alone = (fresh(cache, f"{number}-{name}") for name in ("bulk", "alone"))
-        inputs = list(whole_inputs(processor, asks))
+        inputs = list(whole_inputs(processor, requests))
         answers: list[str] = []
         expected: list[str] = []
 
-        def engine(bulk: Pipeline = bulk, asks: list[Ask] = asks, out: list[str] = answers) -> None:
+        def engine(bulk: Pipeline = bulk, requests: list[Request] = requests, out: list[str] = answers) -> None:
             with timed(ours), bulk:
-                runner = Bulk(bulk, images=IMAGES, questions=QUESTIONS)
-                for start in range(0, len(asks), WINDOW):
-                    replies = runner.answer(asks[start : start + WINDOW])
-                    out += [reply.text if isinstance(reply, Reply) else str(reply) for reply in replies]
+                runner = bulk.runner(images=IMAGES, questions=QUESTIONS)
+                for start in range(0, len(requests), WINDOW):
+                    replies = runner.answer(requests[start : start + WINDOW])
+                    out += [result_or_raise(reply).text for reply in replies]
 
-        def one_by_one(alone: Pipeline = alone, asks: list[Ask] = asks, out: list[str] = expected) -> None:
+        def one_by_one(alone: Pipeline = alone, requests: list[Request] = requests, out: list[str] = expected) -> None:
             with timed(single), alone:
-                out += [alone.ask(one.sources[0], one.question, one.pruning).text for one in asks]
+                out += [alone.ask(request.images, request.question).text for request in requests]
 
         def all_tokens(inputs: list[Any] = inputs) -> None:
             with timed(plain), torch.inference_mode():
@@ -132,7 +132,7 @@ def ask(paths: list[Path], cache: Path, count: int) -> None:
         in_turn(number, engine, one_by_one, all_tokens)
         if number:
             different += sum(a != b for a, b in zip(answers, expected, strict=True))
-            total += len(asks)
+            total += len(requests)
     others = {"ask, one by one": single[1:], "generate, all tokens": plain[1:]}
     tell("batch", total, "questions", ours[1:], others)
     print(f"answers other than those of single runs: {different} of {total}")
@@ -140,18 +140,18 @@ def ask(paths: list[Path], cache: Path, count: int) -> None:
         sys.exit(1)
 
 
-def whole_inputs(processor: Any, asks: Sequence[Ask]) -> Iterator[Any]:
+def whole_inputs(processor: Any, requests: Sequence[Request]) -> Iterator[Any]:
     """The inputs of transformers' own `generate`, in batches."""
-    for start in range(0, len(asks), QUESTIONS):
-        batch = asks[start : start + QUESTIONS]
+    for start in range(0, len(requests), QUESTIONS):
+        batch = requests[start : start + QUESTIONS]
         texts = [
             processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": one.question}]}],
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.question}]}],
                 add_generation_prompt=True,
             )
-            for one in batch
+            for request in batch
         ]
-        images = [Image.open(str(one.sources[0])).convert("RGB") for one in batch]
+        images = [Image.open(str(request.images[0])).convert("RGB") for request in batch]
         yield processor(images=images, text=texts, padding=True, return_tensors="pt")
 
 

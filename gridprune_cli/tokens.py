@@ -14,6 +14,7 @@ from gridprune_cli.cache.files import RawTensor
 from gridprune_cli.cache.quantize import Packed
 from gridprune_cli.contents import MAX_NUMBERS, check_encoded, check_pruned, check_range, views_of
 from gridprune_cli.errors import BadInput
+from gridprune_cli.images import Source
 from gridprune_cli.pruning.schedule import LayerSchedule
 from gridprune_cli.pruning.signals import Box, View
 
@@ -46,6 +47,7 @@ class EncodedImage:
     prompt                   what the family must know of the picture to write a prompt, JSON values only
     packed                   the vision features in eight bits, where they are stored so; `vision_features` are what
                              these unpack to
+    source                   the image file, where it is known, for localisers that look at the picture; never stored
     """
 
     key: str
@@ -61,6 +63,7 @@ class EncodedImage:
     prompt: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what a user should know: of an animation the first frame was taken, ...
     packed: Packed | None = None
+    source: Source | None = field(default=None, compare=False, repr=False)
 
     @property
     def count(self) -> int:

@@ -20,5 +20,5 @@ def test_the_table_is_what_the_command_counts(tmp_path):
         bare = 2 * count * (int(width) + 1) + 4 * count  # features and saliency in 16 bits, the map in 32
         assert bare < total < 1.03 * bare + 4096
         assert float(mib) == round(total / 2**20, 1) and int(most.replace(",", "")) == 20 * 2**30 // total
-    (image,) = Pipeline(thin(LAYOUTS[0], tmp_path)).run_tower([picture(*PICTURES[0])])
+    (image,) = Pipeline(thin(LAYOUTS[0], tmp_path)).encoder.run_tower([picture(*PICTURES[0])])
     assert rows[0][3:6] == (str(image.count), "1024", f"{len(image.to_bytes()):,}")
