@@ -188,7 +188,7 @@ def test_a_reader_skips_what_is_done_and_what_is_not_its_own(tmp_path):
     assert [i.id for i in Reader(str(path))] == list(range(40)) and Reader(str(path)).count() == 40
     assert Reader(str(path)).place("a.png") == str(tmp_path / "a.png")
     assert Reader(str(path)).place("/b.png") == "/b.png"
-    shares = [[i.id for i in Reader(str(path), mine=in_shard(f"{n}/3"))] for n in range(3)]
+    shares = [[i.id for i in Reader(str(path), in_shard=in_shard(f"{n}/3"))] for n in range(3)]
     assert sorted(i for share in shares for i in share) == list(range(40))
     for share in shares:  # questions about one image stay together
         assert {i % 7 for i in share}.isdisjoint(i % 7 for i in range(40) if i not in share)
@@ -202,16 +202,16 @@ def test_a_reader_skips_what_is_done_and_what_is_not_its_own(tmp_path):
 
 @given(st.lists(st.text(), unique=True), st.lists(st.text()), st.integers(1, 9))
 def test_shards_part_names_and_never_reshuffle(names, more, count):
-    mine = [in_shard(f"{n}/{count}") for n in range(count)]
-    owners = {name: [n for n in range(count) if mine[n](name)] for name in names}
+    shards = [in_shard(f"{n}/{count}") for n in range(count)]
+    owners = {name: [n for n in range(count) if shards[n](name)] for name in names}
     assert all(len(owner) == 1 for owner in owners.values())
-    assert {name: [n for n in range(count) if mine[n](name)] for name in [*more, *names]}.items() >= owners.items()
+    assert {name: [n for n in range(count) if shards[n](name)] for name in [*more, *names]}.items() >= owners.items()
 
 
 def test_shards_are_the_same_in_every_version():
     """Runs of a later version go on with the shares of an earlier one."""
-    mine = in_shard("1/3")
-    assert [n for n in range(12) if mine(f"{n}.png")] == [0, 1, 2, 5, 7, 8]
+    second = in_shard("1/3")
+    assert [n for n in range(12) if second(f"{n}.png")] == [0, 1, 2, 5, 7, 8]
 
 
 @pytest.mark.parametrize("text", ["", "1", "1/1", "4/4", "-1/4", "a/b", "0/0", "1/2/3", " 0/2"])

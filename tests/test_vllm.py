@@ -1,4 +1,4 @@
-"""Export to vLLM: the exact rows, prompts that come out whole again, ids that follow the rows, refusals, the page."""
+"""Export to vLLM: the exact embeds, prompts that come out whole again, ids that follow them, refusals, the page."""
 
 import base64
 import io
@@ -58,13 +58,13 @@ def given_to(language_model, call):
 
 
 def written_out(request, token):
-    """The prompt as vLLM makes it: each image token becomes as many as its image has rows."""
-    sizes = iter([len(rows) for rows in request.image_embeds])
+    """The prompt as vLLM makes it: each image token becomes as many as its image has embeds."""
+    sizes = iter([len(embeds) for embeds in request.image_embeds])
     return [id for own in request.prompt_token_ids.tolist() for id in [own] * (next(sizes) if own == token else 1)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_rows_are_what_the_language_model_is_given(family, noise, size):
+def test_image_embeds_are_what_the_language_model_is_given(family, noise, size):
     folder, whole, _ = family
     picture = noise(size)
     pipeline = Pipeline(str(folder), dtype="float32")
@@ -82,15 +82,15 @@ def test_rows_are_what_the_language_model_is_given(family, noise, size):
 
     # of transformers with all tokens, where the kept ones are
     given = inputs(family, [picture])
-    all_rows = given_to(whole.model.language_model, lambda: whole(**given))[0, given["input_ids"][0] == token]
+    all_embeds = given_to(whole.model.language_model, lambda: whole(**given))[0, given["input_ids"][0] == token]
     stays = torch.tensor(slowly(image.placeholder_map.tolist(), set(pruned.kept.tolist())))
-    assert torch.allclose(request.image_embeds[0], all_rows[stays], atol=1e-5)
-    assert not torch.allclose(request.image_embeds[0], all_rows[stays.roll(1)], atol=1e-2)
+    assert torch.allclose(request.image_embeds[0], all_embeds[stays], atol=1e-5)
+    assert not torch.allclose(request.image_embeds[0], all_embeds[stays.roll(1)], atol=1e-2)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_rows_and_prompt_alone_give_the_answer(family, noise, size):
-    """As vLLM goes about it: the prompt written out, rows in the image tokens' place, positions from 0 on."""
+def test_image_embeds_and_prompt_alone_give_the_answer(family, noise, size):
+    """As vLLM goes about it: the prompt written out, embeds in the image tokens' place, positions from 0 on."""
     folder, whole, _ = family
     pipeline = Pipeline(str(folder), dtype="float32")
     (image,) = pipeline.encoder.encode([noise(size)])
@@ -122,7 +122,7 @@ def test_the_file_holds_the_request(run, noise, tmp_path, tiny_llava, dtype):
     assert f"{target}: 5 rows for each image" in err
     with safe_open(saved, "pt") as before, safe_open(target, "pt") as after:
         assert set(after.keys()) == {"prompt_token_ids", "image_embeds"}
-        assert torch.equal(after.get_tensor("image_embeds")[0], before.get_tensor("rows"))
+        assert torch.equal(after.get_tensor("image_embeds")[0], before.get_tensor("image_embeds"))
         assert after.get_tensor("image_embeds").dtype == getattr(torch, dtype)
         assert len(after.get_tensor("prompt_token_ids")) == record["prompt"] == len(before.get_tensor("input_ids")) - 4
         about = json.loads(after.metadata()["vllm"])
@@ -131,7 +131,7 @@ def test_the_file_holds_the_request(run, noise, tmp_path, tiny_llava, dtype):
     assert (code, out, err) == (0, "", "")
 
 
-def test_ids_follow_the_rows(llava, noise):
+def test_ids_follow_the_image_embeds(llava, noise):
     picture, other = noise((100, 80)), noise((100, 80), seed=1)
     image, second = llava.encoder.encode([picture, other])
 
@@ -168,7 +168,7 @@ def test_several_images(llava, noise):
     alone = to_vllm(llava.family, llava.prune(images[0], QUESTION, three))  # equal but for rounding, so by another id
     assert torch.allclose(request.image_embeds[0], alone.image_embeds[0], atol=1e-5)
     shared = replace(COMPACT, tokens=5, share_budget=True, method=make_method("fastervlm"))
-    with pytest.raises(BadInput, match="equally many rows for each of the 2 images, and text between them"):
+    with pytest.raises(BadInput, match="equally many image embeds for each of the 2 images, and text between them"):
         to_vllm(llava.family, llava.prune(images, QUESTION, shared, **apart))
     with pytest.raises(BadInput, match=r"runs of \[6\]"):  # side by side
         to_vllm(llava.family, llava.prune(images, QUESTION, three))
@@ -177,7 +177,7 @@ def test_several_images(llava, noise):
 def test_positions_with_gaps_are_refused(llava, noise):
     (image,) = llava.encoder.encode([noise((100, 80))])
     original = replace(COMPACT, positions="original")
-    with pytest.raises(BadInput, match=r"original positions.*prune with --positions compact"):
+    with pytest.raises(BadInput, match=r"original positions.*prune with `positions=compact`"):
         to_vllm(llava.family, llava.prune(image, QUESTION, original))
     whole = to_vllm(llava.family, llava.prune(image, QUESTION, replace(original, keep=1.0)))  # there are no gaps
     assert whole.image_embeds.shape == (1, 16, 48)

@@ -25,7 +25,7 @@ MAX_SECONDS = 5.0  # for one prompt, by the clock; templates of published models
 MAX_MEMORY = 1 << 29  # bytes of address space beyond what the process takes before it has seen a template
 MAX_LENGTH = 1 << 20  # characters of a prompt; the longest question and system message together have an eighth of them
 
-_MAX_REASON = 200  # characters of what a template, which may raise an error of its own, says in one
+_MAX_REASON = 200  # characters of the message of an error, which a template can raise by itself
 _OUT_OF_MEMORY = 3  # exit code of the process
 
 _lock = threading.Lock()  # one prompt at a time
@@ -33,7 +33,7 @@ _process: "subprocess.Popen[bytes] | None" = None
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str]) -> str:
-    """The prompt that a template makes of messages, in this process: for templates that are known to be harmless.
+    """The prompt that a template renders from messages, in this process: for templates that are known to be harmless.
 
     `tokens` are the tokenizer's special tokens by name, which templates write.
     """
@@ -97,7 +97,7 @@ def _stop() -> None:
 
 
 def _forget() -> None:
-    """After a fork: the process answers the parent."""
+    """In the child of a fork: the process answers the parent."""
     global _process, _lock
     _process, _lock = None, threading.Lock()
 
