@@ -146,8 +146,8 @@ def test_the_defaults_are_those_of_the_code():
     from gridprune_cli.pruning.methods.gridprune import GridPrune
     from gridprune_cli.pruning.region import contextual_region
 
-    defaults = {name.strip("`"): value for name, value, _ in table_under("Options of the method gridprune")}
-    assert defaults == {f"--{f.name.replace('_', '-')}": str(f.default) for f in fields(GridPrune)}
+    defaults = {name.strip("`"): value for name, value, *_ in table_under("Options of the method gridprune")}
+    assert defaults == {f.name: str(f.default) for f in fields(GridPrune)}
     settings = inspect.signature(contextual_region).parameters
     text = (DOCS / "method.md").read_text("utf-8")
     assert f"max(0, r' - {settings['floor'].default})^2" in text
