@@ -64,11 +64,11 @@ def test_dir_follows_flag_then_variable(tmp_path: Path) -> None:
 
 
 def test_ls_shows_one_line_per_entry_the_last_used_last(keys: list[str]) -> None:
-    head, *rows = done("ls").stdout.splitlines()
+    head, *lines = done("ls").stdout.splitlines()
     assert head.split() == ["KEY", "TOKENS", "SIZE", "USED", "MODEL", "IMAGE"]
-    assert [row.split()[0] for row in rows] == [key[:12] for key in keys]
-    assert rows[0].endswith("  4 h  models/llava  c.jpg")
-    assert rows[3].endswith(r"  1 h  scenes        d\x1b[31m\n.jpg")
+    assert [row.split()[0] for row in lines] == [key[:12] for key in keys]
+    assert lines[0].endswith("  4 h  models/llava  c.jpg")
+    assert lines[3].endswith(r"  1 h  scenes        d\x1b[31m\n.jpg")
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,11 @@ def given_to(language_model, call):
 def written_out(request, token):
     """The prompt as vLLM makes it: each image token becomes as many as its image has embeds."""
     sizes = iter([len(embeds) for embeds in request.image_embeds])
-    return [id for own in request.prompt_token_ids.tolist() for id in [own] * (next(sizes) if own == token else 1)]
+    return [
+        id
+        for token_id in request.prompt_token_ids.tolist()
+        for id in [token_id] * (next(sizes) if token_id == token else 1)
+    ]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -81,8 +85,10 @@ def test_image_embeds_are_what_the_language_model_is_given(family, noise, size):
     assert torch.equal(request.image_embeds[0], ours[0, pruned.input_ids == token])
 
     # of transformers with all tokens, where the kept ones are
-    given = inputs(family, [picture])
-    all_embeds = given_to(whole.model.language_model, lambda: whole(**given))[0, given["input_ids"][0] == token]
+    model_inputs = inputs(family, [picture])
+    all_embeds = given_to(whole.model.language_model, lambda: whole(**model_inputs))[
+        0, model_inputs["input_ids"][0] == token
+    ]
     stays = torch.tensor(slowly(image.placeholder_map.tolist(), set(pruned.kept.tolist())))
     assert torch.allclose(request.image_embeds[0], all_embeds[stays], atol=1e-5)
     assert not torch.allclose(request.image_embeds[0], all_embeds[stays.roll(1)], atol=1e-2)
@@ -139,11 +145,11 @@ def test_ids_follow_the_image_embeds(llava, noise):
         return to_vllm(llava.family, pruned).uuids
 
     first = llava.prune(image, QUESTION, COMPACT)
-    (own,) = ids(first)
-    assert ids(llava.prune(image, QUESTION, COMPACT)) == (own,)
-    assert own not in (image.image, image.key)
+    (first_id,) = ids(first)
+    assert ids(llava.prune(image, QUESTION, COMPACT)) == (first_id,)
+    assert first_id not in (image.image, image.key)
     uniform = replace(COMPACT, method=make_method("uniform"))  # keeps the same for every question
-    assert ids(llava.prune(image, QUESTION, uniform)) == ids(llava.prune(image, "why?", uniform)) != (own,)
+    assert ids(llava.prune(image, QUESTION, uniform)) == ids(llava.prune(image, "why?", uniform)) != (first_id,)
     others = {
         "another question": llava.prune(image, "Is there a blue circle on the right?", COMPACT),
         "more": llava.prune(image, QUESTION, replace(COMPACT, keep=0.8)),
@@ -151,8 +157,8 @@ def test_ids_follow_the_image_embeds(llava, noise):
         "another dtype": replace(first, image_embeds=first.image_embeds.bfloat16()),
     }
     assert first.kept.tolist() != others["another question"].kept.tolist()
-    found = [own, *(ids(made)[0] for made in others.values())]
-    assert len(set(found)) == len(found)
+    uuids = [first_id, *(ids(changed)[0] for changed in others.values())]
+    assert len(set(uuids)) == len(uuids)
 
 
 def test_several_images(llava, noise):

@@ -395,11 +395,11 @@ def run_options(random: Random) -> str:
     finally:
         sys.argv, sys.stdin, _ = before
         os.chdir(before[2])
-    said = err.getvalue()
+    written = err.getvalue()
     assert code in (0, 1, 2, 3), (sys.argv, code)
-    assert not re.search(r"unexpected \w+:|Traceback", said), (argv, said)
-    assert code in (0, 3) or len(said.splitlines()) >= 1, argv
-    assert "\x1b" not in said and "\x1b" not in out.getvalue(), argv
+    assert not re.search(r"unexpected \w+:|Traceback", written), (argv, written)
+    assert code in (0, 3) or len(written.splitlines()) >= 1, argv
+    assert "\x1b" not in written and "\x1b" not in out.getvalue(), argv
     return f"exit {code}"
 
 
