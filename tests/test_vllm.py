@@ -1,4 +1,4 @@
-"""Export to vLLM: the exact rows, prompts that come out whole again, ids that follow the rows, refusals, the page."""
+"""Export to vLLM: the exact embeds, prompts that come out whole again, ids that follow them, refusals, the page."""
 
 import base64
 import io
@@ -61,8 +61,8 @@ def given_to(language_model, call):
 
 
 def written_out(request, token):
-    """The prompt as vLLM makes it: each image token becomes as many as its image has rows."""
-    sizes = iter([len(rows) for rows in request.image_embeds])
+    """The prompt as vLLM makes it: each image token becomes as many as its image has embeds."""
+    sizes = iter([len(embeds) for embeds in request.image_embeds])
     return [
         id
         for token_id in request.prompt_token_ids.tolist()
@@ -71,7 +71,7 @@ def written_out(request, token):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_rows_are_what_the_language_model_is_given(family, noise, size):
+def test_image_embeds_are_what_the_language_model_is_given(family, noise, size):
     folder, whole, _ = family
     picture = noise(size)
     pipeline = Pipeline(str(folder), dtype="float32")
@@ -89,17 +89,17 @@ def test_rows_are_what_the_language_model_is_given(family, noise, size):
 
     # of transformers with all tokens, where the kept ones are
     model_inputs = inputs(family, [picture])
-    all_rows = given_to(whole.model.language_model, lambda: whole(**model_inputs))[
+    all_embeds = given_to(whole.model.language_model, lambda: whole(**model_inputs))[
         0, model_inputs["input_ids"][0] == token
     ]
     stays = torch.tensor(slowly(image.placeholder_map.tolist(), set(pruned.kept.tolist())))
-    assert torch.allclose(request.image_embeds[0], all_rows[stays], atol=1e-5)
-    assert not torch.allclose(request.image_embeds[0], all_rows[stays.roll(1)], atol=1e-2)
+    assert torch.allclose(request.image_embeds[0], all_embeds[stays], atol=1e-5)
+    assert not torch.allclose(request.image_embeds[0], all_embeds[stays.roll(1)], atol=1e-2)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_rows_and_prompt_alone_give_the_answer(family, noise, size):
-    """As vLLM goes about it: the prompt written out, rows in the image tokens' place, positions from 0 on."""
+def test_image_embeds_and_prompt_alone_give_the_answer(family, noise, size):
+    """As vLLM goes about it: the prompt written out, embeds in the image tokens' place, positions from 0 on."""
     folder, whole, _ = family
     pipeline = Pipeline(str(folder), dtype="float32")
     (image,) = pipeline.encoder.encode([noise(size)])
@@ -140,7 +140,7 @@ def test_the_file_holds_the_request(run, noise, tmp_path, tiny_llava, dtype):
     assert (code, out, err) == (0, "", "")
 
 
-def test_ids_follow_the_rows(llava, noise):
+def test_ids_follow_the_image_embeds(llava, noise):
     picture, other = noise((100, 80)), noise((100, 80), seed=1)
     image, second = llava.encoder.encode([picture, other])
 
@@ -160,8 +160,8 @@ def test_ids_follow_the_rows(llava, noise):
         "another dtype": replace(first, image_embeds=first.image_embeds.bfloat16()),
     }
     assert first.kept.tolist() != others["another question"].kept.tolist()
-    ids_found = [first_id, *(ids(request)[0] for request in others.values())]
-    assert len(set(ids_found)) == len(ids_found)
+    uuids = [first_id, *(ids(changed)[0] for changed in others.values())]
+    assert len(set(uuids)) == len(uuids)
 
 
 def test_several_images(llava, noise):
@@ -177,7 +177,7 @@ def test_several_images(llava, noise):
     alone = to_vllm(llava.family, llava.prune(images[0], QUESTION, three))  # equal but for rounding, so by another id
     assert torch.allclose(request.image_embeds[0], alone.image_embeds[0], atol=1e-5)
     shared = replace(COMPACT, tokens=5, share_budget=True, method=make_method("fastervlm"))
-    with pytest.raises(BadInput, match="equally many embeds for each of the 2 images, and text between them"):
+    with pytest.raises(BadInput, match="equally many image embeds for each of the 2 images, and text between them"):
         to_vllm(llava.family, llava.prune(images, QUESTION, shared, **apart))
     with pytest.raises(BadInput, match=r"runs of \[6\]"):  # side by side
         to_vllm(llava.family, llava.prune(images, QUESTION, three))

@@ -1,9 +1,9 @@
-"""Pruned sets in the form that vLLM takes: image embeds in place of an image.
+"""Pruned sets in the form that vLLM takes: image embeds in place of the image.
 
-vLLM writes the prompt of a LLaVA-like model with one image token for each image, puts as many in its place as there are
-embeds, and numbers all tokens of the prompt from 0 on. So any number of embeds will do, but they can't keep their
-positions, and nothing can leave inside the language model. What is said here of vLLM is from its source, version
-0.33 (`model_executor/models`, `multimodal`).
+The prompt of a LLaVA-like model has one image token for each image in vLLM, which expands it to as many as there are
+image embeds, and numbers all tokens of the prompt from 0 on. So any number of embeds will do, but tokens can't have
+their original positions, and none can leave inside the language model. What is said here of vLLM is from its source,
+version 0.33 (`model_executor/models`, `multimodal`).
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from gridprune_cli.vlm.family import Family
 
 @dataclass(frozen=True)
 class VllmRequest:
-    """What vLLM's `LLM.generate` needs to answer from a pruned set of I images, with S embeds of width D each.
+    """What vLLM's `LLM.generate` needs to answer from a pruned set of I images, with S image embeds of width H each.
 
     prompt_token_ids (P,)       the prompt, with one image token for each image
-    image_embeds     (I, S, D)  what the language model receives in the image tokens' place, in the set's own dtype
-    uuids            (I,)       what vLLM may cache each image's embeds by
+    image_embeds     (I, S, H)  what the language model receives in the image tokens' place, in the set's own dtype
+    uuids            (I,)       ids by which vLLM may cache each image's embeds
     """
 
     prompt_token_ids: Tensor
@@ -45,8 +45,8 @@ class VllmRequest:
 def to_vllm(family: Family, pruned: PrunedSet) -> VllmRequest:
     """The request that has vLLM answer as `generate` does. Loads no weights.
 
-    vLLM caches what it makes of an image by an id, and takes equal ids for equal embeds. What stays of an image differs
-    from question to question, so the id is never the image's: it is the sha256 of the embeds themselves.
+    vLLM caches an image's embeds by an id, and takes equal ids for equal embeds. What is kept of an image differs from
+    question to question, so the id is never the image's: it is the sha256 of the embeds themselves.
 
     Raises BadInput where vLLM can't answer from the set as `generate` does, or the set was made for another model.
     """
@@ -56,7 +56,7 @@ def to_vllm(family: Family, pruned: PrunedSet) -> VllmRequest:
     check_model(family, pruned)
     if pruned.schedule:
         raise BadInput(
-            "tokens leave inside the language model, which vLLM can't do; prune without `ilp` and with another `method`"
+            "tokens leave inside the language model, which vLLM can't do; prune without `ilp`, or by another `method`"
         )
     ids = pruned.input_ids
     if not torch.equal(pruned.position_ids, torch.arange(len(ids))):
@@ -69,8 +69,8 @@ def to_vllm(family: Family, pruned: PrunedSet) -> VllmRequest:
     count = len(pruned.images)
     if len(runs) != count or len(runs.unique()) != 1:
         raise BadInput(
-            f"vLLM needs equally many embeds for each of the {count} images, and text between them, but the prompt has "
-            f"runs of {runs.tolist()}; prune with `tokens`, or each image by itself"
+            f"vLLM needs equally many image embeds for each of the {count} images, and text between them, but the "
+            f"prompt has runs of {runs.tolist()}; prune with `tokens`, or each image by itself"
         )
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = (ids[1:] != family.image_token) | (ids[:-1] != family.image_token)
@@ -78,6 +78,6 @@ def to_vllm(family: Family, pruned: PrunedSet) -> VllmRequest:
     return VllmRequest(ids[first], embeds, tuple(map(_digest, embeds)), pruned.model, pruned.question)
 
 
-def _digest(embeds: Tensor) -> str:
-    """sha256 of embeds with their shape and dtype; "rows" is but a name, on which the ids depend."""
-    return hashlib.sha256(save({"rows": embeds.contiguous()})).hexdigest()
+def _digest(image_embeds: Tensor) -> str:
+    """sha256 of an image's embeds with their shape and dtype."""
+    return hashlib.sha256(save({"image_embeds": image_embeds.contiguous()})).hexdigest()

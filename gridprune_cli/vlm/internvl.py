@@ -26,7 +26,7 @@ class InternVL(Family):
         "language": ("model.language_model", "lm_head"),
     }
     batched = True
-    vllm = "vLLM takes image embeds for it, but writes tokens around them, which this version does not allow for"
+    vllm = "vLLM takes image embeds for it, but writes more tokens around them, which this version does not allow for"
 
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
         return [self._encode(picture) for picture in pictures]

@@ -27,7 +27,7 @@ class PaliGemma(Family):
         "language": ("model.language_model", "lm_head"),
     }
     batched = True
-    vllm = "vLLM takes image embeds for it, but writes tokens around them, which this version does not allow for"
+    vllm = "vLLM takes image embeds for it, but writes more tokens around them, which this version does not allow for"
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
