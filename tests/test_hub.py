@@ -145,7 +145,7 @@ def test_ctrl_c_ends_a_download_and_the_next_one_fetches_the_rest(hub, start, as
     [
         ("some/gated", 2, "needs a licence accepted; do so at"),
         ("some/missing", 2, "no such folder, and no such model on the hub; check the name"),
-        ("some/model@v9", 2, "no branch, tag or commit v9; check --revision"),
+        ("some/model@v9", 2, "no branch, tag or commit v9; check its name"),
     ],
 )
 def test_what_can_not_be_fetched_is_one_line(hub, here, command, checkpoint, model, exit_code, reason):

@@ -127,7 +127,7 @@ def _explained(name: str, revision: str | None, subject: Mapping[str, str]) -> I
             **subject,
         ) from fault
     except RevisionNotFoundError as fault:
-        raise BadInput(f"no branch, tag or commit {revision}; check `revision`", **subject) from fault
+        raise BadInput(f"no branch, tag or commit {revision}; check its name", **subject) from fault
     except LocalEntryNotFoundError as fault:
         kind, why = GridpruneError, "the hub can't be reached; check the network"
         if constants.HF_HUB_OFFLINE:
