@@ -31,6 +31,8 @@ class GridPrune(Method):
     saliency_scale  how saliency is brought to 0..1: "minmax", "max", "rank" or "none"
     region_share    share of K for the contextual region, 0..1, where the signals have one
     relevance_sign  1, or -1 where low relevance marks what the question is about
+
+    The paper publishes no values; the defaults were chosen by `python -m benchmarks.sweeps`, see docs/results.md.
     """
 
     name: ClassVar[str] = "gridprune"

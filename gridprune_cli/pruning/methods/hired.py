@@ -13,7 +13,7 @@ from gridprune_cli.pruning.select import top, top_by_zone
 from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.pruning.zones import zone_index
 
-_WHOLE = (0.0, 0.0, 1.0, 1.0)
+_WHOLE = (0.0, 0.0, 1.0, 1.0)  # the box of a view of the whole picture
 
 
 @dataclass(frozen=True)

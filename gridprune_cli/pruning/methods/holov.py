@@ -10,7 +10,7 @@ from gridprune_cli.pruning.methods.base import Method, values
 from gridprune_cli.pruning.select import top_by_zone
 from gridprune_cli.pruning.signals import Signals, View
 
-_SIDE = 4  # 4 x 4 crops, or 16 runs
+_SIDE = 4  # 4 x 4 crops, as many as the 16 runs of the published code
 CROPS = ("grid", "runs")
 
 
