@@ -120,14 +120,14 @@ def test_ratios_split_the_budget(llava, noise):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"plc": "some"}, "--plc some: not one of off, pool, trained"),
-        ({"inside_ratio": 2.0}, "--inside-ratio: only with --plc"),
-        ({"plc": "pool", "outside_ratio": 0.5}, "--outside-ratio 0.5: must be at least 1"),
-        ({"plc": "pool", "outside_ratio": float("nan")}, "--outside-ratio nan: must be at least 1"),
-        ({"plc": "pool", "inside_ratio": 4.0, "outside_ratio": 2.0}, "must not be above --outside-ratio"),
-        ({"plc": "pool", "inside_ratio": 2.0, "region": "none"}, "--inside-ratio: needs a region"),
-        ({"plc": "pool", "inside_ratio": 2.0, "share_budget": True}, "--inside-ratio: needs a region"),
-        ({"plc": "pool", "inside_ratio": 2.0, "method": make_method("fastervlm")}, "--inside-ratio: needs a region"),
+        ({"plc": "some"}, "plc.some: not one of off, pool, trained"),
+        ({"inside_ratio": 2.0}, "inside.ratio: only with .*plc"),
+        ({"plc": "pool", "outside_ratio": 0.5}, "outside.ratio.0.5: must be at least 1"),
+        ({"plc": "pool", "outside_ratio": float("nan")}, "outside.ratio.nan: must be at least 1"),
+        ({"plc": "pool", "inside_ratio": 4.0, "outside_ratio": 2.0}, "must not be above .*outside.ratio"),
+        ({"plc": "pool", "inside_ratio": 2.0, "region": "none"}, "inside.ratio: needs a region"),
+        ({"plc": "pool", "inside_ratio": 2.0, "share_budget": True}, "inside.ratio: needs a region"),
+        ({"plc": "pool", "inside_ratio": 2.0, "method": make_method("fastervlm")}, "inside.ratio: needs a region"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, message):

@@ -84,7 +84,7 @@ class AdaptPrune(InnerMethod):
     centre    width of the weight of the centre, in halves of a side: 1 is the published 12 on its 24 x 24 tokens
     radius    in tokens, as `sigma` is: what is farther off is never lowered
     sigma     how fast a neighbour's share falls with its distance
-    likeness  and with how much its key differs from the taken token's
+    likeness  and with how much its key differs from the taken token's; these three default to the published values
 
     Departures: keys are projected from normed hidden states, as the layer's own are; the published code leaves out the
     norm. Each view has its own centre, and its tokens are neighbours of no other view's. No token is taken twice, where
