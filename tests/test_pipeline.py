@@ -158,7 +158,7 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
         "select_alike",
         lambda self, signals, ks: computed.extend(signals) or [torch.arange(k) for k in ks],
     )
-    monkeypatch.setattr(type(method), "_merge", lambda self, signals, kept: None)
+    monkeypatch.setattr(type(method), "merge_weights", lambda self, signals, kept: None)
     pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=method))
     (signals,) = computed
     known = {
