@@ -246,7 +246,7 @@ def test_models_that_cannot_be_used(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(BadInput, match="model type 'bert' is not supported"):
         Pipeline(str(tmp_path))
-    with pytest.raises(BadInput, match="--dtype"):
+    with pytest.raises(BadInput, match="dtype=int8"):
         Pipeline(dtype="int8")
     with pytest.raises(BadInput, match="--device"):
         Pipeline(device="abacus")
@@ -292,9 +292,9 @@ def test_a_sign_that_turns_relevance_round_as_published_is_a_remark(
 def test_a_clip_that_is_not_there_is_told_before_anything_is_loaded(tiny_llava, tmp_path, image):
     folder = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
     pipeline = Pipeline(str(folder), dtype="float32")
-    with pytest.raises(BadInput, match="--relevance words"):
+    with pytest.raises(BadInput, match="relevance=words"):
         pipeline.ask(image, QUESTION)
-    with pytest.raises(BadInput, match="--relevance words"):
+    with pytest.raises(BadInput, match="relevance=words"):
         list(pipeline.runner().answer([Request((image,), QUESTION, Pruning())]))
     assert pipeline.family._loaded == {}
     whole = Pruning(keep=1.0, method=make_method("uniform"))

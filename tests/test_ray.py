@@ -322,7 +322,7 @@ def test_without_ray_a_line_says_what_to_install(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (("--engine", "spark"), "--engine spark: not one of local, ray"),
         (("--workers", "2"), "--workers: only with --engine ray"),
