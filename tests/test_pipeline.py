@@ -248,7 +248,7 @@ def test_models_that_cannot_be_used(tmp_path):
         Pipeline(str(tmp_path))
     with pytest.raises(BadInput, match="dtype=int8"):
         Pipeline(dtype="int8")
-    with pytest.raises(BadInput, match="--device"):
+    with pytest.raises(BadInput, match="device=abacus"):
         Pipeline(device="abacus")
 
 
