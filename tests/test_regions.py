@@ -196,7 +196,7 @@ def test_settings_that_cannot_be(pipeline, image):
         pipeline.prune(replace(encoded, source=None), QUESTION, BARE)
     with pytest.raises(BadInput, match=r"localizer=vlm: .*FOLDER"):
         pipeline.ask(image, QUESTION, Pruning(localizer="vlm"))
-    with pytest.raises(BadInput, match="--localizer no/such/model: no folder"):
+    with pytest.raises(BadInput, match="localizer=no/such/model: no folder"):
         pipeline.ask(image, QUESTION, Pruning(localizer="no/such/model"))
 
 
