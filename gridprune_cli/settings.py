@@ -5,7 +5,7 @@ from math import isfinite
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.images import Source
-from gridprune_cli.pruning.methods import Method, make
+from gridprune_cli.pruning.methods import Method, make_method
 from gridprune_cli.pruning.region import parse_box
 from gridprune_cli.pruning.signals import Box
 from gridprune_cli.questions import check_text
@@ -40,7 +40,7 @@ class Pruning:
 
     keep: float = 0.11
     tokens: int | None = None
-    method: Method = field(default_factory=lambda: make("gridprune"))
+    method: Method = field(default_factory=lambda: make_method("gridprune"))
     region: str | Box = "auto"
     localizer: str = RELEVANCE
     localizer_template: str = ""
@@ -65,7 +65,7 @@ class Pruning:
             raise BadInput(f"--keep {self.keep}: must be above 0 and at most 1")
         if self.tokens is not None and self.tokens < 1:
             raise BadInput(f"--tokens {self.tokens}: must be at least 1")
-        if self.share_budget and self.method.one_picture:
+        if self.share_budget and self.method.single_image:
             raise BadInput(
                 f"--share-budget: not with --method {self.method.name}, which splits the budget of one image"
             )

@@ -49,7 +49,6 @@ def subject(
             relevance=relevance,
             device=device,
             dtype=dtype,
-            flag=choice.flag,
         )
     for flag, value in (("--revision", revision), ("--clip", clip)):
         if value is not None:

@@ -124,7 +124,7 @@ def _says_more(pruning: "Pruning") -> bool:
     inside = pruning.method.stages([1], [1], range(1, 2))
     return (
         pruning.ilp is not None
-        or any(stage.keep != (1,) for stage in inside)
+        or any(stage.budgets != (1,) for stage in inside)
         or bool(pruning.inside_ratio and pruning.outside_ratio)
         or pruning.positions != "original"
     )

@@ -162,7 +162,6 @@ def pipeline(
         device=device,
         dtype=dtype,
         cache_dtype=storage,
-        flag=choice.flag,
     )
 
 
@@ -296,7 +295,7 @@ def pruning(
     seed: Annotated[int | None, _option("Seed of the method random.", _PAPERS)] = None,
 ) -> "Pruning":
     """What to keep."""
-    from gridprune_cli.pruning.methods import make
+    from gridprune_cli.pruning.methods import make_method
     from gridprune_cli.pruning.methods.gridprune import LITERAL
     from gridprune_cli.settings import Pruning
 
@@ -324,7 +323,7 @@ def pruning(
         raise BadInput(f"--method-option {twice[0]}: given twice, also as --{twice[0].replace('_', '-')}")
     options |= named
     try:
-        made = make(method, **options)
+        made = make_method(method, **options)
     except ValueError as fault:
         raise BadInput(f"--method {method}: {fault}") from fault
     box = "none" if literal else region or "auto"
