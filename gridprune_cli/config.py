@@ -27,10 +27,12 @@ class ModelChoice:
     model: str | None
     origin: str
 
-    @property
-    def flag(self) -> str:
-        """What an error about the model names."""
-        return f"{self.origin}: model" if os.path.isabs(self.origin) else "--model"
+    def blame(self, error: GridpruneError) -> GridpruneError:
+        """The error, which names the variable or the file instead of the setting where that chose the model."""
+        if error.field != "model" or self.origin in ("--model", "default"):
+            return error
+        setting = f"{self.origin}: model" if os.path.isabs(self.origin) else self.origin
+        return type(error)(error.reason, place=f"{setting} {error.value}")
 
 
 def choose_model(named: str | None = None) -> ModelChoice:

@@ -13,6 +13,7 @@ import typer
 from gridprune_cli.cache.files import FileFault
 from gridprune_cli.cache.store import Entry, Removed, Store, open_store, parse_age, parse_size
 from gridprune_cli.cli import options, output
+from gridprune_cli.cli.command import Command
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.text import printable
 
@@ -21,13 +22,17 @@ BLOCK = 64  # lines of JSON that are written at once
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="See and tidy the encoded images on disk.")
 
 
-@app.command("dir", epilog="Example: `du -sh $(gridprune cache dir)`")
+def _command(example: str, name: str | None = None) -> Any:
+    return app.command(name, epilog=f"   {example}", cls=Command)
+
+
+@_command("du -sh $(gridprune cache dir)", name="dir")
 def show_dir(cache_dir: options.CacheDir = None) -> None:
     """Print the folder of the cache."""
     print(open_store(cache_dir).root)
 
 
-@app.command("ls", epilog="Example: `gridprune cache ls --sort size --limit 20`")
+@_command("gridprune cache ls --sort size --limit 20", name="ls")
 def list_entries(
     cache_dir: options.CacheDir = None,
     sort: Annotated[
@@ -62,7 +67,7 @@ def list_entries(
     )
 
 
-@app.command(epilog="Example: `gridprune cache info --json`")
+@_command("gridprune cache info --json")
 def info(cache_dir: options.CacheDir = None, json: options.Json = False) -> None:
     """Say how much is in the cache, and for which models."""
     store = open_store(cache_dir)
@@ -87,7 +92,7 @@ def info(cache_dir: options.CacheDir = None, json: options.Json = False) -> None
         output.table(("model", "encoder", "entries ", "size "), rows)
 
 
-@app.command(epilog="Example: `gridprune cache verify --delete`")
+@_command("gridprune cache verify --delete")
 def verify(
     cache_dir: options.CacheDir = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove what is broken.")] = False,
@@ -107,7 +112,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: `gridprune cache gc --max-size 5G --older-than 30d --dry-run`")
+@_command("gridprune cache gc --max-size 5G --older-than 30d --dry-run")
 def gc(
     cache_dir: options.CacheDir = None,
     max_size: Annotated[
@@ -119,15 +124,15 @@ def gc(
 ) -> None:
     """Remove the least recently used entries, files left by killed runs, and caches of earlier layouts."""
     store = open_store(cache_dir)
-    max_bytes = store.limit if max_size is None else parse_size(max_size, "--max-size") or None
-    seconds = None if older_than is None else parse_age(older_than, "--older-than")
+    max_bytes = store.limit if max_size is None else parse_size(max_size, "max_size") or None
+    seconds = None if older_than is None else parse_age(older_than, "older_than")
     removed = store.gc(max_bytes=max_bytes, older_than=seconds, dry_run=dry_run)
     _say_removed(removed, "would go" if dry_run else "removed")
     output.say(f"{removed.kept_entries} entries, {output.size(removed.kept_bytes)} kept")
     _check_stuck(removed, store)
 
 
-@app.command(epilog="Example: `gridprune cache rm 3fa9c1 77b2e0`")
+@_command("gridprune cache rm 3fa9c1 77b2e0")
 def rm(
     keys: Annotated[
         list[str], typer.Argument(metavar="KEY...", help="Four or more hex digits that a key starts with.")
@@ -136,13 +141,13 @@ def rm(
 ) -> None:
     """Remove entries by key; none is removed where one of the keys is wrong."""
     store = open_store(cache_dir)
-    found = {store.find(key).key for key in keys}
-    for key in sorted(found):
+    entries = {store.find(key).key for key in keys}
+    for key in sorted(entries):
         store.remove(key)
-    output.say(f"{len(found)} removed")
+    output.say(f"{len(entries)} removed")
 
 
-@app.command(epilog="Example: `gridprune cache clear --yes`")
+@_command("gridprune cache clear --yes")
 def clear(
     cache_dir: options.CacheDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
