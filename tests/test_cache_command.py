@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,7 +22,8 @@ ENCODERS = [{"family": "llava", "checkpoint": "aa" * 32}, {"family": "scenes", "
 
 
 def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    with output.notices_on_stderr():
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def done(*arguments: object) -> Result:
@@ -280,15 +282,18 @@ def test_no_command_imports_a_tensor_library(keys: list[str], store: Store) -> N
 
 def test_notices_and_warnings_go_to_stderr_and_quiet_silences_notices(capfd: pytest.CaptureFixture[str]) -> None:
     try:
-        for quiet in (False, True):
-            output.set_quiet(quiet)
-            output.say("two\nlines")
-            output.warn("careful")
-            with output.progress("working", 3) as step:
-                step()
+        with output.notices_on_stderr():
+            for quiet in (False, True):
+                output.set_quiet(quiet)
+                output.say("two\nlines")
+                output.warn("careful")
+                logging.getLogger("gridprune_cli.somewhere").warning("take `positions=compact`")
+                with output.progress("working", 3) as step:
+                    step()
     finally:
         output.set_quiet(False)
-    assert capfd.readouterr() == ("", "two\\nlines\nwarning: careful\nwarning: careful\n")
+    warnings = "warning: careful\nwarning: take --positions compact\n"
+    assert capfd.readouterr() == ("", "two\\nlines\n" + 2 * warnings)
 
 
 def test_json_is_one_line_whatever_the_name(capfd: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ def test_ask_prints_the_answer_alone(run, image):
 
 
 def test_ask_json_has_what_the_contract_names(run, image):
-    code, out, _ = run("ask", image, QUESTION, "--json", "--keep", "0.5", "--zone", "2")
+    code, out, _ = run("ask", image, QUESTION, "--json", "--keep", "0.5", "--method-option", "zone=2")
     record = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     names = ["image", "question", "answer", "model", "method", "keep", "tokens", "grid"]
@@ -95,17 +95,17 @@ def test_what_leaves_inside_is_said_everywhere(run, image, tmp_path):
 
 
 def test_methods_inside_the_language_model(run, image):
-    record = json.loads(run("ask", image, QUESTION, "--method", "fastv", "--keep", "0.25", "--layer", "1", "--json")[1])
+    record = json.loads(run("ask", image, QUESTION, "--method", "fastv", "--keep", "0.25", "--method-option", "layer=1", "--json")[1])
     assert record["tokens"]["kept"] == 16 and record["inside"]["tokens"] == [16, 4, 4]
     record = json.loads(run("ask", image, QUESTION, "--method", "pyramiddrop", "--keep", "0.125", "--json")[1])
     assert record["inside"]["tokens"] == [16, 8, 2]
     for method, keep, tokens in (
-        (("dart", "--layer", "1", "--method-option", "text_pivots=0"), "0.25", [16, 4, 4]),
-        (("adaptprune", "--layer", "1"), "0.25", [16, 4, 4]),
+        (("dart", "--method-option", "layer=1", "--method-option", "text_pivots=0"), "0.25", [16, 4, 4]),
+        (("adaptprune", "--method-option", "layer=1"), "0.25", [16, 4, 4]),
         (("sparsevlm",), "0.125", [16, 4, 2]),  # of the three stages the first two are at layer 1
         (("sparsevlm", "--method-option", "count=mean"), "0.5", [16, 5, 3]),  # a mean of 8
         (("vtw",), "0.6", [16, 16, 0]),
-        (("vtw", "--layer", "1"), "0.6", [16, 0, 0]),
+        (("vtw", "--method-option", "layer=1"), "0.6", [16, 0, 0]),
     ):
         record = json.loads(run("ask", image, QUESTION, "--method", *method, "--keep", keep, "--json")[1])
         assert record["inside"]["tokens"] == tokens
@@ -123,15 +123,15 @@ def test_methods_inside_the_language_model(run, image):
         (("--ilp", "region", "--region", "none"), "--ilp region: there is no region"),
         (("--ilp", "region", "--method", "fastervlm"), "--ilp region: there is no region"),
         (("--ilp", "0.1", "--method", "fastv"), "--ilp: not with --method fastv"),
-        (("--plc", "pool", "--method", "fastv", "--layer", "1"), "--plc: not with --method fastv"),
-        (("--method", "fastv", "--layer", "0"), "--method fastv: layer must be at least 1"),
-        (("--method", "fastv", "--layer", "5"), "--layer 5: in this model"),
-        (("--method", "vtw", "--layer", "3"), "--layer 3: in this model"),
+        (("--plc", "pool", "--method", "fastv", "--method-option", "layer=1"), "--plc: not with --method fastv"),
+        (("--method", "fastv", "--method-option", "layer=0"), "--method fastv: layer must be at least 1"),
+        (("--method", "fastv", "--method-option", "layer=5"), "--method-option layer=5: in this model"),
+        (("--method", "vtw", "--method-option", "layer=3"), "--method-option layer=3: in this model"),
         (
             ("--method", "sparsevlm", "--method-option", "count=all"),
             "--method sparsevlm: count must be one of last, mean",
         ),
-        (("--layer", "1"), "--method gridprune: method gridprune has no option 'layer'"),
+        (("--method-option", "layer=1"), "--method gridprune: method gridprune has no option 'layer'"),
     ],
 )
 def test_settings_inside_that_make_no_sense(run, image, options, says):
@@ -258,16 +258,15 @@ def test_show_draws_a_png_and_a_coarse_picture(run, image, tmp_path):
         (["--keep", "0"], "--keep 0.0"),
         (["--keep", "1.5"], "--keep 1.5"),
         (["--tokens", "99"], "--tokens 99"),
-        (["--method", "magic"], "unknown method 'magic'"),
-        (["--method", "fastervlm", "--zone", "2"], "method fastervlm has no option 'zone'"),
+        (["--method", "magic"], "'magic' is not one of 'gridprune', "),
+        (["--method", "fastervlm", "--method-option", "zone=2"], "method fastervlm has no option 'zone'"),
         (["--method", "fastervlm", "--region", "0,0,1,1"], "--region: only for --method gridprune"),
         (["--method", "fastervlm", "--literal"], "--literal: only for --method gridprune"),
         (["--method", "vispruner", "--method-option", "step=2.5"], "--method vispruner: step must be a whole number"),
         (["--method", "vispruner", "--method-option", "pace=2"], "method vispruner has no option 'pace'"),
         (["--method", "hired", "--method-option", "base_share"], "--method-option base_share: not NAME=VALUE"),
         (["--literal", "--region", "auto"], "not with --literal"),
-        (["--zone", "4", "--method-option", "zone=2"], "--method-option zone: given twice, also as --zone"),
-        (["--method", "random", "--seed", str(2**63)], "--method random: seed must be from -2^63 to 2^63 - 1"),
+        (["--method", "random", "--method-option", f"seed={2**63}"], "--method random: seed must be from -2^63 to 2^63 - 1"),
         (["--query", ""], "--query: is empty"),
         (["--method", "mmtok", "--query", " "], "--query: is empty"),
         (["--region", "7,0,1,1"], "--region"),
@@ -275,8 +274,8 @@ def test_show_draws_a_png_and_a_coarse_picture(run, image, tmp_path):
         (["--show", "."], "--show ."),
         (["--limit", "2"], "--limit"),
         (["--tokens", "many"], "--tokens"),
-        (["--alpha", "2"], "alpha"),
-        (["--positions", "x"], "--positions x"),
+        (["--method-option", "alpha=2"], "--method gridprune: alpha must be from 0 to 1"),
+        (["--positions", "x"], "'x' is not one of 'original', 'compact'"),
         (["--model", "nowhere"], "--model nowhere"),
         (["--device", "abacus"], "--device abacus"),
         (["--cache-limit", "lots"], "--cache-limit"),
@@ -616,7 +615,7 @@ def test_method_options_reach_the_method(run, image):
     assert code == 0 and json.loads(out)["options"] == {"important_share": 0.25, "step": 3}
     code, out, _ = run("ask", image, QUESTION, "--method", "holov", "--method-option", "crops=runs", "--json")
     assert code == 0 and json.loads(out)["options"] == {"crops": "runs"}
-    code, out, _ = run("ask", image, QUESTION, "--method", "mmtok", "--alpha", "2", "--json")
+    code, out, _ = run("ask", image, QUESTION, "--method", "mmtok", "--method-option", "alpha=2", "--json")
     assert code == 0 and json.loads(out)["options"]["alpha"] == 2
 
 
@@ -699,7 +698,7 @@ def test_bench_measures_shapes_and_needs_no_picture(run, monkeypatch):
     ("arguments", "told"),
     [
         (("--layers", "2"), "--layers: only with --shape"),
-        (("--shape", "llava"), "--shape llava: not one of"),
+        (("--shape", "llava"), "'llava' is not one of"),
         (("--shape", "llava-1.5-7b", "--device", "map"), "--device map: not with --shape"),
         (("--shape", "qwen2.5-vl-7b", "--layers", "29"), "--layers 29"),
         (("--new-tokens", "1"), "--new-tokens"),

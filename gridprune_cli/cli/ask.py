@@ -52,7 +52,7 @@ def ask(
 ) -> None:
     """Answer a question about images from the visual tokens that it needs.
 
-    More options, taken here too, are in `gridprune batch --help`.
+    More options, taken here too: `gridprune batch --help`, `--stream/--no-stream`.
     """
     from gridprune_cli.cache.files import write_atomic
     from gridprune_cli.cli.drawing import draw_figure

@@ -14,7 +14,7 @@ class Command(TyperCommand):
     """A command. `epilog` holds its examples, a command line each, which help prints as they are, to be copied."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        parameters = super().get_params(ctx)
+        parameters: list[Any] = super().get_params(ctx)
         for parameter in parameters:
             if parameter.param_type_name == "option" and not parameter.rich_help_panel:
                 parameter.rich_help_panel = OUTPUT
