@@ -95,7 +95,8 @@ def test_what_leaves_inside_is_said_everywhere(run, image, tmp_path):
 
 
 def test_methods_inside_the_language_model(run, image):
-    record = json.loads(run("ask", image, QUESTION, "--method", "fastv", "--keep", "0.25", "--method-option", "layer=1", "--json")[1])
+    fastv = ("--method", "fastv", "--method-option", "layer=1")
+    record = json.loads(run("ask", image, QUESTION, *fastv, "--keep", "0.25", "--json")[1])
     assert record["tokens"]["kept"] == 16 and record["inside"]["tokens"] == [16, 4, 4]
     record = json.loads(run("ask", image, QUESTION, "--method", "pyramiddrop", "--keep", "0.125", "--json")[1])
     assert record["inside"]["tokens"] == [16, 8, 2]
@@ -266,7 +267,7 @@ def test_show_draws_a_png_and_a_coarse_picture(run, image, tmp_path):
         (["--method", "vispruner", "--method-option", "pace=2"], "method vispruner has no option 'pace'"),
         (["--method", "hired", "--method-option", "base_share"], "--method-option base_share: not NAME=VALUE"),
         (["--literal", "--region", "auto"], "not with --literal"),
-        (["--method", "random", "--method-option", f"seed={2**63}"], "--method random: seed must be from -2^63 to 2^63 - 1"),
+        (["--method", "random", "--method-option", f"seed={2**63}"], "--method random: seed must be from -2^63 to"),
         (["--query", ""], "--query: is empty"),
         (["--method", "mmtok", "--query", " "], "--query: is empty"),
         (["--region", "7,0,1,1"], "--region"),
