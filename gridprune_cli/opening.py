@@ -33,8 +33,8 @@ def open_pipeline(options: Mapping[str, Any]) -> Pipeline:
     if store and limit is not None:
         store.limit = parse_size(str(limit), "cache_limit") or None
     choice = choose_model(named.pop("model", None))
-    storage = named.pop("cache_dtype", "full")
+    cache_dtype = named.pop("cache_dtype", "full")
     try:
-        return Pipeline(choice.model, store=store, storage=storage, **named)
+        return Pipeline(choice.model, store=store, cache_dtype=cache_dtype, **named)
     except GridpruneError as fault:
         raise choice.blame(fault) from fault

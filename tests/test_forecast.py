@@ -43,9 +43,9 @@ def test_a_familys_settings_give_the_tokens_of_a_size_and_their_width(pipeline, 
         count = pipeline.family.count_placeholders(size)
     except ValueError:
         with pytest.raises(BadInput):
-            pipeline.encode([picture])
+            pipeline.encoder.encode([picture])
         return
-    encoded = pipeline.encode([picture])[0]
+    encoded = pipeline.encoder.encode([picture])[0]
     assert (count, pipeline.family.width) == (len(encoded.placeholder_map), encoded.vision_features.shape[1])
     assert encoded.vision_features.dtype == encoded.saliency.dtype == torch.bfloat16  # so that one tells the other's
 
@@ -71,10 +71,10 @@ def scenes(tmp_path):
 @pytest.mark.parametrize("storage", ["full", "float8", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_bytes_of_an_entry_are_about_those_said(scenes, storage, dtype):
-    pipeline = Pipeline(store=open_store(), storage=storage, dtype=dtype)
-    encoded = pipeline.encode_one(scenes / "0.png")[0]
+    pipeline = Pipeline(store=open_store(), cache_dtype=storage, dtype=dtype)
+    encoded = pipeline.encode(scenes / "0.png")[0]
     written = len(encoded.to_bytes())
-    assert written == pipeline.store.bytes_of(pipeline.encoder, encoded.key)
+    assert written == pipeline.store.bytes_of(pipeline.encoder.identity(), encoded.key)
     assert abs(entry_bytes(pipeline, encoded.size) / written - 1) < 0.05
 
 

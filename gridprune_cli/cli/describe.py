@@ -13,7 +13,6 @@ _SETTING = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
 # settings whose options are called otherwise, or are not in a group
 _OTHERS = {
     "template": "--prompt-template",
-    "storage": "--cache-dtype",
     "cache_limit": "--cache-limit",
     "shape": "--shape",
     "layers": "--layers",
