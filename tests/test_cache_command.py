@@ -15,6 +15,7 @@ from gridprune_cli.cache.files import RawTensor
 from gridprune_cli.cache.store import Store, entry_key
 from gridprune_cli.cli import output
 from gridprune_cli.cli.cache import app
+from gridprune_cli.cli.describe import describe
 from gridprune_cli.errors import BadInput, GridpruneError
 
 MODELS = ["models/llava", "scenes"]
@@ -65,11 +66,11 @@ def test_dir_follows_flag_then_variable(tmp_path: Path) -> None:
 
 
 def test_ls_shows_one_line_per_entry_the_last_used_last(keys: list[str]) -> None:
-    head, *rows = done("ls").stdout.splitlines()
+    head, *lines = done("ls").stdout.splitlines()
     assert head.split() == ["KEY", "TOKENS", "SIZE", "USED", "MODEL", "IMAGE"]
-    assert [row.split()[0] for row in rows] == [key[:12] for key in keys]
-    assert rows[0].endswith("  4 h  models/llava  c.jpg")
-    assert rows[3].endswith(r"  1 h  scenes        d\x1b[31m\n.jpg")
+    assert [row.split()[0] for row in lines] == [key[:12] for key in keys]
+    assert lines[0].endswith("  4 h  models/llava  c.jpg")
+    assert lines[3].endswith(r"  1 h  scenes        d\x1b[31m\n.jpg")
 
 
 @pytest.mark.parametrize(
@@ -84,8 +85,8 @@ def test_ls_shows_one_line_per_entry_the_last_used_last(keys: list[str]) -> None
     ],
 )
 def test_ls_sorts_and_limits_alike_as_text_and_json(keys: list[str], arguments: list[str], order: list[int]) -> None:
-    rows = done("ls", *arguments).stdout.splitlines()[1:]
-    assert [row.split()[0] for row in rows] == [keys[number][:12] for number in order]
+    lines = done("ls", *arguments).stdout.splitlines()[1:]
+    assert [row.split()[0] for row in lines] == [keys[number][:12] for number in order]
     lines = [json.loads(line) for line in done("ls", "--json", *arguments).stdout.splitlines()]
     assert [line["key"] for line in lines] == [keys[number] for number in order]
 
@@ -210,7 +211,7 @@ def test_a_pipe_in_an_entry_s_place_is_seen_by_every_command(keys: list[str], st
 @pytest.mark.parametrize("arguments", [["--max-size", "much"], ["--older-than", "7"]])
 def test_gc_refuses_what_it_cannot_read(keys: list[str], store: Store, arguments: list[str]) -> None:
     result = call("gc", *arguments)
-    assert isinstance(result.exception, BadInput) and arguments[0] in str(result.exception)
+    assert isinstance(result.exception, BadInput) and arguments[0] in describe(result.exception)
     assert len(list(store.entries())) == 4
 
 
@@ -224,7 +225,7 @@ def test_rm_removes_all_or_none(keys: list[str], store: Store) -> None:
 
 def test_clear_needs_a_yes(keys: list[str], store: Store) -> None:
     result = call("clear")
-    assert isinstance(result.exception, BadInput) and "--yes" in str(result.exception)
+    assert isinstance(result.exception, BadInput) and "--yes" in describe(result.exception)
     assert len(list(store.entries())) == 4
     assert "4 entries" in done("clear", "--yes").stderr
     assert not list(store.entries())
@@ -262,7 +263,7 @@ def test_no_command_touches_an_artefact_in_the_cache_folder(keys: list[str], sto
 
 def test_help_has_an_example_for_each_command() -> None:
     for command in ("dir", "ls", "info", "verify", "gc", "rm", "clear"):
-        assert "Example: " in done(command, "--help").stdout
+        assert " Examples:\n\n   " in done(command, "--help").stdout
     assert call().exit_code == 2
 
 

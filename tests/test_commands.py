@@ -100,7 +100,7 @@ def test_methods_inside_the_language_model(run, image):
     assert record["tokens"]["kept"] == 16 and record["inside"]["tokens"] == [16, 4, 4]
     record = json.loads(run("ask", image, QUESTION, "--method", "pyramiddrop", "--keep", "0.125", "--json")[1])
     assert record["inside"]["tokens"] == [16, 8, 2]
-    for method, keep, tokens in (
+    for method, share, tokens in (
         (("dart", "--method-option", "layer=1", "--method-option", "text_pivots=0"), "0.25", [16, 4, 4]),
         (("adaptprune", "--method-option", "layer=1"), "0.25", [16, 4, 4]),
         (("sparsevlm",), "0.125", [16, 4, 2]),  # of the three stages the first two are at layer 1
@@ -108,7 +108,7 @@ def test_methods_inside_the_language_model(run, image):
         (("vtw",), "0.6", [16, 16, 0]),
         (("vtw", "--method-option", "layer=1"), "0.6", [16, 0, 0]),
     ):
-        record = json.loads(run("ask", image, QUESTION, "--method", *method, "--keep", keep, "--json")[1])
+        record = json.loads(run("ask", image, QUESTION, "--method", *method, "--keep", share, "--json")[1])
         assert record["inside"]["tokens"] == tokens
     assert json.loads(run("ask", image, QUESTION, "--method", "vtw", "--keep", "1", "--json")[1])["inside"] is None
 
@@ -420,8 +420,8 @@ def test_json_reaches_a_file_while_a_terminal_shows_the_bar(image, tmp_path, tin
         os.close(theirs)
         shown = b""
         try:
-            while part := os.read(ours, 4096):
-                shown += part
+            while chunk := os.read(ours, 4096):
+                shown += chunk
         except OSError:  # the other end is closed
             pass
         assert done.wait() == 0
@@ -512,7 +512,7 @@ LONG = "a" * 300  # a name may have 255 bytes
         ("export", LONG, "--to", "vllm", "-o", "."),
         ("export", "SAVED", "--to", "vllm", "-o", LONG),
     ],
-    ids=lambda arguments: " ".join(part[:10] for part in arguments),
+    ids=lambda arguments: " ".join(argument[:10] for argument in arguments),
 )
 def test_a_name_too_long_is_bad_input(run, image, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
@@ -520,8 +520,8 @@ def test_a_name_too_long_is_bad_input(run, image, tmp_path, monkeypatch, argumen
     lines.write_text(json.dumps({"id": 1, "image": LONG, "question": QUESTION, "answers": ["red"]}) + "\n")
     if "SAVED" in arguments:
         run("prune", image, QUESTION, "-o", saved)
-    given = {"IMAGE": image, "LINES": lines, "SAVED": saved}
-    code, out, err = run(*(given.get(part, part) for part in arguments))
+    files = {"IMAGE": image, "LINES": lines, "SAVED": saved}
+    code, out, err = run(*(files.get(argument, argument) for argument in arguments))
     assert (code, out) == (2, "") and "unexpected" not in err and err.count("\n") == 1, err
 
 
@@ -602,8 +602,8 @@ def test_query_and_prompt_options_do_what_they_say(run, image, tmp_path):
     asked = pruned("Where is the star?", "--query", QUESTION)
     assert asked.relevance.equal(plain.relevance) and asked.kept.equal(plain.kept)
     assert not pruned("Where is the star?").relevance.equal(plain.relevance)
-    told = pruned(QUESTION, "--system", "red red red")
-    assert len(told.input_ids) > len(plain.input_ids) and told.relevance.equal(plain.relevance)
+    instructed = pruned(QUESTION, "--system", "red red red")
+    assert len(instructed.input_ids) > len(plain.input_ids) and instructed.relevance.equal(plain.relevance)
     filled = pruned(QUESTION, "--prompt-template", "USER: {image} {question} ASSISTANT:")
     assert filled.input_ids.equal(plain.input_ids)
     code, _, err = run("ask", image, QUESTION, "--prompt-template", "no place for anything")
@@ -629,7 +629,7 @@ def test_generation_options_reach_transformers(run, image):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reason"),
     [
         (("warmth=2",), "--generation warmth=2: no option that"),
         (("to_dict=1",), "--generation to_dict=1: no option that"),
@@ -641,10 +641,10 @@ def test_generation_options_reach_transformers(run, image):
         (("num_beams=2", "num_return_sequences=2"), "--generation num_return_sequences=2: a question has one answer"),
     ],
 )
-def test_generation_options_that_cannot_be_followed(run, image, options, told):
-    named = [part for option in options for part in ("--generation", option)]
+def test_generation_options_that_cannot_be_followed(run, image, options, reason):
+    named = [argument for option in options for argument in ("--generation", option)]
     code, out, err = run("ask", image, QUESTION, *named)
-    assert (code, out) == (2, "") and told in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and reason in err and err.count("\n") == 1
 
 
 def test_beams_are_not_streamed_unless_asked(run, image, monkeypatch):
@@ -696,7 +696,7 @@ def test_bench_measures_shapes_and_needs_no_picture(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reason"),
     [
         (("--layers", "2"), "--layers: only with --shape"),
         (("--shape", "llava"), "'llava' is not one of"),
@@ -708,9 +708,9 @@ def test_bench_measures_shapes_and_needs_no_picture(run, monkeypatch):
         (("--keep", "0"), "--keep"),
     ],
 )
-def test_bench_refuses(run, arguments, told):
+def test_bench_refuses(run, arguments, reason):
     code, out, err = run("bench", *arguments)
-    assert (code, out) == (2, "") and told in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and reason in err and err.count("\n") == 1
 
 
 def test_files_are_held_together_up_to_a_number_of_bytes(tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def _report(fault: Exception) -> int:
     if isinstance(fault, GridpruneError):
         code, text = fault.exit_code, describe(fault)
     elif isinstance(fault, _UsageError):
-        code, text = 2, fault.format_message()  # type: ignore[attr-defined]
+        code, text = 2, fault.format_message().replace(": Value error, ", ": ")  # type: ignore[attr-defined]
         context = getattr(fault, "ctx", None)
         if text and context:
             text = f"{text.rstrip('.')}; see `{context.command_path} --help`"

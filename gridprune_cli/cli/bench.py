@@ -108,7 +108,7 @@ def bench(
         return
     where = place["device"] if device.startswith("cuda") else f"{device}, {place['threads']} threads"
     put(printable(f"{pipeline.model}, {place['dtype']}, {where}; {picture.name}; medians of {repeat}, quartiles"))
-    table(("", "full ", "pruned ", "full / pruned"), _rows(report))
+    table(("", "full ", "pruned ", "full / pruned"), _lines(report))
     put(
         f"The prefill is {report.prefill.median:.2f} times faster with {report.flops:.2f} times fewer operations: "
         f"{report.achieved:.2f} of the ratio.\n"
@@ -118,7 +118,7 @@ def bench(
         say(note)
 
 
-def _rows(report: "Report") -> list[tuple[str, str, str, str]]:
+def _lines(report: "Report") -> list[tuple[str, str, str, str]]:
     full, pruned = report.full, report.pruned
 
     def counts(name: str, a: int, b: int, text: Any = "{:,}".format) -> tuple[str, str, str, str]:
@@ -128,17 +128,17 @@ def _rows(report: "Report") -> list[tuple[str, str, str, str]]:
         shown = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
         return name, f"{a.median:,.1f} ms", f"{b.median:,.1f} ms", shown
 
-    rows = [counts("visual tokens", full.tokens, pruned.tokens)]
+    lines = [counts("visual tokens", full.tokens, pruned.tokens)]
     if sum(pruned.inside) < pruned.tokens * len(pruned.inside):
         a, b = (sum(side.inside) / len(side.inside) for side in (full, pruned))
-        rows.append(("visual tokens, mean of the layers", f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}"))
-    rows.append(counts("tokens of the prompt", full.prompt, pruned.prompt))
+        lines.append(("visual tokens, mean of the layers", f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}"))
+    lines.append(counts("tokens of the prompt", full.prompt, pruned.prompt))
     if report.load is not None:
-        rows.append(("load", f"{report.load:,.1f} ms", f"{report.load:,.1f} ms", ""))
-    rows.append(times("encode", report.encode, report.encode, None))
+        lines.append(("load", f"{report.load:,.1f} ms", f"{report.load:,.1f} ms", ""))
+    lines.append(times("encode", report.encode, report.encode, None))
     if pruned.localize.median:
-        rows.append(times("localize", full.localize, pruned.localize, None))
-    rows += [
+        lines.append(times("localize", full.localize, pruned.localize, None))
+    lines += [
         times("select", full.select, pruned.select, None),
         times("prefill", full.prefill, pruned.prefill, report.prefill),
         times("decode, a token", full.decode, pruned.decode, report.decode),
@@ -147,5 +147,5 @@ def _rows(report: "Report") -> list[tuple[str, str, str, str]]:
         counts("keys and values", full.kv_bytes, pruned.kv_bytes, size),
     ]
     if full.peak_bytes and pruned.peak_bytes:
-        rows.append(counts("most memory held", full.peak_bytes, pruned.peak_bytes, size))
-    return rows
+        lines.append(counts("most memory held", full.peak_bytes, pruned.peak_bytes, size))
+    return lines

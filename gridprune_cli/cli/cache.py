@@ -45,9 +45,9 @@ def list_entries(
     entries: Iterable[Entry] = open_store(cache_dir).entries()
     if sort or limit or not json:
         entries = _ordered(entries, sort or "used", limit)
-    rows = map(_describe, entries)
+    records = map(_describe, entries)
     if json:
-        while block := list(islice(rows, BLOCK)):
+        while block := list(islice(records, BLOCK)):
             output.emit_json(*block)
         return
     now = time.time()
@@ -55,14 +55,14 @@ def list_entries(
         ("key", "tokens ", "size ", "used ", "model", "image"),
         (
             (
-                row["key"][:12],
-                str(row["tokens"] or "?"),
-                output.size(row["bytes"]),
-                output.age(now - row["used"]),
-                row["model"] or "?",
-                str(row["image"] or "(damaged: see `gridprune cache verify`)"),
+                record["key"][:12],
+                str(record["tokens"] or "?"),
+                output.size(record["bytes"]),
+                output.age(now - record["used"]),
+                record["model"] or "?",
+                str(record["image"] or "(damaged: see `gridprune cache verify`)"),
             )
-            for row in rows
+            for record in records
         ),
     )
 
@@ -88,8 +88,8 @@ def info(cache_dir: options.CacheDir = None, json: options.Json = False) -> None
     limit = "no limit" if store.limit is None else f"limit {output.size(store.limit)}"
     print(printable(f"{store.root}: {entries} entries, {output.size(size)}, {limit}"))
     if models:
-        rows = [(model, encoder, str(count), output.size(total)) for model, encoder, count, total in models]
-        output.table(("model", "encoder", "entries ", "size "), rows)
+        lines = [(model, encoder, str(count), output.size(total)) for model, encoder, count, total in models]
+        output.table(("model", "encoder", "entries ", "size "), lines)
 
 
 @_command("gridprune cache verify --delete")
@@ -183,8 +183,8 @@ def _ordered(entries: Iterable[Entry], sort: str, limit: int | None) -> Iterator
 
 
 def _describe(entry: Entry) -> dict[str, Any]:
-    """One row of `ls`; of a broken entry, only what the file system knows."""
-    row: dict[str, Any] = {"key": entry.key, "bytes": entry.bytes, "used": entry.used}
+    """One line of `ls`; of a broken entry, only what the file system knows."""
+    record: dict[str, Any] = {"key": entry.key, "bytes": entry.bytes, "used": entry.used}
     kinds = {"name": str, "image": str, "model": str, "tokens": int}
     try:
         header = entry.header()
@@ -192,5 +192,5 @@ def _describe(entry: Entry) -> dict[str, Any]:
             raise FileFault("damaged: its header is none of an encoded image")
         image, sha256, model, tokens = (header[name] for name in kinds)
     except (FileFault, OSError, KeyError):
-        return row | dict.fromkeys(("image", "sha256", "model", "tokens"))
-    return row | {"image": image, "sha256": sha256, "model": model, "tokens": tokens}
+        return record | dict.fromkeys(("image", "sha256", "model", "tokens"))
+    return record | {"image": image, "sha256": sha256, "model": model, "tokens": tokens}

@@ -13,6 +13,7 @@ _SETTING = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
 # settings whose options are called otherwise, or are not in a group
 _OTHERS = {
     "template": "--prompt-template",
+    "revision": "OWNER/NAME@REVISION",
     "cache_limit": "--cache-limit",
     "shape": "--shape",
     "layers": "--layers",

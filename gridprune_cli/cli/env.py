@@ -29,7 +29,7 @@ def env(
     model = choice.model or EMBEDDED
     placed = place(_setting("DEVICE", "auto")[0], _setting("DTYPE", "auto")[0], model)
     root = str(store.open_store(cache_dir).root)
-    rows = [
+    settings = [
         ("model", model, choice.origin),
         ("relevance", *_setting("RELEVANCE", _default(options.pipeline, "relevance"))),
         ("keep", *_setting("KEEP", _default(options.pruning, "keep"))),
@@ -43,11 +43,11 @@ def env(
         ("dtype", str(placed.dtype).removeprefix("torch."), f"{_setting('DTYPE', '')[1]}: {placed.dtype_reason}"),
         ("python", platform.python_version(), "version"),
     ]
-    rows += [(name, version(name), "version") for name in ("gridprune", "torch", "transformers", "safetensors")]
+    settings += [(name, version(name), "version") for name in ("gridprune", "torch", "transformers", "safetensors")]
     if json:
-        emit_json({name: {"value": value, "from": origin} for name, value, origin in rows})
+        emit_json({name: {"value": value, "from": origin} for name, value, origin in settings})
     else:
-        table(("setting", "value", "from"), rows)
+        table(("setting", "value", "from"), settings)
 
 
 def _setting(name: str, default: str) -> tuple[str, str]:
