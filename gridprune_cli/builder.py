@@ -56,7 +56,9 @@ def build_pruned_sets(
         last = int(draft.rest["position_ids"].max())
         family.check_length(last + 1, "ask shorter, of fewer images, or take `positions=compact`")
     embeds = project(family, [(draft.vision_features, draft.placeholder_map) for draft in drafts])
-    return [PrunedSet(image_embeds=rows, **draft.rest) for rows, draft in zip(embeds, drafts, strict=True)]
+    return [
+        PrunedSet(image_embeds=kept_embeds, **draft.rest) for kept_embeds, draft in zip(embeds, drafts, strict=True)
+    ]
 
 
 def project(family: Family, wanted: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

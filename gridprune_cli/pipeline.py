@@ -50,15 +50,15 @@ class Answer:
     def to_json(self) -> dict[str, Any]:
         return self.pruned.to_json() | {
             "answer": self.text,
-            "cache": cache_states(self.hits),
+            "cache": cache_outcome(self.hits),
             "ms": {name: round(value, 2) for name, value in self.ms.items()},
         }
 
 
-def cache_states(hits: Sequence[bool]) -> str | list[str]:
+def cache_outcome(hits: Sequence[bool]) -> str | list[str]:
     """ "hit" or "miss", as results have it; of several images a list."""
-    states = ["hit" if hit else "miss" for hit in hits]
-    return states[0] if len(states) == 1 else states
+    outcomes = ["hit" if hit else "miss" for hit in hits]
+    return outcomes[0] if len(outcomes) == 1 else outcomes
 
 
 class Pipeline:

@@ -11,6 +11,7 @@ from gridprune_cli.bench.measure import Spread, measure, sample_scene
 from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import Generated, generate
+from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.settings import Pruning
 
@@ -71,8 +72,8 @@ def test_tokens_that_leave_inside_count_in_the_layers_that_they_reach(pipeline, 
     report = measure(pipeline, png(noise((80, 60))), QUESTION, Pruning(keep=1.0, ilp=0.25), repeat=1, new_tokens=2)
     decoder = Decoder.of(pipeline.family.load("language").config)
     assert report.full.inside == (16,) * decoder.layers and report.pruned.tokens == 16
-    assert report.pruned.schedule[0] == 16 and report.pruned.schedule[-1] == 4
-    layers = [report.pruned.prompt - 16 + there for there in report.pruned.schedule]
+    assert report.pruned.inside[0] == 16 and report.pruned.inside[-1] == 4
+    layers = [report.pruned.prompt - 16 + there for there in report.pruned.inside]
     assert report.pruned.prefill_flops == prefill_flops(decoder, layers) < report.full.prefill_flops
     assert report.pruned.kv_bytes == kv_bytes(decoder, layers, 4)
 
@@ -151,5 +152,5 @@ def test_too_few_tokens_or_repeats(pipeline, noise):
 
 
 def test_sample_scenes():
-    assert sample_scene("scenes").image.size == (224, 224)
-    assert sample_scene("else").image.size == (672, 672)
+    assert load_image(sample_scene("scenes")).image.size == (224, 224)
+    assert load_image(sample_scene("else")).image.size == (672, 672)

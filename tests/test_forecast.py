@@ -75,7 +75,7 @@ def test_the_bytes_of_an_entry_are_about_those_said(scenes, storage, dtype):
     encoded = pipeline.encode(scenes / "0.png")[0]
     written = len(encoded.to_bytes())
     assert written == pipeline.store.bytes_of(pipeline.encoder.identity(), encoded.key)
-    assert abs(entry_bytes(pipeline, encoded.size) / written - 1) < 0.05
+    assert abs(entry_bytes(pipeline.encoder, encoded.size) / written - 1) < 0.05
 
 
 def test_images_are_counted_as_encode_counts_them(scenes, command):
@@ -85,14 +85,14 @@ def test_images_are_counted_as_encode_counts_them(scenes, command):
     pipeline = Pipeline(store=open_store())
     images = sorted(scenes.iterdir())
     seen = []
-    said = forecast(pipeline, pipeline.store, images, step=lambda: seen.append(1))
+    said = forecast(pipeline.encoder, pipeline.store, images, step=lambda: seen.append(1))
     assert (said.images, said.hits, said.encode, said.unreadable, len(seen)) == (6, 2, 3, 1, 6)
     assert said.bytes == said.growth == pytest.approx(said.total * 3 / 4, rel=0.05)
     assert "5 images, 2 of them cached already" in command("encode", scenes)[2]
-    again = forecast(pipeline, pipeline.store, images, refresh=True)
+    again = forecast(pipeline.encoder, pipeline.store, images, refresh=True)
     assert (again.hits, again.encode) == (1, 4) and again.bytes == again.total
     assert again.growth < 0.1 * again.bytes  # what is replaced takes no more room
-    done = forecast(pipeline, pipeline.store, images)
+    done = forecast(pipeline.encoder, pipeline.store, images)
     assert (done.hits, done.encode, done.bytes) == (5, 0, 0)
     assert done.total == sum(entry.bytes for entry in pipeline.store.entries())
     assert not pipeline.family._loaded
@@ -164,12 +164,12 @@ def test_some_headers_speak_for_all_images(scenes, monkeypatch):
     looked = []
     monkeypatch.setattr(module, "measure", lambda image: looked.append(image) or measure(image))
     images = sorted(scenes.iterdir()) * 300
-    pipeline.store.limit = 1205 * entry_bytes(pipeline, measure(images[0]))
-    assert not may_lack_room(pipeline, pipeline.store, images)
+    pipeline.store.limit = 1205 * entry_bytes(pipeline.encoder, measure(images[0]))
+    assert not may_lack_room(pipeline.encoder, pipeline.store, images)
     assert len(looked) == 240
-    assert may_lack_room(pipeline, pipeline.store, images + images[:8])
+    assert may_lack_room(pipeline.encoder, pipeline.store, images + images[:8])
     pipeline.store.limit = None
-    assert not may_lack_room(pipeline, pipeline.store, [])
+    assert not may_lack_room(pipeline.encoder, pipeline.store, [])
 
 
 def test_a_pipe_is_left_to_be_encoded(tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_a_pipe_is_left_to_be_encoded(tmp_path, monkeypatch):
     looked = []
     monkeypatch.setattr(module, "measure", lambda image: looked.append(image) or (9, 9))
     pipeline = Pipeline(store=open_store())
-    assert not may_lack_room(pipeline, pipeline.store, [tmp_path / "pipe"]) and looked == []
+    assert not may_lack_room(pipeline.encoder, pipeline.store, [tmp_path / "pipe"]) and looked == []
 
 
 def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path):

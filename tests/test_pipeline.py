@@ -82,9 +82,8 @@ def test_what_an_encoding_depends_on_is_in_its_key(pipeline, tiny_llava, tmp_pat
     import json
 
     folder = shutil.copytree(tiny_llava, tmp_path / "other")
-    assert Pipeline(str(folder), dtype="float32").key("0" * 64) == pipeline.encoder.key(
-        "0" * 64
-    )  # where it lies does not matter
+    moved = Pipeline(str(folder), dtype="float32")
+    assert moved.encoder.key("0" * 64) == pipeline.encoder.key("0" * 64)  # where it lies does not matter
     dtype = "float32"
     if change == "dtype":
         dtype = "bfloat16"
@@ -98,7 +97,7 @@ def test_what_an_encoding_depends_on_is_in_its_key(pipeline, tiny_llava, tmp_pat
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-    assert Pipeline(str(folder), dtype=dtype).key("0" * 64) != pipeline.encoder.key("0" * 64)
+    assert Pipeline(str(folder), dtype=dtype).encoder.key("0" * 64) != pipeline.encoder.key("0" * 64)
 
 
 def test_a_broken_entry_is_encoded_again(pipeline, image):

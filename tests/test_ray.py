@@ -232,9 +232,8 @@ def test_stages_encode_as_bulk_does(pipeline, pictures, tmp_path, tiny_llava):
 
     row, decoded = through(pipeline, parts)  # nothing that is there is decoded
     assert decoded == [{}, {}, {}]
-    assert [hit for _, results in _received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail)) for _, _, hit in results] == [
-        True, True, True, False, True, True,
-    ]  # fmt: skip
+    received = _received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail))
+    assert [hit for _, results in received for _, _, hit in results] == [True, True, True, False, True, True]
     row, decoded = through(pipeline, [pictures], refresh=True)
     assert sorted(decoded[0]) == pictures
     assert not any(hit for _, _, hit in dict(_received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail)))[0])
@@ -358,4 +357,4 @@ def test_questions_about_one_image_share_a_part(pipeline, monkeypatch):
     monkeypatch.setattr(Ray, "_run", run)
     requests = [Request((f"{n % 3}.png",), str(n)) for n in range(9)]
     assert list(Ray().answer(pipeline.runner(), requests)) == [str(n) for n in range(9)]
-    assert [ask.sources[0] for ask in given] == ["0.png"] * 3 + ["1.png"] * 3 + ["2.png"] * 3
+    assert [ask.images[0] for ask in given] == ["0.png"] * 3 + ["1.png"] * 3 + ["2.png"] * 3

@@ -17,6 +17,7 @@ from gridprune_cli.runners import images as images_module
 from gridprune_cli.runners import local as local_module
 from gridprune_cli.runners.batches import Batches, in_order
 from gridprune_cli.runners.local import Pruned, Reply
+from gridprune_cli.runners.reading import Room
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import EncodedImage
 
@@ -175,7 +176,7 @@ def test_bad_pictures_are_told_in_their_place(pipeline, pictures, tmp_path):
     assert [name for name, _, _ in made] == [*map(str, sources[:4]), "-"]
     assert [isinstance(result, EncodedImage) for _, result, _ in made] == [True, False, True, False, True]
     assert str(bad) in str(made[1][1]) and isinstance(made[3][1], BadInput)
-    ((_, fault, _),) = pipeline.runner(notice=silent).encoder.encode(["a\nb.png"])
+    ((_, fault, _),) = pipeline.runner(notice=silent).encode(["a\nb.png"])
     assert str(fault) == "'a\\nb.png': no such file; check the path"
 
 
@@ -189,7 +190,7 @@ def test_a_picture_that_the_tower_refuses_is_named(pipeline, pictures, monkeypat
             raise ValueError("too strange")
         return see(batch, several)
 
-    monkeypatch.setattr(pipeline, "see", picky)
+    monkeypatch.setattr(pipeline.encoder, "run_tower", picky)
     made = list(pipeline.runner(notice=silent).encode(pictures))
     assert [isinstance(result, EncodedImage) for _, result, _ in made] == [i != 3 for i in range(7)]
     assert str(made[3][1]) == f"{pictures[3]}: unexpected ValueError: too strange"
@@ -227,9 +228,9 @@ def test_few_pictures_are_held_however_many_there_are(pipeline, noise, tmp_path,
             read += 1
             yield data + bytes([number])  # PNG readers stop at its end, so these are pictures, all different
 
-    for most, size in ((local_module._MOST_PIXELS, 2), (2499, 2), (2499, 50)):
+    for most, size in ((images_module.MAX_PIXELS, 2), (2499, 2), (2499, 50)):
         monkeypatch.setattr(images_module, "MAX_PIXELS", most)
-        monkeypatch.setattr(local_module, "_MOST_MEMORY", 14 * most)
+        monkeypatch.setattr(images_module, "MAX_MEMORY", 14 * most)
         read = 0
         for given, _ in enumerate(pipeline.runner(images=size, notice=silent).encode(sources(), refresh=True)):
             assert read - given <= 4 * 2
@@ -237,7 +238,7 @@ def test_few_pictures_are_held_however_many_there_are(pipeline, noise, tmp_path,
 
 
 def test_room_is_granted_in_turn_and_never_more_than_there_is():
-    room, held, most, order = local_module._Room(100), [0], [0], []
+    room, held, most, order = Room(100), [0], [0], []
     sizes = [60, 30, 90, 5, 250, 40, 60, 10]
     lock = threading.Lock()
 
@@ -261,7 +262,7 @@ def test_room_is_granted_in_turn_and_never_more_than_there_is():
 
 
 def test_who_waits_for_room_goes_when_it_is_closed():
-    room = local_module._Room(1)
+    room = Room(1)
     with ThreadPoolExecutor(1) as threads:
         future = threads.submit(room.enter, 1, 1)  # whose turn never comes
         room.close()
@@ -380,7 +381,7 @@ def test_what_fails_fails_alone(pipeline, pictures, tmp_path):
     replies = list(pipeline.runner(notice=silent).answer(questions, max_new_tokens=2))
     assert [isinstance(reply, Reply) for reply in replies] == [True, False, False, False, False, False, True]
     assert all(isinstance(reply, BadInput) for reply in replies[1:6])
-    assert "gone.png" in str(replies[2]) and "tokens=99" in str(replies[5])
+    assert "gone.png" in str(replies[2]) and "--tokens 99" in str(replies[5])
 
 
 def test_several_answers_to_a_question_are_refused_not_given_to_others(pipeline, pictures):

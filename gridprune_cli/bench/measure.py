@@ -248,7 +248,7 @@ def _answer(pipeline: Pipeline, image: EncodedImage, question: str, pruning: Pru
         tokens=len(pruned.kept),
         inside=pruned.schedule.tokens if pruned.schedule else (),
         prompt=len(pruned.input_ids),
-        localize=stopwatch.ms["localize"] if pipeline.localizers.find(pruning) else 0.0,
+        localize=stopwatch.ms.get("localize", 0.0),
         select=stopwatch.ms["select"],
         prefill=generated.prefill,
         decode=generated.decode,

@@ -57,7 +57,7 @@ def prune(
 ) -> None:
     """Save the visual tokens that a question needs, with the prompt, as one safetensors file."""
     from gridprune_cli.cache.files import write_atomic
-    from gridprune_cli.pipeline import cache_states
+    from gridprune_cli.pipeline import cache_outcome
     from gridprune_cli.settings import Request
 
     set_quiet(quiet)
@@ -78,7 +78,7 @@ def prune(
     data = pruned.to_bytes()
     write_atomic(output, data, sync=True)
     if json:
-        emit_json(pruned.to_json() | {"cache": cache_states(result.hits), "file": str(output), "bytes": len(data)})
+        emit_json(pruned.to_json() | {"cache": cache_outcome(result.hits), "file": str(output), "bytes": len(data)})
     for note in pruned.notes:
         say(note)
     say(f"{output}: {pruned.counts}, {size(len(data))}")

@@ -30,11 +30,9 @@ class Cell:
     pruning: Pruning
 
     def options(self) -> dict[str, Any]:
-        """Everything that the pruning has beside the method's name and K: the method's options, and its own."""
-        own = {f.name: getattr(self.pruning, f.name) for f in fields(Pruning)}
-        for name in ("keep", "tokens", "method"):
-            del own[name]
-        return asdict(self.pruning.method) | _plain(own)
+        """Everything that the pruning has beside the method's name and K: the method's options, and its settings."""
+        names = [field.name for field in fields(Pruning) if field.name not in ("keep", "tokens", "method")]
+        return asdict(self.pruning.method) | _plain({name: getattr(self.pruning, name) for name in names})
 
     def settled(self, key: str) -> "Cell":
         """This cell for one image: a method with a seed gets the image's own, since one draw for all would be luck."""
@@ -267,8 +265,8 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "__dataclass_fields__"):
         return _plain(asdict(value))
     if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, (list, tuple, set, frozenset)) else value
+        return {str(name): _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple, set, frozenset)) else value
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------

@@ -156,8 +156,7 @@ class Runner:
         """Localises and prunes for requests whose images are encoded."""
 
         def prune_batch(batch: Sequence[EncodedRequest]) -> list[PrunedSet]:
-            with self.stopwatch.measure("localize"):
-                localized = self._localize(batch)
+            localized = self._localize(batch)
             with self.stopwatch.measure("select"):
                 signals = compute_signals(self.family, localized)
                 return build_pruned_sets(self.family, localized, signals, select_tokens(localized, signals))
@@ -181,7 +180,8 @@ class Runner:
             ]
             images, questions = self.batch_sizes
             runner = Runner(localizer, self.localizers, images=images, questions=questions, notice=self.notice)
-            replies = runner.answer(asked, max_new_tokens=MAX_ANSWER)
+            with self.stopwatch.measure("localize"):
+                replies = iter(list(runner.answer(asked, max_new_tokens=MAX_ANSWER)))
             for n in places:
                 request = requests[n]
                 texts = [result_or_raise(next(replies)).text for _ in request.images]

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from gridprune_cli.runners.local import Reply, Runner
     from gridprune_cli.settings import Request
 
-_TOGETHER = 4  # parts that a worker takes at once: it reads and writes one while its model is at another
-_MOST_PIXELS = 100_000_000  # of a part that are handed over decoded, about 300 MB; the worker decodes the rest
+_TOGETHER = 4  # batches that a worker takes at once: it reads and writes one while its model is at another
+_MOST_PIXELS = 100_000_000  # of a batch that are handed over decoded, about 300 MB; the worker decodes the rest
 _CPUS = 4  # per worker, where there are no GPUs and nothing is said
 
 T = TypeVar("T")
@@ -64,7 +64,9 @@ class Ray:
 
     def __post_init__(self) -> None:
         if missing := [name for name in ("ray", "pyarrow", "pandas") if find_spec(name) is None]:
-            raise BadInput(f"--engine ray: {' and '.join(missing)} missing; pip install 'gridprune[ray]'")
+            raise BadInput(
+                f"{' and '.join(missing)} missing; pip install 'gridprune[ray]'", field="engine", value="ray"
+            )
 
     def encode(
         self, runner: "Runner", images: Sequence[str | Path], *, refresh: bool = False
@@ -104,30 +106,32 @@ class Ray:
         job: Job,
         refresh: bool = False,
     ) -> Iterator[Any]:
-        """The result of every item, in turn, with `size` items to a part."""
+        """The result of every item, in turn, with `size` items to a batch."""
         from gridprune_cli.runners.batches import in_order
 
         if not items:
             return
         device = runner.family.device
         if runner.family.spread or device not in ("cpu", "cuda"):
-            raise BadInput(f"--device {device}: with --engine ray, auto, cpu or cuda; a worker has one device")
-        parts = [items[start : start + size] for start in range(0, len(items), size)]
+            raise BadInput(
+                "with `engine=ray`, auto, cpu or cuda; a worker has one device", field="device", value=device
+            )
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
         with _ray(self.address) as ray:
             resources = ray.cluster_resources()
             cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0)) if device == "cuda" else 0
             if device == "cuda" and not gpus:
-                raise BadInput("--device cuda: Ray has no GPU; use --device cpu, or another --address")
-            workers = min(self.workers or gpus or max(1, cpus // _CPUS), len(parts))
-            rows = [
-                {"number": number, "names": pickle.dumps(names), "items": pickle.dumps(part)}
-                for number, part in enumerate(parts)
-                for names in [list(dict.fromkeys(str(source) for item in part for source in images(item)))]
+                raise BadInput("Ray has no GPU; use `device=cpu`, or another `address`", field="device", value="cuda")
+            workers = min(self.workers or gpus or max(1, cpus // _CPUS), len(batches))
+            blocks = [
+                {"number": number, "names": pickle.dumps(names), "items": pickle.dumps(batch)}
+                for number, batch in enumerate(batches)
+                for names in [list(dict.fromkeys(str(source) for item in batch for source in images(item)))]
             ]
             model = pickle.dumps((runner.encoder, runner.localizers))
             # half of the CPUs are left to what reads images, however many workers there are
             half = _share(cpus, 2 * workers)
-            data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            data = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
                 _decode,
                 fn_args=(_cache(runner.encoder, refresh), os.getcwd()),
                 batch_size=1,
@@ -137,18 +141,18 @@ class Ray:
             data = data.map_batches(
                 _Worker,
                 fn_constructor_args=(model, job, size, os.getcwd(), max(1, cpus // workers)),
-                batch_size=min(_TOGETHER, -(-len(parts) // workers)),
+                batch_size=min(_TOGETHER, -(-len(batches) // workers)),
                 batch_format="numpy",
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
                 num_cpus=half,
                 num_gpus=1 / -(-workers // gpus) if gpus else None,
             )
-            given = 0
+            count = 0
             for results in in_order(_received(data.iter_rows(), runner)):
-                given += len(results)
+                count += len(results)
                 yield from results
-            if given != len(items):
-                raise GridpruneError(f"--engine ray: gave {given} results for {len(items)}; give the command again")
+            if count != len(items):
+                raise GridpruneError(f"gave {count} results for {len(items)}; start again", field="engine", value="ray")
 
 
 # Ray's environment variables, read when it is imported
@@ -168,9 +172,9 @@ _DEFAULTS = {
 def _ray(address: str | None) -> Iterator[Any]:
     """Ray, started or connected to, silent, and left again. What fails inside it is a GridpruneError."""
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if address == "local":
-        own = {"include_dashboard": False, "object_store_memory": _object_store()}
+        options = {"include_dashboard": False, "object_store_memory": _object_store()}
     os.environ |= _DEFAULTS | os.environ | _SETTINGS
     try:
         _check(address)
@@ -178,9 +182,11 @@ def _ray(address: str | None) -> Iterator[Any]:
             import ray
             import ray.data
 
-            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **own)
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as fault:
-        raise GridpruneError(f"--address {address}: can't use Ray there ({_first(fault)}); see `ray status`") from fault
+        raise GridpruneError(
+            f"can't use Ray there ({_first(fault)}); see `ray status`", field="address", value=address
+        ) from fault
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = settings.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -189,7 +195,7 @@ def _ray(address: str | None) -> Iterator[Any]:
     except GridpruneError:
         raise
     except Exception as fault:  # Ray Data raises nearly everything
-        raise GridpruneError(f"--engine ray: {_first(fault)}; what is done is in the cache") from fault
+        raise GridpruneError(f"{_first(fault)}; what is done is in the cache", field="engine", value="ray") from fault
     finally:
         ray.shutdown()
 
@@ -204,14 +210,14 @@ def _check(address: str) -> None:
 @contextmanager
 def _silent() -> Iterator[None]:
     """What is written to stderr, be it from C++, goes nowhere: Ray says there how loud it is going to be."""
-    own = os.dup(2)
+    stderr = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
-        os.dup2(own, 2)
-        os.close(own)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _first(fault: BaseException) -> str:
@@ -225,16 +231,16 @@ def _object_store() -> int:
     return max(1 << 28, min(memory // 8, 1 << 32))
 
 
-def _share(cpus: int, parts: int) -> float:
-    """CPUs of one of so many parts, at most 1, as finely as Ray counts."""
-    return min(1.0, cpus * 10_000 // parts / 10_000)
+def _share(cpus: int, shares: int) -> float:
+    """CPUs of one of so many shares, at most 1, as finely as Ray counts."""
+    return min(1.0, cpus * 10_000 // shares / 10_000)
 
 
-def _received(rows: Iterator[dict[str, Any]], runner: "Runner") -> Iterator[tuple[int, list[Any]]]:
+def _received(blocks: Iterator[dict[str, Any]], runner: "Runner") -> Iterator[tuple[int, list[Any]]]:
     """Number and results of every batch, as workers have done them. Each notice of theirs is given once."""
     noticed: set[str] = set()
-    for row in rows:
-        done: _Done = pickle.loads(row["done"])
+    for block in blocks:
+        done: _Done = pickle.loads(block["done"])
         for text in done.notices:
             if text not in noticed:
                 runner.notice(text)
@@ -243,7 +249,7 @@ def _received(rows: Iterator[dict[str, Any]], runner: "Runner") -> Iterator[tupl
             runner.encoder.store.adopt(done.written)
         if done.fault:
             raise done.fault
-        yield from done.parts
+        yield from done.batches
 
 
 # ---- in tasks --------------------------------------------------------------------------------------------------------
@@ -269,12 +275,12 @@ def _cache(encoder: "Encoder", refresh: bool) -> _Cache | None:
     return _Cache(encoder.store.root.absolute(), identity, SIGNALS) if encoder.store and not refresh else None
 
 
-def _decode(row: dict[str, Any], cache: _Cache | None, folder: str) -> dict[str, Any]:
-    """Adds the pictures of a part, by name, but for those that the cache holds. Runs in tasks."""
+def _decode(block: dict[str, Any], cache: _Cache | None, folder: str) -> dict[str, Any]:
+    """Adds the pictures of a batch, by name, but for those that the cache holds. Runs in tasks."""
     os.chdir(folder)
     pictures: dict[str, Picture] = {}
     room = _MOST_PIXELS
-    for name in pickle.loads(row["names"][0]):
+    for name in pickle.loads(block["names"][0]):
         with suppress(Exception):  # the worker meets it again, and knows what to say of it
             sha256, _, data = identify(name)
             if cache is None or not cache.holds(sha256):
@@ -283,7 +289,7 @@ def _decode(row: dict[str, Any], cache: _Cache | None, folder: str) -> dict[str,
                 if room < 0:
                     break
                 pictures[name] = picture
-    return {"number": row["number"], "items": row["items"], "pictures": [pickle.dumps(pictures)]}
+    return {"number": block["number"], "items": block["items"], "pictures": [pickle.dumps(pictures)]}
 
 
 # ---- in workers ------------------------------------------------------------------------------------------------------
@@ -291,12 +297,12 @@ def _decode(row: dict[str, Any], cache: _Cache | None, folder: str) -> dict[str,
 
 @dataclass(frozen=True)
 class _Done:
-    """What a worker gives back: numbers and results of parts, what it has to say, and which entries it wrote.
+    """What a worker gives back: numbers and results of batches, what it has to say, and which entries it wrote.
 
-    `fault` is one that all other parts would meet too.
+    `fault` is one that all other batches would meet too.
     """
 
-    parts: list[tuple[int, list[Any]]]
+    batches: list[tuple[int, list[Any]]]
     notices: list[str]
     written: list[tuple[str, int]]  # path and bytes
     fault: GridpruneError | None
@@ -321,23 +327,23 @@ class _Worker:
         self.runner = Runner(encoder, localizers, images=size, questions=size, notice=notice, load=self._load)
         self.job = job
 
-    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        parts = sorted(zip(rows["number"].tolist(), map(pickle.loads, rows["items"]), strict=True))
-        for pictures in rows["pictures"]:
+    def __call__(self, blocks: dict[str, Any]) -> dict[str, Any]:
+        batches = sorted(zip(blocks["number"].tolist(), map(pickle.loads, blocks["items"]), strict=True))
+        for pictures in blocks["pictures"]:
             self.pictures |= pickle.loads(pictures)
         results: Iterator[Any] = iter(())
         fault = None
         try:
-            results = iter(self.job(self.runner, [item for _, items in parts for item in items]))
-        except GridpruneError as met:
-            fault, parts = met, []
-        done = [(number, [next(results) for _ in items]) for number, items in parts]
+            results = iter(self.job(self.runner, [item for _, items in batches for item in items]))
+        except GridpruneError as error:
+            fault, batches = error, []
+        done = [(number, [next(results) for _ in items]) for number, items in batches]
         written = self.store.written if self.store else []
-        row = pickle.dumps(_Done(done, self.notices, written, fault))
+        result = pickle.dumps(_Done(done, self.notices, written, fault))
         self.pictures.clear()
         self.notices.clear()
         written.clear()
-        return {"done": [row]}
+        return {"done": [result]}
 
     def _load(self, data: bytes, name: str) -> Picture:
         picture = self.pictures.get(name)

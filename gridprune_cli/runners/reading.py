@@ -92,10 +92,10 @@ def read_ahead(
 
     tickets = enumerate(sources)
     in_flight: deque[tuple[int, Future[Reading]]] = deque()
-    recent = deque([MAX_MEMORY // 4], maxlen=8)  # bytes; how large the first ones are is not known
+    recent = deque([room.size // 4], maxlen=8)  # bytes; how large the first ones are is not known
     while True:
         if beside or not in_flight:
-            ahead = min(most, max(1, MAX_MEMORY // max(1, *recent)))
+            ahead = min(most, max(1, room.size // max(1, *recent)))
             while len(in_flight) < ahead and (pair := next(tickets, None)) is not None:
                 in_flight.append((pair[0], threads.submit(enter, *pair)))
             if not beside:
