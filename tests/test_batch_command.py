@@ -116,6 +116,13 @@ def test_what_fails_is_a_line_and_the_rest_goes_on(run, folder, faulty):
     assert good == records(run("batch", folder / "questions.jsonl")[1])
 
 
+def test_errors_in_results_name_options_as_on_stderr(run, folder):
+    code, out, err = run("batch", folder / "questions.jsonl", "--tokens", "99")
+    errors = [line["error"] for line in records(out) if "error" in line]  # a line's own share goes before
+    assert code == 3 and set(errors) == {"--tokens 99: the image has 16 visual tokens"}
+    assert f"warning: {folder / 'questions.jsonl'}:1: {errors[0]}\n" in err
+
+
 def test_fail_fast_ends_at_the_first_and_resume_goes_on_there(run, folder, faulty):
     out = folder / "out.jsonl"
     code, _, err = run("batch", faulty, "-o", out, "--fail-fast")

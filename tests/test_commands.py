@@ -70,6 +70,11 @@ def test_prune_then_generate_equals_ask(run, image, tmp_path):
     assert run("generate", saved)[1] == answer
     record = json.loads(run("generate", saved, "--json")[1])
     assert record["answer"] == answer.strip() and record["file"] == str(saved)
+    options = ("--generation", "repetition_penalty=50.0", "--max-new-tokens", "24")
+    changed = run("ask", image, QUESTION, "--keep", "0.3", *options)[1]
+    assert run("generate", saved, *options)[1] == changed != run("generate", saved, *options[2:])[1]
+    code, out, err = run("generate", saved, "--generation", "warmth=2")
+    assert (code, out) == (2, "") and "--generation warmth=2: no option that" in err
     also = tmp_path / "q.safetensors"
     run("ask", image, QUESTION, "--keep", "0.3", "--save", also)
     assert also.read_bytes() == saved.read_bytes()

@@ -114,6 +114,22 @@ def test_a_file_that_cannot_be_written_or_read(tmp_path, monkeypatch):
         remember_model("a/b")
 
 
+@pytest.mark.parametrize(
+    ("origin", "line"),
+    [
+        ("--model", "model=a/b: no such model"),
+        ("default", "model=a/b: no such model"),
+        ("GRIDPRUNE_MODEL", "GRIDPRUNE_MODEL a/b: no such model"),
+        ("/home/me/config.toml", "/home/me/config.toml: model a/b: no such model"),
+    ],
+)
+def test_an_error_names_what_chose_the_model(origin, line):
+    blamed = ModelChoice("a/b", origin).blame(BadInput("no such model", field="model", value="a/b"))
+    assert str(blamed) == line and blamed.exit_code == 2
+    other = GridpruneError("no such dtype", field="dtype", value="x")
+    assert ModelChoice("a/b", origin).blame(other) is other
+
+
 # ---- as commands -----------------------------------------------------------------------------------------------------
 
 

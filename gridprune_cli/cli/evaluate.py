@@ -150,7 +150,7 @@ def read_pruning(arguments: Sequence[str]) -> "Pruning":
             flag, equals, value = rest.pop(0).partition("=")
             name = flag.removeprefix("--").replace("-", "_")
             if not flag.startswith("--") or name in ("keep", "tokens", "method"):
-                raise BadInput("a method's name comes first, then its options; shares go to eval's own --keep")
+                raise BadInput("shares go to eval's own --keep, and a method is named first")
             if not equals and name not in _FLAGS:
                 if not rest:
                     raise BadInput("needs a value", field=name)
