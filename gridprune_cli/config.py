@@ -1,4 +1,4 @@
-"""Which model the commands work with: the flag's, else the variable's, else that of the user's config file, else none.
+"""Which model to work with: the one that is named, else the variable's, else that of the user's config file, else none.
 
 The file is TOML, `gridprune/config.toml` in $XDG_CONFIG_HOME or ~/.config, and its key is `model`. Nothing here needs
 torch.
@@ -22,27 +22,27 @@ _LINE = re.compile(r"^model[ \t]*=.*(\n|\Z)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model, and what chose it: `--model`, the variable, or the config file's path. None and `default`: nothing."""
+    """A model, and what chose it: `model`, the variable, or the config file's path. None and `default`: nothing."""
 
     model: str | None
     origin: str
 
     def blame(self, error: GridpruneError) -> GridpruneError:
         """The error, which names the variable or the file instead of the setting where that chose the model."""
-        if error.field != "model" or self.origin in ("--model", "default"):
+        if error.field != "model" or self.origin in ("model", "default"):
             return error
         setting = f"{self.origin}: model" if os.path.isabs(self.origin) else self.origin
         return type(error)(error.reason, place=f"{setting} {error.value}")
 
 
 def choose_model(named: str | None = None) -> ModelChoice:
-    """The model in force. `named` is what `--model` or its variable says, which arrive as one.
+    """The model in force. `named` is what the option `model` or its variable says, which arrive as one.
 
     Raises BadInput, naming the config file, where that decides and can't be read.
     """
     variable = os.environ.get(VARIABLE)
     if named is not None:
-        return ModelChoice(named, VARIABLE if named == variable else "--model")
+        return ModelChoice(named, VARIABLE if named == variable else "model")
     if variable:
         return ModelChoice(variable, VARIABLE)
     path = config_path()

@@ -19,7 +19,7 @@ def write(text: str | bytes) -> Path:
     return path
 
 
-def test_flag_before_variable_before_config_before_nothing(monkeypatch):
+def test_option_before_variable_before_config_before_nothing(monkeypatch):
     assert choose_model() == ModelChoice(None, "default")
     path = write('model = "of/config"\n')
     assert choose_model() == ModelChoice("of/config", str(path))
@@ -28,7 +28,7 @@ def test_flag_before_variable_before_config_before_nothing(monkeypatch):
     monkeypatch.setenv("GRIDPRUNE_MODEL", "of/variable")
     assert choose_model() == ModelChoice("of/variable", "GRIDPRUNE_MODEL")
     assert choose_model("of/variable") == ModelChoice("of/variable", "GRIDPRUNE_MODEL")
-    assert choose_model("of/flag") == ModelChoice("of/flag", "--model")
+    assert choose_model("of/option") == ModelChoice("of/option", "model")
 
 
 def test_where_the_file_lies(monkeypatch, tmp_path):
@@ -117,7 +117,7 @@ def test_a_file_that_cannot_be_written_or_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("origin", "line"),
     [
-        ("--model", "model=a/b: no such model"),
+        ("model", "model=a/b: no such model"),
         ("default", "model=a/b: no such model"),
         ("GRIDPRUNE_MODEL", "GRIDPRUNE_MODEL a/b: no such model"),
         ("/home/me/config.toml", "/home/me/config.toml: model a/b: no such model"),

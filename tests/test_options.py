@@ -83,8 +83,8 @@ def test_the_help_of_ask_is_twenty_options_in_sixty_lines(command, width):
 def test_what_the_help_of_ask_leaves_out_is_taken_and_told_by_batch(command):
     (ask, batch) = (get_command(app).commands[name] for name in ("ask", "batch"))
     hidden = {option.opts[0] for option in ask.params if getattr(option, "hidden", False)} - {"--stream"}
-    told = set(re.findall(r"--[a-z-]+", help_of(command, "batch")))
-    assert hidden and hidden <= told and not hidden & set(re.findall(r"--[a-z-]+", help_of(command, "ask")))
+    listed = set(re.findall(r"--[a-z-]+", help_of(command, "batch")))
+    assert hidden and hidden <= listed and not hidden & set(re.findall(r"--[a-z-]+", help_of(command, "ask")))
     assert not [option.opts for option in batch.params if getattr(option, "hidden", False)]
 
 
