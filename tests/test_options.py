@@ -10,6 +10,8 @@ from typer.main import get_command
 from gridprune_cli import choices
 from gridprune_cli.cli.app import app
 from gridprune_cli.cli.options import REGIONS
+from gridprune_cli.errors import BadInput
+from gridprune_cli.opening import open_pipeline
 
 PICTURE = Path(__file__).parent.parent / "sample_images" / "scene-1.png"
 LONG = "9" * 5000
@@ -98,14 +100,14 @@ def test_choices_are_those_of_the_code():
     from gridprune_cli.cache.quantize import STORAGES
     from gridprune_cli.evaluation.metrics import METRICS
     from gridprune_cli.pruning.methods import METHODS
-    from gridprune_cli.vlm import family
     from gridprune_cli.vlm.placement import DTYPES
     from gridprune_cli.vlm.shapes import SHAPES
 
     assert set(choices.list_methods()) == set(METHODS) and choices.list_methods()[0] == choices.DEFAULT_METHOD
     assert get_args(choices.Dtype) == ("auto", *DTYPES)
     assert get_args(choices.CacheDtype) == tuple(STORAGES)
-    assert set(get_args(choices.Relevance)) == set(family.RELEVANCE)
+    with pytest.raises(BadInput, match=f"not one of {', '.join(get_args(choices.Relevance))}$"):
+        open_pipeline({"relevance": "both"})
     assert get_args(choices.Metric) == tuple(METRICS)
     assert get_args(choices.Shape) == tuple(SHAPES)
 
