@@ -140,7 +140,7 @@ def test_the_dtype_of_a_checkpoint(said, stored, tmp_path):
 
 def test_the_options_of_the_commands_reach_the_model(hub_cache, tiny_llava):
     put(hub_cache, "some/llava", tiny_llava, OTHER, "v2")
-    made = options.pipeline("some/llava", revision="v2", clip=str(tiny_llava / "clip"))
+    made = options.pipeline("some/llava@v2", clip=str(tiny_llava / "clip"))
     assert (made.model, made.family.checkpoint.commit) == ("some/llava@v2", OTHER)
     assert made.family.clip and made.family.clip.folder == tiny_llava / "clip"
     assert made.family.checkpoint.store is made.store
