@@ -27,7 +27,7 @@ class Command(TyperCommand):
         super().format_help(ctx, formatter)
         self.epilog = examples
         if examples:
-            print(f" Examples:\n\n{examples}")
+            formatter.write(f" Examples:\n\n{examples}")
 
 
 class ModelCommand(Command):
