@@ -1,6 +1,5 @@
 """Opens a model with its cache, from options as the command line names them: for the commands and other front ends."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,6 @@ from gridprune_cli.cache.store import open_store, parse_size
 from gridprune_cli.config import choose_model
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pipeline import Pipeline
-
-_log = logging.getLogger(__name__)
 
 MODEL_OPTIONS = ("model", "clip", "relevance", "device", "dtype")
 CACHE_OPTIONS = ("cache_dir", "cache_limit", "cache_dtype", "no_cache")
@@ -29,7 +26,7 @@ def open_pipeline(options: Mapping[str, Any]) -> Pipeline:
         raise BadInput(f"no setting of a model; there are {', '.join(known)}", field=unknown[0])
     limit = named.pop("cache_limit", None)
     folder = named.pop("cache_dir", None)
-    store = None if named.pop("no_cache", False) else open_store(None if folder is None else Path(folder), _log.warning)
+    store = None if named.pop("no_cache", False) else open_store(None if folder is None else Path(folder))
     if store and limit is not None:
         store.limit = parse_size(str(limit), "cache_limit") or None
     choice = choose_model(named.pop("model", None))

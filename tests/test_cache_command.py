@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from gridprune_cli.cache import files
 from gridprune_cli.cache.files import RawTensor
+from gridprune_cli.cache.layout import SCHEMA
 from gridprune_cli.cache.store import Store, entry_key
 from gridprune_cli.cli import output
 from gridprune_cli.cli.cache import app
@@ -45,7 +46,7 @@ def keys(store: Store) -> list[str]:
     for number, (name, size) in enumerate([("c.jpg", 10), ("a.jpg", 20), ("b.jpg", 5000), ("d\x1b[31m\n.jpg", 30)]):
         encoder, image = ENCODERS[number == 3], f"{number:064x}"
         key = entry_key(image, encoder, [])
-        header = {"schema": 1, "key": key, "model": MODELS[number == 3], "image": image, "name": name}
+        header = {"schema": SCHEMA, "key": key, "model": MODELS[number == 3], "image": image, "name": name}
         header |= {"encoder": encoder, "tokens": size}
         store.put(encoder, key, files.encode({"a": RawTensor("U8", (size,), bytes(size))}, header))
         (path,) = store.root.rglob(f"{key}.safetensors")
