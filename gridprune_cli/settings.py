@@ -159,10 +159,9 @@ class Pruning:
         # 3. the values
         kinds = {setting.name: setting.type for setting in fields(cls) if setting.name != "method"}
         if unknown := sorted(named.keys() - kinds.keys()):
-            known = ", ".join([*kinds, "method", "method_option", "literal"])
-            raise BadInput(
-                f"no setting of pruning, and no option of the method {method}; settings are {known}", field=unknown[0]
-            )
+            known = [*kinds, "method", "method_option", "literal", *(option.name for option in fields(METHODS[method]))]
+            reason = f"neither a setting of pruning nor an option of the method {method}; there are {', '.join(known)}"
+            raise BadInput(reason, field=unknown[0])
         settings = {name: _read(name, value, kinds[name]) for name, value in named.items()}
         try:
             chooser = make_method(method, **(LITERAL if literal else {}) | chosen)

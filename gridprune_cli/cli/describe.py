@@ -60,7 +60,7 @@ def _option(name: str, value: Any) -> str:
     """An option of the command line, with its value; options of methods have none of their own."""
     flags = _flags()
     if name not in flags and name in _method_options():
-        return f"--method-option {name}={value}"
+        return f"--method-option {name}" if value is None else f"--method-option {name}={value}"
     flag = flags.get(name) or "--" + name.replace("_", "-")
     return flag if value is None or value is True else f"{flag} {value}"
 

@@ -153,7 +153,7 @@ def read_pruning(arguments: Sequence[str]) -> "Pruning":
                 raise BadInput("shares go to eval's own --keep, and a method is named first")
             if not equals and name not in _FLAGS:
                 if not rest:
-                    raise BadInput("needs a value", field=name)
+                    raise BadInput(f"{flag} needs a value")
                 value = rest.pop(0)
             if name == "method_option":
                 settings.setdefault(name, []).append(value)
