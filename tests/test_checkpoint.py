@@ -141,7 +141,7 @@ def test_the_dtype_of_a_checkpoint(settings, stored, tmp_path):
 
 def test_the_options_of_the_commands_reach_the_model(hub_cache, tiny_llava):
     put(hub_cache, "some/llava", tiny_llava, OTHER, "v2")
-    pipeline = options.pipeline("some/llava", revision="v2", clip=str(tiny_llava / "clip"))
+    pipeline = options.pipeline("some/llava@v2", clip=str(tiny_llava / "clip"))
     assert (pipeline.model, pipeline.family.checkpoint.commit) == ("some/llava@v2", OTHER)
     assert pipeline.family.clip and pipeline.family.clip.folder == tiny_llava / "clip"
     assert pipeline.family.checkpoint.store is pipeline.store

@@ -39,8 +39,8 @@ def test_plain_transformers_loads_both():
         assert model.dtype == torch.bfloat16
         models.append(model)
     llava, clip = models
-    mine, theirs = llava.model.vision_tower.state_dict(), clip.vision_model.state_dict()
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    ours, theirs = llava.model.vision_tower.state_dict(), clip.vision_model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert llava.config.vision_config.image_size == 224 and llava.config.vision_feature_layer == -2
 
 
@@ -60,30 +60,30 @@ def test_keep_everything_is_generate_on_200_scenes(pipeline):
         inputs = processor(images=[picture], text=text, return_tensors="pt")
         expected = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         encoded = pipeline.encoder.encode([Picture(picture, f"{seed:064x}", str(seed))])[0]
-        made = generate(pipeline.family, [pipeline.prune(encoded, question.text, Pruning(keep=1.0))], 16)[0]
-        assert made.ids == tuple(expected.tolist()), question
+        generated = generate(pipeline.family, [pipeline.prune(encoded, question.text, Pruning(keep=1.0))], 16)[0]
+        assert generated.ids == tuple(expected.tolist()), question
 
 
 def test_the_samples_are_answered_right(pipeline):
     lines = [json.loads(line) for line in (SAMPLES / "questions.jsonl").read_text().splitlines()]
     assert len({line["image"] for line in lines}) >= 6
     right = {}
-    for keep in (1.0, 0.11):
-        pruning = Pruning(keep=keep)
+    for share in (1.0, 0.11):
+        pruning = Pruning(keep=share)
         asked = [(line, pipeline.ask(SAMPLES / line["image"], line["question"], pruning)) for line in lines]
-        right[keep] = [answer.text in line["answers"] for line, answer in asked]
+        right[share] = [answer.text in line["answers"] for line, answer in asked]
     assert all(right[1.0])
     assert sum(right[0.11]) >= 0.85 * len(lines)
 
 
 def test_an_evaluation_on_a_few_scenes(pipeline):
     cells = (Cell("gridprune", Pruning()), Cell("one token", Pruning(tokens=1)))
-    plan, rows = Plan(open_data("scenes:80"), cells, batch=80), {}
-    for _ in answers(pipeline, plan, rows):
+    plan, samples = Plan(open_data("scenes:80"), cells, batch=80), {}
+    for _ in answers(pipeline, plan, samples):
         pass
-    results = summarise(plan, rows)
+    results = summarise(plan, samples)
     full, ours, least = (cell["score"] for cell in results["cells"])
-    assert results["images"] == 20 and len(rows) == 240
+    assert results["images"] == 20 and len(samples) == 240
     assert full > 0.9 and ours > 0.9 > 0.8 > least
     region = results["cells"][1]["region"]
     assert region["contains"] > 0.8 and region["area"] < 0.5 and region["questions"] > 40

@@ -191,6 +191,8 @@ def test_commas_in_quotes_divide_no_methods():
     [
         ("gridprune --query 'what", "0.5", "--methods gridprune --query 'what: can't be read.*No closing quotation"),
         ("gridprune --literal --region auto", "0.5", "--methods gridprune --literal --region auto: --region"),
+        ("fastv --layer", "0.5", "--methods fastv --layer: --layer needs a value"),
+        ("fastv 2", "0.5", "--methods fastv 2: shares go to eval's own --keep, and a method is named first"),
         ("sharpest", "0.5", "--methods sharpest: .*unknown method"),
         ("fastervlm --keep 0.3", "0.5", "--methods fastervlm --keep 0.3: shares go to eval's own --keep"),
         ("", "0.5", "--methods: names none"),
@@ -249,9 +251,8 @@ def test_each_image_is_encoded_once_and_every_answer_can_be_made_again(tiny, que
         options = dict(line["options"])
         assert options.pop("query") is None
         settings = {name: options.pop(name) for name in [f.name for f in fields(Pruning)] if name in options}
-        pruning = Pruning(
-            keep=line["keep"], method=make_method(line["method"], **options), query=line["question"], **settings
-        )
+        method = make_method(line["method"], **options)
+        pruning = Pruning(keep=line["keep"], method=method, query=line["question"], **settings)
         asked = f"{line['question']}\nAnswer with a word."
         answer = tiny.ask(questions.parent / line["image"], asked, pruning, max_new_tokens=3)
         assert answer.text == line["answer"], line

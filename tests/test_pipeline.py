@@ -171,7 +171,7 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
 
 
 def test_one_budget_for_several_images_is_nothing_that_hired_could_split():
-    with pytest.raises(BadInput, match="--share-budget: not with --method hired"):
+    with pytest.raises(BadInput, match="share_budget: not with `method=hired`"):
         Pruning(method=make_method("hired"), share_budget=True)
 
 

@@ -190,7 +190,7 @@ def test_nobody_is_asked_where_no_region_is_to_be_found(pipeline, image):
 
 def test_settings_that_cannot_be(pipeline, image):
     encoded, _ = pipeline.encode(image)
-    with pytest.raises(BadInput, match="--localizer-template: needs"):
+    with pytest.raises(BadInput, match="localizer_template: needs"):
         Pruning(localizer_template="Where?")
     with pytest.raises(BadInput, match="give the file of"):
         pipeline.prune(replace(encoded, source=None), QUESTION, BARE)

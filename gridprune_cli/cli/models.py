@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from gridprune_cli.cli import options
+from gridprune_cli.cli.command import Command
 from gridprune_cli.cli.output import emit_json, say, set_quiet, size, table, warn
-from gridprune_cli.errors import BadInput
+from gridprune_cli.errors import BadInput, GridpruneError
 
 _SCENES = ("scenes", "ships with the package", "nothing; knows its own synthetic scenes only")
 
@@ -53,7 +54,7 @@ def models(context: typer.Context, json: options.Json = False) -> None:
         warn(f"left out what can't be read in the hub's cache, {len(broken)} in all; the first: {broken[0]}")
 
 
-@app.command("default", epilog="Example: `gridprune models default HuggingFaceTB/SmolVLM-256M-Instruct`")
+@app.command("default", epilog="   gridprune models default HuggingFaceTB/SmolVLM-256M-Instruct", cls=Command)
 def default(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A folder or a hub name; scenes: none any more.")
@@ -65,7 +66,7 @@ def default(
 
     Of a model on the hub config.json is fetched to look at; the rest comes when it is first needed.
     """
-    from gridprune_cli.config import VARIABLE, choose_model, remember_model
+    from gridprune_cli.config import VARIABLE, ModelChoice, choose_model, remember_model
     from gridprune_cli.vlm.checkpoint import EMBEDDED
 
     set_quiet(quiet)
@@ -73,7 +74,10 @@ def default(
         path = remember_model(None)
         say(f"{path}: names no model any more; without --model, {EMBEDDED} answers about scenes, and nothing else")
     elif name is not None:
-        known, family = _check(name)
+        try:
+            known, family = _check(name)
+        except GridpruneError as fault:
+            raise ModelChoice(name, "models default").blame(fault) from fault
         path = remember_model(known)
         say(f"{path}: {known}, of family {family}, is the model where --model names none")
     choice = choose_model()
