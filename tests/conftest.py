@@ -1,11 +1,12 @@
 """Every test runs without network, without the user's settings and cache, and without forced colours."""
 
+import functools
 import io
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # read when the libraries are imported
+os.environ["OMP_NUM_THREADS"] = "1"  # each core has a process of its own that runs tests
 os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "gridprune-tests-no-hub")  # never made
+os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "gridprune-tests-no-hub")  # never created
 for _name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
     os.environ.pop(_name, None)
 for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR"):
@@ -48,11 +50,17 @@ def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random LLaVA with its CLIP, on disk. Not to be changed: copy it first."""
-    from tiny_families import make
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`checkpoint("llava")`: the folder of the tiny checkpoint of a family, written once per process; never changed."""
+    from tiny_families import write_checkpoint
 
-    return make("llava", tmp_path_factory.mktemp("tiny") / "llava")
+    return functools.cache(lambda name: write_checkpoint(name, tmp_path_factory.mktemp("tiny") / name))
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(checkpoint: Callable[[str], Path]) -> Path:
+    """The tiny LLaVA with its CLIP, on disk. Copy it to change it."""
+    return checkpoint("llava")
 
 
 @pytest.fixture
@@ -96,11 +104,11 @@ def noise():
 
     from gridprune_cli.images import Picture
 
-    def make(size: tuple[int, int], seed: int = 0) -> Picture:
+    def draw(size: tuple[int, int], seed: int = 0) -> Picture:
         pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
         return Picture(Image.fromarray(pixels), hashlib.sha256(pixels.tobytes()).hexdigest(), f"noise {seed}", ())
 
-    return make
+    return draw
 
 
 @pytest.fixture
