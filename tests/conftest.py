@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forked import Server
 from hypothesis import settings
 
 settings.register_profile("unhurried", deadline=None, derandomize=True)  # a busy machine is no fault of the code
@@ -92,6 +93,15 @@ def command(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Starts `gridprune` in processes of its own that need not import torch again."""
+    with tempfile.TemporaryDirectory() as folder:  # of a short path, unlike pytest's own
+        server = Server(Path(folder))
+        yield server
+        server.close()
 
 
 @pytest.fixture

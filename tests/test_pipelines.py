@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,10 @@ pytestmark = pytest.mark.skipif(not shutil.which("bash") or not shutil.which("jq
 
 
 @pytest.fixture
-def shell(tmp_path):
+def shell(tmp_path, server):
     """Runs a block of the page in a folder with the sample images, and gives what it prints."""
     shutil.copytree(ROOT / "sample_images", tmp_path / "sample_images")
-    command = tmp_path / "bin" / "gridprune"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gridprune_cli "$@"\n')
-    command.chmod(0o755)
-    environment = os.environ | {"PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PATH": f"{server.program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
     def run(block):
         done = subprocess.run(
