@@ -260,7 +260,7 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             pipeline = Pipeline(thin(layout, Path(folder)))
             for width, height in sizes:
-                (image,) = pipeline.see([picture(width, height)])
+                (image,) = pipeline.encoder.run_tower([picture(width, height)])
                 count, channels = image.vision_features.shape
                 size = len(image.to_bytes())
                 print(

@@ -21,7 +21,7 @@ PRUNED = Cell("gridprune", Pruning(keep=0.11))
 
 def ask(data: Data, storage: str, dtype: str) -> tuple[Rows, int]:
     """Every answer, and the bytes of an entry."""
-    pipeline = Pipeline("scenes", dtype=dtype, storage=storage)
+    pipeline = Pipeline("scenes", dtype=dtype, cache_dtype=storage)
     rows: Rows = {}
     for _ in answers(pipeline, Plan(data, (PRUNED,)), rows):
         pass

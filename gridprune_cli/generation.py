@@ -1,6 +1,7 @@
 """From pruned sets to text: the language model alone, driven through transformers' own `generate`.
 
-What leaves inside the language model does so in `inner.py`.
+Image embeds take the place of what the vision tower would give. What leaves inside the language model does so by hooks,
+in `vlm.inner`.
 """
 
 import time
@@ -19,14 +20,12 @@ from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.inner import prune_inside
 
-# Said each time, since a checkpoint's settings may say otherwise: training leaves `use_cache: false` behind.
+# Given at each call, since a checkpoint's own settings may differ: training leaves `use_cache: false` behind.
 _FIXED = {
     "num_return_sequences": (1, "a question has one answer"),
     "return_dict_in_generate": (False, "a question has one answer"),
     "use_cache": (True, "without the cache each step would read image tokens as words"),
 }
-
-
 MAX_BEAMS = 256  # each holds a KV cache of its own
 
 
@@ -70,14 +69,15 @@ def prompts(family: Family, batch: Sequence[PrunedSet]) -> tuple[Tensor, Tensor,
     tokenizer = family.processor.tokenizer
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def left(rows: list[Tensor], value: int) -> Tensor:
-        return torch.stack([pad(row, (length - row.shape[-1], 0), value=value) for row in rows]).to(family.device)
+    def pad_left(tensors: list[Tensor], value: int) -> Tensor:
+        padded = [pad(tensor, (length - tensor.shape[-1], 0), value=value) for tensor in tensors]
+        return torch.stack(padded).to(family.device)
 
-    ids = left([pruned.input_ids for pruned in batch], filler)
+    ids = pad_left([pruned.input_ids for pruned in batch], filler)  # (B, L)
+    mask = pad_left([torch.ones_like(pruned.input_ids) for pruned in batch], 0)  # (B, L); a prompt may hold pad ids
     axes = max(pruned.position_ids.dim() for pruned in batch)  # compact positions are (L,) beside (3, L)
     places = [p.position_ids if p.position_ids.dim() == axes else p.position_ids.expand(3, -1) for p in batch]
-    positions = left(places, 0)  # (B, L) or (B, 3, L)
-    mask = left([torch.ones_like(pruned.input_ids) for pruned in batch], 0)  # else a pad id in a prompt would be masked
+    positions = pad_left(places, 0)  # (B, L) or (B, 3, L)
     return ids, mask, positions if positions.dim() == 2 else positions.transpose(0, 1)
 
 
@@ -85,7 +85,7 @@ def check_model(family: Family, pruned: PrunedSet) -> None:
     """Raises BadInput for a set that was made for another model, or does not fit the model that it names."""
     if pruned.fingerprint != family.fingerprint:
         raise BadInput(
-            f"the pruned set was made for another model ({pruned.model}) than --model {family.checkpoint.name}; "
+            f"the pruned set was made for another model ({pruned.model}) than `model={family.checkpoint.name}`; "
             "name that one, or prune again"
         )
     if reason := _misfit(family, pruned):
@@ -97,11 +97,11 @@ def _misfit(family: Family, pruned: PrunedSet) -> str:
     ids, text = pruned.input_ids, family.config.get_text_config()
     images = ids == family.image_token
     if int(images.sum()) != len(pruned.image_embeds):
-        return f"{int(images.sum())} image tokens for {len(pruned.image_embeds)} rows"
+        return f"{int(images.sum())} image tokens for {len(pruned.image_embeds)} image embeds"
     if not images.all() and int(ids[~images].max()) >= text.vocab_size:
         return f"a token id of {int(ids[~images].max())}, where there are {text.vocab_size}"
     if pruned.image_embeds.shape[1] != family.embed_width:
-        return f"rows of {pruned.image_embeds.shape[1]} numbers, not {family.embed_width}"
+        return f"image embeds of {pruned.image_embeds.shape[1]} numbers, not {family.embed_width}"
     if pruned.position_ids.dim() == 2 and family.axes != len(pruned.position_ids):
         return f"positions in {len(pruned.position_ids)} axes, not {family.axes}"
     if pruned.schedule and len(pruned.schedule.tokens) != family.depth:
@@ -115,10 +115,10 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Raises BadInput for options of transformers' `generate` that make something else of a prompt than its answer."""
     for name, (value, reason) in _FIXED.items():
         if options.get(name) not in (None, value):
-            raise BadInput(f"--generation {name}={options[name]}: {reason}; leave it out")
+            raise BadInput(f"{reason}; leave it out", field="generation", value=f"{name}={options[name]}")
     beams = options.get("num_beams")
     if isinstance(beams, int) and beams > MAX_BEAMS:
-        raise BadInput(f"--generation num_beams={str(beams)[:40]}: at most {MAX_BEAMS}")
+        raise BadInput(f"at most {MAX_BEAMS}", field="generation", value=f"num_beams={str(beams)[:40]}")
 
 
 @torch.inference_mode()
@@ -128,28 +128,40 @@ def generate(
     """Answers from pruned sets, greedily, in one left-padded batch. Loads the language model only.
 
     The answer of a batch of one is written to `stream` as it comes. `options` go to transformers' `generate`. Raises
-    BadInput for a set that was made for another model, and as `check_options` does.
+    BadInput for a set that was made for another model, as `check_options` does, and for options that transformers
+    can't use.
     """
+    # 1. nothing is run that can't be answered
     check_options(options)
     for pruned in batch:
         check_model(family, pruned)
     model = family.load("language")
-    ids, mask, positions = prompts(family, batch)
+    # 2. one left-padded batch; the image embeds stand in for the tower, which is not loaded
+    ids, mask, positions = prompts(family, batch)  # (B, L), (B, L), (B, L) or (3, B, L)
     length, tokenizer = ids.shape[1], family.processor.tokenizer
     clock, start = _Clock(), time.perf_counter()
     with prune_inside(family, model, batch, ids, mask):
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            mm_encoder_outputs={"image": family.features(batch)},
-            **family.extras(ids),
-            max_new_tokens=max_new_tokens,
-            logits_processor=LogitsProcessorList([clock]),
-            streamer=_Stream(tokenizer, stream) if stream else None,
-            **{"do_sample": False} | options | {name: value for name, (value, _) in _FIXED.items()},
-        )
+        try:
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                mm_encoder_outputs={"image": family.features(batch)},
+                **family.extras(ids),
+                max_new_tokens=max_new_tokens,
+                logits_processor=LogitsProcessorList([clock]),
+                streamer=_Stream(tokenizer, stream) if stream else None,
+                **{"do_sample": False} | options | {name: value for name, (value, _) in _FIXED.items()},
+            )  # (B, L + new tokens)
+        except (ValueError, TypeError, ImportError) as fault:  # of option values that transformers checks itself
+            if not options:
+                raise
+            first_line = (str(fault).splitlines() or [""])[0].strip()
+            raise BadInput(
+                f"transformers can't use it ({first_line})", field="generation", value=", ".join(options)
+            ) from fault
     end = time.perf_counter()
+    # 3. token ids behind the prompt, each answer up to its end
     first = clock.first or end
     ends = options.get("eos_token_id", model.generation_config.eos_token_id)
     stops = set(ends if isinstance(ends, list) else [ends])

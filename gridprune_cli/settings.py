@@ -1,13 +1,15 @@
-"""Which visual tokens to keep for a question: `Pruning`, checked when it is made."""
+"""What is asked for: which visual tokens to keep (`Pruning`), and a question about images with it (`Request`)."""
 
 from dataclasses import dataclass, field
 from math import isfinite
 
 from gridprune_cli.errors import BadInput
+from gridprune_cli.images import Source
 from gridprune_cli.pruning.methods import Method, make
 from gridprune_cli.pruning.region import parse_box
 from gridprune_cli.pruning.signals import Box
 from gridprune_cli.questions import check_text
+from gridprune_cli.tokens import EncodedImage
 
 POSITIONS = ("original", "compact")
 PLC = ("off", "pool", "trained")
@@ -25,7 +27,7 @@ class Pruning:
     positions  "original": kept tokens keep their place in the prompt; "compact": they are numbered on
     localizer  what finds the region "auto": "relevance", "vlm" (the embedded model's own), or a model by name
     localizer_template  how such a model is asked, a text with `{question}`; "" is our own (`localize.TEMPLATE`)
-    query      what relevance is measured against, where that is not the question
+    query      what relevance is measured against, and a localiser is asked about, where that is not the question
     share_budget  several images share one K instead of each having its own; then there is no region
     ilp        what stays inside the language model: "region", exactly the tokens inside the contextual region, or a
                share of the image's N tokens, those inside first; None: everything
@@ -118,3 +120,20 @@ class Pruning:
     def heeds_region(self, images: int) -> bool:
         """Whether there is a region of each image to heed."""
         return self.method.takes_region and self.region != "none" and not (self.share_budget and images > 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question about one image or several.
+
+    images    image files, or images that are encoded already
+    pruning   what to keep of them
+    system    a system message, for models that take one
+    template  a text with `{image}` and `{question}` that takes the place of the model's chat template
+    """
+
+    images: tuple[Source | EncodedImage, ...]
+    question: str
+    pruning: Pruning = field(default_factory=Pruning)
+    system: str | None = None
+    template: str | None = None

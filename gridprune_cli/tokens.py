@@ -14,6 +14,7 @@ from gridprune_cli.cache.files import RawTensor
 from gridprune_cli.cache.quantize import Packed
 from gridprune_cli.contents import MAX_NUMBERS, check_encoded, check_pruned, check_range, views_of
 from gridprune_cli.errors import BadInput
+from gridprune_cli.images import Source
 from gridprune_cli.pruning.schedule import LayerSchedule
 from gridprune_cli.pruning.signals import Box, View
 
@@ -43,7 +44,8 @@ class EncodedImage:
     slots     (S,)    which visual token each image token of a prompt stands for, -1 for a separator
     size              width and height of the picture in pixels, after its EXIF turn
     prompt            what the family must know of the picture to write a prompt, JSON values only
-    packed            the states as they are stored, where that is in eight bits; `states` are what they unpack to
+    packed            the features as they are stored, where that is in eight bits; `vision_features` are unpacked
+    source            the image file, where it is known, for localisers that look at the picture; it is never stored
     """
 
     key: str
@@ -59,6 +61,7 @@ class EncodedImage:
     prompt: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what a user should know: of an animation the first frame was taken, ...
     packed: Packed | None = None
+    source: Source | None = field(default=None, compare=False, repr=False)
 
     @property
     def count(self) -> int:

@@ -1,14 +1,17 @@
 """What `measure` counts, what it leaves out, and what it makes of the figures."""
 
+import io
 import json
 
 import pytest
 
 from gridprune_cli.bench import measure as bench
 from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
-from gridprune_cli.bench.measure import Spread, made_picture, measure
+from gridprune_cli.bench.measure import Spread, measure, sample_scene
+from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import Generated, generate
+from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.settings import Pruning
 
@@ -20,6 +23,13 @@ def pipeline(tiny_llava):
     return Pipeline(str(tiny_llava), dtype="float32")
 
 
+def png(picture):
+    """A picture as the bytes of an image file."""
+    data = io.BytesIO()
+    picture.image.save(data, "PNG")
+    return data.getvalue()
+
+
 def test_counts_are_those_of_the_answers(pipeline, noise, monkeypatch):
     made, steps = [], []
 
@@ -29,7 +39,13 @@ def test_counts_are_those_of_the_answers(pipeline, noise, monkeypatch):
 
     monkeypatch.setattr(bench, "generate", watched)
     report = measure(
-        pipeline, noise((80, 60)), QUESTION, Pruning(keep=0.25), repeat=2, new_tokens=5, step=lambda: steps.append(1)
+        pipeline,
+        png(noise((80, 60))),
+        QUESTION,
+        Pruning(keep=0.25),
+        repeat=2,
+        new_tokens=5,
+        step=lambda: steps.append(1),
     )
     assert len(steps) == 9
     assert [len(answer.ids) for _, answer in made] == [5] * 6  # no more and no fewer
@@ -43,7 +59,7 @@ def test_counts_are_those_of_the_answers(pipeline, noise, monkeypatch):
         assert side.kv_bytes == kv_bytes(decoder, [prompt] * decoder.layers, 4)
         assert side.peak_bytes > 50 << 20
     assert report.load > 0 and report.encode.median > 0 and report.encode_peak_bytes > 50 << 20
-    assert measure(pipeline, noise((80, 60)), QUESTION, Pruning(), repeat=1, new_tokens=2).load is None
+    assert measure(pipeline, png(noise((80, 60))), QUESTION, Pruning(), repeat=1, new_tokens=2).load is None
     record = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert record["ratio"]["flops"] == report.full.prefill_flops / report.pruned.prefill_flops
     assert record["pruned"]["prefill_ms"]["median"] == report.pruned.prefill.median
@@ -53,27 +69,28 @@ def test_counts_are_those_of_the_answers(pipeline, noise, monkeypatch):
 
 
 def test_tokens_that_leave_inside_count_in_the_layers_that_they_reach(pipeline, noise):
-    report = measure(pipeline, noise((80, 60)), QUESTION, Pruning(keep=1.0, ilp=0.25), repeat=1, new_tokens=2)
+    report = measure(pipeline, png(noise((80, 60))), QUESTION, Pruning(keep=1.0, ilp=0.25), repeat=1, new_tokens=2)
     decoder = Decoder.of(pipeline.family.load("language").config)
     assert report.full.inside == (16,) * decoder.layers and report.pruned.tokens == 16
-    assert report.pruned.schedule[0] == 16 and report.pruned.schedule[-1] == 4
-    layers = [report.pruned.prompt - 16 + there for there in report.pruned.schedule]
+    assert report.pruned.inside[0] == 16 and report.pruned.inside[-1] == 4
+    layers = [report.pruned.prompt - 16 + there for there in report.pruned.inside]
     assert report.pruned.prefill_flops == prefill_flops(decoder, layers) < report.full.prefill_flops
     assert report.pruned.kv_bytes == kv_bytes(decoder, layers, 4)
 
 
 def test_a_localizers_time_is_told_and_part_of_the_answer(pipeline, noise, tiny_llava, monkeypatch):
     seen = []
-    encode = Pipeline.encode
+    run_tower = Encoder.run_tower
 
-    def watched(self, pictures):
+    def watched(self, pictures, several=False):
         seen.append(self)
-        return encode(self, pictures)
+        return run_tower(self, pictures, several)
 
-    monkeypatch.setattr(Pipeline, "encode", watched)
+    monkeypatch.setattr(Encoder, "run_tower", watched)
     asking = Pruning(keep=0.25, localizer=str(tiny_llava))
-    report = measure(pipeline, noise((80, 60)), QUESTION, asking, repeat=2, new_tokens=2)
-    assert seen.count(pipeline) == 3 and seen.count(pipeline.localizer(asking)) == 3  # the picture anew each time
+    report = measure(pipeline, png(noise((80, 60))), QUESTION, asking, repeat=2, new_tokens=2)
+    assert seen.count(pipeline.encoder) == 3
+    assert seen.count(pipeline.localizers.find(asking)) == 3  # the picture anew each time
     assert report.full.localize == Spread(0.0, 0.0, 0.0)
     pruned = report.pruned
     assert pruned.answer.low > pruned.localize.low > 0 and pruned.answer.high > pruned.localize.high
@@ -90,7 +107,7 @@ def test_every_question_is_new_to_the_text_tower(pipeline, noise, monkeypatch):
         return read(questions)
 
     monkeypatch.setattr(relevance, "read", watched)
-    measure(pipeline, noise((80, 60)), QUESTION, Pruning(query="star"), repeat=3, new_tokens=2)
+    measure(pipeline, png(noise((80, 60))), QUESTION, Pruning(query="star"), repeat=3, new_tokens=2)
     assert len(heard) == len(set(heard)) == 4 and all(text.startswith("star ") for text in heard)
 
 
@@ -103,7 +120,7 @@ def test_ratios_are_of_neighbours_and_the_first_round_does_not_count(pipeline, n
         return [Generated("", (), prefill, 3 * prefill)]
 
     monkeypatch.setattr(bench, "generate", timed)
-    report = measure(pipeline, noise((80, 60)), QUESTION, Pruning(keep=0.25), repeat=3, new_tokens=4)
+    report = measure(pipeline, png(noise((80, 60))), QUESTION, Pruning(keep=0.25), repeat=3, new_tokens=4)
     assert report.prefill == report.decode == Spread(4.0, 3.0, 6.5)  # of 4, 9 and 2
     assert report.full.prefill == report.full.decode == Spread(800.0, 600.0, 850.0)
     assert report.pruned.prefill.median == 100.0
@@ -131,9 +148,9 @@ def test_the_peak_is_of_what_came_since():
 def test_too_few_tokens_or_repeats(pipeline, noise):
     for repeat, new_tokens in ((0, 4), (1, 1)):
         with pytest.raises(BadInput, match="--repeat"):
-            measure(pipeline, noise((80, 60)), QUESTION, Pruning(), repeat=repeat, new_tokens=new_tokens)
+            measure(pipeline, png(noise((80, 60))), QUESTION, Pruning(), repeat=repeat, new_tokens=new_tokens)
 
 
-def test_made_pictures():
-    assert made_picture("scenes").image.size == (224, 224)
-    assert made_picture("else").image.size == (672, 672)
+def test_sample_scenes():
+    assert load_image(sample_scene("scenes")).image.size == (224, 224)
+    assert load_image(sample_scene("else")).image.size == (672, 672)

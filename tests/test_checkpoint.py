@@ -21,6 +21,7 @@ from gridprune_cli.cli import options
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
+from gridprune_cli.selector import find_relevance
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import checkpoint, find, hub, identity, open_model
 from gridprune_cli.vlm.checkpoint import Checkpoint, find_clip
@@ -53,7 +54,7 @@ def test_a_hub_name_answers_like_its_folder(hub_cache, tiny_llava, noise):
     pipeline = Pipeline("some/tiny-llava", dtype="float32", clip=str(tiny_llava / "clip"))
     local = Pipeline(str(tiny_llava), dtype="float32")
     picture = noise((100, 80))
-    made, expected = (p.prune(p.encode([picture])[0], "What colour is the star?") for p in (pipeline, local))
+    made, expected = (p.prune(p.encoder.encode([picture])[0], "What colour is the star?") for p in (pipeline, local))
     assert made.kept.tolist() == expected.kept.tolist() and made.model == "some/tiny-llava"
     assert pipeline.generate(made, max_new_tokens=4) == local.generate(expected, max_new_tokens=4)
 
@@ -294,7 +295,7 @@ def edit(folder: Path, **changes: object) -> Path:
 
 def test_clip_is_found_in_its_sub_folder_or_named(hub_cache, tiny_llava, alone, noise):
     put(hub_cache, "some/clip", tiny_llava / "clip")
-    vision_features = Pipeline(str(alone), dtype="float32").encode([noise((60, 60))])[0].vision_features
+    vision_features = Pipeline(str(alone), dtype="float32").encoder.encode([noise((60, 60))])[0].vision_features
     relevance = []
     for model, clip in ((tiny_llava, None), (alone, str(tiny_llava / "clip")), (alone, "some/clip")):
         family = Pipeline(str(model), clip=clip, dtype="float32").family
@@ -322,9 +323,9 @@ def test_words_are_taken_where_asked_for_or_where_there_is_nothing_else(tiny_lla
 def test_a_clip_that_nobody_knows_is_not_swapped_for_words(alone):
     for relevance in ("auto", "clip"):
         pipeline = Pipeline(str(alone), relevance=relevance)
-        pipeline.find_relevance(Pruning(keep=1.0, method=make("uniform")))  # needs none
+        find_relevance(pipeline.family, Pruning(keep=1.0, method=make("uniform")))  # needs none
         with pytest.raises(BadInput, match=r"which CLIP .* is not known; name it as --clip, or take --relevance words"):
-            pipeline.find_relevance(Pruning())
+            find_relevance(pipeline.family, Pruning())
     config = json.loads((alone / "config.json").read_text())
     del config["vision_config"]  # then it is a CLIP's, as transformers reads it
     (alone / "config.json").write_text(json.dumps(config))
@@ -342,7 +343,7 @@ def test_what_is_no_clip_of_this_tower(tiny_llava, alone, tmp_path, noise):
     with pytest.raises(BadInput, match=r"^--clip .*nowhere: no folder"):
         Pipeline(str(tiny_llava), clip=str(tmp_path / "nowhere"))
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
-    vision_features = pipeline.encode([noise((60, 60))])[0].vision_features
+    vision_features = pipeline.encoder.encode([noise((60, 60))])[0].vision_features
     with pytest.raises(BadInput, match=r"rows of 32, the model's of 31; name the CLIP"):
         pipeline.family.relevance(vision_features[:, 1:], "What?")
     edit(alone, model_type="siglip_vision_model")
@@ -391,11 +392,11 @@ def test_the_known_clip_is_fetched_where_relevance_is_needed(known, tiny_llava, 
     monkeypatch.setattr(hub, "locate", locate)
     monkeypatch.setattr(hub, "fetch", lambda name, *_, **__: calls.append(name))
     pipeline = Pipeline(str(alone), dtype="float32")
-    pipeline.find_relevance(Pruning(keep=1.0, method=make("uniform")))
+    find_relevance(pipeline.family, Pruning(keep=1.0, method=make("uniform")))
     assert calls == []
-    pipeline.find_relevance(Pruning())
+    find_relevance(pipeline.family, Pruning())
     assert calls == [(KNOWN, True), (KNOWN, False), KNOWN]
-    pipeline.find_relevance(Pruning())
+    find_relevance(pipeline.family, Pruning())
     assert len(calls) == 3 and pipeline.family.relevance_source == {"source": "clip", "model": KNOWN}
 
 

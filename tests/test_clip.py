@@ -43,6 +43,6 @@ def test_a_tower_that_was_tuned_is_a_remark(tuned, tmp_path, noise):
     for relevance, remarks in (("clip", 1), ("words", 0)):
         pipeline = Pipeline(str(folder), dtype="float32", relevance=relevance)
         pipeline.ask(tmp_path / "a.png", "What?", Pruning(), max_new_tokens=1)
-        told = pipeline.remarks(Pruning())
+        told = remarks(pipeline.family, Pruning())
         assert len(told) == remarks
         assert all(f"other weights than {folder}/clip, from which its relevance comes" in text for text in told)

@@ -26,7 +26,7 @@ def pipeline(request, tmp_path_factory):
 
 @pytest.mark.parametrize("keep", [1.0, 0.4])
 def test_the_formulas_are_what_is_counted(pipeline, noise, keep):
-    image = pipeline.encode([noise((100, 80))])[0]
+    image = pipeline.encoder.encode([noise((100, 80))])[0]
     pruned = pipeline.prune(image, "what colour is the left object?", Pruning(keep=keep))
     family, ids = pipeline.family, pruned.input_ids[None]
     model = family.load("language")
@@ -82,7 +82,7 @@ def test_what_a_window_holds(tmp_path, noise):
     config["text_config"]["sliding_window"] = 12
     path.write_text(json.dumps(config))
     pipeline = Pipeline(str(folder), dtype="float32")
-    pruned = pipeline.prune(pipeline.encode([noise((100, 80))])[0], "what colour is it?", Pruning(keep=1.0))
+    pruned = pipeline.prune(pipeline.encoder.encode([noise((100, 80))])[0], "what colour is it?", Pruning(keep=1.0))
     model = pipeline.family.load("language")
     with torch.no_grad():
         out = model.generate(

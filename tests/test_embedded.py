@@ -58,7 +58,7 @@ def test_keep_everything_is_generate_on_200_scenes(pipeline):
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(images=[picture], text=text, return_tensors="pt")
         expected = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        encoded = pipeline.encode([Picture(picture, f"{seed:064x}", str(seed))])[0]
+        encoded = pipeline.encoder.encode([Picture(picture, f"{seed:064x}", str(seed))])[0]
         made = generate(pipeline.family, [pipeline.prune(encoded, question.text, Pruning(keep=1.0))], 16)[0]
         assert made.ids == tuple(expected.tolist()), question
 
@@ -126,7 +126,7 @@ def records(text):
 )
 def test_without_a_model_chosen_they_are_refused(command, pipeline, tmp_path, monkeypatch, arguments, cached, request):
     if cached:
-        encoded, _ = pipeline.encode_one(PHOTO)
+        encoded, _ = pipeline.encode(PHOTO)
         open_store().put(encoded.encoder, encoded.key, encoded.to_bytes())
     request.getfixturevalue("questions_file")
     monkeypatch.chdir(tmp_path)
@@ -187,9 +187,9 @@ def test_in_python_too_scenes_is_taken_by_name(pipeline):
     nobodys = Pipeline()
     assert nobodys.ask(SCENE, QUESTION).text == pipeline.ask(SCENE, QUESTION).text == "red star"
     with pytest.raises(BadInput, match="no scene"):
-        nobodys.encode([load_image(PHOTO)])
+        nobodys.encoder.encode([load_image(PHOTO)])
     copied = pickle.loads(pickle.dumps(Pipeline()))  # as Ray's workers get it
     with pytest.raises(BadInput, match="no scene"):
-        copied.encode_one(PHOTO)
+        copied.encode(PHOTO)
     shown = [type(result) for _, result, _ in nobodys.encode_all([PHOTO, SCENE])]
     assert shown == [BadInput, EncodedImage]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from gridprune_cli.cli.app import main
 from gridprune_cli.cli.evaluate import read_cells
+from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput
 from gridprune_cli.evaluation import report
 from gridprune_cli.evaluation.data import Data, Item, open_data, read_jsonl, scenes
@@ -26,6 +27,7 @@ from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.questions import Reader
+from gridprune_cli.runners.local import Runner
 from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import find
@@ -229,14 +231,17 @@ def lines_of(pipeline, plan):
 
 def test_each_image_is_encoded_once_and_every_answer_can_be_made_again(tiny, questions, monkeypatch):
     encoded = []
-    whole = Pipeline.encode
-    monkeypatch.setattr(
-        Pipeline, "encode", lambda self, pictures, *own: encoded.extend(pictures) or whole(self, pictures, *own)
-    )
+    run_tower = Encoder.run_tower
+
+    def watched(self, pictures, several):
+        encoded.extend(pictures)
+        return run_tower(self, pictures, several)
+
+    monkeypatch.setattr(Encoder, "run_tower", watched)
     cells = read_cells(["gridprune --zone 2, gridprune --region 0,0,3,3, random"], "0.5,0.2")
     plan = Plan(read_jsonl(questions), cells, max_new_tokens=3, batch=4, suffix="Answer with a word.")
     lines = lines_of(tiny, plan)
-    assert [picture.name for picture in encoded] == ["0.png", "1.png", "2.png"]
+    assert [Path(picture.name).name for picture in encoded] == ["0.png", "1.png", "2.png"]
     assert len(lines) == plan.count == 6 * 7
     assert len({(line["cell"], line["keep"], line["id"]) for line in lines}) == plan.count
     monkeypatch.undo()
@@ -295,25 +300,23 @@ def test_a_killed_run_goes_on_and_ends_the_same(run, finished, tmp_path):
 
 
 def test_ctrl_c_leaves_whole_lines_and_says_how_to_go_on(run, finished, tmp_path, monkeypatch):
-    from gridprune_cli.evaluation import run as module
-
     whole, call = finished
-    generate, calls = module.generate, []
+    generate, calls = Runner.generate, []
 
-    def interrupted(*arguments):
-        calls.append(arguments)
+    def interrupted(self, sets, **options):
+        calls.append(sets)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return generate(*arguments)
+        return generate(self, sets, **options)
 
-    monkeypatch.setattr(module, "generate", interrupted)
+    monkeypatch.setattr(Runner, "generate", interrupted)
     code, out, err = run(*call, "-o", tmp_path / "stopped")
     assert (code, out) == (130, "")
     assert "stopped after 12 of 30 answers; the same command goes on from there" in err
     lines = (tmp_path / "stopped" / "samples.jsonl").read_text()
     assert lines.endswith("\n") and len([json.loads(line) for line in lines.splitlines()]) == 12
     assert not (tmp_path / "stopped" / "results.json").exists()
-    monkeypatch.setattr(module, "generate", generate)
+    monkeypatch.setattr(Runner, "generate", generate)
     assert run(*call, "-o", tmp_path / "stopped")[0] == 0
     same(whole, tmp_path / "stopped")
 

@@ -47,7 +47,7 @@ def inputs(family, pictures):
 
 def pruned_set(folder, pictures, pruning):
     pipeline = open_pipeline(folder)
-    images = [pipeline.encode([picture], several=len(pictures) > 1)[0] for picture in pictures]
+    images = [pipeline.encoder.encode([picture], several=len(pictures) > 1)[0] for picture in pictures]
     return pipeline, images, pipeline.prune(images, QUESTION, pruning)
 
 
@@ -187,7 +187,7 @@ def test_pruned_equals_masked(family, noise, positions, count, share):
 def test_batched_answers_equal_single_ones(family, noise):
     folder, _, _ = family
     pipeline = open_pipeline(folder)
-    images = [pipeline.encode([noise(size, seed)])[0] for seed, size in enumerate(SIZES.values())]
+    images = [pipeline.encoder.encode([noise(size, seed)])[0] for seed, size in enumerate(SIZES.values())]
     keeps = (0.2, 1.0, 0.5, 0.3)
     sets = [pipeline.prune(image, QUESTION, Pruning(keep=keep)) for image, keep in zip(images, keeps, strict=True)]
     sets.append(pipeline.prune(images[:2], QUESTION, Pruning(keep=0.4)))
@@ -202,7 +202,7 @@ def test_encoded_images_make_sense(family, noise, size):
 
     folder, _, _ = family
     pipeline = open_pipeline(folder)
-    image = pipeline.encode([noise(SIZES[size])])[0]
+    image = pipeline.encoder.encode([noise(SIZES[size])])[0]
     pipeline.family.check(image)  # raises nothing
     assert len(image.vision_features) == len(image.saliency) == image.count == int((image.placeholder_map >= 0).sum())
     assert torch.isfinite(image.vision_features).all() and (image.saliency >= 0).all() and image.saliency.std() > 0
@@ -233,8 +233,8 @@ def test_parts_need_no_weights_but_their_own(family, noise, tmp_path, method):
             keep = {k: v for k, v in weights.items() if any(part in k for part in vision) == wanted or "newline" in k}
             assert 0 < len(keep) < len(weights)
             save_file(keep, path, {"format": "pt"})
-    encoded = Pipeline(str(halves["vision"]), dtype="float32").encode([picture])[0]
-    whole = pipeline.encode([picture])[0]
+    encoded = Pipeline(str(halves["vision"]), dtype="float32").encoder.encode([picture])[0]
+    whole = pipeline.encoder.encode([picture])[0]
     assert torch.equal(encoded.vision_features, whole.vision_features) and torch.equal(encoded.saliency, whole.saliency)
     again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
     assert generate(Pipeline(str(halves["language"]), dtype="float32").family, [again], 6)[0].ids == expected
@@ -244,7 +244,7 @@ def test_every_method_runs(family, noise):
     """Exactly K rows, whatever the views, and finite ones; the same again from disk."""
     folder, _, _ = family
     pipeline = open_pipeline(folder)
-    images = [pipeline.encode([noise(size)])[0] for size in ((210, 70), (31, 29))]
+    images = [pipeline.encoder.encode([noise(size)])[0] for size in ((210, 70), (31, 29))]
     for name in (name for name, kind in METHODS.items() if not issubclass(kind, InnerMethod)):
         for image in images:
             pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.4, method=make_method(name)))
@@ -258,7 +258,7 @@ def test_bfloat16(family, noise):
     """The logits of transformers in the same precision, up to its rounding."""
     folder, _, _ = family
     pipeline, picture = Pipeline(str(folder), dtype="bfloat16"), noise((100, 80))
-    encoded = pipeline.encode([picture])[0]
+    encoded = pipeline.encoder.encode([picture])[0]
     assert encoded.vision_features.dtype == torch.bfloat16
     whole = load_reference(folder, torch.bfloat16)
     with torch.no_grad():
@@ -281,7 +281,7 @@ def test_a_language_model_over_several_places(family, noise, monkeypatch):
         monkeypatch.setattr("transformers.integrations.accelerate.get_balanced_memory", lambda *_, p=places, **__: p)
         pipeline = Pipeline(str(folder), dtype="float32", device="map")
         pipeline.family.load("tower", "projector", "language")
-        made = pipeline.prune([pipeline.encode([p], several=True)[0] for p in pictures], QUESTION, pruning)
+        made = pipeline.prune([pipeline.encoder.encode([p], several=True)[0] for p in pictures], QUESTION, pruning)
         assert torch.equal(made.image_embeds, expected.image_embeds) and torch.equal(made.kept, expected.kept)
         assert generate(pipeline.family, [made], 12)[0].ids == answer
         used = set(getattr(pipeline.family.load("language"), "hf_device_map", {"": "cpu"}).values())

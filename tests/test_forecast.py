@@ -43,9 +43,9 @@ def test_a_familys_settings_give_the_tokens_of_a_size_and_their_width(pipeline, 
         count = pipeline.family.count_placeholders(size)
     except ValueError:
         with pytest.raises(BadInput):
-            pipeline.encode([picture])
+            pipeline.encoder.encode([picture])
         return
-    encoded = pipeline.encode([picture])[0]
+    encoded = pipeline.encoder.encode([picture])[0]
     assert (count, pipeline.family.width) == (len(encoded.placeholder_map), encoded.vision_features.shape[1])
     assert encoded.vision_features.dtype == encoded.saliency.dtype == torch.bfloat16  # so that one tells the other's
 
@@ -71,11 +71,11 @@ def scenes(tmp_path):
 @pytest.mark.parametrize("storage", ["full", "float8", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_bytes_of_an_entry_are_about_those_said(scenes, storage, dtype):
-    pipeline = Pipeline(store=open_store(), storage=storage, dtype=dtype)
-    encoded = pipeline.encode_one(scenes / "0.png")[0]
+    pipeline = Pipeline(store=open_store(), cache_dtype=storage, dtype=dtype)
+    encoded = pipeline.encode(scenes / "0.png")[0]
     written = len(encoded.to_bytes())
-    assert written == pipeline.store.bytes_of(pipeline.encoder, encoded.key)
-    assert abs(entry_bytes(pipeline, encoded.size) / written - 1) < 0.05
+    assert written == pipeline.store.bytes_of(pipeline.encoder.identity(), encoded.key)
+    assert abs(entry_bytes(pipeline.encoder, encoded.size) / written - 1) < 0.05
 
 
 def test_images_are_counted_as_encode_counts_them(scenes, command):
@@ -85,14 +85,14 @@ def test_images_are_counted_as_encode_counts_them(scenes, command):
     pipeline = Pipeline(store=open_store())
     images = sorted(scenes.iterdir())
     seen = []
-    said = forecast(pipeline, pipeline.store, images, step=lambda: seen.append(1))
+    said = forecast(pipeline.encoder, pipeline.store, images, step=lambda: seen.append(1))
     assert (said.images, said.hits, said.encode, said.unreadable, len(seen)) == (6, 2, 3, 1, 6)
     assert said.bytes == said.growth == pytest.approx(said.total * 3 / 4, rel=0.05)
     assert "5 images, 2 of them cached already" in command("encode", scenes)[2]
-    again = forecast(pipeline, pipeline.store, images, refresh=True)
+    again = forecast(pipeline.encoder, pipeline.store, images, refresh=True)
     assert (again.hits, again.encode) == (1, 4) and again.bytes == again.total
     assert again.growth < 0.1 * again.bytes  # what is replaced takes no more room
-    done = forecast(pipeline, pipeline.store, images)
+    done = forecast(pipeline.encoder, pipeline.store, images)
     assert (done.hits, done.encode, done.bytes) == (5, 0, 0)
     assert done.total == sum(entry.bytes for entry in pipeline.store.entries())
     assert not pipeline.family._loaded
@@ -164,12 +164,12 @@ def test_some_headers_speak_for_all_images(scenes, monkeypatch):
     looked = []
     monkeypatch.setattr(module, "measure", lambda image: looked.append(image) or measure(image))
     images = sorted(scenes.iterdir()) * 300
-    pipeline.store.limit = 1205 * entry_bytes(pipeline, measure(images[0]))
-    assert not may_lack_room(pipeline, pipeline.store, images)
+    pipeline.store.limit = 1205 * entry_bytes(pipeline.encoder, measure(images[0]))
+    assert not may_lack_room(pipeline.encoder, pipeline.store, images)
     assert len(looked) == 240
-    assert may_lack_room(pipeline, pipeline.store, images + images[:8])
+    assert may_lack_room(pipeline.encoder, pipeline.store, images + images[:8])
     pipeline.store.limit = None
-    assert not may_lack_room(pipeline, pipeline.store, [])
+    assert not may_lack_room(pipeline.encoder, pipeline.store, [])
 
 
 def test_a_pipe_is_left_to_be_encoded(tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_a_pipe_is_left_to_be_encoded(tmp_path, monkeypatch):
     looked = []
     monkeypatch.setattr(module, "measure", lambda image: looked.append(image) or (9, 9))
     pipeline = Pipeline(store=open_store())
-    assert not may_lack_room(pipeline, pipeline.store, [tmp_path / "pipe"]) and looked == []
+    assert not may_lack_room(pipeline.encoder, pipeline.store, [tmp_path / "pipe"]) and looked == []
 
 
 def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path):

@@ -38,7 +38,7 @@ def test_the_model_is_told_which_tokens_are_an_images(folder, pipeline, noise):
 
 def test_a_prompt_begins_once(pipeline, noise):
     """Both the chat template and the tokenizer would begin it."""
-    ids = pipeline.family.write_prompt(QUESTION, pipeline.encode([noise((60, 60))]))
+    ids = pipeline.family.write_prompt(QUESTION, pipeline.encoder.encode([noise((60, 60))]))
     assert pipeline.family.processor.tokenizer("a").input_ids[0] == BOS
     assert ids[0] == BOS and int((ids == BOS).sum()) == 1
 
@@ -53,5 +53,5 @@ def test_keep_everything_is_generate_beyond_the_sliding_window(folder, tmp_path,
     given = inputs(pipeline.family.processor, [picture.image], QUESTION)
     assert given["input_ids"].shape[1] > 2 * 12
     expected = whole.generate(**given, max_new_tokens=24, do_sample=False)[0, given["input_ids"].shape[1] :]
-    pruned = pipeline.prune(pipeline.encode([picture])[0], QUESTION, Pruning(keep=1.0))
+    pruned = pipeline.prune(pipeline.encoder.encode([picture])[0], QUESTION, Pruning(keep=1.0))
     assert generate(pipeline.family, [pruned], 24)[0].ids == tuple(expected.tolist())

@@ -146,7 +146,7 @@ def check(pipeline, pruned, staying):
 
 
 def prune(pipeline, pictures, pruning):
-    return pipeline.prune([pipeline.encode([picture])[0] for picture in pictures], QUESTION, pruning)
+    return pipeline.prune([pipeline.encoder.encode([picture])[0] for picture in pictures], QUESTION, pruning)
 
 
 def last(pipeline):
@@ -458,7 +458,7 @@ def test_beams_prune_alike(pipeline, noise):
 
 
 def test_layers_at_which_nothing_can_leave(pipeline, noise):
-    encoded = pipeline.encode([noise((100, 80))])
+    encoded = pipeline.encoder.encode([noise((100, 80))])
     for layer in (pipeline.family.first_inner - 1, pipeline.family.depth, -1):
         with pytest.raises(BadInput, match=f"--ilp-layer {layer}: .*layers {pipeline.family.first_inner} to"):
             pipeline.prune(encoded, QUESTION, Pruning(ilp=0.1, ilp_layer=layer))
@@ -583,7 +583,7 @@ def test_attention_that_is_not_finite_is_told(llava, noise, tmp_path):
 
 
 def test_settings_that_make_no_sense(llava, noise):
-    encoded = llava.encode([noise((100, 80))])
+    encoded = llava.encoder.encode([noise((100, 80))])
     for values, message in (
         ({"ilp": 0.0}, "--ilp 0.0: must be above 0"),
         ({"ilp": 1.5}, "--ilp 1.5: must be above 0"),

@@ -67,7 +67,7 @@ def test_signals_equal_an_eager_reference(tmp_path, noise, layer):
     ],
 )
 def test_views_are_the_tiles_then_the_thumbnail(folder, noise, size, boxes):
-    views = Pipeline(str(folder)).encode([noise(size)])[0].views
+    views = Pipeline(str(folder)).encoder.encode([noise(size)])[0].views
     assert [view.box for view in views] == [pytest.approx(box) for box in boxes]
     assert all((view.rows, view.cols) == (2, 2) for view in views)
 

@@ -39,7 +39,7 @@ def test_keep_everything_is_generate(tiny_llava, reference, picture, question):
     inputs = prompt(processor, picture.image, question)
     expected = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
-    pruned = pipeline.prune(pipeline.encode([picture])[0], question, Pruning(keep=1.0))
+    pruned = pipeline.prune(pipeline.encoder.encode([picture])[0], question, Pruning(keep=1.0))
     assert generate(pipeline.family, [pruned], 24)[0].ids == tuple(expected.tolist())
 
 
@@ -49,7 +49,7 @@ def test_pruned_equals_masked(tiny_llava, reference, picture, positions):
     model, processor = reference
     inputs = prompt(processor, picture.image, QUESTIONS[0])
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
-    pruned = pipeline.prune(pipeline.encode([picture])[0], QUESTIONS[0], Pruning(keep=0.3, positions=positions))
+    pruned = pipeline.prune(pipeline.encoder.encode([picture])[0], QUESTIONS[0], Pruning(keep=0.3, positions=positions))
     image = (inputs["input_ids"][0] == model.config.image_token_index).nonzero()[:, 0]
     mask = torch.ones_like(inputs["input_ids"])
     mask[0, image] = 0
@@ -74,7 +74,7 @@ def test_pruned_equals_masked(tiny_llava, reference, picture, positions):
 
 def test_batched_answers_equal_single_ones(tiny_llava, noise):
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
-    encoded = pipeline.encode([noise((224, 224)), noise((80, 80), seed=1)])
+    encoded = pipeline.encoder.encode([noise((224, 224)), noise((80, 80), seed=1)])
     sets = [
         pipeline.prune(image, question, Pruning(keep=keep))
         for image, question, keep in zip(encoded * 2, [*QUESTIONS, "Read the star."], (0.1, 1.0, 0.5, 0.3), strict=True)
@@ -98,7 +98,7 @@ def test_signals_equal_an_eager_reference(tiny_llava, reference, picture):
         patches = clip.visual_projection(clip.vision_model.post_layernorm(vision_features))
         text = clip.get_text_features(**tokenizer(question, return_tensors="pt")).pooler_output
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
-    encoded = pipeline.encode([picture])[0]
+    encoded = pipeline.encoder.encode([picture])[0]
     assert torch.allclose(encoded.vision_features, vision_features, atol=1e-5)
     assert torch.allclose(encoded.saliency, out.attentions[-2][0, :, 0, 1:].mean(0), atol=1e-6)
     relevance = pipeline.family.relevance(encoded.vision_features, question)
@@ -109,7 +109,7 @@ def test_a_long_question_is_read_to_its_end(tiny_llava, noise, monkeypatch, capl
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
     pipeline.family.relevance.tokenizer.model_max_length = 12
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    vision_features = pipeline.encode([noise((224, 224))])[0].vision_features
+    vision_features = pipeline.encoder.encode([noise((224, 224))])[0].vision_features
     words = "red star blue cross green circle white square left right"  # ten, what the text tower takes at once
     first, second = words, "What colour is the star?"
     both = pipeline.family.relevance(vision_features, f"{first} {second}")
@@ -122,7 +122,7 @@ def test_questions_read_together_are_those_read_alone(tiny_llava, noise, monkeyp
     from gridprune_cli.vlm import clip
 
     pipeline, alone = (Pipeline(str(tiny_llava), dtype="float32") for _ in range(2))
-    vision_features = pipeline.encode([noise((224, 224))])[0].vision_features
+    vision_features = pipeline.encoder.encode([noise((224, 224))])[0].vision_features
     questions = [*QUESTIONS, "What?", "red star blue cross green circle white square left right What colour is it?"]
     monkeypatch.setattr(clip, "_BATCH", 2)
     pipeline.family.relevance.read(questions)
@@ -150,7 +150,7 @@ def test_layers_behind_the_one_that_is_read_are_not_there(tiny_llava, reference)
 )
 def test_the_view_is_what_the_centre_crop_leaves(tiny_llava, noise, size, box):
     pipeline = Pipeline(str(tiny_llava))
-    (view,) = pipeline.encode([noise(size)])[0].views
+    (view,) = pipeline.encoder.encode([noise(size)])[0].views
     assert (view.rows, view.cols) == (4, 4)
     assert view.box == pytest.approx(box)
 
@@ -171,7 +171,7 @@ def test_a_token_covers_its_place_in_the_picture(tiny_llava):
 
 def test_bfloat16_runs(tiny_llava, noise):
     pipeline = Pipeline(str(tiny_llava), dtype="bfloat16")
-    encoded = pipeline.encode([noise((224, 224))])[0]
+    encoded = pipeline.encoder.encode([noise((224, 224))])[0]
     assert encoded.vision_features.dtype == torch.bfloat16
     pruned = pipeline.prune(encoded, QUESTIONS[0], Pruning(tokens=3, method=make("fastervlm")))
     assert len(generate(pipeline.family, [pruned], 5)[0].ids) == 5

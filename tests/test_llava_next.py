@@ -8,6 +8,7 @@ from PIL import Image
 from tiny_families import make
 from transformers import AutoTokenizer, CLIPModel
 
+from gridprune_cli.builder import project
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.settings import Pruning
@@ -102,7 +103,7 @@ CASES = [
 
 @pytest.mark.parametrize(("size", "shape", "box"), CASES, ids=lambda value: "x".join(map(str, value[:2])))
 def test_views_lie_on_the_picture(tiny, noise, size, shape, box):
-    base, tiles = tiny.pipeline.encode([noise(size)])[0].views
+    base, tiles = tiny.pipeline.encoder.encode([noise(size)])[0].views
     assert (base.rows, base.cols, base.box) == (SIDE, SIDE, (0, 0, 1, 1))
     rows, cols, _ = mosaic(torch.zeros(shape[0] * shape[1], SIDE * SIDE, 1), shape, size).shape
     assert (tiles.rows, tiles.cols) == (rows, cols)
@@ -124,7 +125,7 @@ def test_signals_equal_an_eager_reference(tiny, noise, size, shape, box):
     def packed(values):
         return torch.cat([values[0], mosaic(values[1:], shape, size).flatten(0, 1)])
 
-    encoded = tiny.pipeline.encode([picture])[0]
+    encoded = tiny.pipeline.encoder.encode([picture])[0]
     assert torch.allclose(encoded.vision_features, packed(vision_features), atol=1e-5)
     assert torch.allclose(encoded.saliency, packed(saliency)[:, 0], atol=1e-6)
 
@@ -143,8 +144,8 @@ def check_rows(tiny, picture):
     inputs = tiny.pipeline.family.processor.image_processor([picture.image], return_tensors="pt")
     with torch.no_grad():
         expected = tiny.whole.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output[0]
-    encoded = tiny.pipeline.encode([picture])[0]
-    (rows,) = tiny.pipeline._rows([(encoded.vision_features, encoded.placeholder_map)])
+    encoded = tiny.pipeline.encoder.encode([picture])[0]
+    (rows,) = project(tiny.pipeline.family, [(encoded.vision_features, encoded.placeholder_map)])
     assert rows.shape == expected.shape
     assert torch.allclose(rows, expected, atol=1e-4)
     newlines = (expected == tiny.whole.model.image_newline).all(1)
@@ -172,7 +173,7 @@ def test_all_of_a_line_of_a_picture_is_generate(tiny, noise, size):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     text = pipeline.family.processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = pipeline.family.processor(images=[picture.image], text=[text], return_tensors="pt")
-    pruned = pipeline.prune(pipeline.encode([picture])[0], QUESTION, Pruning(keep=1.0))
+    pruned = pipeline.prune(pipeline.encoder.encode([picture])[0], QUESTION, Pruning(keep=1.0))
     assert torch.equal(pruned.input_ids, inputs["input_ids"][0])
     expected = tiny.whole.generate(**inputs, max_new_tokens=12, do_sample=False)[0, len(pruned.input_ids) :]
     assert generate(pipeline.family, [pruned], 12)[0].ids == tuple(expected.tolist())

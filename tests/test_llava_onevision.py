@@ -13,8 +13,7 @@ from gridprune_cli.errors import GridpruneError
 from gridprune_cli.evaluation.data import read_jsonl
 from gridprune_cli.evaluation.run import Cell, Plan, answers
 from gridprune_cli.pruning.methods import make
-from gridprune_cli.runners.local import Ask, Bulk
-from gridprune_cli.settings import Pruning
+from gridprune_cli.settings import Pruning, Request
 
 TILES = 2  # mosaics of much more than so many are shrunk to about as many
 
@@ -56,7 +55,7 @@ NAMES = {"ids": lambda value: "x".join(map(str, value[:2]))}
 
 @pytest.mark.parametrize(("size", "shape", "grid", "box"), CASES, **NAMES)
 def test_views_lie_on_the_picture(tiny, noise, size, shape, grid, box):
-    base, tiles = tiny.pipeline.encode([noise(size)])[0].views
+    base, tiles = tiny.pipeline.encoder.encode([noise(size)])[0].views
     assert (base.rows, base.cols, base.box) == (SIDE, SIDE, (0, 0, 1, 1))
     assert (tiles.rows, tiles.cols) == grid
     assert tiles.box == pytest.approx(box)
@@ -79,7 +78,7 @@ def test_signals_equal_an_eager_reference(tiny, noise, size, shape, grid, box):
     def packed(values):
         return torch.cat([values[0], shrunk(mosaic(values[1:], shape, size)).flatten(0, 1)])
 
-    encoded = tiny.pipeline.encode([picture])[0]
+    encoded = tiny.pipeline.encoder.encode([picture])[0]
     assert torch.allclose(encoded.vision_features, packed(rows), atol=1e-4)
     assert torch.allclose(encoded.saliency, packed(saliency)[:, 0], atol=1e-6)
     words = tiny.pipeline.family.processor.tokenizer(QUESTION, add_special_tokens=False, return_tensors="pt").input_ids
@@ -124,20 +123,20 @@ def test_what_is_encoded_alone_is_not_taken_for_one_of_several(tiny, noise, tmp_
     for n, path in enumerate(paths):
         noise((210, 70), seed=n).image.save(path)
     pipeline = tiny.pipeline
-    alone, several = (pipeline.encoder_of(several=several) for several in (False, True))
-    assert alone != several and pipeline.encoder == alone
-    pipeline.store = open_store(tmp_path / "cache")
+    alone, several = (pipeline.encoder.identity(several=several) for several in (False, True))
+    assert alone != several and pipeline.encoder.identity() == alone
+    pipeline.encoder.store = open_store(tmp_path / "cache")
     try:
         pruning = Pruning(keep=0.5)
-        asks = [Ask((paths[0],), QUESTION, pruning), Ask(tuple(paths), QUESTION, pruning)]
-        replies = list(Bulk(pipeline).answer([*asks, replace(asks[0], question="Which?")], max_new_tokens=6))
+        requests = [Request((paths[0],), QUESTION, pruning), Request(tuple(paths), QUESTION, pruning)]
+        replies = list(pipeline.runner().answer([*requests, replace(requests[0], question="Which?")], max_new_tokens=6))
         assert not any(isinstance(reply, GridpruneError) for reply in replies)
         assert len(list(pipeline.store.entries())) == 3
-        for ask, reply in zip(asks, replies, strict=False):
-            answer = pipeline.ask(list(ask.sources), QUESTION, pruning, max_new_tokens=6)
+        for request, reply in zip(requests, replies, strict=False):
+            answer = pipeline.ask(list(request.images), QUESTION, pruning, max_new_tokens=6)
             assert (answer.text, answer.hit, reply.hit) == (reply.text, True, False)
     finally:
-        pipeline.store = None
+        pipeline.encoder.store = None
 
 
 def test_an_evaluation_asks_of_one_image_and_of_several_as_ask_does(tiny, noise, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
+from gridprune_cli.runners.local import Runner
 from gridprune_cli.scenes.scene import draw, make_scene
 from gridprune_cli.settings import Pruning
 
@@ -107,12 +108,13 @@ def test_answers_are_those_of_the_pipeline(plugin, documents, tiny_llava):
 
 def test_relevance_sees_the_first_line_or_all(plugin, documents, tiny_llava, monkeypatch):
     seen = []
-    prune = Pipeline.prune
-    monkeypatch.setattr(
-        Pipeline,
-        "prune",
-        lambda self, images, text, pruning: seen.append((text, pruning.query)) or prune(self, images, text, pruning),
-    )
+    answer = Runner.answer
+
+    def watched(self, requests, **options):
+        seen.extend((request.question, request.pruning.query) for request in requests)
+        return answer(self, requests, **options)
+
+    monkeypatch.setattr(Runner, "answer", watched)
     for given, query in (({}, "Question 0?"), ({"query_lines": "all"}, "Question 0?\nShortly."), ({"query": "x"}, "x")):
         model = plugin.GridpruneModel(pretrained=str(tiny_llava), keep=0.5, **given)
         (request, *_) = requests_of(model, documents, [{"max_new_tokens": 1}] * 6, "\nShortly.")
@@ -134,7 +136,7 @@ def test_how_a_task_generates(plugin):
     settings, _ = plugin._settings({"max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9, "num_beams": 3})
     assert settings == {"max_new_tokens": 5, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "num_beams": 3}
     assert "do_sample" not in plugin._settings({"temperature": 0.7, "do_sample": False})[0]
-    assert plugin._cut("red.\n\nBlue", ["\n\n", ""]) == "red."
+    assert plugin._until("red.\n\nBlue", ["\n\n", ""]) == "red."
 
 
 def test_what_it_refuses(plugin, documents, tiny_llava):

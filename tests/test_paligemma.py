@@ -56,7 +56,7 @@ def test_signals_equal_an_eager_reference(kind, noise, size):
     with torch.no_grad():
         tower = whole.model.vision_tower(pixels, output_attentions=True)
         rows = whole.model.get_image_features(pixels).pooler_output[0]
-    encoded = pipeline.encode([picture])[0]
+    encoded = pipeline.encoder.encode([picture])[0]
     received = tower.attentions[-1][0].mean((0, 1))  # over heads and queries
     assert torch.allclose(encoded.vision_features, tokens(name, tower.last_hidden_state[0]), atol=1e-5)
     assert torch.allclose(encoded.saliency, tokens(name, received[:, None])[:, 0], atol=1e-6)
@@ -90,7 +90,7 @@ def test_a_batch_of_pictures_is_each_picture(pipeline, noise):
 
 
 def test_images_come_before_the_beginning_of_the_text(pipeline, noise):
-    images = [pipeline.encode([noise((60, 60), seed)])[0] for seed in range(2)]
+    images = [pipeline.encoder.encode([noise((60, 60), seed)])[0] for seed in range(2)]
     ids = pipeline.family.write_prompt("what is red?", images)
     assert (ids[:32] == pipeline.family.image_token).all()
     assert ids[32] == BOS and int((ids == BOS).sum()) == 1
@@ -103,7 +103,7 @@ def test_the_whole_prompt_is_prefix_in_a_filled_up_batch_too(folder, pipeline, n
     """Left padding forces a mask, which would be causal if the model were not told of the prefix."""
     whole = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     picture = noise((100, 80))
-    pruned = pipeline.prune(pipeline.encode([picture])[0], "what is red?", Pruning(keep=1.0))
+    pruned = pipeline.prune(pipeline.encoder.encode([picture])[0], "what is red?", Pruning(keep=1.0))
     ids = pad(pruned.input_ids[None], (3, 0), value=PAD)
     with torch.no_grad():
         expected = whole(**inputs(pipeline.family.processor, [picture.image], "what is red?")).logits[0, -1]

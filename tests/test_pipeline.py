@@ -1,23 +1,21 @@
 """The pipeline: what is computed when, what the cache saves, what the options do."""
 
 import shutil
-import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from gridprune_cli import pipeline as pipeline_module
+from gridprune_cli.builder import remarks
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
-from gridprune_cli.images import SourceFile
-from gridprune_cli.pipeline import Asked, Pipeline
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import METHODS, make
 from gridprune_cli.pruning.signals import Signals
-from gridprune_cli.runners.local import Ask, Bulk
-from gridprune_cli.settings import Pruning
+from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import PrunedSet
 
 QUESTION = "What colour is the star?"
@@ -46,39 +44,6 @@ def test_the_second_question_loads_no_tower(pipeline, image, tiny_llava):
     assert names and not any("vision_tower" in name for name in names)
 
 
-@pytest.mark.parametrize(("most", "groups"), [(None, [3]), (2 * 14 * 64 * 64 + 50_000, [2, 1]), (1, [1, 1, 1])])
-def test_pictures_of_one_question_are_decoded_as_memory_lets(
-    pipeline, tiny_llava, tmp_path, noise, monkeypatch, most, groups
-):
-    """Beyond it, one group after another, with the same answer; a group is let go before the next is decoded."""
-    paths = [tmp_path / f"{n}.png" for n in range(3)]
-    for n, path in enumerate(paths):
-        noise((64, 64), seed=n).image.save(path)
-    expected = Pipeline(str(tiny_llava), dtype="float32").ask(paths, QUESTION, max_new_tokens=8)
-    held, seen = [], []
-    load, see = SourceFile.load, pipeline.run_tower
-
-    def watched_load(file):
-        picture = load(file)
-        held.append(weakref.ref(picture))
-        return picture
-
-    def watched_see(pictures, several):
-        seen.append(len(pictures))
-        assert sum(ref() is not None for ref in held) == len(pictures)
-        return see(pictures, several)
-
-    monkeypatch.setattr(SourceFile, "load", watched_load)
-    monkeypatch.setattr(pipeline, "see", watched_see)
-    if most:
-        monkeypatch.setattr(pipeline_module, "MAX_TOGETHER", most)
-    answer = pipeline.ask(paths, QUESTION, max_new_tokens=8)
-    assert (seen, answer.hits, answer.text) == (groups, (False,) * 3, expected.text)
-    assert torch.allclose(answer.pruned.image_embeds, expected.pruned.image_embeds, atol=1e-5)
-    assert [origin.name for origin in answer.pruned.images] == [str(path) for path in paths]
-    assert pipeline.ask(paths, QUESTION, max_new_tokens=8).hits == (True,) * 3
-
-
 @pytest.mark.parametrize("setting", [{"use_cache": False}, {"return_dict_in_generate": True}])
 def test_settings_that_training_leaves_in_a_checkpoint_change_no_answer(pipeline, image, setting):
     expected = pipeline.ask(image, QUESTION, max_new_tokens=8).text
@@ -96,18 +61,18 @@ def test_nobody_is_warned_of_texts_that_are_read_in_pieces_or_pruned(pipeline, i
 
 
 def test_encoding_loads_the_tower_alone(pipeline, image):
-    pipeline.encode_one(image)
+    pipeline.encode(image)
     assert set(pipeline.family._loaded) == {"tower"}
 
 
 def test_equal_bytes_are_one_entry_and_new_bytes_a_miss(pipeline, image, tmp_path, noise):
-    _, hit = pipeline.encode_one(image)
+    _, hit = pipeline.encode(image)
     copy = tmp_path / "b.png"
     copy.write_bytes(image.read_bytes())
-    found, again = pipeline.encode_one(copy)
+    found, again = pipeline.encode(copy)
     assert (hit, again, found.name) == (False, True, str(copy))
     noise((224, 224), seed=1).image.save(image)
-    changed, hit = pipeline.encode_one(image)
+    changed, hit = pipeline.encode(image)
     assert not hit and changed.key != found.key
     assert len(list(pipeline.store.entries())) == 2
 
@@ -117,9 +82,8 @@ def test_what_an_encoding_depends_on_is_in_its_key(pipeline, tiny_llava, tmp_pat
     import json
 
     folder = shutil.copytree(tiny_llava, tmp_path / "other")
-    assert Pipeline(str(folder), dtype="float32").key("0" * 64) == pipeline.key(
-        "0" * 64
-    )  # where it lies does not matter
+    moved = Pipeline(str(folder), dtype="float32")
+    assert moved.encoder.key("0" * 64) == pipeline.encoder.key("0" * 64)  # where it lies does not matter
     dtype = "float32"
     if change == "dtype":
         dtype = "bfloat16"
@@ -133,7 +97,7 @@ def test_what_an_encoding_depends_on_is_in_its_key(pipeline, tiny_llava, tmp_pat
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-    assert Pipeline(str(folder), dtype=dtype).key("0" * 64) != pipeline.key("0" * 64)
+    assert Pipeline(str(folder), dtype=dtype).encoder.key("0" * 64) != pipeline.encoder.key("0" * 64)
 
 
 def test_a_broken_entry_is_encoded_again(pipeline, image):
@@ -151,7 +115,7 @@ def test_a_broken_entry_is_encoded_again(pipeline, image):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_a_pruned_set_from_disk_answers_the_same(pipeline, image, method, positions):
-    encoded, _ = pipeline.encode_one(image)
+    encoded, _ = pipeline.encode(image)
     pruned = pipeline.prune(encoded, QUESTION, Pruning(keep=0.4, method=make(method), positions=positions))
     again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
     inner = pruned.schedule is not None
@@ -164,7 +128,7 @@ def test_a_pruned_set_from_disk_answers_the_same(pipeline, image, method, positi
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("share", [False, True])
 def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share):
-    images = [pipeline.encode([noise((224, 224), seed)])[0] for seed in range(count)]
+    images = [pipeline.encoder.encode([noise((224, 224), seed)])[0] for seed in range(count)]
     method = make("visionzip", contextual_share=0.5)
     pruned = pipeline.prune(images, QUESTION, Pruning(tokens=6, method=method, share_budget=share))
     groups = [images] if share else [[image] for image in images]
@@ -186,7 +150,7 @@ def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share
 
 @pytest.mark.parametrize("method", METHODS)
 def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, method, monkeypatch):
-    encoded, _ = pipeline.encode_one(image)
+    encoded, _ = pipeline.encode(image)
     given = []
     method = make(method)
     monkeypatch.setattr(
@@ -210,7 +174,7 @@ def test_one_budget_for_several_images_is_nothing_that_hired_could_split():
 
 
 def test_positions(pipeline, image):
-    encoded, _ = pipeline.encode_one(image)
+    encoded, _ = pipeline.encode(image)
     original = pipeline.prune(encoded, QUESTION, Pruning(tokens=3))
     compact = pipeline.prune(encoded, QUESTION, Pruning(tokens=3, positions="compact"))
     image_places = original.position_ids[original.input_ids == pipeline.family.image_token]
@@ -221,14 +185,14 @@ def test_positions(pipeline, image):
 
 
 def test_zone_budgets_add_up(pipeline, image):
-    encoded, _ = pipeline.encode_one(image)
+    encoded, _ = pipeline.encode(image)
     zones = pipeline.prune(encoded, QUESTION, Pruning(tokens=7, method=make("gridprune", zone=2))).images[0].zones
     assert (zones["rows"], zones["cols"], len(zones["budgets"]), sum(zones["budgets"])) == (2, 2, 4, 7)
 
 
 @pytest.mark.parametrize("region", ["none", (0, 0, 3, 3), "auto"])
 def test_regions(pipeline, image, region):
-    encoded, _ = pipeline.encode_one(image)
+    encoded, _ = pipeline.encode(image)
     pruned = pipeline.prune(encoded, QUESTION, Pruning(tokens=4, region=region))
     if region == "auto":
         assert (
@@ -240,7 +204,7 @@ def test_regions(pipeline, image, region):
 
 @pytest.mark.parametrize(("keep", "kept"), [(1.0, 16), (0.5, 8), (0.11, 2), (0.01, 1), (0.34, 5)])
 def test_keep_is_rounded_to_the_nearest_and_at_least_one(pipeline, image, keep, kept):
-    encoded, _ = pipeline.encode_one(image)
+    encoded, _ = pipeline.encode(image)
     assert len(pipeline.prune(encoded, QUESTION, Pruning(keep=keep)).kept) == kept
 
 
@@ -260,14 +224,14 @@ def test_values_out_of_range(settings, message):
 
 
 def test_more_tokens_than_there_are(pipeline, image):
-    encoded, _ = pipeline.encode_one(image)
+    encoded, _ = pipeline.encode(image)
     with pytest.raises(BadInput, match="the image has 16 visual tokens"):
         pipeline.prune(encoded, QUESTION, Pruning(tokens=17))
 
 
 @pytest.mark.parametrize("question", ["", "  ", "What is <image> there?"])
 def test_questions_that_cannot_be_asked(pipeline, image, question):
-    encoded, _ = pipeline.encode_one(image)
+    encoded, _ = pipeline.encode(image)
     with pytest.raises(BadInput):
         pipeline.prune(encoded, question)
 
@@ -285,7 +249,7 @@ def test_models_that_cannot_be_used(tmp_path):
 
 
 def test_a_set_says_what_its_relevance_came_from(pipeline, image, tiny_llava):
-    encoded, _ = pipeline.encode_one(image)
+    encoded, _ = pipeline.encode(image)
     clip = {"source": "clip", "model": f"{tiny_llava}/clip"}
     words = Pipeline(str(tiny_llava), dtype="float32", relevance="words")
     for made, pruning, expected in (
@@ -314,10 +278,10 @@ def test_a_sign_that_turns_relevance_round_as_published_is_a_remark(
 ):
     pipeline = Pipeline(str(tiny_llava), dtype="float32", relevance=relevance)
     pruning = Pruning(method=make(method, **options))
-    assert pipeline.remarks(pruning) == ()  # nothing was pruned
+    assert remarks(pipeline.family, pruning) == ()  # nothing was pruned
     pruned = pipeline.ask(image, QUESTION, pruning, max_new_tokens=1).pruned
-    expected = (f"{method} turns CLIP's relevance round, as published; --relevance-sign 1 takes it as it is",)
-    assert pipeline.remarks(pruning) == pruned.notes == (expected if turned else ())
+    expected = (f"{method} turns CLIP's relevance round, as published; its option relevance_sign=1 takes it as it is",)
+    assert remarks(pipeline.family, pruning) == pruned.notes == (expected if turned else ())
     assert PrunedSet.from_bytes(pruned.to_bytes(), "x").to_json()["notes"] == list(pruned.notes)
 
 
@@ -327,7 +291,7 @@ def test_a_clip_that_is_not_there_is_told_before_anything_is_loaded(tiny_llava, 
     with pytest.raises(BadInput, match="--relevance words"):
         pipeline.ask(image, QUESTION)
     with pytest.raises(BadInput, match="--relevance words"):
-        list(Bulk(pipeline).answer([Ask((image,), QUESTION, Pruning())]))
+        list(pipeline.runner().answer([Request((image,), QUESTION, Pruning())]))
     assert pipeline.family._loaded == {}
     whole = Pruning(keep=1.0, method=make("uniform"))
     assert len(pipeline.ask(image, QUESTION, whole, max_new_tokens=1).pruned.kept) == 16
@@ -336,7 +300,7 @@ def test_a_clip_that_is_not_there_is_told_before_anything_is_loaded(tiny_llava, 
 def test_a_model_without_a_text_tower_uses_its_own_words(tiny_llava, tmp_path, image):
     folder = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
     pipeline = Pipeline(str(folder), dtype="float32", relevance="words")
-    encoded, _ = pipeline.encode_one(image)
+    encoded, _ = pipeline.encode(image)
     pruned = pipeline.prune(encoded, QUESTION)
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -355,21 +319,23 @@ def test_many_questions_are_pruned_for_as_each_is_alone(pipeline, image, tmp_pat
     """Images, methods, budgets, regions and prompts all differ; what is compared is all that a set says."""
     other = tmp_path / "b.png"
     noise((60, 224), 1).image.save(other)
-    a, b = (pipeline.encode_one(path)[0] for path in (image, other))
+    a, b = (pipeline.encode(path)[0] for path in (image, other))
     asked = [
-        Asked((a,), QUESTION, Pruning(keep=0.4)),
-        Asked((b,), QUESTION, Pruning(keep=0.4)),
-        Asked((a,), "Where?", Pruning(tokens=3, region="none")),
-        Asked((a, b), "Which is larger?", Pruning(keep=0.3)),
-        Asked((a, b), "Which is larger?", Pruning(tokens=9, share_budget=True, positions="compact")),
-        Asked((b,), "Where?", Pruning(tokens=5, region=(0, 0, 3, 3), query="star", ilp=0.1)),
-        Asked((a,), QUESTION, Pruning(tokens=5, method=make("visionzip"))),
-        Asked((a,), QUESTION, Pruning(plc="pool", inside_ratio=2, outside_ratio=4)),
-        Asked((a,), QUESTION, Pruning(keep=1.0, method=make("uniform"))),
+        Request((a,), QUESTION, Pruning(keep=0.4)),
+        Request((b,), QUESTION, Pruning(keep=0.4)),
+        Request((a,), "Where?", Pruning(tokens=3, region="none")),
+        Request((a, b), "Which is larger?", Pruning(keep=0.3)),
+        Request((a, b), "Which is larger?", Pruning(tokens=9, share_budget=True, positions="compact")),
+        Request((b,), "Where?", Pruning(tokens=5, region=(0, 0, 3, 3), query="star", ilp=0.1)),
+        Request((a,), QUESTION, Pruning(tokens=5, method=make("visionzip"))),
+        Request((a,), QUESTION, Pruning(plc="pool", inside_ratio=2, outside_ratio=4)),
+        Request((a,), QUESTION, Pruning(keep=1.0, method=make("uniform"))),
     ]
     for system, template in ((None, None), ("red", None), (None, "{image} {question} ")):
         prompt = {"system": system, "template": template}
-        for one, made in zip(asked, pipeline.prune_each(asked, **prompt), strict=True):
+        together = dict(pipeline.runner().prune([replace(request, **prompt) for request in asked]))
+        for n, one in enumerate(asked):
+            made = together[n].pruned
             alone = pipeline.prune(one.images, one.question, one.pruning, **prompt)
             assert made.to_json() == alone.to_json()
             for name in ("kept", "input_ids", "position_ids", "saliency"):
@@ -377,14 +343,15 @@ def test_many_questions_are_pruned_for_as_each_is_alone(pipeline, image, tmp_pat
             assert torch.allclose(made.image_embeds, alone.image_embeds, atol=1e-5)
 
 
-def test_one_question_that_cannot_be_asked_fails_all(pipeline, image):
-    encoded, _ = pipeline.encode_one(image)
-    with pytest.raises(BadInput, match="empty"):
-        pipeline.prune_each([Asked((encoded,), question, Pruning()) for question in (QUESTION, " ")])
+def test_a_question_that_cannot_be_asked_fails_alone(pipeline, image):
+    encoded, _ = pipeline.encode(image)
+    results = dict(pipeline.runner().prune([Request((encoded,), question) for question in (QUESTION, " ")]))
+    assert isinstance(results[1], BadInput) and "empty" in str(results[1])
+    assert results[0].pruned.question == QUESTION and results[0].hits == (True,)
 
 
 def test_a_prompt_that_begins_itself_does_not_change_its_neighbours(pipeline, image):
-    encoded, _ = pipeline.encode_one(image)
+    encoded, _ = pipeline.encode(image)
     first = pipeline.family.processor.tokenizer.bos_token
     asked = [(question, (encoded,)) for question in (QUESTION, f"{first} {QUESTION}")]
     made = pipeline.family.write_prompts(asked, template="{question}{image}")
@@ -400,10 +367,10 @@ def test_encode_all_goes_on_after_a_bad_image(pipeline, image, tmp_path, noise):
     for seed in range(1, 4):
         others.append(tmp_path / f"{seed}.png")
         noise((50, 40), seed).image.save(others[-1])
-    pipeline.encode_one(image)
+    pipeline.encode(image)
     results = {name: (result, hit) for name, result, hit in pipeline.encode_all([image, bad, *others], batch=2)}
     assert results[str(image)][1] is True
     assert isinstance(results[str(bad)][0], BadInput)
     assert [results[str(path)][0].count for path in others] == [16, 16, 16]
-    single = Pipeline(pipeline.model, dtype="float32").encode_one(others[0])[0]
+    single = Pipeline(pipeline.model, dtype="float32").encode(others[0])[0]
     assert torch.allclose(results[str(others[0])][0].vision_features, single.vision_features, atol=1e-5)

@@ -48,7 +48,9 @@ def slow_states(image, kept, region):
 @pytest.mark.parametrize("count", [1, 2])
 def test_rows_of_a_set_are_means_of_their_cells(pipeline, noise, count, region):
     """And nothing else changes: K, what is kept, prompt, positions and separators are those of a set without."""
-    images = [pipeline.encode([noise(size, seed)])[0] for seed, size in enumerate([(100, 80), (210, 70)])][:count]
+    images = [pipeline.encoder.encode([noise(size, seed)])[0] for seed, size in enumerate([(100, 80), (210, 70)])][
+        :count
+    ]
     plain = pipeline.prune(images, QUESTION, Pruning(keep=0.3, region=region))
     pooled = pipeline.prune(images, QUESTION, Pruning(keep=0.3, region=region, plc="pool"))
     for name in ("kept", "input_ids", "position_ids"):
@@ -74,7 +76,7 @@ def test_rows_of_a_set_are_means_of_their_cells(pipeline, noise, count, region):
 
 
 def test_a_compressed_set_from_disk_answers_the_same(pipeline, noise):
-    image = pipeline.encode([noise((100, 80))])[0]
+    image = pipeline.encoder.encode([noise((100, 80))])[0]
     pooled = pipeline.prune(image, QUESTION, Pruning(keep=0.3, plc="pool"))
     again = PrunedSet.from_bytes(pooled.to_bytes(), "x")
     assert (again.plc, again.images[0].ratios) == ("pool", pooled.images[0].ratios)
@@ -82,13 +84,13 @@ def test_a_compressed_set_from_disk_answers_the_same(pipeline, noise):
 
 
 def test_with_everything_kept_rows_stay_as_they_are(pipeline, noise):
-    image = pipeline.encode([noise((100, 80))])[0]
+    image = pipeline.encoder.encode([noise((100, 80))])[0]
     plain, pooled = (pipeline.prune(image, QUESTION, Pruning(keep=1.0, plc=plc)) for plc in ("off", "pool"))
     assert torch.equal(plain.image_embeds, pooled.image_embeds)
 
 
 def test_an_image_that_keeps_nothing_is_left_out(llava, noise):
-    images = [llava.encode([noise((100, 80), seed)])[0] for seed in range(3)]
+    images = [llava.encoder.encode([noise((100, 80), seed)])[0] for seed in range(3)]
     pruning = Pruning(tokens=2, share_budget=True, method=make_method("fastervlm"), plc="pool")
     pooled = llava.prune(images, QUESTION, pruning)
     assert len(pooled.kept) == len(pooled.image_embeds) == 2 and torch.isfinite(pooled.image_embeds).all()
@@ -97,7 +99,7 @@ def test_an_image_that_keeps_nothing_is_left_out(llava, noise):
 
 
 def test_ratios_split_the_budget(llava, noise):
-    image = llava.encode([noise((224, 224))])[0]  # 4 x 4 tokens
+    image = llava.encoder.encode([noise((224, 224))])[0]  # 4 x 4 tokens
     box = (0, 0, 3, 3)  # four of them
 
     def kept(**settings):
@@ -134,7 +136,7 @@ def test_settings_that_do_not_go_together(settings, message):
 
 
 def test_a_model_without_a_compressor(llava, noise, tmp_path):
-    image = llava.encode([noise((100, 80))])[0]
+    image = llava.encoder.encode([noise((100, 80))])[0]
     with pytest.raises(BadInput, match=r"--plc trained: .* has no compressor\.safetensors; use --plc pool") as caught:
         llava.prune(image, QUESTION, Pruning(plc="trained"))
     assert "\n" not in str(caught.value)
@@ -163,7 +165,7 @@ def with_compressor(tiny_llava, tmp_path):
 @pytest.mark.parametrize("method", ["gridprune", "uniform"])
 def test_trained_rows_are_what_the_compressor_makes_of_pooled_ones(with_compressor, noise, method):
     pipeline, compressor = with_compressor
-    image = pipeline.encode([noise((224, 224))])[0]
+    image = pipeline.encoder.encode([noise((224, 224))])[0]
     made = pipeline.prune(image, QUESTION, Pruning(keep=0.4, plc="trained", method=make_method(method)))
     kept, region = made.kept, made.images[0].region
     within = inside(image.views, region) if region else torch.zeros(image.count, dtype=torch.bool)
@@ -186,7 +188,7 @@ def test_a_compressor_leaves_the_fingerprint_of_the_language_model(with_compress
 def test_a_set_of_an_older_schema_is_refused_with_what_to_do(llava, noise):
     from gridprune_cli.cache import files
 
-    header, tensors = files.decode(llava.prune(llava.encode([noise((100, 80))])[0], QUESTION).to_bytes())
+    header, tensors = files.decode(llava.prune(llava.encoder.encode([noise((100, 80))])[0], QUESTION).to_bytes())
     header = {k: v for k, v in header.items() if k not in ("plc", "tensors", "digest")} | {"schema": 1}
-    with pytest.raises(BadInput, match=r"^x: .*its schema is 1, this version reads 2.*`gridprune prune`$"):
+    with pytest.raises(BadInput, match=r"^x: .*its schema is 1, this version reads 3.*`gridprune prune`$"):
         PrunedSet.from_bytes(files.encode(tensors, header), "x")

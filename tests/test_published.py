@@ -74,7 +74,7 @@ def test_keep_everything_is_generate(repository, noise):
     whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     length = inputs["input_ids"].shape[1]
     expected = whole.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)[0, length:].tolist()
-    encoded = pipeline.encode([picture])[0]
+    encoded = pipeline.encoder.encode([picture])[0]
     everything = Pruning(keep=1.0, method=make_method("uniform"))  # which asks for no relevance, and so for no CLIP
     pruned = pipeline.prune(encoded, QUESTION, everything)
     assert torch.equal(pruned.input_ids, inputs["input_ids"][0])

@@ -94,7 +94,7 @@ def test_codes_and_scales_must_fit() -> None:
 
 @pytest.fixture(params=EIGHT)
 def pipeline(request, tiny_llava: Path) -> Pipeline:
-    return Pipeline(str(tiny_llava), store=open_store(), dtype="bfloat16", storage=request.param)
+    return Pipeline(str(tiny_llava), store=open_store(), dtype="bfloat16", cache_dtype=request.param)
 
 
 def test_an_answer_is_the_same_from_a_new_entry_an_old_one_and_none(pipeline: Pipeline, noise, tmp_path, tiny_llava):
@@ -102,10 +102,12 @@ def test_an_answer_is_the_same_from_a_new_entry_an_old_one_and_none(pipeline: Pi
     noise((90, 70)).image.save(path)
     asked = "what is left?", Pruning(keep=0.5)
     new = pipeline.ask(path, *asked, max_new_tokens=4)
-    old = Pipeline(str(tiny_llava), store=open_store(), dtype="bfloat16", storage=pipeline.storage).ask(
+    old = Pipeline(str(tiny_llava), store=open_store(), dtype="bfloat16", cache_dtype=pipeline.encoder.cache_dtype).ask(
         path, *asked, max_new_tokens=4
     )
-    none = Pipeline(str(tiny_llava), dtype="bfloat16", storage=pipeline.storage).ask(path, *asked, max_new_tokens=4)
+    none = Pipeline(str(tiny_llava), dtype="bfloat16", cache_dtype=pipeline.encoder.cache_dtype).ask(
+        path, *asked, max_new_tokens=4
+    )
     assert (new.hit, old.hit, none.hit) == (False, True, False)
     assert new.pruned.to_bytes() == old.pruned.to_bytes() == none.pruned.to_bytes()
     assert new.text == old.text == none.text
@@ -114,22 +116,24 @@ def test_an_answer_is_the_same_from_a_new_entry_an_old_one_and_none(pipeline: Pi
 def test_an_entry_holds_codes_and_scales_and_gives_the_dtype_of_the_tower(pipeline: Pipeline, noise) -> None:
     picture = noise((90, 70))
     full = Pipeline(pipeline.model, store=open_store(), dtype="bfloat16")
-    exact, made = full.encode([picture])[0], pipeline.encode([picture])[0]
+    exact, made = full.encode([picture])[0], pipeline.encoder.encode([picture])[0]
     assert made.key != exact.key and full.key(picture.sha256) == exact.key
     assert exact.packed is None and "storage" not in exact.encoder and exact.encoder == full.family.encoder
-    assert made.encoder == exact.encoder | {"storage": pipeline.storage}
-    _, tensors = pipeline.store.get(pipeline.encoder, made.key)
+    assert made.encoder == exact.encoder | {"storage": pipeline.encoder.cache_dtype}
+    _, tensors = pipeline.store.get(pipeline.encoder.identity(), made.key)
     count, width = exact.vision_features.shape
     kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     assert kinds == {
-        "vision_features": ({"float8": "F8_E4M3", "int8": "I8"}[pipeline.storage], (count, width)),
+        "vision_features": ({"float8": "F8_E4M3", "int8": "I8"}[pipeline.encoder.cache_dtype], (count, width)),
         "scales": ("F32", (count,)),
         "saliency": ("BF16", (count,)),
         "placeholder_map": ("I32", (count,)),
     }
-    found = pipeline.look_up(picture.sha256, "again")
+    found = pipeline.encoder.look_up(picture.sha256, "again")
     assert found.vision_features.dtype == torch.bfloat16 and torch.equal(found.vision_features, made.vision_features)
-    assert torch.equal(found.vision_features, pack(exact.vision_features, pipeline.storage).unpack(torch.bfloat16))
+    assert torch.equal(
+        found.vision_features, pack(exact.vision_features, pipeline.encoder.cache_dtype).unpack(torch.bfloat16)
+    )
     assert torch.equal(found.saliency, exact.saliency)
     assert found.nbytes == count * (width + 4 + 2 + 4) < exact.nbytes
     assert dataclasses.replace(found, name=made.name).to_bytes() == made.to_bytes()
@@ -159,16 +163,16 @@ SPOILT = {
 @pytest.mark.parametrize("how", SPOILT)
 def test_parts_that_do_not_fit_are_a_miss(pipeline: Pipeline, noise, how: str) -> None:
     picture = noise((90, 70))
-    made = pipeline.encode([picture])[0]
+    made = pipeline.encoder.encode([picture])[0]
     header, tensors = files.decode(made.to_bytes())
-    pipeline.store.put(pipeline.encoder, made.key, files.encode(SPOILT[how](header, tensors), header))
-    assert pipeline.look_up(picture.sha256, "a") is None
+    pipeline.store.put(pipeline.encoder.identity(), made.key, files.encode(SPOILT[how](header, tensors), header))
+    assert pipeline.encoder.look_up(picture.sha256, "a") is None
 
 
 def test_an_entry_of_no_sense_is_a_miss_and_is_written_anew(tiny_llava: Path, noise) -> None:
     """Digests are right, contents are not. The last of them only the model can tell."""
     pipeline, picture = Pipeline(str(tiny_llava), store=open_store(), dtype="bfloat16"), noise((90, 70))
-    (image,) = pipeline.encode([dataclasses.replace(picture, notes=("noise",))])
+    (image,) = pipeline.encoder.encode([dataclasses.replace(picture, notes=("noise",))])
     wider = torch.cat([image.vision_features, image.vision_features], 1)
     faults = ENTRY_FAULTS | {
         "wider states": swap("vision_features", lambda _: wider),
@@ -181,30 +185,30 @@ def test_an_entry_of_no_sense_is_a_miss_and_is_written_anew(tiny_llava: Path, no
     told = []
     for what, fault in faults.items():
         data = changed(image.to_bytes(), fault)
-        assert pipeline.store.put(pipeline.encoder, image.key, data)
-        if pipeline.look_up(picture.sha256, "a") is not None:
+        assert pipeline.store.put(pipeline.encoder.identity(), image.key, data)
+        if pipeline.encoder.look_up(picture.sha256, "a") is not None:
             told.append(what)
     assert not told
-    (again,) = pipeline.encode([dataclasses.replace(picture, notes=("noise",))])
-    assert again.to_bytes() == image.to_bytes() and pipeline.look_up(picture.sha256, "a") is not None
+    (again,) = pipeline.encoder.encode([dataclasses.replace(picture, notes=("noise",))])
+    assert again.to_bytes() == image.to_bytes() and pipeline.encoder.look_up(picture.sha256, "a") is not None
 
 
 def test_every_flipped_bit_of_codes_and_scales_is_a_miss(pipeline: Pipeline, noise) -> None:
     picture = noise((90, 70))
-    made = pipeline.encode([picture])[0]
+    made = pipeline.encoder.encode([picture])[0]
     data = made.to_bytes()
     for place in range(len(data) - made.nbytes, len(data), 97):
         broken = bytearray(data)
         broken[place] ^= 8
-        pipeline.store.put(pipeline.encoder, made.key, bytes(broken))
-        assert pipeline.look_up(picture.sha256, "a") is None
-    pipeline.store.put(pipeline.encoder, made.key, data)
-    assert pipeline.look_up(picture.sha256, "a") is not None
+        pipeline.store.put(pipeline.encoder.identity(), made.key, bytes(broken))
+        assert pipeline.encoder.look_up(picture.sha256, "a") is None
+    pipeline.store.put(pipeline.encoder.identity(), made.key, data)
+    assert pipeline.encoder.look_up(picture.sha256, "a") is not None
 
 
 def test_a_localizer_stores_as_the_model_does(pipeline: Pipeline) -> None:
-    localizer = pipeline.localizer(Pruning(localizer=pipeline.model))
-    assert localizer is not None and localizer.storage == pipeline.storage
+    localizer = pipeline.localizers.find(Pruning(localizer=pipeline.model))
+    assert localizer is not None and localizer.cache_dtype == pipeline.encoder.cache_dtype
 
 
 def test_an_entry_in_full_is_what_it_always_was() -> None:
@@ -222,4 +226,4 @@ def test_an_entry_in_full_is_what_it_always_was() -> None:
 
 def test_another_name_is_refused(tiny_llava: Path) -> None:
     with pytest.raises(BadInput, match="--store float4: not one of full, float8, int8"):
-        Pipeline(str(tiny_llava), storage="float4")
+        Pipeline(str(tiny_llava), cache_dtype="float4")

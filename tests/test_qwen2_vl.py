@@ -89,7 +89,7 @@ def test_positions_are_those_of_transformers(kind, noise, names):
     """By formula, from the prompt and the grids: nothing is loaded for them."""
     folder = kind[1]
     pipeline = Pipeline(str(folder), dtype="float32")
-    images = pipeline.encode([noise(SIZES[name]) for name in names])
+    images = pipeline.encoder.encode([noise(SIZES[name]) for name in names])
     fresh = Pipeline(str(folder), dtype="float32")
     ids = fresh.family.write_prompt(QUESTION, images)
     found = fresh.family.positions(ids, images)
@@ -112,7 +112,7 @@ def test_positions_of_images_side_by_side(kind):
 
 def test_one_batch_holds_both_kinds_of_positions(kind, noise):
     pipeline = Pipeline(str(kind[1]), dtype="float32")
-    images = pipeline.encode([noise((100, 100)), noise((60, 200), seed=1)])
+    images = pipeline.encoder.encode([noise((100, 100)), noise((60, 200), seed=1)])
     modes = ("original", "compact")
     sets = [
         pipeline.prune(image, QUESTION, Pruning(keep=0.5, positions=mode))

@@ -24,7 +24,7 @@ def encoded(folder, noise):
     whole = pipeline.family.model_class.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         out = whole.model.get_image_features(**pipeline.family.process(picture.image)[0])
-    return pipeline, pipeline.encode([picture])[0], out
+    return pipeline, pipeline.encoder.encode([picture])[0], out
 
 
 def test_states_hold_features_and_deepstack_side_by_side(encoded):

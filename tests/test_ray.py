@@ -1,6 +1,6 @@
 """Ray as the engine: what it gives is what the local engine gives, whatever dies.
 
-`IMAGES=500 pytest tests/test_ray_engine.py -k killed` encodes more images than the suite does.
+`IMAGES=500 pytest tests/test_ray.py -k killed` encodes more images than the suite does.
 """
 
 import json
@@ -22,9 +22,8 @@ from gridprune_cli.cache.store import Store, open_store
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.runners import ray as ray_runner
-from gridprune_cli.runners.local import Ask, Bulk
 from gridprune_cli.runners.ray import Ray, _cache, _decode, _encode, _received, _share, _Worker
-from gridprune_cli.settings import Pruning
+from gridprune_cli.settings import Request
 
 IMAGES = int(os.environ.get("IMAGES", "40"))
 QUESTIONS = ("What colour is the star?", "Where is it?", "How many circles are there?")
@@ -180,7 +179,7 @@ def pictures(tmp_path, noise):
 
 def through(pipeline, parts, *, refresh=False, worker=None):
     """What the two stages give for parts, which lie in this process one behind the other."""
-    cache = _cache(pipeline, refresh)
+    cache = _cache(pipeline.encoder, refresh)
     rows = [
         {"number": np.array([n]), "names": [pickle.dumps(part)], "items": [pickle.dumps(part)]}
         for n, part in enumerate(parts)
@@ -200,7 +199,7 @@ def start_worker(pipeline, refresh=False):
     import torch
 
     job = partial(_encode, refresh=refresh)
-    return _Worker(pickle.dumps(pipeline), job, 2, os.getcwd(), torch.get_num_threads())
+    return _Worker(pickle.dumps((pipeline.encoder, pipeline.localizers)), job, 2, os.getcwd(), torch.get_num_threads())
 
 
 def test_stages_refuse_what_the_embedded_model_does_not_know(tmp_path, noise):
@@ -209,9 +208,9 @@ def test_stages_refuse_what_the_embedded_model_does_not_know(tmp_path, noise):
     for _ in range(2):
         nobodys = Pipeline(store=open_store())
         row, _ = through(nobodys, [[str(photo)]])
-        ((_, ((name, result, _),)),) = _received(iter([{"done": row}]), nobodys, pytest.fail)
+        ((_, ((name, result, _),)),) = _received(iter([{"done": row}]), nobodys.runner(notice=pytest.fail))
         assert name == str(photo) and isinstance(result, BadInput) and str(result).startswith(f"{photo}: no scene")
-        Pipeline("scenes", store=open_store()).encode_one(photo)  # so that the second time it is in the cache
+        Pipeline("scenes", store=open_store()).encode(photo)  # so that the second time it is in the cache
 
 
 def test_stages_encode_as_bulk_does(pipeline, pictures, tmp_path, tiny_llava):
@@ -220,9 +219,9 @@ def test_stages_encode_as_bulk_does(pipeline, pictures, tmp_path, tiny_llava):
     parts = [pictures[:2], [pictures[2], str(bad)], pictures[3:]]
     row, decoded = through(pipeline, parts)
     assert [sorted(found) for found in decoded] == [pictures[:2], [pictures[2]], pictures[3:]]
-    results = dict(_received(iter([{"done": row}]), pipeline, pytest.fail))
+    results = dict(_received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail)))
     other = Pipeline(str(tiny_llava), store=open_store(tmp_path / "other"), dtype="float32")
-    expected = list(Bulk(other, images=2).encode([name for part in parts for name in part]))
+    expected = list(other.runner(images=2).encode([name for part in parts for name in part]))
     for (name, result, hit), own in zip([r for n in range(3) for r in results[n]], expected, strict=True):
         assert (name, hit) == (own[0], own[2])
         if isinstance(own[1], GridpruneError):
@@ -233,17 +232,16 @@ def test_stages_encode_as_bulk_does(pipeline, pictures, tmp_path, tiny_llava):
 
     row, decoded = through(pipeline, parts)  # nothing that is there is decoded
     assert decoded == [{}, {}, {}]
-    assert [hit for _, results in _received(iter([{"done": row}]), pipeline, pytest.fail) for _, _, hit in results] == [
-        True, True, True, False, True, True,
-    ]  # fmt: skip
+    received = _received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail))
+    assert [hit for _, results in received for _, _, hit in results] == [True, True, True, False, True, True]
     row, decoded = through(pipeline, [pictures], refresh=True)
     assert sorted(decoded[0]) == pictures
-    assert not any(hit for _, _, hit in dict(_received(iter([{"done": row}]), pipeline, pytest.fail))[0])
+    assert not any(hit for _, _, hit in dict(_received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail)))[0])
 
 
 @pytest.mark.parametrize("storage", ["float8", "int8"])
 def test_what_is_stored_in_eight_bits_is_found_and_not_decoded_again(storage, pictures, tmp_path, tiny_llava):
-    pipeline = Pipeline(str(tiny_llava), store=open_store(tmp_path / "small"), dtype="float32", storage=storage)
+    pipeline = Pipeline(str(tiny_llava), store=open_store(tmp_path / "small"), dtype="float32", cache_dtype=storage)
     assert sorted(through(pipeline, [pictures])[1][0]) == pictures
     assert through(pipeline, [pictures])[1] == [{}]
 
@@ -261,8 +259,8 @@ def test_the_worker_does_not_decode_what_comes_decoded_and_heeds_a_file_that_cha
     monkeypatch.setitem(globals(), "_decode", change)
     row, _ = through(pipeline, [pictures[:3]], worker=worker)
     assert loaded == [pictures[1]]
-    ((_, results),) = _received(iter([{"done": row}]), pipeline, pytest.fail)
-    assert results[1][1].key == pipeline.encode_one(pictures[4])[0].key
+    ((_, results),) = _received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail))
+    assert results[1][1].key == pipeline.encode(pictures[4])[0].key
     assert worker.pictures == {}
 
 
@@ -270,7 +268,7 @@ def test_large_pictures_are_left_to_the_worker(pipeline, pictures, monkeypatch):
     monkeypatch.setattr(ray_runner, "_MOST_PIXELS", 6001)
     row, decoded = through(pipeline, [pictures])
     assert sorted(decoded[0]) == pictures[:2]
-    ((_, results),) = _received(iter([{"done": row}]), pipeline, pytest.fail)
+    ((_, results),) = _received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail))
     assert [name for name, _, _ in results] == pictures
 
 
@@ -280,7 +278,7 @@ def test_the_process_that_calls_keeps_the_limit(pipeline, pictures):
     assert len(entries(pipeline.store.root)) == 5  # though the worker wrote more than the limit
     told = []
     pipeline.store._warn = told.append
-    list(_received(iter([{"done": row}]), pipeline, pytest.fail))
+    list(_received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail)))
     with pipeline:
         assert len(entries(pipeline.store.root)) == 5  # what this run wrote stays
     assert len(told) == 1 and "over its limit" in told[0]
@@ -292,14 +290,16 @@ def test_a_cache_that_cannot_be_written_is_a_fault_of_all(tiny_llava, pictures, 
     row, _ = through(pipeline, [pictures])
     told = []
     with pytest.raises(GridpruneError, match="can't be written, so nothing was encoded"):
-        list(_received(iter([{"done": row}]), pipeline, told.append))
+        list(_received(iter([{"done": row}]), pipeline.runner(notice=told.append)))
     assert len(told) == 1
 
 
 def test_what_workers_say_is_said_once(pipeline):
     done = pickle.dumps(ray_runner._Done([(0, [1])], ["a", "b"], [], None))
     told = []
-    assert list(_received(iter([{"done": done}, {"done": done}]), pipeline, told.append)) == [(0, [1])] * 2
+    assert (
+        list(_received(iter([{"done": done}, {"done": done}]), pipeline.runner(notice=told.append))) == [(0, [1])] * 2
+    )
     assert told == ["a", "b"]
 
 
@@ -334,8 +334,8 @@ def test_a_device_that_workers_cannot_have_is_refused(pipeline, pictures, monkey
     monkeypatch.setattr(ray_runner, "find_spec", lambda name: True)
     pipeline.family.spread = True
     with pytest.raises(BadInput, match="a worker has one device"):
-        list(Ray().encode(pipeline, pictures, notice=pytest.fail))
-    assert list(Ray().answer(pipeline, [], notice=pytest.fail)) == []  # nothing to do, and no Ray for it
+        list(Ray().encode(pipeline.runner(), pictures))
+    assert list(Ray().answer(pipeline.runner(), [])) == []  # nothing to do, and no Ray for it
 
 
 def test_a_clip_that_is_missing_is_told_before_ray_starts(tiny_llava, tmp_path, monkeypatch):
@@ -343,18 +343,18 @@ def test_a_clip_that_is_missing_is_told_before_ray_starts(tiny_llava, tmp_path, 
     monkeypatch.setattr(Ray, "_run", lambda *_: pytest.fail("started"))
     bare = shutil.copytree(tiny_llava, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
     with pytest.raises(BadInput, match="take --relevance words"):
-        Ray().answer(Pipeline(str(bare)), [Ask(("0.png",), "What?", Pruning())], notice=pytest.fail)
+        Ray().answer(Pipeline(str(bare)).runner(), [Request(("0.png",), "What?")])
 
 
 def test_questions_about_one_image_share_a_part(pipeline, monkeypatch):
     monkeypatch.setattr(ray_runner, "find_spec", lambda name: True)
     given = []
 
-    def run(self, pipeline, items, *rest):
+    def run(self, runner, items, *rest):
         given.extend(items)
         yield from (ask.question for ask in items)
 
     monkeypatch.setattr(Ray, "_run", run)
-    asks = [Ask((f"{n % 3}.png",), str(n), Pruning()) for n in range(9)]
-    assert list(Ray().answer(pipeline, asks, notice=pytest.fail)) == [str(n) for n in range(9)]
-    assert [ask.sources[0] for ask in given] == ["0.png"] * 3 + ["1.png"] * 3 + ["2.png"] * 3
+    requests = [Request((f"{n % 3}.png",), str(n)) for n in range(9)]
+    assert list(Ray().answer(pipeline.runner(), requests)) == [str(n) for n in range(9)]
+    assert [ask.images[0] for ask in given] == ["0.png"] * 3 + ["1.png"] * 3 + ["2.png"] * 3

@@ -17,10 +17,12 @@ from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
 from gridprune_cli.pruning.region import contextual_region
-from gridprune_cli.regions import TEMPLATE, read_answer
+from gridprune_cli.regions import ALL_TOKENS, TEMPLATE, read_answer
+from gridprune_cli.runners import local
+from gridprune_cli.runners.local import Runner
 from gridprune_cli.scenes import LOCALIZER
 from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene, questions
-from gridprune_cli.settings import Pruning
+from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import PrunedSet
 
 QUESTION = "Where is the star?"
@@ -118,22 +120,29 @@ def test_the_second_question_runs_no_tower(pipeline, image, tiny_llava):
     later = Pipeline(str(tiny_llava), store=open_store(), dtype="float32")
     second = later.ask(image, QUESTION, BARE, max_new_tokens=4)
     assert second.hit and second.pruned.images == first.pruned.images
-    asked = later.localizer(BARE)
-    assert set(later.family._loaded) == set(asked.family._loaded) == {"projector", "language"}
+    localizer = later.localizers.find(BARE)
+    assert set(later.family._loaded) == set(localizer.family._loaded) == {"projector", "language"}
 
 
 def test_a_model_is_asked_for_a_box_with_all_tokens(pipeline, image, tiny_llava, monkeypatch):
     prompts = []
-    prune_each = Pipeline.prune_each
+    build = local.build_pruned_sets
 
-    def spy(self, asked):
-        made = prune_each(self, asked)
-        prompts.extend((one.question, len(own.kept) == own.count) for one, own in zip(asked, made, strict=True))
-        return made
+    def spy(family, requests, *rest):
+        sets = build(family, requests, *rest)
+        prompts.extend((pruned.question, len(pruned.kept) == pruned.count) for pruned in sets)
+        return sets
 
-    monkeypatch.setattr(Pipeline, "prune_each", spy)
-    pipeline.localize(image, QUESTION, Pruning(localizer=str(tiny_llava)))
-    pipeline.localize(image, QUESTION, Pruning(localizer=str(tiny_llava), localizer_template="{question} Box?"))
+    monkeypatch.setattr(local, "build_pruned_sets", spy)
+    for pruning in (
+        Pruning(localizer=str(tiny_llava)),
+        Pruning(localizer=str(tiny_llava), localizer_template="{question} Box?"),
+        Pruning(localizer=str(tiny_llava), localizer_template="{question} Box?", query="the star"),
+    ):
+        pipeline.prune(image, QUESTION, pruning)
+    answered, prompts = prompts[1::2], prompts[::2]  # a localiser is asked first
+    assert answered == [(QUESTION, False)] * 3
+    assert prompts.pop() == ("the star Box?", True)
     assert prompts == [(TEMPLATE.replace("{question}", QUESTION), True), (f"{QUESTION} Box?", True)]
     assert "[x0,y0,x1,y1]" in TEMPLATE and QUESTION in prompts[0][0]
 
@@ -141,23 +150,31 @@ def test_a_model_is_asked_for_a_box_with_all_tokens(pipeline, image, tiny_llava,
 def test_each_image_has_its_own_region_unless_they_share_a_budget(pipeline, image, tmp_path):
     other = tmp_path / "other.png"
     draw(make_scene(HELDOUT + 1))[0].save(other)
-    both = pipeline.localize([image, other], QUESTION, BARE)
-    assert both == pipeline.localize(image, QUESTION, BARE) + pipeline.localize(other, QUESTION, BARE)
-    answer = pipeline.ask([image, other], QUESTION, BARE, max_new_tokens=4)
-    assert [origin.region for origin in answer.pruned.images] == [said.box for said in both]
+    both = answers(pipeline, [image, other], QUESTION, BARE)
+    assert both == answers(pipeline, [image], QUESTION, BARE) + answers(pipeline, [other], QUESTION, BARE)
+    assert both[0] != both[1] and all(localizer["parsed"] for localizer, _ in both)
     shared = Pruning(localizer=BARE.localizer, share_budget=True)
-    assert pipeline.localize([image, other], QUESTION, shared) is None
+    assert answers(pipeline, [image, other], QUESTION, shared) == [(None, None)] * 2
 
 
 def test_many_questions_are_localised_as_each_is_alone(pipeline, image, tmp_path):
     other = tmp_path / "other.png"
     draw(make_scene(HELDOUT + 1))[0].save(other)
-    sources = [[image], [image, other], [other]]
+    images = [[image], [image, other], [other]]
     questions = [QUESTION, "Where is the red circle?", "How many stars are there?"]
-    expected = [pipeline.localize(own, question, BARE) for own, question in zip(sources, questions, strict=True)]
-    assert pipeline.localize_each(sources, questions, BARE) == expected
     shared = replace(BARE, share_budget=True)
-    assert pipeline.localize_each(sources, questions, shared) == [expected[0], None, expected[2]]
+    for prunings in ([BARE] * 3, [BARE, shared, shared]):
+        requests = [Request(tuple(paths), *rest) for paths, *rest in zip(images, questions, prunings, strict=True)]
+        together = dict(pipeline.runner().prune(requests))
+        for n, request in enumerate(requests):
+            alone = answers(pipeline, list(request.images), request.question, request.pruning)
+            assert [(i.localizer, i.region) for i in together[n].pruned.images] == alone
+            assert (alone[0][0] is None) == (prunings[n] is shared and len(images[n]) > 1)
+
+
+def answers(pipeline, images, question, pruning):
+    """What a localiser answered for each image, and the region."""
+    return [(origin.localizer, origin.region) for origin in pipeline.prune(images, question, pruning).images]
 
 
 def test_nobody_is_asked_where_no_region_is_to_be_found(pipeline, image):
@@ -167,16 +184,16 @@ def test_nobody_is_asked_where_no_region_is_to_be_found(pipeline, image):
         Pruning(localizer="vlm", region=(0, 0, 3, 3)),
         Pruning(localizer="vlm", method=make("uniform")),
     ):
-        assert pipeline.localize(image, QUESTION, pruning) is None
+        assert pipeline.localizers.find(pruning) is None
 
 
 def test_settings_that_cannot_be(pipeline, image):
-    encoded, _ = pipeline.encode_one(image)
+    encoded, _ = pipeline.encode(image)
     with pytest.raises(BadInput, match="--localizer-template: needs"):
         Pruning(localizer_template="Where?")
-    with pytest.raises(BadInput, match=r"Pipeline\.localize"):
-        pipeline.prune(encoded, QUESTION, BARE)
-    with pytest.raises(BadInput, match=r"--localizer vlm: .*FOLDER"):
+    with pytest.raises(BadInput, match="give the file of"):
+        pipeline.prune(replace(encoded, source=None), QUESTION, BARE)
+    with pytest.raises(BadInput, match=r"localizer=vlm: .*FOLDER"):
         pipeline.ask(image, QUESTION, Pruning(localizer="vlm"))
     with pytest.raises(BadInput, match="--localizer no/such/model: no folder"):
         pipeline.ask(image, QUESTION, Pruning(localizer="no/such/model"))
@@ -193,7 +210,8 @@ def test_plain_transformers_loads_it_and_answers_the_same():
     processor = AutoProcessor.from_pretrained(LOCALIZER)
     main = Pipeline()
     pruning = Pruning(localizer="vlm")
-    localizer = main.localizer(pruning)
+    localizer = main.localizers.find(pruning)
+    runner = Runner(localizer, main.localizers)
     for seed in range(HELDOUT, HELDOUT + 10):
         picture = draw(make_scene(seed))[0]
         (question,) = questions(make_scene(seed), 1, random.Random(seed))
@@ -202,9 +220,9 @@ def test_plain_transformers_loads_it_and_answers_the_same():
         inputs = processor(images=[picture], text=text, return_tensors="pt")
         made = model.eval().generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         (image,) = localizer.encode([Picture(picture, f"{seed:064x}", str(seed))])
-        (said,) = localizer.name_regions([image], [question.text], pruning)
-        assert said.answer == processor.tokenizer.decode(made, skip_special_tokens=True)
-        assert len(made) == 3 and said.answer == "[{},{},{},{}]".format(*said.box)
+        (reply,) = runner.answer([Request((image,), question.text, ALL_TOKENS)])
+        assert reply.text == processor.tokenizer.decode(made, skip_special_tokens=True)
+        assert len(made) == 3 and reply.text == "[{},{},{},{}]".format(*read_answer(reply.text))
 
 
 def test_it_is_small():

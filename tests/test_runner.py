@@ -3,6 +3,7 @@
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.runners import images as images_module
 from gridprune_cli.runners import local as local_module
-from gridprune_cli.runners.local import Ask, Batches, Bulk, Pruned, Reply, in_order
-from gridprune_cli.settings import Pruning
+from gridprune_cli.runners.batches import Batches, in_order
+from gridprune_cli.runners.local import Pruned, Reply
+from gridprune_cli.runners.reading import Room
+from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import EncodedImage
 
 QUESTIONS = ("What colour is the star?", "Where is it?", "How many red circles are left of the blue square?")
@@ -114,29 +118,31 @@ def test_values_come_in_order_as_soon_as_they_can():
 
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_encoding_in_bulk_gives_what_encoding_alone_gives(pipeline, pictures, tiny_llava, size):
-    made = list(Bulk(pipeline, images=size, notice=silent).encode(pictures))
+    made = list(pipeline.runner(images=size, notice=silent).encode(pictures))
     assert [name for name, _, _ in made] == [str(path) for path in pictures]
     assert not any(hit for _, _, hit in made)
     alone = fresh(tiny_llava)
     for path, (name, encoded, _) in zip(pictures, made, strict=True):
-        single = alone.encode_one(path)[0]
+        single = alone.encode(path)[0]
         assert (encoded.key, encoded.name, encoded.views) == (single.key, name, single.views)
         assert torch.allclose(encoded.vision_features, single.vision_features, atol=1e-5)
         assert torch.allclose(encoded.saliency, single.saliency, atol=1e-5)
-        stored = pipeline.look_up(encoded.image, name)  # what was given was written before
+        stored = pipeline.encoder.look_up(encoded.image, name)  # what was given was written before
         assert stored is not None and torch.equal(stored.vision_features, encoded.vision_features)
-    again = list(Bulk(pipeline, notice=silent).encode(pictures))
+    again = list(pipeline.runner(notice=silent).encode(pictures))
     assert all(hit for _, _, hit in again)
-    assert all(hit is False for _, _, hit in Bulk(pipeline, notice=silent).encode(pictures, refresh=True))
+    assert all(hit is False for _, _, hit in pipeline.runner(notice=silent).encode(pictures, refresh=True))
 
 
 def test_what_else_is_in_a_batch_leaves_an_image_s_saliency_alone(noise):
     """To the last bit, as far as the tower's own products leave its states alone: so entries are the same files."""
     pipeline = Pipeline("scenes", dtype="float32")
     pictures = [noise((224, 224), seed) for seed in range(6)]
-    single = [pipeline.run_tower([picture])[0] for picture in pictures]
+    single = [pipeline.encoder.run_tower([picture])[0] for picture in pictures]
     for size in (2, 5, 6):
-        together = [encoded for i in range(0, 6, size) for encoded in pipeline.run_tower(pictures[i : i + size])]
+        together = [
+            encoded for i in range(0, 6, size) for encoded in pipeline.encoder.run_tower(pictures[i : i + size])
+        ]
         for alone, encoded in zip(single, together, strict=True):
             assert torch.allclose(encoded.vision_features, alone.vision_features, atol=1e-4)
             if torch.equal(encoded.vision_features, alone.vision_features):
@@ -152,9 +158,9 @@ def test_the_same_file_many_times_goes_through_the_tower_once(pipeline, pictures
         copies.append(pictures[0].with_name(f"copy {number}.png"))
         copies[-1].write_bytes(pictures[number % 2].read_bytes())
     for store in (pipeline.store, None):
-        pipeline.store = store
+        pipeline.encoder.store = store
         seen.clear()
-        made = list(Bulk(pipeline, images=3, notice=silent).encode(copies))
+        made = list(pipeline.runner(images=3, notice=silent).encode(copies))
         assert [name for name, _, _ in made] == [str(path) for path in copies]
         assert [encoded.name for _, encoded, _ in made] == [str(path) for path in copies]
         assert len({encoded.key for _, encoded, _ in made}) == 2
@@ -166,26 +172,26 @@ def test_bad_pictures_are_told_in_their_place(pipeline, pictures, tmp_path):
     bad, gone = tmp_path / "bad.png", tmp_path / "gone.png"
     bad.write_bytes(b"no image")
     sources = [pictures[0], bad, pictures[1], gone, pictures[2].read_bytes()]
-    made = list(Bulk(pipeline, notice=silent).encode(sources))
+    made = list(pipeline.runner(notice=silent).encode(sources))
     assert [name for name, _, _ in made] == [*map(str, sources[:4]), "-"]
     assert [isinstance(result, EncodedImage) for _, result, _ in made] == [True, False, True, False, True]
     assert str(bad) in str(made[1][1]) and isinstance(made[3][1], BadInput)
-    ((_, fault, _),) = Bulk(pipeline, notice=silent).encode(["a\nb.png"])
+    ((_, fault, _),) = pipeline.runner(notice=silent).encode(["a\nb.png"])
     assert str(fault) == "'a\\nb.png': no such file; check the path"
 
 
 def test_a_picture_that_the_tower_refuses_is_named(pipeline, pictures, monkeypatch):
     from gridprune_cli.images import identify
 
-    see, refused = pipeline.run_tower, identify(pictures[3])[0]
+    see, refused = pipeline.encoder.run_tower, identify(pictures[3])[0]
 
     def picky(batch, several):
         if any(picture.sha256 == refused for picture in batch):
             raise ValueError("too strange")
         return see(batch, several)
 
-    monkeypatch.setattr(pipeline, "see", picky)
-    made = list(Bulk(pipeline, notice=silent).encode(pictures))
+    monkeypatch.setattr(pipeline.encoder, "run_tower", picky)
+    made = list(pipeline.runner(notice=silent).encode(pictures))
     assert [isinstance(result, EncodedImage) for _, result, _ in made] == [i != 3 for i in range(7)]
     assert str(made[3][1]) == f"{pictures[3]}: unexpected ValueError: too strange"
 
@@ -199,14 +205,14 @@ def test_memory_that_runs_out_in_the_tower_halves_the_batch(pipeline, pictures, 
         return encode(batch)
 
     monkeypatch.setattr(pipeline.family, "encode", small)
-    made = [result for _, result, _ in Bulk(pipeline, images=7, notice=told.append).encode(pictures)]
+    made = [result for _, result, _ in pipeline.runner(images=7, notice=told.append).encode(pictures)]
     assert told == [
         "memory ran out with 7 images at once; going on with 3",
         "memory ran out with 3 images at once; going on with 1",
     ]
     alone = fresh(tiny_llava)
     for path, encoded in zip(pictures, made, strict=True):
-        assert torch.allclose(encoded.vision_features, alone.encode_one(path)[0].vision_features, atol=1e-5)
+        assert torch.allclose(encoded.vision_features, alone.encode(path)[0].vision_features, atol=1e-5)
 
 
 def test_few_pictures_are_held_however_many_there_are(pipeline, noise, tmp_path, monkeypatch):
@@ -222,17 +228,17 @@ def test_few_pictures_are_held_however_many_there_are(pipeline, noise, tmp_path,
             read += 1
             yield data + bytes([number])  # PNG readers stop at its end, so these are pictures, all different
 
-    for most, size in ((local_module._MOST_PIXELS, 2), (2499, 2), (2499, 50)):
-        monkeypatch.setattr(local_module, "_MOST_PIXELS", most)
-        monkeypatch.setattr(local_module, "_MOST_MEMORY", 14 * most)
+    for most, size in ((images_module.MAX_PIXELS, 2), (2499, 2), (2499, 50)):
+        monkeypatch.setattr(images_module, "MAX_PIXELS", most)
+        monkeypatch.setattr(images_module, "MAX_MEMORY", 14 * most)
         read = 0
-        for given, _ in enumerate(Bulk(pipeline, images=size, notice=silent).encode(sources(), refresh=True)):
+        for given, _ in enumerate(pipeline.runner(images=size, notice=silent).encode(sources(), refresh=True)):
             assert read - given <= 4 * 2
         assert read == 200
 
 
 def test_room_is_granted_in_turn_and_never_more_than_there_is():
-    room, held, most, order = local_module._Room(100), [0], [0], []
+    room, held, most, order = Room(100), [0], [0], []
     sizes = [60, 30, 90, 5, 250, 40, 60, 10]
     lock = threading.Lock()
 
@@ -256,7 +262,7 @@ def test_room_is_granted_in_turn_and_never_more_than_there_is():
 
 
 def test_who_waits_for_room_goes_when_it_is_closed():
-    room = local_module._Room(1)
+    room = Room(1)
     with ThreadPoolExecutor(1) as threads:
         future = threads.submit(room.enter, 1, 1)  # whose turn never comes
         room.close()
@@ -278,11 +284,11 @@ def test_large_pictures_are_read_one_at_a_time_and_all_of_them(pipeline, noise, 
         now[0] -= 1
         return picture
 
-    monkeypatch.setattr(local_module, "_workers", lambda: 4)
-    for memory, together in ((local_module._MOST_MEMORY, 4), (1, 1)):
-        monkeypatch.setattr(local_module, "_MOST_MEMORY", memory)
+    monkeypatch.setattr(images_module, "count_threads", lambda: 4)
+    for memory, together in ((images_module.MAX_MEMORY, 4), (1, 1)):
+        monkeypatch.setattr(images_module, "MAX_MEMORY", memory)
         most[0] = 0
-        bulk = Bulk(pipeline, notice=silent, load=load)
+        bulk = pipeline.runner(notice=silent, load=load)
         results = [result for _, result, _ in bulk.encode(paths, refresh=True)]
         assert len(results) == 6 and all(isinstance(result, EncodedImage) for result in results)
         assert 1 <= most[0] <= together
@@ -292,7 +298,7 @@ def test_a_cache_that_cannot_be_written_stops_encode_all_and_not_bulk(tiny_llava
     (tmp_path / "file").write_bytes(b"")
     told = []
     pipeline = Pipeline(str(tiny_llava), store=open_store(tmp_path / "file" / "below", told.append), dtype="float32")
-    assert all(isinstance(result, EncodedImage) for _, result, _ in Bulk(pipeline, notice=silent).encode(pictures))
+    assert all(isinstance(result, EncodedImage) for _, result, _ in pipeline.runner(notice=silent).encode(pictures))
     assert len(told) == 1
     with pytest.raises(GridpruneError, match="can't be written"):
         list(pipeline.encode_all(pictures))
@@ -328,35 +334,35 @@ def test_threads_that_decode_leave_the_settings_of_the_process_alone(pictures, t
 # ---- prune and answer ------------------------------------------------------------------------------------------------
 
 
-def asks(pictures):
+def requests(pictures):
     """Questions in a muddle: images mixed, lengths and keeps too, one about two images."""
     made = [
-        Ask((path,), question, Pruning(keep=keep))
+        Request((path,), question, Pruning(keep=keep))
         for question in QUESTIONS
         for path, keep in zip(pictures, (0.2, 1.0, 0.5, 0.3, 0.9, 0.11, 0.6), strict=True)
     ]
-    made.insert(4, Ask((pictures[2], pictures[5]), QUESTIONS[0], Pruning(keep=0.4)))
+    made.insert(4, Request((pictures[2], pictures[5]), QUESTIONS[0], Pruning(keep=0.4)))
     return made
 
 
 @pytest.mark.parametrize("size", [1, 4, 64])
 def test_answers_in_bulk_are_the_answers_of_ask(pipeline, pictures, tiny_llava, size):
-    questions = asks(pictures)
-    replies = list(Bulk(pipeline, questions=size, notice=silent).answer(questions, max_new_tokens=8))
+    questions = requests(pictures)
+    replies = list(pipeline.runner(questions=size, notice=silent).answer(questions, max_new_tokens=8))
     alone = fresh(tiny_llava)
     for ask, reply in zip(questions, replies, strict=True):
-        expected = alone.ask(list(ask.sources), ask.question, ask.pruning, max_new_tokens=8)
+        expected = alone.ask(list(ask.images), ask.question, ask.pruning, max_new_tokens=8)
         assert reply.text == expected.text
         assert reply.record == expected.pruned.to_json()
     assert sum(not reply.hit for reply in replies) == len(pictures)  # the first question about each
 
 
 def test_an_image_is_read_once_for_all_its_questions(pipeline, pictures, tiny_llava, monkeypatch):
-    list(Bulk(pipeline, notice=silent).encode(pictures))
+    list(pipeline.runner(notice=silent).encode(pictures))
     pipeline, got = Pipeline(str(tiny_llava), store=open_store(), dtype="float32"), []
     get = pipeline.store.get
     monkeypatch.setattr(pipeline.store, "get", lambda encoder, key: got.append(key) or get(encoder, key))
-    replies = list(Bulk(pipeline, notice=silent).answer(asks(pictures), max_new_tokens=2))
+    replies = list(pipeline.runner(notice=silent).answer(requests(pictures), max_new_tokens=2))
     assert len(got) == len(pictures) and all(reply.hit for reply in replies)
     assert "tower" not in pipeline.family._loaded
 
@@ -364,15 +370,15 @@ def test_an_image_is_read_once_for_all_its_questions(pipeline, pictures, tiny_ll
 def test_what_fails_fails_alone(pipeline, pictures, tmp_path):
     gone = tmp_path / "gone.png"
     questions = [
-        Ask((pictures[0],), QUESTIONS[0], Pruning()),
-        Ask((gone,), QUESTIONS[0], Pruning()),
-        Ask((pictures[0], gone), QUESTIONS[1], Pruning()),
-        Ask((pictures[0],), " ", Pruning()),
-        Ask((pictures[0],), "What \ud83d?", Pruning()),
-        Ask((pictures[1],), QUESTIONS[1], Pruning(tokens=99)),
-        Ask((pictures[1],), QUESTIONS[1], Pruning()),
+        Request((pictures[0],), QUESTIONS[0], Pruning()),
+        Request((gone,), QUESTIONS[0], Pruning()),
+        Request((pictures[0], gone), QUESTIONS[1], Pruning()),
+        Request((pictures[0],), " ", Pruning()),
+        Request((pictures[0],), "What \ud83d?", Pruning()),
+        Request((pictures[1],), QUESTIONS[1], Pruning(tokens=99)),
+        Request((pictures[1],), QUESTIONS[1], Pruning()),
     ]
-    replies = list(Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=2))
+    replies = list(pipeline.runner(notice=silent).answer(questions, max_new_tokens=2))
     assert [isinstance(reply, Reply) for reply in replies] == [True, False, False, False, False, False, True]
     assert all(isinstance(reply, BadInput) for reply in replies[1:6])
     assert "gone.png" in str(replies[2]) and "--tokens 99" in str(replies[5])
@@ -380,13 +386,13 @@ def test_what_fails_fails_alone(pipeline, pictures, tmp_path):
 
 def test_several_answers_to_a_question_are_refused_not_given_to_others(pipeline, pictures):
     options = {"do_sample": True, "num_return_sequences": 2}
-    replies = list(Bulk(pipeline, notice=silent).answer(asks(pictures), max_new_tokens=2, **options))
+    replies = list(pipeline.runner(notice=silent).answer(requests(pictures), max_new_tokens=2, **options))
     assert all("num_return_sequences" in str(reply) for reply in replies) and isinstance(replies[0], BadInput)
 
 
 def test_memory_that_runs_out_in_the_language_model_halves_the_batch(pipeline, pictures, monkeypatch):
-    questions = asks(pictures)
-    expected = [reply.text for reply in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)]
+    questions = requests(pictures)
+    expected = [reply.text for reply in pipeline.runner(notice=silent).answer(questions, max_new_tokens=4)]
     model, told = pipeline.family.load("language"), []
     generate = model.generate
 
@@ -396,7 +402,7 @@ def test_memory_that_runs_out_in_the_language_model_halves_the_batch(pipeline, p
         return generate(**given)
 
     monkeypatch.setattr(model, "generate", small)
-    replies = Bulk(pipeline, questions=16, notice=told.append).answer(questions, max_new_tokens=4)
+    replies = pipeline.runner(questions=16, notice=told.append).answer(questions, max_new_tokens=4)
     assert [reply.text for reply in replies] == expected
     assert told == [
         "memory ran out with 16 questions at once; going on with 8",
@@ -405,8 +411,8 @@ def test_memory_that_runs_out_in_the_language_model_halves_the_batch(pipeline, p
 
 
 def test_memory_that_runs_out_in_pruning_halves_what_is_pruned_for_together(pipeline, pictures, monkeypatch):
-    questions = asks(pictures)
-    expected = [reply.text for reply in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)]
+    questions = requests(pictures)
+    expected = [reply.text for reply in pipeline.runner(notice=silent).answer(questions, max_new_tokens=4)]
     project, told, most = pipeline.family.project, [], []
 
     def small(vision_features):
@@ -416,27 +422,28 @@ def test_memory_that_runs_out_in_pruning_halves_what_is_pruned_for_together(pipe
         return project(vision_features)
 
     monkeypatch.setattr(pipeline.family, "project", small)
-    replies = Bulk(pipeline, questions=16, notice=told.append).answer(questions, max_new_tokens=4)
+    replies = pipeline.runner(questions=16, notice=told.append).answer(questions, max_new_tokens=4)
     assert [reply.text for reply in replies] == expected
     assert told[0] == "memory ran out with 16 questions to prune for at once; going on with 8"
     assert len(told) <= 3 and max(most) > 16
 
 
 def test_sets_that_are_too_large_to_wait_together_are_answered_in_parts(pipeline, pictures, monkeypatch):
-    questions = asks(pictures)
-    whole = [reply.text for reply in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)]
-    monkeypatch.setattr(local_module, "_MOST_BYTES", 1)
-    assert [r.text for r in Bulk(pipeline, notice=silent).answer(questions, max_new_tokens=4)] == whole
+    questions = requests(pictures)
+    whole = [reply.text for reply in pipeline.runner(notice=silent).answer(questions, max_new_tokens=4)]
+    monkeypatch.setattr(local_module, "MAX_BYTES", 1)
+    assert [r.text for r in pipeline.runner(notice=silent).answer(questions, max_new_tokens=4)] == whole
 
 
 def test_pruning_in_bulk_is_pruning(pipeline, pictures, tiny_llava):
-    questions = asks(pictures)
+    questions = requests(pictures)
     alone = fresh(tiny_llava)
-    found = dict(Bulk(pipeline, notice=silent).prune(questions, system="red"))
+    questions = [replace(request, system="red") for request in questions]
+    found = dict(pipeline.runner(notice=silent).prune(questions))
     assert sorted(found) == list(range(len(questions)))
     for index, ask in enumerate(questions):
         assert isinstance(found[index], Pruned)
-        images = [alone.encode_one(source)[0] for source in ask.sources]
+        images = [alone.encode(source)[0] for source in ask.images]
         expected = alone.prune(images, ask.question, ask.pruning, system="red")
         assert torch.equal(found[index].pruned.kept, expected.kept)
         assert torch.equal(found[index].pruned.input_ids, expected.input_ids)
@@ -451,14 +458,14 @@ def test_a_model_that_cannot_be_loaded_ends_it_all(tiny_llava, pictures, tmp_pat
     weights = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "vision_tower" not in k}, folder / "model.safetensors")
     with pytest.raises(GridpruneError, match="weights"):
-        list(Bulk(Pipeline(str(folder), dtype="float32"), notice=silent).encode(pictures))
+        list(Pipeline(str(folder), dtype="float32").runner(notice=silent).encode(pictures))
 
 
 def test_ends_of_a_batch_are_cut_where_an_answer_ends(pipeline, pictures):
     """A short answer beside long ones is what it is alone, ids included."""
     from gridprune_cli.generation import generate
 
-    sets = [pipeline.prune(pipeline.encode_one(path)[0], QUESTIONS[0], Pruning(keep=0.5)) for path in pictures]
+    sets = [pipeline.prune(pipeline.encode(path)[0], QUESTIONS[0], Pruning(keep=0.5)) for path in pictures]
     free = [made.ids for made in generate(pipeline.family, sets, 8)]
     stop = free[0][3]  # as if this token ended an answer: not all answers hold it at the same place
     together = generate(pipeline.family, sets, 8, eos_token_id=stop)
@@ -468,5 +475,5 @@ def test_ends_of_a_batch_are_cut_where_an_answer_ends(pipeline, pictures):
 
 
 def test_a_reply_holds_no_tensors(pipeline, pictures):
-    (reply,) = Bulk(pipeline, notice=silent).answer([asks(pictures)[0]], max_new_tokens=2)
+    (reply,) = pipeline.runner(notice=silent).answer([requests(pictures)[0]], max_new_tokens=2)
     assert not any(isinstance(value, torch.Tensor) for value in [*vars(reply).values(), *reply.record.values()])

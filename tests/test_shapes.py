@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from gridprune_cli.bench.measure import made_picture
+from gridprune_cli.bench.measure import sample_scene
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.settings import Pruning
@@ -54,7 +54,7 @@ def test_shapes_are_as_large_as_published(name, tmp_path):
 def test_a_shape_answers(name, tokens, separators, words):
     family = build(shrunk(name), torch.float32, "cpu", layers=2)
     pipeline = Pipeline(family)
-    (image,) = pipeline.encode([made_picture(pipeline.model)])
+    (image,) = pipeline.encoder.encode([sample_scene(pipeline.model)])
     assert image.count == tokens and torch.isfinite(image.saliency).all()
     pruned = pipeline.prune(image, "What is it?", Pruning(keep=1.0))
     assert len(pruned.image_embeds) == tokens + separators

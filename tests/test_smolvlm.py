@@ -13,5 +13,5 @@ def test_the_processor_needs_no_num2words(tmp_path, noise, monkeypatch):
     folder = make("smolvlm", tmp_path)
     monkeypatch.setattr(processing_smolvlm, "num2words", None)
     importlib.reload(smolvlm)
-    encoded = Pipeline(str(folder)).encode([noise((100, 100))])[0]
+    encoded = Pipeline(str(folder)).encoder.encode([noise((100, 100))])[0]
     assert encoded.prompt["placeholder"].count("<row_") == 16

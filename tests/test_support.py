@@ -140,7 +140,7 @@ def test_a_quantised_checkpoint_answers_as_in_transformers(family, kind, tmp_pat
     plain = type(tiny[1]).from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
     pipeline = Pipeline(str(tiny[0]))
     assert pipeline.family.dtype == torch.float32
-    pruned = pipeline.prune(pipeline.encode([picture])[0], QUESTION, Pruning(keep=1.0))
+    pruned = pipeline.prune(pipeline.encoder.encode([picture])[0], QUESTION, Pruning(keep=1.0))
     assert list(generate(pipeline.family, [pruned], 12)[0].ids) == expected
     with torch.no_grad():
         exact, found = plain(**given).logits[0, -1], logits(pipeline, pruned)
@@ -154,7 +154,7 @@ def test_a_quantised_checkpoint_computes_as_it_is_stored(tmp_path, noise, comman
         expected = tiny[1](**inputs(tiny, [picture])).logits[0, -1].float()
     pipeline = Pipeline(str(tiny[0]))
     assert pipeline.family.dtype == torch.bfloat16
-    found = logits(pipeline, pipeline.prune(pipeline.encode([picture])[0], QUESTION, Pruning(keep=1.0))).float()
+    found = logits(pipeline, pipeline.prune(pipeline.encoder.encode([picture])[0], QUESTION, Pruning(keep=1.0))).float()
     assert (found - expected).abs().max() < 2**-5 * expected.abs().max()
     picture.image.save(tmp_path / "a.png")
     code, out, err = command("ask", tmp_path / "a.png", QUESTION, "--model", tiny[0], "--dtype", "float32")

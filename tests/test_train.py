@@ -195,7 +195,7 @@ def test_the_compressor_learns_from_what_it_will_be_given(short, tmp_path):
     trained(tmp_path)
     pipeline = Pipeline(str(tmp_path / "out"), dtype="float32")
     seed, text = run.COMPRESSOR.first_seed, "Where is the star?"
-    image = pipeline.encode([Picture(draw(make_scene(seed))[0], "0" * 64, "scene", ())])[0]
+    image = pipeline.encoder.encode([Picture(draw(make_scene(seed))[0], "0" * 64, "scene", ())])[0]
     stored = torch.from_numpy(np.load(tmp_path / "work/compressor-saliency.npy")[0])
     assert torch.allclose(stored, image.saliency, rtol=0.1, atol=1e-4)
     models = (LlavaForConditionalGeneration, tmp_path / "out"), (CLIPModel, tmp_path / "out/clip")

@@ -68,7 +68,7 @@ def test_rows_are_what_the_language_model_is_given(family, noise, size):
     folder, whole, _ = family
     picture = noise(size)
     pipeline = Pipeline(str(folder), dtype="float32")
-    (image,) = pipeline.encode([picture])
+    (image,) = pipeline.encoder.encode([picture])
     pruned = pipeline.prune(image, QUESTION, COMPACT)
     request = to_vllm(pipeline.family, pruned)
     token = pipeline.family.image_token
@@ -93,7 +93,7 @@ def test_rows_and_prompt_alone_give_the_answer(family, noise, size):
     """As vLLM goes about it: the prompt written out, rows in the image tokens' place, positions from 0 on."""
     folder, whole, _ = family
     pipeline = Pipeline(str(folder), dtype="float32")
-    (image,) = pipeline.encode([noise(size)])
+    (image,) = pipeline.encoder.encode([noise(size)])
     pruned = pipeline.prune(image, QUESTION, COMPACT)
     request, token = to_vllm(pipeline.family, pruned), pipeline.family.image_token
     assert request.prompt_token_ids.tolist().count(token) == 1
@@ -133,7 +133,7 @@ def test_the_file_holds_the_request(run, noise, tmp_path, tiny_llava, dtype):
 
 def test_ids_follow_the_rows(llava, noise):
     picture, other = noise((100, 80)), noise((100, 80), seed=1)
-    image, second = llava.encode([picture, other])
+    image, second = llava.encoder.encode([picture, other])
 
     def ids(pruned):
         return to_vllm(llava.family, pruned).uuids
@@ -156,7 +156,7 @@ def test_ids_follow_the_rows(llava, noise):
 
 
 def test_several_images(llava, noise):
-    images = llava.encode([noise((100, 80)), noise((60, 90), seed=1)])
+    images = llava.encoder.encode([noise((100, 80)), noise((60, 90), seed=1)])
     three, apart = replace(COMPACT, tokens=3), {"template": "USER: {image} and {image} {question} ASSISTANT:"}
     pruned = llava.prune(images, QUESTION, three, **apart)
     request = to_vllm(llava.family, pruned)
@@ -175,7 +175,7 @@ def test_several_images(llava, noise):
 
 
 def test_positions_with_gaps_are_refused(llava, noise):
-    (image,) = llava.encode([noise((100, 80))])
+    (image,) = llava.encoder.encode([noise((100, 80))])
     original = replace(COMPACT, positions="original")
     with pytest.raises(BadInput, match=r"original positions.*prune with --positions compact"):
         to_vllm(llava.family, llava.prune(image, QUESTION, original))
@@ -185,14 +185,14 @@ def test_positions_with_gaps_are_refused(llava, noise):
 
 @pytest.mark.parametrize("pruning", [replace(COMPACT, ilp=0.2, ilp_layer=1), Pruning(method=make_method("fastv"))])
 def test_inner_pruning_is_refused(llava, noise, pruning):
-    (image,) = llava.encode([noise((100, 80))])
+    (image,) = llava.encoder.encode([noise((100, 80))])
     with pytest.raises(BadInput, match="inside the language model, which vLLM can't do"):
         to_vllm(llava.family, llava.prune(image, QUESTION, replace(pruning, positions="compact")))
 
 
 def test_every_family_goes_or_is_refused_with_a_reason(llava, noise):
     assert set(VLLM).isdisjoint(NOT_VLLM) and {*VLLM, *NOT_VLLM} == set(FAMILIES)
-    (image,) = llava.encode([noise((100, 80))])
+    (image,) = llava.encoder.encode([noise((100, 80))])
     pruned = llava.prune(image, QUESTION, COMPACT)
     for kind, reason in NOT_VLLM.items():
         stranger = SimpleNamespace(checkpoint=SimpleNamespace(family=kind))

@@ -1,6 +1,6 @@
 """Full against pruned: one question answered from all visual tokens and from the kept ones, in turn, both measured."""
 
-import hashlib
+import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,11 +14,13 @@ import torch
 from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
-from gridprune_cli.images import Picture
+from gridprune_cli.images import Source, load_image
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
+from gridprune_cli.runners.batches import Stopwatch
 from gridprune_cli.scenes.scene import SAMPLES, SIZE, draw, make_scene
-from gridprune_cli.settings import Pruning
+from gridprune_cli.selector import find_relevance
+from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import EncodedImage
 from gridprune_cli.vlm.checkpoint import EMBEDDED
 
@@ -44,7 +46,7 @@ class Spread:
 class Side:
     """One of the two ways to answer. Times are milliseconds.
 
-    localize       by a localiser that is a model, its own encoding of the picture among it; 0 without one
+    localize       by a localiser that is a model, reading and encoding the image among it; 0 without one
     decode         per token after the first
     answer         localize, select, prefill and decode together
     tokens         visual tokens
@@ -140,7 +142,7 @@ class _Run:
 
 def measure(
     pipeline: Pipeline,
-    picture: Picture,
+    source: Source,
     question: str,
     pruning: Pruning,
     *,
@@ -148,7 +150,7 @@ def measure(
     new_tokens: int,
     step: Callable[[], None] = lambda: None,
 ) -> Report:
-    """Encodes a picture and answers from all of its tokens and from the kept ones, `repeat` times each.
+    """Encodes an image and answers from all of its tokens and from the kept ones, `repeat` times each.
 
     Full and pruned take turns, and so does which of them is first; a first round of everything is not counted, since
     much is set up in it. `new_tokens` are generated, whatever the model wants to stop at. Each time relevance is
@@ -160,12 +162,12 @@ def measure(
     """
     if repeat < 1 or new_tokens < 2:
         raise BadInput("--repeat must be at least 1, and --new-tokens 2: the first token is part of the prefill")
-    family = pipeline.family
-    pipeline.find_relevance(pruning)
+    family, picture = pipeline.family, load_image(source)
+    find_relevance(family, pruning)
     held = {"tower", "projector", "language"} <= family._loaded.keys()
     start = time.perf_counter()
     family.load("tower", "projector", "language")
-    if localizer := pipeline.localizer(pruning):
+    if localizer := pipeline.localizers.find(pruning):
         localizer.family.load("tower", "projector", "language")
     if pruning.needs_relevance:
         family.relevance.load()
@@ -175,11 +177,12 @@ def measure(
     for _ in range(repeat + 1):
         _reset_peak(family.device)
         start = time.perf_counter()
-        (image,) = pipeline.encode([picture])
+        (image,) = pipeline.encoder.encode([picture])
         encodes.append(_since(start))
         peaks.append(_peak(family.device))
         step()
 
+    image = replace(image, source=source)  # a localiser sees the picture anew
     whole = Pruning(keep=1.0, method=make("uniform"), positions=pruning.positions)
     rounds = []
     for turn in range(repeat + 1):
@@ -187,7 +190,7 @@ def measure(
         ways = (("full", whole), ("pruned", fresh))
         runs = {}
         for name, kept in ways if turn % 2 else reversed(ways):
-            runs[name] = _answer(pipeline, picture, image, question, kept, new_tokens)
+            runs[name] = _answer(pipeline, image, question, kept, new_tokens)
             step()
         rounds.append(runs)
     full, pruned = ([runs[name] for runs in rounds[1:]] for name in ("full", "pruned"))
@@ -227,31 +230,30 @@ def measure(
     )
 
 
-def made_picture(model: str) -> Picture:
-    """A picture to measure with: a scene, as it is for the embedded model, else enlarged to 672 x 672 pixels."""
+def sample_scene(model: str) -> bytes:
+    """An image file to measure with: a scene, as it is for the embedded model, else enlarged to 672 x 672 pixels."""
     side = SIZE if model == EMBEDDED else _SIDE
-    image = draw(make_scene(SAMPLES))[0].resize((side, side))
-    return Picture(image, hashlib.sha256(image.tobytes()).hexdigest(), f"a scene of {side} x {side} pixels")
+    png = io.BytesIO()
+    draw(make_scene(SAMPLES))[0].resize((side, side)).save(png, "PNG")
+    return png.getvalue()
 
 
-def _answer(
-    pipeline: Pipeline, picture: Picture, image: EncodedImage, question: str, pruning: Pruning, new_tokens: int
-) -> _Run:
-    device = pipeline.family.device
+def _answer(pipeline: Pipeline, image: EncodedImage, question: str, pruning: Pruning, new_tokens: int) -> _Run:
+    """One answer from an encoded image, measured."""
+    device, stopwatch = pipeline.family.device, Stopwatch()
     _reset_peak(device)
-    localized, localize = None, 0.0
-    if localizer := pipeline.localizer(pruning):
-        start = time.perf_counter()
-        localized = localizer.name_regions(localizer.encode([picture]), [question], pruning)
-        localize = _since(start)
-    start = time.perf_counter()
-    pruned = pipeline.prune(image, question, pruning, localized=localized)
-    select = _since(start)
-    (made,) = generate(pipeline.family, [pruned], new_tokens, min_new_tokens=new_tokens)
-    kept = len(pruned.kept)
-    inside = pruned.schedule.tokens if pruned.schedule else ()
-    prompt = len(pruned.input_ids)
-    return _Run(kept, inside, prompt, localize, select, made.prefill, made.decode, _peak(device))
+    pruned = pipeline.runner(stopwatch=stopwatch).prune_one(Request((image,), question, pruning)).pruned
+    (generated,) = generate(pipeline.family, [pruned], new_tokens, min_new_tokens=new_tokens)
+    return _Run(
+        tokens=len(pruned.kept),
+        inside=pruned.schedule.tokens if pruned.schedule else (),
+        prompt=len(pruned.input_ids),
+        localize=stopwatch.ms.get("localize", 0.0),
+        select=stopwatch.ms["select"],
+        prefill=generated.prefill,
+        decode=generated.decode,
+        peak=_peak(device),
+    )
 
 
 def _since(start: float) -> float:

@@ -16,9 +16,9 @@ from gridprune_cli.errors import BadInput, GridpruneError
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.questions import Item, Reader
-    from gridprune_cli.runners.local import Ask, Pruned, Reply
+    from gridprune_cli.runners.local import Pruned, Reply
     from gridprune_cli.runners.ray import Ray
-    from gridprune_cli.settings import Pruning
+    from gridprune_cli.settings import Pruning, Request
 
 WINDOW = 16  # batches of questions that are looked at together, to find those of one image and of like length
 
@@ -63,33 +63,32 @@ def batch(
 
     A line that fails gives a line with `error` and `error_type`, and the rest goes on.
     """
+    from gridprune_cli.builder import remarks
     from gridprune_cli.questions import Done, Reader
-    from gridprune_cli.runners.local import Bulk
 
     set_quiet(quiet)
     check_results(output, resume, file)
     done = Done(resume) if resume else None
     reader = Reader(file, done=done, mine=options.in_shard(shard))
     tally = Tally()
-    given = dict(**prompt, max_new_tokens=max_new_tokens, **generation)
-    bulk = Bulk(pipeline, questions=batch_size, notice=say)
+    runner = pipeline.runner(questions=batch_size, notice=say)
 
-    def answers(asks: list["Ask"]) -> "Iterator[Reply | GridpruneError]":
+    def answers(requests: list["Request"]) -> "Iterator[Reply | GridpruneError]":
         if engine:
-            return engine.answer(pipeline, asks, batch=batch_size, notice=say, **given)
-        return bulk.answer(asks, **given)
+            return engine.answer(runner, requests, max_new_tokens=max_new_tokens, **generation)
+        return runner.answer(requests, max_new_tokens=max_new_tokens, **generation)
 
     try:
         with pipeline, lines_to(resume or output) as write, progress("answering", reader.count()) as step:
             most = None if engine else WINDOW * batch_size  # Ray starts once, so its lines are read before
-            for item, result in work(reader, pruning, answers, most, fail_fast):
+            for item, result in work(reader, pruning, prompt, answers, most, fail_fast):
                 write(line(item, result))
                 step(tally.count(result, reader.skipped), tally.status())
     except KeyboardInterrupt:
         where = f"--resume {resume or output}" if resume or output else "--resume FILE, with what was printed in FILE"
         say(f"interrupted after {tally.done} lines; to go on, give the same command with {where}")
         raise
-    for note in pipeline.remarks(pruning):
+    for note in remarks(pipeline.family, pruning):
         say(note)
     say(tally.summary(reader.skipped))
     if failed := tally.failed + (done.failed if done else 0):
@@ -110,33 +109,34 @@ def check_results(output: Path | None, resume: Path | None, file: str) -> None:
 
 
 def work(
-    reader: "Reader", pruning: "Pruning", results: Any, most: int | None, fail_fast: bool
+    reader: "Reader", pruning: "Pruning", prompt: dict[str, Any], results: Any, most: int | None, fail_fast: bool
 ) -> "Iterator[tuple[Item, Any]]":
     """Every line and what came of it, in turn. `results` makes the results of questions, in turn.
 
     It is given `most` lines at a time, of those that are there; None: all of them at once.
     """
     from gridprune_cli.questions import windows
-    from gridprune_cli.runners.local import Ask
+    from gridprune_cli.settings import Request
 
     told: set[str] = set()  # a note that fits many images is made once
     for window in windows(reader, most, lambda item: item.size) if most else [list(reader)]:
-        asks = [
-            Ask(
+        requests = [
+            Request(
                 tuple(reader.place(image) for image in item.images),
                 item.question,
                 pruning if item.keep is None else replace(pruning, keep=item.keep, tokens=None),
+                **prompt,
             )
             for item in window
             if item.fault is None
         ]
-        made = results(asks)
+        outcomes = results(requests)
         for item in window:
-            result = next(made) if item.fault is None else BadInput(item.fault)
+            result = next(outcomes) if item.fault is None else BadInput(item.fault)
             if isinstance(result, GridpruneError):
                 tell(item, result, fail_fast)
             else:
-                for name, note in result.notes:
+                for name, note in result.image_notes:
                     if note not in told:
                         say(f"{name}: {note}")
                         told.add(note)

@@ -77,17 +77,25 @@ def bench(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure what an answer costs from all visual tokens and from the kept ones: time, memory, operations."""
+    from dataclasses import replace
+
     import torch
 
-    from gridprune_cli.bench.measure import made_picture, measure
+    from gridprune_cli.bench.measure import measure, sample_scene
+    from gridprune_cli.builder import remarks
     from gridprune_cli.images import load_image, read_source
+    from gridprune_cli.selector import relevance_source
 
     set_quiet(quiet)
-    given = load_image(read_source(image)) if image else None  # a bad picture is told before anything is built
+    source = read_source(image) if image else None
+    picture = load_image(source) if source else None  # a bad picture is reported before anything is built
     pipeline = opened()
-    picture = given or made_picture(pipeline.model)
+    if source is None or picture is None:
+        source = sample_scene(pipeline.model)
+        picture = load_image(source)
+        picture = replace(picture, name=f"a scene of {picture.image.width} x {picture.image.height} pixels")
     with progress("measuring", 3 * (repeat + 1)) as step:
-        report = measure(pipeline, picture, question, pruning, repeat=repeat, new_tokens=new_tokens, step=step)
+        report = measure(pipeline, source, question, pruning, repeat=repeat, new_tokens=new_tokens, step=step)
     device = pipeline.family.device
     place = {
         "model": pipeline.model,
@@ -97,7 +105,10 @@ def bench(
     }
     if json:
         asked = {"image": picture.name, "question": question, "method": pruning.method.name}
-        of_relevance = {"relevance": pipeline.relevance_source(pruning), "notes": list(pipeline.remarks(pruning))}
+        of_relevance = {
+            "relevance": relevance_source(pipeline.family, pruning),
+            "notes": list(remarks(pipeline.family, pruning)),
+        }
         emit_json(place | asked | of_relevance | {"repeat": repeat, "new_tokens": new_tokens} | report.to_json())
         return
     where = place["device"] if device.startswith("cuda") else f"{device}, {place['threads']} threads"
@@ -108,7 +119,7 @@ def bench(
         f"{report.achieved:.2f} of the ratio.\n"
         f"Selecting takes {report.selecting.median:.1%} of the pruned prefill."
     )
-    for note in pipeline.remarks(pruning):
+    for note in remarks(pipeline.family, pruning):
         say(note)
 
 

@@ -54,20 +54,21 @@ def encode(
     images = [image for image in find_images(listed) if mine is None or mine(str(image))]
     if dry_run:
         pipeline.store.writable = False
-    if dry_run or may_lack_room(pipeline, pipeline.store, images):
+    if dry_run or may_lack_room(pipeline.encoder, pipeline.store, images):
         with progress("looking", len(images)) as step:
-            expected = forecast(pipeline, pipeline.store, images, refresh=refresh, step=step)
+            expected = forecast(pipeline.encoder, pipeline.store, images, refresh=refresh, step=step)
         if dry_run:
             _print(expected, json)
-        check_room(expected, pipeline.store.root, pipeline.storage)
+        check_room(expected, pipeline.store.root, pipeline.encoder.cache_dtype)
     if dry_run:
         return
     done = hits = failed = size_of_new = 0
     told: set[str] = set()  # a remark that fits many images is made once
     start = time.perf_counter()
-    encode_all = partial(engine.encode, pipeline) if engine else pipeline.encode_all
+    runner = pipeline.runner(images=batch_size, notice=say)
+    encode_all = partial(engine.encode, runner) if engine else partial(runner.encode, store=True)
     with pipeline, progress("encoding", len(images)) as step:
-        for name, result, hit in encode_all(images, batch=batch_size, refresh=refresh, notice=say):
+        for name, result, hit in encode_all(images, refresh=refresh):
             if isinstance(result, GridpruneError):
                 failed += 1
                 warn(str(result))

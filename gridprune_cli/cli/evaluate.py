@@ -53,6 +53,7 @@ def evaluate(
     quiet: options.Quiet = False,
 ) -> None:
     """Compare methods at equal K on the same questions, with all tokens as the measure."""
+    from gridprune_cli.builder import remarks
     from gridprune_cli.evaluation.data import open_data
     from gridprune_cli.evaluation.metrics import METRICS
     from gridprune_cli.evaluation.run import Plan, fill, resume
@@ -66,7 +67,7 @@ def evaluate(
         rows = resume(pipeline, plan, output)
         if rows:
             say(f"{output}: going on after {len(rows)} of {plan.count} answers")
-        for remark in dict.fromkeys(remark for cell in cells for remark in pipeline.remarks(cell.pruning)):
+        for remark in dict.fromkeys(remark for cell in cells for remark in remarks(pipeline.family, cell.pruning)):
             say(remark)
         try:
             with progress("answering", plan.count - len(rows)) as step:
@@ -160,14 +161,14 @@ def _write(pipeline: "Pipeline", plan: "Plan", rows: "Rows", folder: Path) -> No
     from gridprune_cli.evaluation.run import encode, prune
     from gridprune_cli.figure import draw
 
+    runner = pipeline.runner(questions=plan.batch)
     results = plan.settings(pipeline) | summarise(plan, rows)
     table = markdown(results)
 
     def picture(cell: "Cell", item: "Item", answer: str) -> "Image.Image":
-        encoded = encode(pipeline, plan.data, [item], {})
-        (image,) = item.images
-        (pruned,) = prune(pipeline, plan, [cell.settled(encoded[image, False].image)], [item], encoded)
-        return draw(figure_of(plan.data.find(image), pruned, answer))
+        encoded = encode(runner, plan.data, [item], {})
+        (pruned,) = prune(runner, plan, cell, [item], encoded)
+        return draw(figure_of(plan.data.find(item.images[0]), pruned, answer))
 
     write_atomic(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode(), sync=True)
     write_atomic(folder / "results.md", table.encode("utf-8", "backslashreplace"), sync=True)

@@ -13,7 +13,7 @@ from gridprune_cli.cli.output import emit_json, emit_text, open_stdin, progress,
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
-    from gridprune_cli.runners.local import Bulk
+    from gridprune_cli.runners.local import Runner
     from gridprune_cli.tokens import PrunedSet
 
 WINDOW = 128  # files that are held together, to find those of like length
@@ -47,23 +47,23 @@ def generate(
     Of several files, one that can't be answered from is named, and the rest goes on.
     """
     from gridprune_cli.pipeline import Pipeline
-    from gridprune_cli.runners.local import Bulk, in_order
+    from gridprune_cli.runners.batches import in_order
 
     set_quiet(quiet)
     if files.count(Path("-")) > 1:
         raise BadInput("-: stdin can be read once only")
-    bulks: dict[str, Bulk] = {}
+    runners: dict[str, Runner] = {}
 
-    def bulk(name: str) -> Bulk:
-        if name not in bulks:
-            bulks[name] = Bulk(Pipeline(name, device=device, dtype=dtype), questions=batch_size, notice=say)
-        return bulks[name]
+    def runner_of(name: str) -> "Runner":
+        if name not in runners:
+            runners[name] = Pipeline(name, device=device, dtype=dtype).runner(questions=batch_size, notice=say)
+        return runners[name]
 
     failed = 0
     with progress("answering", len(files)) as step:
         for window in _windows(files):
             sets = [_load(path) for path in window]
-            answers = in_order(_answers(sets, model, bulk, max_new_tokens))
+            answers = in_order(_answers(sets, model, runner_of, max_new_tokens))
             for path, pruned, answer in zip(window, sets, answers, strict=True):
                 if isinstance(answer, GridpruneError):
                     if len(files) == 1:
@@ -100,7 +100,7 @@ def _windows(paths: Sequence[Path]) -> Iterator[list[Path]]:
 def _answers(
     sets: "Sequence[PrunedSet | GridpruneError]",
     model: str | None,
-    bulk: "Callable[[str], Bulk]",
+    runner_of: "Callable[[str], Runner]",
     max_new_tokens: int,
 ) -> "Iterator[tuple[int, str | GridpruneError]]":
     """Index and answer of every set, model by model. A set that could not be read is its own answer."""
@@ -112,9 +112,9 @@ def _answers(
             groups.setdefault(model or pruned.model, []).append((index, pruned))
     for name, group in groups.items():
         try:
-            answers = bulk(name).generate([pruned for _, pruned in group], max_new_tokens=max_new_tokens)
+            answers = runner_of(name).generate([pruned for _, pruned in group], max_new_tokens=max_new_tokens)
             for at, answer in answers:
-                yield group[at][0], answer
+                yield group[at][0], answer if isinstance(answer, GridpruneError) else answer.text
         except GridpruneError as fault:  # the model can't be opened or loaded
             for index, _ in group:
                 yield index, fault

@@ -161,7 +161,7 @@ def pipeline(
         store=store,
         device=device,
         dtype=dtype,
-        storage=storage,
+        cache_dtype=storage,
         flag=choice.flag,
     )
 

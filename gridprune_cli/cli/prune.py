@@ -51,6 +51,8 @@ def prune(
 ) -> None:
     """Save the visual tokens that a question needs, with the prompt, as one safetensors file."""
     from gridprune_cli.cache.files import write_atomic
+    from gridprune_cli.pipeline import cache_outcome
+    from gridprune_cli.settings import Request
 
     set_quiet(quiet)
     if batch is not None:
@@ -64,17 +66,13 @@ def prune(
         raise BadInput("name an image and a question, or --batch FILE; see `gridprune prune --help`")
     check_target(output, "--output")
     sources, asked = read_inputs(images, question)
-    pipeline.find_relevance(pruning)
     with pipeline:
-        localized = pipeline.localize(sources, asked, pruning)
-        found = [pipeline.encode_one(source, several=len(sources) > 1) for source in sources]
-    pruned = pipeline.prune([image for image, _ in found], asked, pruning, **prompt, localized=localized)
+        result = pipeline.runner().prune_one(Request(tuple(sources), asked, pruning, **prompt))
+    pruned = result.pruned
     data = pruned.to_bytes()
     write_atomic(output, data, sync=True)
     if json:
-        hits_and_misses = ["hit" if hit else "miss" for _, hit in found]
-        cache = hits_and_misses[0] if len(hits_and_misses) == 1 else hits_and_misses
-        emit_json(pruned.to_json() | {"cache": cache, "file": str(output), "bytes": len(data)})
+        emit_json(pruned.to_json() | {"cache": cache_outcome(result.hits), "file": str(output), "bytes": len(data)})
     for note in pruned.notes:
         say(note)
     say(f"{output}: {pruned.counts}, {size(len(data))}")
@@ -91,18 +89,19 @@ def prune_lines(
     json: bool,
 ) -> None:
     """Writes a pruned set for every line. One that fails is named, and the rest goes on."""
+    from gridprune_cli.builder import remarks
     from gridprune_cli.cache.files import write_atomic
     from gridprune_cli.questions import Reader
-    from gridprune_cli.runners.local import Bulk, in_order
+    from gridprune_cli.runners.batches import in_order
 
     if not os.path.isdir(folder):
         raise BadInput(f"--output {folder}: with --batch, a folder; make it first")
     reader = Reader(file, mine=options.in_shard(shard))
-    bulk, tally = Bulk(pipeline, notice=say), Tally()
+    runner, tally = pipeline.runner(notice=say), Tally()
     written: set[Path] = set()
     with pipeline, progress("pruning", reader.count()) as step:
-        made = work(reader, pruning, lambda asks: in_order(bulk.prune(asks, **prompt)), _WINDOW, fail_fast)
-        for item, result in made:
+        results = work(reader, pruning, prompt, lambda requests: in_order(runner.prune(requests)), _WINDOW, fail_fast)
+        for item, result in results:
             if not isinstance(result, GridpruneError):
                 try:
                     path = _target(folder, item.id, written)
@@ -120,7 +119,7 @@ def prune_lines(
             if json:
                 emit_json(line)
             step(tally.count(result, reader.skipped), tally.status())
-    for note in pipeline.remarks(pruning):
+    for note in remarks(pipeline.family, pruning):
         say(note)
     say(tally.summary(0))
     if tally.failed:

@@ -35,11 +35,8 @@ def show(
     set_quiet(quiet)
     check_target(output, "--output")
     (source,), asked = read_inputs([image], question)
-    pipeline.find_relevance(pruning)
     with pipeline:
-        localized = pipeline.localize(source, asked, pruning)
-        encoded, _ = pipeline.encode_one(source)
-    pruned = pipeline.prune(encoded, asked, pruning, localized=localized)
+        pruned = pipeline.prune(source, asked, pruning)
     if output is None:
         put(coarse(figure_of(source, pruned, None), colour=stdout().isatty() and not os.environ.get("NO_COLOR")))
     else:

@@ -11,11 +11,11 @@ from gridprune_cli.cache.files import write_atomic
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.evaluation.data import Data, Item, one_or_all
 from gridprune_cli.evaluation.metrics import METRICS
-from gridprune_cli.generation import generate
-from gridprune_cli.images import open_source
-from gridprune_cli.pipeline import Asked, Pipeline
+from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make
-from gridprune_cli.settings import Pruning
+from gridprune_cli.runners.batches import in_order, result_or_raise
+from gridprune_cli.runners.local import Runner
+from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.text import to_json
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
@@ -30,11 +30,9 @@ class Cell:
     pruning: Pruning
 
     def options(self) -> dict[str, Any]:
-        """Everything that the pruning has beside the method's name and K: the method's options, and its own."""
-        own = {f.name: getattr(self.pruning, f.name) for f in fields(Pruning)}
-        for name in ("keep", "tokens", "method"):
-            del own[name]
-        return asdict(self.pruning.method) | _plain(own)
+        """Everything that the pruning has beside the method's name and K: the method's options, and its settings."""
+        names = [field.name for field in fields(Pruning) if field.name not in ("keep", "tokens", "method")]
+        return asdict(self.pruning.method) | _plain({name: getattr(self.pruning, name) for name in names})
 
     def settled(self, key: str) -> "Cell":
         """This cell for one image: a method with a seed gets the image's own, since one draw for all would be luck."""
@@ -99,7 +97,7 @@ class Plan:
             "relevance_digest": family.clip.identity if relevance and family.clip else None,
             "device": str(family.device),
             "dtype": str(family.dtype).removeprefix("torch."),
-            "storage": pipeline.storage,
+            "storage": pipeline.encoder.cache_dtype,
             "metric": self.metric,
             "suffix": self.suffix,
             "prompt": self.prompt,
@@ -164,38 +162,36 @@ def answers(pipeline: Pipeline, plan: Plan, rows: Rows) -> Iterator[list[dict[st
     Questions about one image follow each other, so that it is encoded once. A batch that was answered in part is
     answered again whole: its answers must not depend on where a run stopped.
     """
+    runner = pipeline.runner(questions=plan.batch)
     encoded: Encoded = {}
     for batch in _batches(plan):
         todo = [cell for cell in plan.cells if any(place(cell, item) not in rows for item in batch)]
         if todo:
-            encoded = encode(pipeline, plan.data, batch, encoded)
+            encoded = encode(runner, plan.data, batch, encoded)
         for cell in todo:
-            cells = [cell.settled(encoded[_uses(item)[0]].image) for item in batch]
-            sets = prune(pipeline, plan, cells, batch, encoded)
+            sets = prune(runner, plan, cell, batch, encoded)
+            generated = in_order(runner.generate(sets, max_new_tokens=plan.max_new_tokens))
             lines = []
-            for item, own, pruned, made in zip(
-                batch, cells, sets, generate(pipeline.family, sets, plan.max_new_tokens), strict=True
-            ):
+            for item, pruned, answer in zip(batch, sets, generated, strict=True):
+                text = result_or_raise(answer).text
                 if place(cell, item) not in rows:
-                    lines.append(_line(plan, item, own, pruned, made.text))
+                    settled = cell.settled(encoded[_uses(item)[0]].image)
+                    lines.append(_line(plan, item, settled, pruned, text))
                     rows[place(cell, item)] = _row(lines[-1])
             yield lines
 
 
-def prune(pipeline: Pipeline, plan: Plan, cells: list[Cell], batch: list[Item], encoded: "Encoded") -> list[PrunedSet]:
-    """The pruned sets of a batch of questions, each under the cell as it is settled for its image."""
-    sources = [[plan.data.find(image) for image in item.images] for item in batch]
-    localized = pipeline.localize_each(sources, [item.question for item in batch], cells[0].pruning)
-    asked = [
-        Asked(
-            tuple(encoded[use] for use in _uses(item)),
-            f"{item.question}\n{plan.suffix}" if plan.suffix else item.question,
-            replace(cell.pruning, query=cell.pruning.query or item.question),
-            said,
+def prune(runner: Runner, plan: Plan, cell: Cell, batch: list[Item], encoded: "Encoded") -> list[PrunedSet]:
+    """The pruned sets of a batch of questions under a cell. Raises the error of the first that fails."""
+    requests = []
+    for item in batch:
+        images = tuple(encoded[use] for use in _uses(item))
+        pruning = cell.settled(images[0].image).pruning
+        question = f"{item.question}\n{plan.suffix}" if plan.suffix else item.question
+        requests.append(
+            Request(images, question, replace(pruning, query=pruning.query or item.question), **plan.prompt)
         )
-        for item, cell, said in zip(batch, cells, localized, strict=True)
-    ]
-    return pipeline.prune_each(asked, **plan.prompt)
+    return [result_or_raise(result).pruned for result in in_order(runner.prune(requests))]
 
 
 def _batches(plan: Plan) -> list[list[Item]]:
@@ -214,14 +210,18 @@ def _uses(item: Item) -> list[tuple[str, bool]]:
     return [(image, len(item.images) > 1) for image in item.images]
 
 
-def encode(pipeline: Pipeline, data: Data, batch: list[Item], before: Encoded) -> Encoded:
-    """The encoded images of a batch: from the batch before, from the cache, and the rest through the tower together."""
+def encode(runner: Runner, data: Data, batch: list[Item], before: Encoded) -> Encoded:
+    """The encoded images of a batch: from the batch before, from the cache, and the rest through the tower together.
+
+    Raises BadInput for an image that can't be read.
+    """
     uses = dict.fromkeys(use for item in batch for use in _uses(item))
     encoded = {use: before[use] for use in uses if use in before}
     for several in (False, True):
         new = [use for use in uses if use not in before and use[1] == several]
-        images = pipeline.encode_files([open_source(data.find(image), image) for image, _ in new], several)
-        encoded |= zip(new, images, strict=True)
+        results = runner.encode([data.find(image) for image, _ in new], several=several)
+        for use, (_, result, _) in zip(new, results, strict=True):
+            encoded[use] = replace(result_or_raise(result), name=use[0])
     return encoded
 
 
@@ -265,8 +265,8 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "__dataclass_fields__"):
         return _plain(asdict(value))
     if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, (list, tuple, set, frozenset)) else value
+        return {str(name): _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple, set, frozenset)) else value
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from PIL import Image
 from gridprune_cli.cache.files import canonical
 from gridprune_cli.cli import options
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.generation import generate
-from gridprune_cli.tokens import PrunedSet
+from gridprune_cli.runners.batches import result_or_raise
+from gridprune_cli.selector import find_relevance
+from gridprune_cli.settings import Request
 
 _PLACEHOLDER = "<image>"
 _AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # modes that PNG holds as they are
@@ -62,8 +63,9 @@ class GridpruneModel(lmms):
             given["cache_dir"] = Path(given["cache_dir"])
         self.pipeline = options.pipeline(model=pretrained, **{n: v for n, v in given.items() if n in of_model})
         self.pruning = options.pruning(**{n: v for n, v in given.items() if n in of_pruning})
-        self.pipeline.find_relevance(self.pruning)
+        find_relevance(self.pipeline.family, self.pruning)
         self.batch = int(batch_size)
+        self.runner = self.pipeline.runner(images=self.batch, questions=self.batch)
         self.first_line = query_lines == "first"
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
@@ -74,20 +76,19 @@ class GridpruneModel(lmms):
                 group = list(alike)
                 for start in range(0, len(group), self.batch):
                     batch = group[start : start + self.batch]
-                    sets = [self._prune(request) for request in batch]
                     settings, stops = _settings(batch[0].args[1])
-                    answers += [_cut(made.text, stops) for made in generate(self.pipeline.family, sets, **settings)]
+                    replies = self.runner.answer([self._request(instance) for instance in batch], **settings)
+                    answers += [_until(result_or_raise(reply).text, stops) for reply in replies]
         return answers
 
-    def _prune(self, request: Instance) -> PrunedSet:
-        context, _, to_images, document, task, split = request.args
+    def _request(self, instance: Instance) -> Request:
+        context, _, to_images, document, task, split = instance.args
         images = to_images(self.task_dict[task][split][document])
         if not images or not all(isinstance(image, Image.Image) for image in images):
             raise GridpruneError(f"{task}, document {document}: gridprune answers about images, and about nothing else")
-        encoded = [self.pipeline.encode_one(_bytes(image), several=len(images) > 1)[0] for image in images]
         text = context.replace(f"{_PLACEHOLDER}\n", "").replace(_PLACEHOLDER, "").strip()
         query = self.pruning.query or (text.partition("\n")[0] if self.first_line else text)
-        return self.pipeline.prune(encoded, text, replace(self.pruning, query=query))
+        return Request(tuple(_bytes(image) for image in images), text, replace(self.pruning, query=query))
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise GridpruneError("the model gridprune generates; tasks that compare likelihoods can't be run with it")
@@ -113,7 +114,7 @@ def _settings(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return settings, [stops] if isinstance(stops, str) else list(stops)
 
 
-def _cut(text: str, stops: Sequence[str]) -> str:
+def _until(text: str, stops: Sequence[str]) -> str:
     for stop in stops:
         if stop:
             text = text.partition(stop)[0]

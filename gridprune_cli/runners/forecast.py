@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gridprune_cli.cache.store import Store
+from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput
 from gridprune_cli.images import identify, load_image, measure
-from gridprune_cli.pipeline import Pipeline
 
 HEADER = 2048  # bytes of a file beside its tensors and the text that stands for the image
 SAMPLE = 256  # images whose sizes speak for all
@@ -45,7 +45,7 @@ class Forecast:
 
 
 def forecast(
-    pipeline: Pipeline,
+    encoder: Encoder,
     store: Store,
     images: Sequence[Path],
     *,
@@ -65,15 +65,15 @@ def forecast(
             continue
         try:
             sha256, name, data = identify(image)
-            if not pipeline.chosen:
-                pipeline.check(load_image(data, name))
-            key = pipeline.key(sha256)
-            there = store.bytes_of(pipeline.encoder, key)
+            if encoder.scenes_only:
+                encoder.check(load_image(data, name))
+            key = encoder.key(sha256)
+            there = store.bytes_of(encoder.identity(), key)
             if key in seen or (there is not None and not refresh):
                 hits += 1
                 total += 0 if key in seen else there or 0
             else:
-                size = entry_bytes(pipeline, measure(data, name))
+                size = entry_bytes(encoder, measure(data, name))
                 encode, written, total, growth = encode + 1, written + size, total + size, growth + size - (there or 0)
             seen.add(key)
         except (BadInput, ValueError):
@@ -84,30 +84,27 @@ def forecast(
     )
 
 
-def may_lack_room(pipeline: Pipeline, store: Store, images: Sequence[Path]) -> bool:
+def may_lack_room(encoder: Encoder, store: Store, images: Sequence[Path]) -> bool:
     """Whether a closer look is due: by the headers of some images, all of them, none of them cached, would not fit."""
     sizes = []
     for image in images[:: -(-len(images) // SAMPLE)] if images else ():
         if not os.path.isfile(image):  # a pipe, as the shell's <(...) is, can be read only once
             continue
         try:
-            sizes.append(entry_bytes(pipeline, measure(image)))
+            sizes.append(entry_bytes(encoder, measure(image)))
         except (BadInput, ValueError):
             continue
     total = sum(sizes) / max(1, len(sizes)) * len(images)
     return total > free_bytes(store.root) or (store.limit is not None and total > store.limit)
 
 
-def entry_bytes(pipeline: Pipeline, size: tuple[int, int]) -> int:
+def entry_bytes(encoder: Encoder, size: tuple[int, int]) -> int:
     """Bytes of the entry of a picture of a width and height, about. ValueError where the family can't process it."""
-    family = pipeline.family
+    family = encoder.family
     number, token = family.dtype.itemsize, family.processor.tokenizer.convert_ids_to_tokens(family.image_token)
-    vision_features = (
-        family.width * number if pipeline.storage == "full" else family.width + 4
-    )  # a byte each, and a scale
-    return HEADER + family.count_placeholders(size) * (
-        vision_features + number + 4 + len(token)
-    )  # with saliency, slot and text
+    width = family.width * number if encoder.cache_dtype == "full" else family.width + 4  # a byte each, and a scale
+    per_token = width + number + 4 + len(token)  # with saliency, place in the map, and text of the placeholder
+    return HEADER + family.count_placeholders(size) * per_token
 
 
 def free_bytes(folder: Path) -> int:

@@ -1,10 +1,10 @@
-"""Ray as the engine: many images and many questions on the workers of a machine or of a cluster.
+"""Ray runs it: many images and many questions on the workers of a machine or of a cluster.
 
-Work is cut into parts of one batch, and each goes through two stages of Ray Data that scale apart: tasks, on whatever
-CPUs are free, read images and decode those that are not in the cache; workers, a model each and a GPU each where there
-are GPUs, run `Bulk` on them and write to the shared cache. Parts come back in any order, and are given in that of the
-input. A part whose process dies is done again: entries are whole or not there, so what it had written is a hit by then,
-and what it had not is made anew. Nothing is given twice, since a part is given once it is done.
+Work is cut into batches, and each goes through two stages of Ray Data that scale apart: tasks, on whatever CPUs are
+free, read images and decode those that are not in the cache; workers, a model each and a GPU each where there are GPUs,
+run a `Runner` on them and write to the shared cache. Batches come back in any order, and are given in that of the
+input. A batch whose process dies is done again: entries of the cache are whole or not there, so what it had written is
+a hit by then, and what it had not is encoded anew. Nothing is given twice, since a batch is given once it is done.
 
 Device and dtype are those of the process that calls. Images, model, cache and working folder are to lie under the same
 paths on all machines. This module needs no torch, so that the processes that decode start quickly.
@@ -27,15 +27,16 @@ from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.images import Picture, identify, load_image
 
 if TYPE_CHECKING:
-    from gridprune_cli.pipeline import Pipeline
-    from gridprune_cli.runners.local import Ask, Bulk, Reply
+    from gridprune_cli.encoder import Encoder
+    from gridprune_cli.runners.local import Reply, Runner
+    from gridprune_cli.settings import Request
 
-_TOGETHER = 4  # parts that a worker takes at once: it reads and writes one while its model is at another
-_MOST_PIXELS = 100_000_000  # of a part that are handed over decoded, about 300 MB; the worker decodes the rest
+_TOGETHER = 4  # batches that a worker takes at once: it reads and writes one while its model is at another
+_MOST_PIXELS = 100_000_000  # of a batch that are handed over decoded, about 300 MB; the worker decodes the rest
 _CPUS = 4  # per worker, where there are no GPUs and nothing is said
 
 T = TypeVar("T")
-Job = Callable[["Bulk", list[Any]], list[Any]]  # gives a result for each item
+Job = Callable[["Runner", list[Any]], list[Any]]  # gives a result for each item
 
 
 @dataclass(frozen=True)
@@ -63,101 +64,95 @@ class Ray:
 
     def __post_init__(self) -> None:
         if missing := [name for name in ("ray", "pyarrow", "pandas") if find_spec(name) is None]:
-            raise BadInput(f"--engine ray: {' and '.join(missing)} missing; pip install 'gridprune[ray]'")
+            raise BadInput(
+                f"{' and '.join(missing)} missing; pip install 'gridprune[ray]'", field="engine", value="ray"
+            )
 
     def encode(
-        self,
-        pipeline: "Pipeline",
-        images: Sequence[str | Path],
-        *,
-        batch: int = 16,
-        refresh: bool = False,
-        notice: Callable[[str], None],
+        self, runner: "Runner", images: Sequence[str | Path], *, refresh: bool = False
     ) -> Iterator[tuple[str, Encoded | GridpruneError, bool]]:
-        """As `Pipeline.encode_all`; the encoded images themselves stay in the cache."""
+        """As `runner.encode` with `store`; the encoded images themselves stay in the cache."""
         names = [str(image) for image in images]
         job = partial(_encode, refresh=refresh)
-        return self._run(pipeline, names, lambda name: (name,), batch, job, notice, refresh)
+        return self._run(runner, names, lambda name: (name,), runner.batch_sizes[0], job, refresh)
 
     def answer(
-        self,
-        pipeline: "Pipeline",
-        asks: Sequence["Ask"],
-        *,
-        batch: int = 32,
-        notice: Callable[[str], None],
-        **given: Any,
+        self, runner: "Runner", requests: Sequence["Request"], **options: Any
     ) -> "Iterator[Reply | GridpruneError]":
-        """As `Bulk.answer`, with questions about one image close together, so that they share a worker.
+        """As `runner.answer`, with questions about one image close together, so that they share a worker.
 
-        Sources are paths. `given` is what `Bulk.answer` takes besides.
+        Images are paths.
         """
-        from gridprune_cli.runners.local import in_order
+        from gridprune_cli.runners.batches import in_order
+        from gridprune_cli.selector import find_relevance
 
-        for pruning in {ask.pruning for ask in asks}:
-            pipeline.find_relevance(pruning)  # here, once, and not in every worker
-        together: dict[Any, list[int]] = {}
-        for index, ask in enumerate(asks):
-            together.setdefault(ask.sources[0], []).append(index)
-        order = [index for indices in together.values() for index in indices]
-        job = partial(_answer, given=given)
-        replies = self._run(pipeline, [asks[i] for i in order], lambda ask: ask.sources, batch, job, notice)
+        for pruning in {request.pruning for request in requests}:
+            find_relevance(runner.family, pruning)  # here, once, and not in every worker
+        by_image: dict[Any, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_image.setdefault(request.images[0], []).append(index)
+        order = [index for indices in by_image.values() for index in indices]
+        job = partial(_answer, options=options)
+        ordered = [requests[index] for index in order]
+        replies = self._run(runner, ordered, lambda request: request.images, runner.batch_sizes[1], job)
         return in_order(zip(order, replies, strict=True))
 
     def _run(
         self,
-        pipeline: "Pipeline",
+        runner: "Runner",
         items: Sequence[T],
-        sources: Callable[[T], Sequence[Any]],
+        images: Callable[[T], Sequence[Any]],
         size: int,
         job: Job,
-        notice: Callable[[str], None],
         refresh: bool = False,
     ) -> Iterator[Any]:
-        """The result of every item, in turn, with `size` items to a part."""
-        from gridprune_cli.runners.local import in_order
+        """The result of every item, in turn, with `size` items to a batch."""
+        from gridprune_cli.runners.batches import in_order
 
         if not items:
             return
-        device = pipeline.family.device
-        if pipeline.family.spread or device not in ("cpu", "cuda"):
-            raise BadInput(f"--device {device}: with --engine ray, auto, cpu or cuda; a worker has one device")
-        parts = [items[start : start + size] for start in range(0, len(items), size)]
+        device = runner.family.device
+        if runner.family.spread or device not in ("cpu", "cuda"):
+            raise BadInput(
+                "with `engine=ray`, auto, cpu or cuda; a worker has one device", field="device", value=device
+            )
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
         with _ray(self.address) as ray:
             resources = ray.cluster_resources()
             cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0)) if device == "cuda" else 0
             if device == "cuda" and not gpus:
-                raise BadInput("--device cuda: Ray has no GPU; use --device cpu, or another --address")
-            workers = min(self.workers or gpus or max(1, cpus // _CPUS), len(parts))
-            rows = [
-                {"number": number, "names": pickle.dumps(names), "items": pickle.dumps(part)}
-                for number, part in enumerate(parts)
-                for names in [list(dict.fromkeys(str(source) for item in part for source in sources(item)))]
+                raise BadInput("Ray has no GPU; use `device=cpu`, or another `address`", field="device", value="cuda")
+            workers = min(self.workers or gpus or max(1, cpus // _CPUS), len(batches))
+            blocks = [
+                {"number": number, "names": pickle.dumps(names), "items": pickle.dumps(batch)}
+                for number, batch in enumerate(batches)
+                for names in [list(dict.fromkeys(str(source) for item in batch for source in images(item)))]
             ]
+            model = pickle.dumps((runner.encoder, runner.localizers))
             # half of the CPUs are left to what reads images, however many workers there are
             half = _share(cpus, 2 * workers)
-            data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            data = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
                 _decode,
-                fn_args=(_cache(pipeline, refresh), os.getcwd()),
+                fn_args=(_cache(runner.encoder, refresh), os.getcwd()),
                 batch_size=1,
                 batch_format="numpy",
                 num_cpus=_share(cpus, 2),
             )
             data = data.map_batches(
                 _Worker,
-                fn_constructor_args=(pickle.dumps(pipeline), job, size, os.getcwd(), max(1, cpus // workers)),
-                batch_size=min(_TOGETHER, -(-len(parts) // workers)),
+                fn_constructor_args=(model, job, size, os.getcwd(), max(1, cpus // workers)),
+                batch_size=min(_TOGETHER, -(-len(batches) // workers)),
                 batch_format="numpy",
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
                 num_cpus=half,
                 num_gpus=1 / -(-workers // gpus) if gpus else None,
             )
-            given = 0
-            for results in in_order(_received(data.iter_rows(), pipeline, notice)):
-                given += len(results)
+            count = 0
+            for results in in_order(_received(data.iter_rows(), runner)):
+                count += len(results)
                 yield from results
-            if given != len(items):
-                raise GridpruneError(f"--engine ray: gave {given} results for {len(items)}; give the command again")
+            if count != len(items):
+                raise GridpruneError(f"gave {count} results for {len(items)}; start again", field="engine", value="ray")
 
 
 # Ray's environment variables, read when it is imported
@@ -177,9 +172,9 @@ _DEFAULTS = {
 def _ray(address: str | None) -> Iterator[Any]:
     """Ray, started or connected to, silent, and left again. What fails inside it is a GridpruneError."""
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if address == "local":
-        own = {"include_dashboard": False, "object_store_memory": _object_store()}
+        options = {"include_dashboard": False, "object_store_memory": _object_store()}
     os.environ |= _DEFAULTS | os.environ | _SETTINGS
     try:
         _check(address)
@@ -187,9 +182,11 @@ def _ray(address: str | None) -> Iterator[Any]:
             import ray
             import ray.data
 
-            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **own)
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as fault:
-        raise GridpruneError(f"--address {address}: can't use Ray there ({_first(fault)}); see `ray status`") from fault
+        raise GridpruneError(
+            f"can't use Ray there ({_first(fault)}); see `ray status`", field="address", value=address
+        ) from fault
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = settings.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -198,7 +195,7 @@ def _ray(address: str | None) -> Iterator[Any]:
     except GridpruneError:
         raise
     except Exception as fault:  # Ray Data raises nearly everything
-        raise GridpruneError(f"--engine ray: {_first(fault)}; what is done is in the cache") from fault
+        raise GridpruneError(f"{_first(fault)}; what is done is in the cache", field="engine", value="ray") from fault
     finally:
         ray.shutdown()
 
@@ -213,14 +210,14 @@ def _check(address: str) -> None:
 @contextmanager
 def _silent() -> Iterator[None]:
     """What is written to stderr, be it from C++, goes nowhere: Ray says there how loud it is going to be."""
-    own = os.dup(2)
+    stderr = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
-        os.dup2(own, 2)
-        os.close(own)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _first(fault: BaseException) -> str:
@@ -234,27 +231,25 @@ def _object_store() -> int:
     return max(1 << 28, min(memory // 8, 1 << 32))
 
 
-def _share(cpus: int, parts: int) -> float:
-    """CPUs of one of so many parts, at most 1, as finely as Ray counts."""
-    return min(1.0, cpus * 10_000 // parts / 10_000)
+def _share(cpus: int, shares: int) -> float:
+    """CPUs of one of so many shares, at most 1, as finely as Ray counts."""
+    return min(1.0, cpus * 10_000 // shares / 10_000)
 
 
-def _received(
-    rows: Iterator[dict[str, Any]], pipeline: "Pipeline", notice: Callable[[str], None]
-) -> Iterator[tuple[int, list[Any]]]:
-    """Number and results of every part, as workers have done them. What they say is said once."""
-    told: set[str] = set()
-    for row in rows:
-        done: _Done = pickle.loads(row["done"])
-        for text in done.told:
-            if text not in told:
-                notice(text)
-                told.add(text)
-        if pipeline.store:
-            pipeline.store.adopt(done.written)
+def _received(blocks: Iterator[dict[str, Any]], runner: "Runner") -> Iterator[tuple[int, list[Any]]]:
+    """Number and results of every batch, as workers have done them. Each notice of theirs is given once."""
+    noticed: set[str] = set()
+    for block in blocks:
+        done: _Done = pickle.loads(block["done"])
+        for text in done.notices:
+            if text not in noticed:
+                runner.notice(text)
+                noticed.add(text)
+        if runner.encoder.store:
+            runner.encoder.store.adopt(done.written)
         if done.fault:
             raise done.fault
-        yield from done.parts
+        yield from done.batches
 
 
 # ---- in tasks --------------------------------------------------------------------------------------------------------
@@ -272,20 +267,20 @@ class _Cache:
         return Store(self.root, None).holds(self.encoder, entry_key(sha256, self.encoder, self.signals))
 
 
-def _cache(pipeline: "Pipeline", refresh: bool) -> _Cache | None:
+def _cache(encoder: "Encoder", refresh: bool) -> _Cache | None:
     """The cache, where images need not be decoded that are in it."""
-    from gridprune_cli.pipeline import SIGNALS
+    from gridprune_cli.encoder import SIGNALS
 
-    encoder = pipeline.encoder  # also made here once, and sent along
-    return _Cache(pipeline.store.root.absolute(), encoder, SIGNALS) if pipeline.store and not refresh else None
+    identity = encoder.identity()  # also computed here once, and sent along
+    return _Cache(encoder.store.root.absolute(), identity, SIGNALS) if encoder.store and not refresh else None
 
 
-def _decode(row: dict[str, Any], cache: _Cache | None, folder: str) -> dict[str, Any]:
-    """Adds the pictures of a part, by name, but for those that the cache holds. Runs in tasks."""
+def _decode(block: dict[str, Any], cache: _Cache | None, folder: str) -> dict[str, Any]:
+    """Adds the pictures of a batch, by name, but for those that the cache holds. Runs in tasks."""
     os.chdir(folder)
     pictures: dict[str, Picture] = {}
     room = _MOST_PIXELS
-    for name in pickle.loads(row["names"][0]):
+    for name in pickle.loads(block["names"][0]):
         with suppress(Exception):  # the worker meets it again, and knows what to say of it
             sha256, _, data = identify(name)
             if cache is None or not cache.holds(sha256):
@@ -294,7 +289,7 @@ def _decode(row: dict[str, Any], cache: _Cache | None, folder: str) -> dict[str,
                 if room < 0:
                     break
                 pictures[name] = picture
-    return {"number": row["number"], "items": row["items"], "pictures": [pickle.dumps(pictures)]}
+    return {"number": block["number"], "items": block["items"], "pictures": [pickle.dumps(pictures)]}
 
 
 # ---- in workers ------------------------------------------------------------------------------------------------------
@@ -302,13 +297,13 @@ def _decode(row: dict[str, Any], cache: _Cache | None, folder: str) -> dict[str,
 
 @dataclass(frozen=True)
 class _Done:
-    """What a worker gives back: numbers and results of parts, what it has to say, and which entries it wrote.
+    """What a worker gives back: numbers and results of batches, what it has to say, and which entries it wrote.
 
-    `fault` is one that all other parts would meet too.
+    `fault` is one that all other batches would meet too.
     """
 
-    parts: list[tuple[int, list[Any]]]
-    told: list[str]
+    batches: list[tuple[int, list[Any]]]
+    notices: list[str]
     written: list[tuple[str, int]]  # path and bytes
     fault: GridpruneError | None
 
@@ -316,38 +311,39 @@ class _Done:
 class _Worker:
     """A model in a process of its own. `job` makes results of items, `size` of which are a batch."""
 
-    def __init__(self, pipeline: bytes, job: Job, size: int, folder: str, threads: int):
+    def __init__(self, model: bytes, job: Job, size: int, folder: str, threads: int):
         import torch
 
-        from gridprune_cli.runners.local import Bulk
+        from gridprune_cli.runners.local import Runner
 
         with suppress(OSError):
             os.chdir(folder)
         torch.set_num_threads(min(threads, os.cpu_count() or 1))
-        self.told: list[str] = []
+        self.notices: list[str] = []
         self.pictures: dict[str, Picture] = {}
-        own: Pipeline = pickle.loads(pipeline)
-        self.store = own.store = _Noting(own.store.root, self.told.append) if own.store else None
-        self.bulk = Bulk(own, images=size, questions=size, notice=self.told.append, load=self._load)
+        encoder, localizers = pickle.loads(model)
+        notice = self.notices.append
+        self.store = encoder.store = _Noting(encoder.store.root, notice) if encoder.store else None
+        self.runner = Runner(encoder, localizers, images=size, questions=size, notice=notice, load=self._load)
         self.job = job
 
-    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        parts = sorted(zip(rows["number"].tolist(), map(pickle.loads, rows["items"]), strict=True))
-        for pictures in rows["pictures"]:
+    def __call__(self, blocks: dict[str, Any]) -> dict[str, Any]:
+        batches = sorted(zip(blocks["number"].tolist(), map(pickle.loads, blocks["items"]), strict=True))
+        for pictures in blocks["pictures"]:
             self.pictures |= pickle.loads(pictures)
         results: Iterator[Any] = iter(())
         fault = None
         try:
-            results = iter(self.job(self.bulk, [item for _, items in parts for item in items]))
-        except GridpruneError as met:
-            fault, parts = met, []
-        done = [(number, [next(results) for _ in items]) for number, items in parts]
+            results = iter(self.job(self.runner, [item for _, items in batches for item in items]))
+        except GridpruneError as error:
+            fault, batches = error, []
+        done = [(number, [next(results) for _ in items]) for number, items in batches]
         written = self.store.written if self.store else []
-        row = pickle.dumps(_Done(done, self.told, written, fault))
+        result = pickle.dumps(_Done(done, self.notices, written, fault))
         self.pictures.clear()
-        self.told.clear()
+        self.notices.clear()
         written.clear()
-        return {"done": [row]}
+        return {"done": [result]}
 
     def _load(self, data: bytes, name: str) -> Picture:
         picture = self.pictures.get(name)
@@ -368,16 +364,15 @@ class _Noting(Store):
         self.written += written
 
 
-def _encode(bulk: "Bulk", names: list[str], refresh: bool) -> list[tuple[str, Encoded | GridpruneError, bool]]:
-    made: list[tuple[str, Encoded | GridpruneError, bool]] = []
-    for name, result, hit in bulk.encode(names, refresh=refresh, store=True):
-        bulk.pipeline.check_written()
-        if isinstance(result, GridpruneError):
-            made.append((name, result, hit))
+def _encode(runner: "Runner", names: list[str], refresh: bool) -> list[tuple[str, Encoded | GridpruneError, bool]]:
+    results: list[tuple[str, Encoded | GridpruneError, bool]] = []
+    for name, encoded, hit in runner.encode(names, refresh=refresh, store=True):
+        if isinstance(encoded, GridpruneError):
+            results.append((name, encoded, hit))
         else:
-            made.append((name, Encoded(result.key, result.count, result.nbytes, result.notes), hit))
-    return made
+            results.append((name, Encoded(encoded.key, encoded.count, encoded.nbytes, encoded.notes), hit))
+    return results
 
 
-def _answer(bulk: "Bulk", asks: list["Ask"], given: dict[str, Any]) -> list["Reply | GridpruneError"]:
-    return list(bulk.answer(asks, **given))
+def _answer(runner: "Runner", requests: list["Request"], options: dict[str, Any]) -> list["Reply | GridpruneError"]:
+    return list(runner.answer(requests, **options))

@@ -19,14 +19,16 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from gridprune_cli.encoder import Encoder
 from gridprune_cli.evaluation.data import PER_SCENE
 from gridprune_cli.evaluation.results import clustered_error
 from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.signals import Box
-from gridprune_cli.regions import VLM
+from gridprune_cli.regions import ALL_TOKENS, MAX_ANSWER, VLM, Localized, read_answer
+from gridprune_cli.runners.batches import result_or_raise
+from gridprune_cli.runners.local import Runner
 from gridprune_cli.scenes.scene import (
     CELLS,
     HELDOUT,
@@ -41,13 +43,12 @@ from gridprune_cli.scenes.scene import (
     pixel_owners,
     questions,
 )
-from gridprune_cli.settings import RELEVANCE, Pruning
+from gridprune_cli.settings import RELEVANCE, Pruning, Request
 from gridprune_cli.tokens import EncodedImage
 
 SPLITS = {"heldout": HELDOUT, "tune": TUNE}  # first seeds
 HELD = 0.8  # of the pixels asked for
 ONE = "one object"  # all questions that ask for just one, whatever their kind
-_WHOLE = Pruning(keep=1.0, method=make("uniform"))
 _ASKED = Pruning(localizer=VLM)
 
 
@@ -87,17 +88,27 @@ def by_relevance(main: Pipeline, images: Sequence[EncodedImage], asked: Sequence
     ]
 
 
-def by_model(localizer: Pipeline, images: Sequence[EncodedImage], asked: Sequence[Question]) -> list[Box | None]:
-    return [said.box for said in localizer.name_regions(images, [question.text for question in asked], _ASKED)]
+def by_model(main: Pipeline, images: Sequence[EncodedImage], asked: Sequence[Question]) -> list[Box | None]:
+    return [answer.box for answer in localize(main, images, [question.text for question in asked])]
+
+
+def localize(main: Pipeline, images: Sequence[EncodedImage], texts: Sequence[str]) -> list[Localized]:
+    """What the embedded localiser answers to the question about each image, which it encoded itself."""
+    encoder = main.localizers.find(_ASKED)
+    assert encoder is not None, "the embedded model has one"
+    runner = Runner(encoder, main.localizers)
+    requests = [Request((image,), text, ALL_TOKENS) for image, text in zip(images, texts, strict=True)]
+    answers = [result_or_raise(reply).text for reply in runner.answer(requests, max_new_tokens=MAX_ANSWER)]
+    return [Localized(VLM, answer, read_answer(answer)) for answer in answers]
 
 
 def run(first_seed: int, count: int, batch: int = 16) -> dict[str, Any]:
     """Scores of both ways to find a region, per kind of question."""
     main = Pipeline()
-    localizer = main.localizer(_ASKED)
+    localizer = main.localizers.find(_ASKED)
     assert localizer is not None, "the embedded model has one"
-    ways: dict[str, tuple[Pipeline, Callable[..., list[Box | None]]]] = {
-        RELEVANCE: (main, by_relevance),
+    ways: dict[str, tuple[Encoder, Callable[..., list[Box | None]]]] = {
+        RELEVANCE: (main.encoder, by_relevance),
         VLM: (localizer, by_model),
     }
     scenes = [make_scene(first_seed + i) for i in range(-(-count // PER_SCENE))]
@@ -115,9 +126,9 @@ def run(first_seed: int, count: int, batch: int = 16) -> dict[str, Any]:
         kinds += [question.kind for _, question in asked]
         single += [len(question.asked) == 1 for _, question in asked]
         clusters += [scene.seed for scene, _ in asked]
-        for name, (pipeline, find) in ways.items():
-            images = [image for image in pipeline.encode(pictures) for _ in range(PER_SCENE)]
-            boxes = find(pipeline, images, [question for _, question in asked])
+        for name, (encoder, find) in ways.items():
+            images = [image for image in encoder.encode(pictures) for _ in range(PER_SCENE)]
+            boxes = find(main, images, [question for _, question in asked])
             unread[name] += boxes.count(None)
             rows[name] += [
                 score(scene, question, box or (0, 0, CELLS - 1, CELLS - 1))
@@ -174,7 +185,7 @@ def flops(config: dict[str, Any], words: int, answer: int) -> int:
 def cost(first_seed: int, count: int) -> dict[str, Any]:
     """The localiser beside the main model's full prefill, tower included, a picture and a question at a time."""
     main = Pipeline()
-    localizer = main.localizer(_ASKED)
+    localizer = main.localizers.find(_ASKED)
     assert localizer is not None, "the embedded model has one"
     times: dict[str, list[float]] = {"main": [], "main tower": [], VLM: [], f"{VLM} tower": []}
     lengths: list[int] = []
@@ -185,20 +196,22 @@ def cost(first_seed: int, count: int) -> dict[str, Any]:
         (question,) = questions(scene, 1, random.Random(scene.seed))
         took: dict[str, float] = {}
         start = time.perf_counter()
-        (image,) = main.encode([picture])
+        (image,) = main.encoder.encode([picture])
         took["main tower"] = time.perf_counter() - start
-        pruned = main.prune(image, question.text, _WHOLE)
+        pruned = main.prune(image, question.text, ALL_TOKENS)
         main.generate(pruned, max_new_tokens=1)
         took["main"] = time.perf_counter() - start
         start = time.perf_counter()
         (image,) = localizer.encode([picture])
         took[f"{VLM} tower"] = time.perf_counter() - start
-        (said,) = localizer.name_regions([image], [question.text], _ASKED)
+        (localized,) = localize(main, [image], [question.text])
         took[VLM] = time.perf_counter() - start
         if i >= 0:
             lengths.append(len(pruned.input_ids) - pruned.count)
             tokenizer = localizer.family.processor.tokenizer
-            answer = max(answer, len(tokenizer(said.answer, add_special_tokens=False).input_ids) + 1)  # and its end
+            answer = max(
+                answer, len(tokenizer(localized.answer, add_special_tokens=False).input_ids) + 1
+            )  # and its end
             for name, seconds in took.items():
                 times[name].append(1e3 * seconds)
     ms = {name: statistics.median(values) for name, values in times.items()}

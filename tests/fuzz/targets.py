@@ -202,7 +202,7 @@ def embedded() -> tuple[Any, Any, bytes, bytes]:
     png = io.BytesIO()
     draw(make_scene(0))[0].save(png, "PNG")
     pipeline = Pipeline("scenes", device="cpu", dtype="float32", store=Store(folder() / "cache", None))
-    encoded, _ = pipeline.encode_one(png.getvalue())
+    encoded, _ = pipeline.encode(png.getvalue())
     pruned = pipeline.prune(encoded, "Where is the star?", Pruning(ilp=0.05))
     return pipeline, encoded, encoded.to_bytes(), pruned.to_bytes()
 
@@ -231,7 +231,7 @@ def run_entry(random: Random) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     changed = files.raw if random.random() < 0.5 else files.semantic
     path.write_bytes(changed(random, whole))
-    hit = pipeline.look_up(encoded.image, "x")
+    hit = pipeline.encoder.look_up(encoded.image, "x")
     if hit is None:
         return "missed"
     assert changed is files.semantic, "changed bytes were read"

@@ -1,0 +1,139 @@
+"""From a picture to its encoded image: out of the cache where it is there, else through the vision tower."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from gridprune_cli.cache.quantize import STORAGES, pack
+from gridprune_cli.cache.store import Store, entry_key
+from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.images import Picture
+from gridprune_cli.scenes.scene import looks_like_scene
+from gridprune_cli.tokens import EncodedImage
+from gridprune_cli.vlm.checkpoint import EMBEDDED
+from gridprune_cli.vlm.family import Encoding, Family
+
+SIGNALS = ("saliency",)  # stored beside the vision features; relevance follows from these and the question
+NO_SCENE = "no scene: the embedded model knows only its own scenes; name a real one, as in --model FOLDER"  # a note
+SMALL_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"  # to begin with: of family idefics3, half a GB
+
+
+class Encoder:
+    """The vision tower of a model, with the cache of what it gave.
+
+    family       the model
+    store        the cache; None: there is none
+    cache_dtype  how vision features are stored: "full", as the tower gives them, or in eight bits, "float8" or "int8".
+                 Answers come from what is stored, also where it was just encoded, or is not stored at all
+    scenes_only  whether a picture is refused that is no scene of the embedded model, since no model was chosen
+
+    In some families a picture is encoded in another way where its prompt has several: `several` says so.
+
+    Raises BadInput for an unknown `cache_dtype`.
+    """
+
+    def __init__(
+        self, family: Family, store: Store | None = None, cache_dtype: str = "full", scenes_only: bool = False
+    ) -> None:
+        if cache_dtype not in STORAGES:
+            raise BadInput(f"not one of {', '.join(STORAGES)}", field="cache_dtype", value=cache_dtype)
+        self.family, self.store, self.cache_dtype, self.scenes_only = family, store, cache_dtype, scenes_only
+        self.model = family.checkpoint.name
+
+    def identity(self, several: bool = False) -> dict[str, Any]:
+        """What an encoded image depends on besides the picture: tower, its settings, and how it is stored."""
+        together = {"together": True} if several and self.family.together else {}
+        return self.family.encoder | together | ({} if self.cache_dtype == "full" else {"storage": self.cache_dtype})
+
+    def key(self, image_sha256: str, several: bool = False) -> str:
+        """Cache key of a picture, by the sha256 of its file's bytes."""
+        return entry_key(image_sha256, self.identity(several), SIGNALS)
+
+    def look_up(self, image_sha256: str, name: str, several: bool = False) -> EncodedImage | None:
+        """The encoded image from the cache, under the name that the user gave now; None where it is not there.
+
+        Raises BadInput as `check`.
+        """
+        if self.store is None:
+            return None
+        entry = self.store.get(self.identity(several), self.key(image_sha256, several))
+        if entry is None:
+            return None
+        try:
+            encoded = EncodedImage.from_parts(*entry)
+            self.family.check(encoded)
+        except ValueError:  # whole, but not what this version writes
+            return None
+        if encoded.image != image_sha256:
+            return None
+        self._refuse(name, encoded.notes)
+        return replace(encoded, name=name)
+
+    def encode(self, pictures: Sequence[Picture], several: bool = False) -> list[EncodedImage]:
+        """Runs the tower on pictures, whatever the cache holds, and stores what it gives. Raises as `run_tower`."""
+        images = self.run_tower(pictures, several)
+        for image in images:
+            self.put(image)
+        return images
+
+    def run_tower(self, pictures: Sequence[Picture], several: bool = False) -> list[EncodedImage]:
+        """Runs the tower on pictures, and stores nothing.
+
+        Raises BadInput as `check`, GridpruneError for a tower that gives values that are not finite.
+        """
+        for picture in pictures:
+            self.check(picture)
+        encode = self.family.encode_together if several else self.family.encode
+        encodings = encode([picture.image for picture in pictures])
+        return [self._encoded(*pair, several) for pair in zip(pictures, encodings, strict=True)]
+
+    def put(self, encoded: EncodedImage) -> bool:
+        """Stores an encoded image, where there is a cache. False where it can't be stored, of which `Store` warns."""
+        return self.store is None or self.store.put(encoded.encoder, encoded.key, encoded.to_bytes())
+
+    def check(self, picture: Picture) -> None:
+        """Raises BadInput where no model was chosen, and the picture is none that the embedded one knows."""
+        if self.scenes_only:  # else nothing is refused, and to look at the picture costs time
+            self._refuse(picture.name, self._notes(picture))
+
+    def check_written(self) -> None:
+        """Raises GridpruneError where the cache turned out not to be writable."""
+        if self.store is not None and not self.store.writable:
+            raise GridpruneError(f"{self.store.root}: the cache can't be written, so nothing was encoded into it")
+
+    def _encoded(self, picture: Picture, encoding: Encoding, several: bool) -> EncodedImage:
+        """The encoded image of what the tower gave for a picture."""
+        features, saliency = encoding.vision_features, encoding.saliency
+        if not (torch.isfinite(features).all() and torch.isfinite(saliency).all()):
+            raise GridpruneError(f"{picture.name}: the tower gave values that are not finite; try `dtype=float32`")
+        packed = None if self.cache_dtype == "full" else pack(features, self.cache_dtype)
+        return EncodedImage(
+            key=self.key(picture.sha256, several),
+            model=self.model,
+            image=picture.sha256,
+            name=picture.name,
+            encoder=self.identity(several),
+            size=picture.image.size,
+            views=encoding.views,
+            vision_features=packed.unpack(features.dtype) if packed else features,
+            saliency=saliency,
+            placeholder_map=encoding.placeholder_map.to(torch.int32),
+            prompt=encoding.prompt,
+            notes=picture.notes + self._notes(picture),
+            packed=packed,
+        )
+
+    def _notes(self, picture: Picture) -> tuple[str, ...]:
+        """What a user should know of a picture and this model."""
+        known = self.model != EMBEDDED or looks_like_scene(picture.image)
+        return () if known else (NO_SCENE,)
+
+    def _refuse(self, name: str, notes: Sequence[str]) -> None:
+        """Raises BadInput for a picture of these notes, where it is none that is taken."""
+        if self.scenes_only and NO_SCENE in notes:
+            raise BadInput(
+                f"{name}: no scene, and the model that comes with the package knows nothing else; name a real one: "
+                f"`model={SMALL_MODEL}`, or for good gridprune models default {SMALL_MODEL}"
+            )

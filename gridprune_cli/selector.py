@@ -1,0 +1,165 @@
+"""From encoded images and a question to kept tokens: signals are computed, and the method chooses by them.
+
+Everything is done for many requests at once, since what a text tower makes of several questions, and what a method does
+for several images of the same views, costs little more than for one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gridprune_cli.pruning.compress import ratio_budget
+from gridprune_cli.pruning.methods import Method
+from gridprune_cli.pruning.region import contextual_regions, inside
+from gridprune_cli.pruning.signals import Signals, View
+from gridprune_cli.regions import Localized
+from gridprune_cli.settings import Pruning, Request
+from gridprune_cli.tokens import EncodedImage
+from gridprune_cli.vlm.family import Family
+from gridprune_cli.vlm.word_relevance import keywords
+
+
+@dataclass(frozen=True)
+class EncodedRequest:
+    """A request whose images are encoded, with what a localiser answered for each, where one was asked."""
+
+    request: Request
+    images: tuple[EncodedImage, ...]
+    localized: tuple[Localized, ...] | None = None
+
+    @property
+    def pruning(self) -> Pruning:
+        return self.request.pruning
+
+    @property
+    def query(self) -> str:
+        """What relevance is measured against."""
+        return self.pruning.query or self.request.question
+
+    @property
+    def shares_budget(self) -> bool:
+        """Whether its images share one K, so that tokens are chosen among those of all of them."""
+        return self.pruning.share_budget and len(self.images) > 1
+
+
+def find_relevance(family: Family, pruning: Pruning) -> None:
+    """Finds, and fetches where it is not here, the CLIP that relevance comes from, where the pruning needs one.
+
+    To be called before long work, so that what is missing is known at once. Raises BadInput where there is none that
+    is the tower's, GridpruneError where the hub fails.
+    """
+    if pruning.needs_relevance and family.clip:
+        _ = family.tower_differs  # which every pruned set has a remark about
+
+
+def relevance_source(family: Family, pruning: Pruning) -> dict[str, Any] | None:
+    """What relevance comes from, as results have it; None where the pruning needs none. Raises as `Family.clip`."""
+    return family.relevance_source if pruning.needs_relevance else None
+
+
+def compute_signals(family: Family, requests: Sequence[EncodedRequest]) -> list[list[Signals]]:
+    """The signals of every image of every request, with the contextual region where the method takes one.
+
+    Raises as `Family.clip` and `Family.relevance`.
+    """
+    # 1. texts are read by the text tower in one batch; each `family.relevance` below then only compares
+    if queries := [request.query for request in requests if request.pruning.needs_relevance]:
+        family.relevance.read(queries)
+    # 2. what there is of each image and question
+    signals = [[_image_signals(family, request, n) for n in range(len(request.images))] for request in requests]
+    # 3. regions that are to be found from the relevance, those of images with the same views together
+    by_views: dict[tuple[View, ...], list[tuple[int, int, Tensor]]] = {}
+    for r, request in enumerate(requests):
+        if not (request.pruning.heeds_region(len(request.images)) and request.pruning.region == "auto"):
+            continue
+        sign = getattr(request.pruning.method, "relevance_sign", 1)
+        for n, image_signals in enumerate(signals[r]):
+            if image_signals.region is None and image_signals.relevance is not None:
+                by_views.setdefault(image_signals.views, []).append((r, n, image_signals.relevance * sign))
+    for views, places in by_views.items():
+        regions = contextual_regions(torch.stack([relevance for _, _, relevance in places]), views)  # of (B, N)
+        for (r, n, _), region in zip(places, regions, strict=True):
+            signals[r][n] = replace(signals[r][n], region=region)
+    return signals
+
+
+def _image_signals(family: Family, request: EncodedRequest, n: int) -> Signals:
+    """The signals of one image of a request; its region only where it is given, or a localiser named it."""
+    image, pruning, needs = request.images[n], request.pruning, request.pruning.method.requires
+    region = None
+    if pruning.heeds_region(len(request.images)):
+        if isinstance(pruning.region, tuple):
+            region = pruning.region
+        elif request.localized:
+            region = request.localized[n].box
+    features = image.vision_features
+    return Signals(
+        views=image.views,
+        relevance=family.relevance(features, request.query) if pruning.needs_relevance else None,  # (N,)
+        saliency=image.saliency.float(),  # (N,)
+        region=region,
+        vision_features=features.to(family.device) if "vision_features" in needs else None,  # (N, C)
+        image_embeds=family.text_embeds(features).to(family.device) if "image_embeds" in needs else None,  # (N, D)
+        question_embeds=(
+            family.vocabulary.vectors(keywords(request.query)) if "question_embeds" in needs else None  # (M, D)
+        ),
+        relevance_by_words=family.relevance_by_words,
+    )
+
+
+def select_tokens(requests: Sequence[EncodedRequest], signals: Sequence[Sequence[Signals]]) -> list[list[Tensor]]:
+    """Kept tokens of every request: (K,) int64, sorted, for each image; for all in one where they share a budget.
+
+    Indices count the image's tokens, or those of all images in turn. Raises BadInput where more tokens are asked for
+    than there are.
+    """
+    # 1. pools of tokens, each with a budget of its own
+    pools = [
+        [join_signals(image_signals)] if request.shares_budget else list(image_signals)
+        for request, image_signals in zip(requests, signals, strict=True)
+    ]
+    # 2. what one method does for several pools at once it does together
+    jobs: dict[Method, list[tuple[Signals, int]]] = {}
+    methods = []
+    for request, request_pools in zip(requests, pools, strict=True):
+        for pool in request_pools:
+            method, k = _budget(pool, request.pruning)
+            jobs.setdefault(method, []).append((pool, k))
+            methods.append(method)
+    kept = {method: iter(method.select_each(*zip(*job, strict=True))) for method, job in jobs.items()}
+    # 3. back in the order of the requests
+    in_turn = iter([next(kept[method]) for method in methods])
+    return [[next(in_turn) for _ in request_pools] for request_pools in pools]
+
+
+def within_region(signals: Signals) -> Tensor:
+    """(N,) bool: which tokens lie in the region; none without one."""
+    return inside(signals.views, signals.region) if signals.region else torch.zeros(signals.count, dtype=torch.bool)
+
+
+def join_signals(signals: Sequence[Signals]) -> Signals:
+    """The signals of several images as those of one, without a region: images have no place in one picture."""
+    first = signals[0]
+    joined: dict[str, Any] = {
+        name: torch.cat([image_signals.need(name) for image_signals in signals])
+        for name in ("relevance", "saliency", "vision_features", "image_embeds")
+        if getattr(first, name) is not None
+    }
+    views = tuple(view for image_signals in signals for view in image_signals.views)
+    return replace(first, views=views, region=None, **joined)
+
+
+def _budget(signals: Signals, pruning: Pruning) -> tuple[Method, int]:
+    """How to choose among the tokens of one pool, and K. With ratios, K and the region's share of it follow from them.
+
+    Raises BadInput as `Pruning.count`.
+    """
+    k, method = pruning.count(signals.count), pruning.method
+    if signals.region is not None and (pruning.inside_ratio or pruning.outside_ratio):
+        in_region = int(within_region(signals).sum())
+        k, share = ratio_budget(k, in_region, signals.count, pruning.inside_ratio, pruning.outside_ratio)
+        method = replace(method, region_share=share)  # type: ignore[call-arg]
+    return method, k
