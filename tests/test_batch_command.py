@@ -279,9 +279,9 @@ def test_generate_goes_on_after_a_file_that_is_none(run, folder):
 
 
 def test_sets_of_several_models(run, folder, tmp_path):
-    from tiny_families.llava import make
+    from tiny_families.llava import write
 
-    other = make(tmp_path / "other", seed=5)
+    other = write(tmp_path / "other", seed=5)
     paths = []
     for number, model in enumerate((None, other, None)):
         paths.append(folder / f"{number}.safetensors")

@@ -442,11 +442,11 @@ def test_generate_reads_a_pruned_set_from_stdin(run, image, tmp_path):
 
 
 def test_a_set_of_another_model_is_refused(run, image, tmp_path):
-    from tiny_families.llava import make
+    from tiny_families.llava import write
 
     saved = tmp_path / "p.safetensors"
     run("prune", image, QUESTION, "-o", saved)
-    other = make(tmp_path / "other", seed=5)
+    other = write(tmp_path / "other", seed=5)
     code, out, err = run("generate", saved, "--model", other)
     assert (code, out) == (2, "") and "made for another model" in err
 

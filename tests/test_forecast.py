@@ -9,7 +9,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_families import make
 
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
@@ -22,8 +21,8 @@ from gridprune_cli.vlm import FAMILIES
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "llava_siglip"])
-def pipeline(request, tmp_path_factory):
-    return Pipeline(str(make(request.param, tmp_path_factory.mktemp(request.param))), dtype="bfloat16")
+def pipeline(request, checkpoint):
+    return Pipeline(str(checkpoint(request.param)), dtype="bfloat16")
 
 
 def test_no_weights_are_read_to_count_tokens(pipeline):
