@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forked import Server
@@ -121,8 +122,31 @@ def noise():
     return draw
 
 
+@pytest.fixture(scope="session")
+def loaded_models() -> dict[Any, Any]:
+    """The parts of models that commands have loaded in this process."""
+    return {}
+
+
 @pytest.fixture
-def run(monkeypatch, command, tiny_llava):
+def load_once(monkeypatch: pytest.MonkeyPatch, loaded_models: dict[Any, Any]) -> None:
+    """Commands that are called in this process load the same weights of the same files once."""
+    from gridprune_cli.vlm import clip, family
+    from gridprune_cli.vlm.loading import load_part
+
+    def load(cls: Any, folder: Path, without: Collection[str], *options: Any) -> Any:
+        files = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
+        key = (cls, folder, tuple(without), files, *options)
+        if key not in loaded_models:
+            loaded_models[key] = load_part(cls, folder, without, *options)
+        return loaded_models[key]
+
+    for module in (clip, family):
+        monkeypatch.setattr(module, "load_part", load)
+
+
+@pytest.fixture
+def run(monkeypatch, command, tiny_llava, load_once):
     """Calls `gridprune` with the tiny model: (exit code, stdout, stderr)."""
     monkeypatch.setenv("GRIDPRUNE_MODEL", str(tiny_llava))
     monkeypatch.setenv("GRIDPRUNE_MAX_NEW_TOKENS", "4")

@@ -85,7 +85,7 @@ def test_two_images_are_generate(family, noise):
     assert list(generate(pipeline.family, [pruned], 24)[0].ids) == transformers_answer(family, pictures)
 
 
-def test_answers_by_command(family, noise, command, tmp_path):
+def test_answers_by_command(family, noise, command, load_once, tmp_path):
     """`ask` prints what transformers answers, and `prune` with `generate` what `ask` prints.
 
     Tiny models answer in single letters and digits, so that equal texts are equal tokens.
