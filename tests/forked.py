@@ -124,6 +124,8 @@ def serve(address: str) -> None:
     length, streams, _, _ = socket.recv_fds(client, 4, len(STREAMS))
     request = json.loads(client.recv(struct.unpack("!i", length)[0], socket.MSG_WAITALL))
     if pid := os.fork():
+        for stream in streams:
+            os.close(stream)
         client.sendall(struct.pack("!i", pid))
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         client.sendall(struct.pack("!i", status))

@@ -407,24 +407,24 @@ def test_a_reader_that_leaves_is_no_error():
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_json_reaches_a_file_while_a_terminal_shows_the_bar(image, tmp_path, tiny_llava):
+def test_json_reaches_a_file_while_a_terminal_shows_the_bar(image, tmp_path, tiny_llava, server):
     """stderr is a terminal and stdout is not: the progress bar must not take what is printed."""
     import os
     import pty
 
     ours, theirs = pty.openpty()
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "gridprune_cli", "encode", str(image), "--json", "--model", str(tiny_llava)]
     with out.open("wb") as file:
-        done = subprocess.Popen(command, stdout=file, stderr=theirs, stdin=subprocess.DEVNULL)
+        streams = (None, file.fileno(), theirs)
+        process = server.start("encode", image, "--json", "--model", tiny_llava, streams=streams)
         os.close(theirs)
         shown = b""
         try:
-            while part := os.read(ours, 4096):
-                shown += part
+            while data := os.read(ours, 4096):
+                shown += data
         except OSError:  # the other end is closed
             pass
-        assert done.wait() == 0
+        assert process.wait() == 0
     os.close(ours)
     assert json.loads(out.read_text())["image"] == str(image) and b"1 images" in shown
 
