@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -103,6 +104,33 @@ def server() -> Iterator[Server]:
         server = Server(Path(folder))
         yield server
         server.close()
+
+
+RAY = """
+import sys, ray
+ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 28)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """The address of a Ray on two CPUs, which runs until the tests end."""
+    from gridprune_cli.runners.ray import _DEFAULTS
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", RAY],
+        env=os.environ | _DEFAULTS | {"RAY_AUTH_MODE": "disabled"},  # its token is known below its own process alone
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdin and process.stdout
+    yield process.stdout.readline().strip()
+    process.stdin.close()
+    process.wait()
 
 
 @pytest.fixture

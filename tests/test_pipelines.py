@@ -20,13 +20,13 @@ pytestmark = pytest.mark.skipif(not shutil.which("bash") or not shutil.which("jq
 def shell(tmp_path, server):
     """Runs a block of the page in a folder with the sample images, and gives what it prints."""
     shutil.copytree(ROOT / "sample_images", tmp_path / "sample_images")
-    environment = os.environ | {"PATH": f"{server.program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    path = {"PATH": f"{server.program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
     def run(block):
         done = subprocess.run(
             ["bash", "-c", f"set -e -o pipefail\n{block}"],
             cwd=tmp_path,
-            env=environment,
+            env=os.environ | path,
             capture_output=True,
             text=True,
         )
@@ -46,8 +46,10 @@ def blocks():
     return [block for block in found if "--engine ray" not in block], [b for b in found if "--engine ray" in b]
 
 
-def test_the_pipelines_with_ray_run_as_printed(shell):
+def test_the_pipelines_with_ray_run_as_printed(shell, request, monkeypatch):
+    """On a Ray that runs already; that commands start their own is tested with the engine."""
     pytest.importorskip("ray.data", reason="needs Ray: pip install 'gridprune[ray]'")
+    monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue("address"))
     plain, (ray,) = blocks()
     shell(next(block for block in plain if "-o answers.jsonl" in block))
     shell(ray)  # it compares
