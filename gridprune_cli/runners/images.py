@@ -127,6 +127,7 @@ class ImageRunner:
             for source in files[index]:
                 users.setdefault(source, []).append(index)
             if not files[index]:  # all are encoded already
+                self._load(frozenset(parts))
                 yield index, _images_of(requests[index], {})
         unfinished = {source: len(asking) for source, asking in users.items()}
         results: dict[Source, tuple[EncodedImage | GridpruneError, bool]] = {}
@@ -173,11 +174,7 @@ class ImageRunner:
         pictures = {r.result.sha256: r.result for r in readings if isinstance(r.result, Picture)}
         new = [picture for sha256, picture in pictures.items() if sha256 not in latest]
         # 1. what is needed of the model by now, in one go; what fails here would fail for every picture
-        parts = (needed | ({"tower"} if new else set())) - self._loaded
-        if parts:
-            with MODELS, self._stopwatch.measure("load"):
-                self.encoder.family.load(*parts)
-            self._loaded |= parts
+        self._load(needed | ({"tower"} if new else set()))
         # 2. pictures through the tower
         outcomes: dict[str, _Latest | GridpruneError] = dict(latest)
         with self._stopwatch.measure("encode"):
@@ -205,6 +202,13 @@ class ImageRunner:
                 results.append(_Result(reading.source, reading.name, outcome[0], hit, outcome[1]))
                 first.discard(reading.result.sha256)
         return results
+
+    def _load(self, parts: frozenset[str]) -> None:
+        """Loads parts of the model that were not needed before."""
+        if missing := parts - self._loaded:
+            with MODELS, self._stopwatch.measure("load"):
+                self.encoder.family.load(*missing)
+            self._loaded |= missing
 
     def _written(self, results: Iterable[_Result], store: bool) -> Iterator[Encoded]:
         """Results once they are written, each image with the name and the source that it was asked for by."""

@@ -6,7 +6,7 @@ answers of one question at a time. While the language model generates, the next 
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from gridprune_cli.images import Picture, Source, load_image
 from gridprune_cli.questions import check_question
 from gridprune_cli.regions import MAX_ANSWER, Localized, Localizers, localizer_request, read_answer
 from gridprune_cli.runners.batches import MODELS, Batches, Stopwatch, in_order, result_or_raise
-from gridprune_cli.runners.images import ImageRunner
+from gridprune_cli.runners.images import Encoded, ImageRunner
 from gridprune_cli.selector import EncodedRequest, compute_signals, find_relevance, select_tokens
 from gridprune_cli.settings import Request
 from gridprune_cli.tokens import EncodedImage, PrunedSet
@@ -88,9 +88,12 @@ class Runner:
         self.stopwatch = stopwatch or Stopwatch()
         self.batch_sizes = images, questions
         self._images = ImageRunner(encoder, batch=images, notice=notice, load=load, stopwatch=self.stopwatch)
-        self.encode = self._images.encode
         self._to_prune = Batches(questions, "questions to prune for", notice)
         self._to_answer = Batches(questions, "questions", notice)
+
+    def encode(self, images: Iterable[Source], **settings: Any) -> Iterator[Encoded]:
+        """Encodes images into the cache, in turn, with the settings of `ImageRunner.encode`."""
+        return self._images.encode(images, **settings)
 
     # ---- prune -------------------------------------------------------------------------------------------------------
 
@@ -115,7 +118,7 @@ class Runner:
                 continue
             by_encoding.setdefault(self.family.together and len(request.images) > 1, []).append(index)
         with self.stopwatch.measure("load"):
-            self._load_texts([requests[index] for indices in by_encoding.values() for index in indices])
+            self._load_signals([requests[index] for indices in by_encoding.values() for index in indices])
         # 3. images through the tower, and requests pruned as soon as theirs are there
         for several, indices in by_encoding.items():
             ready: list[tuple[int, EncodedRequest, tuple[bool, ...]]] = []
@@ -134,8 +137,8 @@ class Runner:
         ((_, result),) = self.prune([request], parts=parts)
         return result_or_raise(result)
 
-    def _load_texts(self, requests: Sequence[Request]) -> None:
-        """Loads what reads questions: the text tower or embeddings that relevance and methods need."""
+    def _load_signals(self, requests: Sequence[Request]) -> None:
+        """Loads what pruning needs beside the projector: a text tower or embeddings, the trained compressor."""
         for request in requests:
             if request.pruning.plc == "trained":
                 _ = self.family.compressor
@@ -156,7 +159,7 @@ class Runner:
         """Localises and prunes for requests whose images are encoded."""
 
         def prune_batch(batch: Sequence[EncodedRequest]) -> list[PrunedSet]:
-            localized = self._localize(batch)
+            localized = _localize(self, batch)
             with self.stopwatch.measure("select"):
                 signals = compute_signals(self.family, localized)
                 return build_pruned_sets(self.family, localized, signals, select_tokens(localized, signals))
@@ -164,30 +167,6 @@ class Runner:
         results = self._to_prune.run([request for _, request, _ in ready], prune_batch)
         for (index, _, hits), result in zip(ready, results, strict=True):
             yield index, result if isinstance(result, GridpruneError) else Pruned(result, hits)
-
-    def _localize(self, requests: Sequence[EncodedRequest]) -> list[EncodedRequest]:
-        """The requests with the regions of their images, where the pruning has a model asked for them."""
-        by_model: dict[int, tuple[Encoder, list[int]]] = {}
-        for n, request in enumerate(requests):
-            if localizer := self.localizers.find(request.pruning, len(request.images)):
-                by_model.setdefault(id(localizer), (localizer, []))[1].append(n)
-        localized = list(requests)
-        for localizer, places in by_model.values():
-            asked = [
-                localizer_request(_picture_file(image), requests[n].query, requests[n].pruning)
-                for n in places
-                for image in requests[n].images
-            ]
-            images, questions = self.batch_sizes
-            runner = Runner(localizer, self.localizers, images=images, questions=questions, notice=self.notice)
-            with self.stopwatch.measure("localize"):
-                replies = iter(list(runner.answer(asked, max_new_tokens=MAX_ANSWER)))
-            for n in places:
-                request = requests[n]
-                texts = [result_or_raise(next(replies)).text for _ in request.images]
-                boxes = tuple(Localized(request.pruning.localizer, text, read_answer(text)) for text in texts)
-                localized[n] = EncodedRequest(request.request, request.images, boxes)
-        return localized
 
     # ---- generate ----------------------------------------------------------------------------------------------------
 
@@ -274,6 +253,31 @@ class Runner:
             send()
             while in_flight:
                 yield from receive()
+
+
+def _localize(runner: Runner, requests: Sequence[EncodedRequest]) -> list[EncodedRequest]:
+    """The requests with the regions of their images, where the pruning has a model asked for them."""
+    by_model: dict[int, tuple[Encoder, list[int]]] = {}
+    for n, request in enumerate(requests):
+        if localizer := runner.localizers.find(request.pruning, len(request.images)):
+            by_model.setdefault(id(localizer), (localizer, []))[1].append(n)
+    localized = list(requests)
+    for localizer, places in by_model.values():
+        asked = [
+            localizer_request(_picture_file(image), requests[n].query, requests[n].pruning)
+            for n in places
+            for image in requests[n].images
+        ]
+        images, questions = runner.batch_sizes
+        asking = Runner(localizer, runner.localizers, images=images, questions=questions, notice=runner.notice)
+        with runner.stopwatch.measure("localize"):
+            replies = iter(list(asking.answer(asked, max_new_tokens=MAX_ANSWER)))
+        for n in places:
+            request = requests[n]
+            texts = [result_or_raise(next(replies)).text for _ in request.images]
+            boxes = tuple(Localized(request.pruning.localizer, text, read_answer(text)) for text in texts)
+            localized[n] = EncodedRequest(request.request, request.images, boxes)
+    return localized
 
 
 def _picture_file(image: EncodedImage) -> Source:
