@@ -302,7 +302,7 @@ def test_debug_shows_where_it_came_from(run, tmp_path, monkeypatch):
     from gridprune_cli.errors import BadInput
 
     monkeypatch.setenv("GRIDPRUNE_DEBUG", "1")
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match=r"gone\.png"):
         run("ask", tmp_path / "gone.png", QUESTION)
 
 

@@ -93,7 +93,9 @@ def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(start, comman
     assert len(found) == 2, (tmp_path / "err").read_text()
     while process.poll() is None and (written := len(list(cache.rglob("*.safetensors")))) < IMAGES // 4:
         time.sleep(0.002)
-    os.kill(random.Random(IMAGES).choice(found), signal.SIGKILL)
+    victim = random.Random(IMAGES).choice(found)
+    assert victim in workers_of(process)  # it is alive, and at work
+    os.kill(victim, signal.SIGKILL)
     assert written < IMAGES
     assert process.wait() == 0, (tmp_path / "err").read_text()
 
