@@ -10,6 +10,10 @@ lint:
 test *ARGUMENTS:
     pytest {{ARGUMENTS}}
 
+# longer versions of some tests
+slow:
+    pytest -m slow
+
 # damaged and hostile input, for as long as one likes: `just fuzz 36000 7000000`
 fuzz SECONDS="3600" FIRST="0":
     python -m tests.fuzz --seconds {{SECONDS}} --first {{FIRST}}

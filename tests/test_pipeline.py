@@ -14,6 +14,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import METHODS, make
+from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import PrunedSet

@@ -1,7 +1,4 @@
-"""Runs that are killed at any moment: what is done after them is what an undisturbed run does.
-
-`KILLS=10 pytest tests/test_restart.py` kills more often than the suite does.
-"""
+"""Runs that are killed at any moment: what is done after them is what an undisturbed run does."""
 
 import json
 import os
@@ -13,7 +10,7 @@ import pytest
 
 from gridprune_cli.cache.store import Store
 
-KILLS = range(int(os.environ.get("KILLS", "2")))
+KILLS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
 IMAGES, QUESTIONS = 40, ("What colour is the star?", "Where is it?", "How many circles are there?")
 
 
