@@ -6,13 +6,25 @@ lint:
     ruff format --check .
     mypy
 
-# the tests
+# the tests, all of them or as named: `just test -k cache`, `just test -m slow`
 test *ARGUMENTS:
     pytest {{ARGUMENTS}}
 
 # longer versions of some tests
 slow:
     pytest -m slow
+
+# the page of all commands
+docs:
+    python docs/generate_commands.py
+
+# what pruning saves, full against pruned: `just bench --shape llava-1.5-7b --layers 4`
+bench *ARGUMENTS:
+    gridprune bench {{ARGUMENTS}}
+
+# the embedded model, anew: some hours; goes on where it was stopped
+train FOLDER *ARGUMENTS:
+    python -m training --out {{FOLDER}} {{ARGUMENTS}}
 
 # damaged and hostile input, for as long as one likes: `just fuzz 36000 7000000`
 fuzz SECONDS="3600" FIRST="0":
@@ -25,7 +37,3 @@ crash SECONDS="600":
 # image files that ask for much: their time and memory
 bombs:
     python -m tests.fuzz.bombs
-
-# the page of all commands
-docs:
-    python docs/generate_commands.py

@@ -1,7 +1,7 @@
 """What a large cache costs to list, to sum up and to tidy: `python -m benchmarks.cache [ENTRIES...]`.
 
-Fills a temporary folder with entries whose headers are those of LLaVA-1.5 images, 576 visual tokens with states of one
-number each so that the disk has room, and runs the commands as whole processes. Seconds: until the first line, until
+Fills a temporary folder with entries whose headers are those of LLaVA-1.5 images, 576 visual tokens with one number
+each so that the disk has room, and runs the commands as whole processes. Seconds: until the first line, until
 the end, and of the CPU, user and system together; beside others on a machine, the last are what the command takes.
 Memory is the peak of the process, as the kernel counts it.
 """
@@ -65,7 +65,7 @@ def measure(root: Path, *arguments: str) -> tuple[float, float, float, float]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
     first = None
-    while process.stdout.read1(1 << 16):
+    while os.read(process.stdout.fileno(), 1 << 16):
         first = first or time.perf_counter() - start
     _, status, used = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start
@@ -75,7 +75,7 @@ def measure(root: Path, *arguments: str) -> tuple[float, float, float, float]:
 
 
 def main() -> None:
-    counts = [int(given) for given in sys.argv[1:]] or ENTRIES
+    counts = [int(argument) for argument in sys.argv[1:]] or ENTRIES
     print(f"{'entries':>7}  {'command':<22}  {'first line':>10}  {'wall':>6}  {'CPU':>6}  {'memory':>7}", flush=True)
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
@@ -83,15 +83,15 @@ def main() -> None:
             filling = multiprocessing.get_context("spawn").Process(target=fill, args=(root, count))
             filling.start()
             filling.join()
-            found = [entry.bytes for entry in Store(root, None).entries()]
-            if len(found) != count:
-                sys.exit(f"{len(found)} of {count} entries were written")
+            sizes = [entry.bytes for entry in Store(root, None).entries()]
+            if len(sizes) != count:
+                sys.exit(f"{len(sizes)} of {count} entries were written")
             for name, *arguments in (
                 ("ls", "ls"),
                 ("ls --json", "ls", "--json"),
                 ("info", "info"),
                 ("gc, nothing to remove", "gc", "--max-size", "0"),
-                ("gc, half to remove", "gc", "--max-size", str(sum(found) // 2)),
+                ("gc, half to remove", "gc", "--max-size", str(sum(sizes) // 2)),
             ):
                 first, wall, cpu, memory = measure(root, *arguments)
                 print(

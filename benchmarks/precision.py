@@ -19,9 +19,9 @@ KINDS = (torch.float32, torch.bfloat16)
 
 
 def milliseconds(model: Any, tokens: int, cache: DynamicCache) -> float:
-    rows = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype)
+    embeds = torch.randn(1, tokens, model.config.hidden_size, dtype=model.dtype)
     start = perf_counter()
-    model(inputs_embeds=rows, past_key_values=cache, use_cache=True)
+    model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
     return (perf_counter() - start) * 1000
 
 
@@ -29,7 +29,7 @@ def milliseconds(model: Any, tokens: int, cache: DynamicCache) -> float:
 def main() -> None:
     torch.set_num_threads(2)
     print(f"{'width':>5}  {'':>9}  {'float32':>10}  {'bfloat16':>10}  {'faster by':>9}   ms")
-    for width in [int(given) for given in sys.argv[1:]] or WIDTHS:
+    for width in [int(argument) for argument in sys.argv[1:]] or WIDTHS:
         config = LlamaConfig(
             hidden_size=width,
             intermediate_size=width * 43 // 16,  # as Llama 2's 11008 to 4096

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from statistics import median
 from time import process_time
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -25,7 +26,7 @@ HALF = 0.5
 TILES = tuple(View(24, 24, (x, y, x + HALF, y + HALF)) for y in (0.0, HALF) for x in (0.0, HALF))
 CASES = ((64, (View(24, 24),)), (320, (View(24, 24), *TILES)))
 RUNS = 200
-STATE, ROW, WORDS = 1024, 4096, 8  # widths of LLaVA-1.5-7B, and words of a question
+FEATURE_WIDTH, EMBED_WIDTH, WORDS = 1024, 4096, 8  # widths of LLaVA-1.5-7B, and tokens of a question
 
 
 def milliseconds(work: Callable[[], object]) -> float:
@@ -63,45 +64,45 @@ def methods() -> None:
     """Each method as a whole, and apart from its cosines, which are matrix products of the widths of the model."""
     k, views = CASES[0]
     count = sum(view.count for view in views)
-    vectors = {
-        "vision_features": torch.randn(count, STATE),
-        "rows": torch.randn(count, ROW),
-        "words": torch.randn(WORDS, ROW),
+    vectors: dict[str, Any] = {
+        "vision_features": torch.randn(count, FEATURE_WIDTH),
+        "image_embeds": torch.randn(count, EMBED_WIDTH),
+        "question_embeds": torch.randn(WORDS, EMBED_WIDTH),
     }
     signals = Signals(views, torch.rand(count) * 0.2, torch.rand(count), None, **vectors)
     heading(k, count)
     for name in METHODS:
         if isinstance(method := make(name), InnerMethod):
             continue
-        parts(name, type(method), lambda method=method: method.merge(signals, method.select(signals, k)))  # type: ignore[misc]
+        split(name, type(method), lambda method=method: method.merge(signals, method.select(signals, k)))  # type: ignore[misc]
 
 
 def rules() -> None:
     """The same of the rules that choose inside the language model."""
     k, views = CASES[0]
     count = sum(view.count for view in views)
-    keys, vision_features = torch.randn(2, count, ROW)
-    text_keys, text_states = torch.randn(2, 50, ROW)
+    keys, hidden_states = torch.randn(2, count, EMBED_WIDTH)
+    text_keys, text_states = torch.randn(2, 50, EMBED_WIDTH)
     attention = torch.rand(count, dtype=torch.float64)
     within = torch.zeros(count, dtype=torch.bool)
-    sight = Sight(torch.arange(count), within, views, attention, vision_features, keys, text_states, text_keys)
+    sight = Sight(torch.arange(count), within, views, attention, hidden_states, keys, text_states, text_keys)
     heading(k, count)
     for name, kind in RULES.items():
-        parts(name, kind, lambda kind=kind: kind().pick(sight, k))  # type: ignore[misc]
+        split(name, kind, lambda kind=kind: kind().pick(sight, k))  # type: ignore[misc]
 
 
 def heading(k: int, count: int) -> None:
     print(f"\n{f'{k} of {count}':>16}  {'cosines':>8}  {'the rest':>8}  {'all':>8}   ms")
 
 
-def parts(name: str, kind: type, work: Callable[[], object]) -> None:
-    """A row with the times of something that the module of `kind` does."""
+def split(name: str, kind: type, work: Callable[[], object]) -> None:
+    """Prints the times of some work of the module of `kind`, that of its cosines apart."""
     alike: list[float] = []
     everything: list[float] = []
 
-    def timed(*rows: torch.Tensor) -> torch.Tensor:
+    def timed(*vectors: torch.Tensor) -> torch.Tensor:
         start = process_time()
-        product = cosines(*rows)
+        product = cosines(*vectors)
         alike[-1] += (process_time() - start) * 1000
         return product
 
@@ -111,7 +112,7 @@ def parts(name: str, kind: type, work: Callable[[], object]) -> None:
             start = process_time()
             work()
             everything.append((process_time() - start) * 1000)
-    rest = [whole - part for whole, part in zip(everything, alike, strict=True)]
+    rest = [whole - product for whole, product in zip(everything, alike, strict=True)]
     print(f"{name:>16}  {median(alike[3:]):>8.2f}  {median(rest[3:]):>8.2f}  {median(everything[3:]):>8.2f}")
 
 

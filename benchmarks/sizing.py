@@ -220,27 +220,27 @@ LAYOUTS = (
 def thin(layout: Layout, folder: Path) -> Family:
     """The family of a layout with few layers; its config, processor and tokenizer go into the folder."""
     named = {name: text for name, text in layout.tokens.items() if not name.endswith(("_id", "_index"))}
-    words = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")),
         unk_token="<unk>",
         pad_token="<unk>",
         extra_special_tokens=sorted(set(layout.tokens.values())),
         model_specific_special_tokens=named or None,
     )
-    ids = {name: words.convert_tokens_to_ids(text) for name, text in layout.tokens.items() if name not in named}
+    ids = {name: tokenizer.convert_tokens_to_ids(text) for name, text in layout.tokens.items() if name not in named}
     config, vision = dict(layout.config), dict(layout.config["vision_config"])
     vision["depth" if "num_heads" in vision else "num_hidden_layers"] = LAYERS
     if "fullatt_block_indexes" in vision:
         vision["fullatt_block_indexes"] = [LAYERS - 1]
     text = TEXT | config.pop("text_config", {})
-    made = AutoConfig.for_model(
+    layout_config = AutoConfig.for_model(
         config.pop("model_type"), **config | ids | {"vision_config": vision, "text_config": text}
     )
-    made.save_pretrained(folder)
+    layout_config.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(layout.pictures), "utf-8")
     (folder / "processor_config.json").write_text(json.dumps(layout.processor), "utf-8")
-    words.save_pretrained(folder)
-    model = layout.family.model_class._from_config(made, dtype=torch.bfloat16).eval()
+    tokenizer.save_pretrained(folder)
+    model = layout.family.model_class._from_config(layout_config, dtype=torch.bfloat16).eval()
     model.set_attn_implementation({"vision_config": NAME})
     family = layout.family(Checkpoint(layout.source, folder), torch.bfloat16, "cpu")
     family._loaded |= dict.fromkeys(PARTS, model)
@@ -254,7 +254,7 @@ def picture(width: int, height: int) -> Picture:
 
 def main() -> None:
     logging.set_verbosity_error()
-    sizes = [tuple(map(int, given.split("x"))) for given in sys.argv[1:]] or PICTURES
+    sizes = [tuple(map(int, argument.split("x"))) for argument in sys.argv[1:]] or PICTURES
     print(f"{'model_type':15}  {'picture':>10}  {'tokens':>6}  {'width':>6}  {'bytes':>11}   MiB  in 20G  as in")
     for layout in LAYOUTS:
         with TemporaryDirectory() as folder:

@@ -4,10 +4,10 @@
     python -m benchmarks.throughput questions --images 500
 
 `encode`: the command's engine, files to cache, against a bare loop of the tower over the same batches, which lie
-decoded and normalised in memory; of the whole tower, as transformers loads it, and of those of its layers whose states
-are read, which is what the engine runs. `questions`: the engine of `batch` against `Pipeline.ask` called one by one,
+decoded and normalised in memory; of the whole tower, as transformers loads it, and of its layers up to the one that is
+read, which are what the engine runs. `questions`: the engine of `batch` against `Pipeline.ask` called one by one,
 and against transformers' own `generate` on batches with all tokens, whose inputs lie ready in memory. Everything runs
-in this process, in turn, part by part; a ratio is taken of each part's times, and of their sums.
+in this process, in turn, share by share; a ratio is taken of each share's times, and of their sums.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.runners.local import Ask, Bulk, Reply
+from gridprune_cli.runners.batches import result_or_raise
 from gridprune_cli.scenes import CHECKPOINT
-from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene, questions
-from gridprune_cli.settings import Pruning
+from gridprune_cli.scenes.questions import questions
+from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene
+from gridprune_cli.settings import Request
 
 IMAGES = 16  # the command's batch of images
 QUESTIONS = 32  # and of questions
@@ -46,7 +47,7 @@ def timed(times: list[float]) -> Iterator[None]:
     times.append(time.perf_counter() - start)
 
 
-def parts(paths: Sequence[Path], count: int) -> list[Sequence[Path]]:
+def shares(paths: Sequence[Path], count: int) -> list[Sequence[Path]]:
     size = -(-len(paths) // count)
     return [paths[start : start + size] for start in range(0, len(paths), size)]
 
@@ -71,18 +72,18 @@ def encode(paths: list[Path], cache: Path, count: int) -> None:
     ours: list[float] = []
     bare: list[float] = []
     read: list[float] = []
-    for number, part in enumerate([paths[:IMAGES], *parts(paths, count)]):
+    for number, share in enumerate([paths[:IMAGES], *shares(paths, count)]):
         pipeline = fresh(cache, number)
         layers = pipeline.family.load("tower").model.vision_tower
-        pictures = [load_image(path).image for path in part]
+        pictures = [load_image(path).image for path in share]
         pixels = [pipeline.family.process(picture)[0]["pixel_values"] for picture in pictures]
         batches = [torch.cat(pixels[i : i + IMAGES]) for i in range(0, len(pixels), IMAGES)]
         del pictures, pixels
 
-        def engine(pipeline: Pipeline = pipeline, part: Sequence[Path] = part) -> None:
+        def engine(pipeline: Pipeline = pipeline, share: Sequence[Path] = share) -> None:
             with timed(ours), pipeline:
-                made = [hit for _, _, hit in pipeline.encode_all(part, batch=IMAGES)]
-            assert len(made) == len(part) and not any(made)
+                hits = [hit for _, _, hit in pipeline.encode_all(share, batch=IMAGES)]
+            assert len(hits) == len(share) and not any(hits)
 
         def loop(times: list[float], tower: Any, batches: Sequence[torch.Tensor] = batches) -> None:
             with timed(times), torch.inference_mode():
@@ -90,7 +91,7 @@ def encode(paths: list[Path], cache: Path, count: int) -> None:
                     tower(batch, output_hidden_states=True)
 
         in_turn(number, engine, partial(loop, bare, whole), partial(loop, read, layers))
-    others = {"tower": bare[1:], "its layers that are read": read[1:]}  # the first part warmed up
+    others = {"tower": bare[1:], "its layers that are read": read[1:]}  # the first share warmed up
     tell("encode", len(paths), "images", ours[1:], others)
 
 
@@ -101,27 +102,27 @@ def ask(paths: list[Path], cache: Path, count: int) -> None:
     single: list[float] = []
     plain: list[float] = []
     different = total = 0
-    for number, part in enumerate([paths[:4], *parts(paths, count)]):
-        asks = [
-            Ask((path,), question.text, Pruning())
-            for path in part
+    for number, share in enumerate([paths[:4], *shares(paths, count)]):
+        requests = [
+            Request((path,), question.text)
+            for path in share
             for question in questions(make_scene(seed(path)), PER_IMAGE, random.Random(f"throughput-{path.name}"))
         ]
         bulk, alone = (fresh(cache, f"{number}-{name}") for name in ("bulk", "alone"))
-        inputs = list(whole_inputs(processor, asks))
+        inputs = list(whole_inputs(processor, requests))
         answers: list[str] = []
         expected: list[str] = []
 
-        def engine(bulk: Pipeline = bulk, asks: list[Ask] = asks, out: list[str] = answers) -> None:
+        def engine(bulk: Pipeline = bulk, requests: list[Request] = requests, out: list[str] = answers) -> None:
             with timed(ours), bulk:
-                made = Bulk(bulk, images=IMAGES, questions=QUESTIONS)
-                for start in range(0, len(asks), WINDOW):
-                    replies = made.answer(asks[start : start + WINDOW])
-                    out += [reply.text if isinstance(reply, Reply) else str(reply) for reply in replies]
+                runner = bulk.runner(images=IMAGES, questions=QUESTIONS)
+                for start in range(0, len(requests), WINDOW):
+                    replies = runner.answer(requests[start : start + WINDOW])
+                    out += [result_or_raise(reply).text for reply in replies]
 
-        def one_by_one(alone: Pipeline = alone, asks: list[Ask] = asks, out: list[str] = expected) -> None:
+        def one_by_one(alone: Pipeline = alone, requests: list[Request] = requests, out: list[str] = expected) -> None:
             with timed(single), alone:
-                out += [alone.ask(one.sources[0], one.question, one.pruning).text for one in asks]
+                out += [alone.ask(request.images, request.question).text for request in requests]
 
         def all_tokens(inputs: list[Any] = inputs) -> None:
             with timed(plain), torch.inference_mode():
@@ -131,7 +132,7 @@ def ask(paths: list[Path], cache: Path, count: int) -> None:
         in_turn(number, engine, one_by_one, all_tokens)
         if number:
             different += sum(a != b for a, b in zip(answers, expected, strict=True))
-            total += len(asks)
+            total += len(requests)
     others = {"ask, one by one": single[1:], "generate, all tokens": plain[1:]}
     tell("batch", total, "questions", ours[1:], others)
     print(f"answers other than those of single runs: {different} of {total}")
@@ -139,18 +140,18 @@ def ask(paths: list[Path], cache: Path, count: int) -> None:
         sys.exit(1)
 
 
-def whole_inputs(processor: Any, asks: Sequence[Ask]) -> Iterator[Any]:
+def whole_inputs(processor: Any, requests: Sequence[Request]) -> Iterator[Any]:
     """The inputs of transformers' own `generate`, in batches."""
-    for start in range(0, len(asks), QUESTIONS):
-        batch = asks[start : start + QUESTIONS]
+    for start in range(0, len(requests), QUESTIONS):
+        batch = requests[start : start + QUESTIONS]
         texts = [
             processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": one.question}]}],
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.question}]}],
                 add_generation_prompt=True,
             )
-            for one in batch
+            for request in batch
         ]
-        images = [Image.open(str(one.sources[0])).convert("RGB") for one in batch]
+        images = [Image.open(str(request.images[0])).convert("RGB") for request in batch]
         yield processor(images=images, text=texts, padding=True, return_tensors="pt")
 
 
@@ -160,7 +161,7 @@ def tell(name: str, count: int, what: str, ours: list[float], others: dict[str, 
         ratios = [b / a for a, b in zip(ours, times, strict=True)]
         print(
             f"{other:24} {count / sum(times):8.1f} {what}/s   {name} is {sum(times) / sum(ours):.2f} times as fast "
-            f"(parts: {min(ratios):.2f} to {max(ratios):.2f})"
+            f"(shares: {min(ratios):.2f} to {max(ratios):.2f})"
         )
 
 
@@ -172,16 +173,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("encode", "questions"))
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--parts", type=int, default=10)
-    given = parser.parse_args()
+    parser.add_argument("--shares", type=int, default=10)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         pictures, cache = Path(folder, "pictures"), Path(folder, "cache")
         pictures.mkdir()
-        paths = [pictures / f"{HELDOUT + number}.png" for number in range(given.images)]
+        paths = [pictures / f"{HELDOUT + number}.png" for number in range(options.images)]
         for path in paths:
             draw(make_scene(seed(path)))[0].save(path)
-        print(f"{given.images} images, {torch.get_num_threads()} threads, torch {torch.__version__}")
-        (encode if given.what == "encode" else ask)(paths, cache, given.parts)
+        print(f"{options.images} images, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        (encode if options.what == "encode" else ask)(paths, cache, options.shares)
 
 
 if __name__ == "__main__":

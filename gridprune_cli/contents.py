@@ -45,24 +45,21 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     _need(isinstance(prompt, dict) and isinstance(prompt.get("placeholder"), str), "its prompt has no placeholder")
     _need(_all_texts(notes), "its notes are no texts")
     dtype = FLOATS[encoder["dtype"]]
-    vision_features, saliency, placeholder_map = (
-        tensors["vision_features"],
-        tensors["saliency"],
-        tensors["placeholder_map"],
-    )
+    vision_features, placeholder_map = tensors["vision_features"], tensors["placeholder_map"]
     _check_shape("vision_features", vision_features, kind or dtype, (count, -1))
-    _need(0 < vision_features.numel() <= MAX_NUMBERS, f"states {tuple(vision_features.shape)} are none, or too many")
-    _check_shape("saliency", saliency, dtype, (count,))
+    shape = tuple(vision_features.shape)
+    _need(0 < vision_features.numel() <= MAX_NUMBERS, f"vision_features {shape} are empty, or too many")
+    _check_shape("saliency", tensors["saliency"], dtype, (count,))
     _check_shape("placeholder_map", placeholder_map, torch.int32, (-1,))
     if kind:
         _check_shape("scales", tensors["scales"], torch.float32, (count,))
         check_range("scales", tensors["scales"], 0)
     else:
         check_range("vision_features", vision_features)
-    check_range("saliency", saliency, 0)
+    check_range("saliency", tensors["saliency"], 0)
     check_range("placeholder_map", placeholder_map, -1)
     tokens = placeholder_map[placeholder_map >= 0].sort().values.long()
-    _need(torch.equal(tokens, torch.arange(count)), "slots do not hold every token once")
+    _need(torch.equal(tokens, torch.arange(count)), "placeholder_map does not hold every token once")
 
 
 def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -91,13 +88,9 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
         counts.append(_count(image.get("views")))
     total = sum(counts)
     image_embeds, kept, ids, places = (tensors[name] for name in ("image_embeds", "kept", "input_ids", "position_ids"))
-    _need(
-        image_embeds.dtype in FLOATS.values() and image_embeds.dim() == 2,
-        f"image_embeds are {_dtype_and_shape(image_embeds)}",
-    )
-    _need(
-        0 < image_embeds.numel() <= MAX_NUMBERS, f"image_embeds are {_dtype_and_shape(image_embeds)}, none or too many"
-    )
+    shape = _dtype_and_shape(image_embeds)
+    _need(image_embeds.dtype in FLOATS.values() and image_embeds.dim() == 2, f"image_embeds are {shape}")
+    _need(0 < image_embeds.numel() <= MAX_NUMBERS, f"image_embeds are {shape}, empty or too many")
     check_range("image_embeds", image_embeds)
     _check_shape("kept", kept, torch.int64, (-1,))
     _need(
@@ -129,20 +122,20 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
         check_range("placeholder_map", placeholder_map, -1)
         _need(
             torch.equal(placeholder_map[placeholder_map >= 0].sort().values, kept),
-            "slots and kept do not fit each other",
+            "placeholder_map and kept do not fit each other",
         )
-    firsts = torch.tensor([0, *counts]).cumsum(0)
-    places_of = torch.searchsorted(kept, firsts)  # where each image's own begin among the kept
-    kept_of = [part - first for part, first in zip(kept.split(places_of.diff().tolist()), firsts, strict=False)]
-    for image, part in zip(images, kept_of, strict=True):
-        _check_origin(image, len(part))
+    first_tokens = torch.tensor([0, *counts]).cumsum(0)  # (images + 1,)
+    kept_counts = torch.searchsorted(kept, first_tokens).diff().tolist()  # of each image
+    kept_of = [group - first for group, first in zip(kept.split(kept_counts), first_tokens, strict=False)]
+    for image, group in zip(images, kept_of, strict=True):
+        _check_origin(image, len(group))
     if header.get("schedule") is not None:
         _need("placeholder_map" in tensors, "it does not say which visual tokens its image_embeds are")
         _check_schedule(header["schedule"], images, kept_of)
 
 
 def _check_origin(image: Mapping[str, Any], kept: int) -> None:
-    """How an image, with its `kept` tokens, was divided."""
+    """How an image of a pruned set, with `kept` of its tokens kept, was divided."""
     missing = {"region", "zones", "localizer", "ratios"} - image.keys()
     _need(not missing, f"an image has no {_listed(missing)}")
     region, zones, localizer, ratios = (image[name] for name in ("region", "zones", "localizer", "ratios"))
@@ -167,49 +160,51 @@ def _check_origin(image: Mapping[str, Any], kept: int) -> None:
         _need(all(ratio is None or _number(ratio, 1, 1 << 31) for ratio in ratios.values()), "ratios are no numbers")
 
 
-def _check_schedule(parts: Any, images: Sequence[Mapping[str, Any]], kept: Sequence[Tensor]) -> None:
-    """What leaves inside the language model; `kept` holds each image's own tokens."""
-    _need(isinstance(parts, dict) and isinstance(parts.get("stages"), list) and bool(parts["stages"]), "no stages")
-    tokens = parts.get("tokens")
+def _check_schedule(schedule: Any, images: Sequence[Mapping[str, Any]], kept: Sequence[Tensor]) -> None:
+    """What leaves inside the language model. `kept` has the kept tokens of each image, counted within the image."""
+    stages = schedule.get("stages") if isinstance(schedule, dict) else None
+    _need(isinstance(stages, list) and len(stages) > 0, "no stages")
+    assert isinstance(stages, list)
+    tokens = schedule.get("tokens")
     _need(_all_whole(tokens, 0, 1 << 31) and 0 < len(tokens) <= MAX_LAYERS, "no number of tokens for each layer")
-    for stage in parts["stages"]:
+    for stage in stages:
         _need(isinstance(stage, dict) and isinstance(stage.get("rule"), dict), "a stage has no rule")
         _need(_whole(stage.get("layer"), 0, len(tokens) - 1), f"a stage is at none of {len(tokens)} layers")
         _need(_all_whole(stage.get("keep"), 0, 1 << 31), "a stage keeps no number of tokens")
         _need(stage.get("positions") in ("original", "compact"), "a stage's positions")
         _check_rule(stage["rule"])
-    layers = [stage["layer"] for stage in parts["stages"]]
+    layers = [stage["layer"] for stage in stages]
     _need(layers == sorted(set(layers)), "its stages do not ascend")
-    each = len(parts["stages"][0]["keep"])
+    each = len(stages[0]["keep"])
     _need(each in (1, len(images)), f"a stage keeps tokens of {each} images")
-    _need(all(len(stage["keep"]) == each for stage in parts["stages"]), "its stages do not fit each other")
-    present = [len(part) for part in kept]
-    leaving = LayerSchedule.from_json(parts)
+    _need(all(len(stage["keep"]) == each for stage in stages), "its stages do not fit each other")
+    present = [len(group) for group in kept]
+    leaving = LayerSchedule.from_json(schedule)
     planned = plan(leaving.stages, present if each > 1 or len(images) == 1 else [sum(present)], len(tokens))
     _need(leaving == planned, "its stages and the tokens in each layer do not fit each other")
     for stage in leaving.stages:
         if isinstance(stage.rule, Region):
             _need(each == len(images), "a stage keeps regions of no images")
-            for image, part, keep in zip(images, kept, stage.keep, strict=True):
+            for image, group, count in zip(images, kept, stage.keep, strict=True):
                 _need(image.get("region") is not None, "a stage keeps a region, and there is none")
-                within = inside(views_of(image["views"]), tuple(image["region"]))[part]
-                _need(int(within.sum()) == keep, "a stage does not keep what is inside its region")
+                within = inside(views_of(image["views"]), tuple(image["region"]))[group]
+                _need(int(within.sum()) == count, "a stage does not keep what is inside its region")
 
 
-def _check_rule(parts: Mapping[str, Any]) -> None:
+def _check_rule(rule: Mapping[str, Any]) -> None:
     """The rule of a stage: its name, and options of the kinds that it has."""
-    name = parts.get("name")
+    name = rule.get("name")
     _need(isinstance(name, str) and name in RULES, f"unknown rule {name!r}")
     assert isinstance(name, str)
     kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(RULES[name])}
-    _need(parts.keys() == kinds.keys() | {"name"}, f"rule {name} has other options")
+    _need(rule.keys() == kinds.keys() | {"name"}, f"rule {name} has other options")
     for option, kind in kinds.items():
-        good = _whole(parts[option], 0, 1 << 31) if kind is int else _number(parts[option], 0, 1e9)
+        good = _whole(rule[option], 0, 1 << 31) if kind is int else _number(rule[option], 0, 1e9)
         _need(good, f"{option} of rule {name} is of no use")
 
 
 def _count(views: Any) -> int:
-    """How many visual tokens there are in views as a header tells them."""
+    """The number of visual tokens in the views of a header, which are checked."""
     _need(isinstance(views, list) and len(views) > 0, "it has no views")
     for view in views:
         _need(isinstance(view, dict), "a view is no object")
@@ -227,8 +222,9 @@ def _shares_picture(box: Sequence[float]) -> bool:
     return all(min(box[axis + 2], 1) - max(box[axis], 0) >= MIN_SHARE for axis in (0, 1))
 
 
-def views_of(parts: Sequence[Mapping[str, Any]]) -> tuple[View, ...]:
-    return tuple(View(part["rows"], part["cols"], tuple(part["box"])) for part in parts)
+def views_of(views: Sequence[Mapping[str, Any]]) -> tuple[View, ...]:
+    """The views of a header, which were checked."""
+    return tuple(View(view["rows"], view["cols"], tuple(view["box"])) for view in views)
 
 
 def _check_texts(header: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -247,10 +243,10 @@ def _check_shape(name: str, tensor: Tensor, dtype: torch.dtype | None, shape: tu
 
 
 def check_range(name: str, tensor: Tensor, low: float = -torch.inf, high: float = torch.inf) -> None:
-    """Numbers, all of them, from `low` to `high` and finite. Needs no memory of the tensor's size."""
+    """Raises ValueError unless all numbers are finite and from `low` to `high`. Copies nothing."""
     if not tensor.numel():
         return
-    least, most = (bound.item() for bound in tensor.aminmax())  # not a number where one of them is none
+    least, most = (bound.item() for bound in tensor.aminmax())  # NaN where one of them is NaN, which fails below
     _need(low <= least <= most <= high and -torch.inf < least <= most < torch.inf, f"{name} from {least} to {most}")
 
 
@@ -280,5 +276,5 @@ def _all_whole(values: Any, low: int, high: int) -> bool:
 
 
 def _number(value: Any, low: float, high: float) -> bool:
-    """Compared without a conversion, which fails for a whole number of 400 digits. No number is no number here."""
+    """Compared without a conversion, which fails for a whole number of 400 digits. NaN is refused."""
     return type(value) in (int, float) and low <= value <= high

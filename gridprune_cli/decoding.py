@@ -1,8 +1,9 @@
 """An image file's bytes, decoded to plain RGB within bounds of pixels, time and memory, whatever they hold.
 
-Most decoders are fed the file in small pieces: reading them looks at the clock. The others work in one call of C that
-nothing can stop, so that what may take long, or is told on stderr alone (libtiff), goes through a process of its own.
-It imports Pillow and nothing else, starts in less than 0.1 s, and is killed when its time is up.
+Most decoders read the file in small pieces, and every read checks the clock. The others (WebP, AVIF, JPEG 2000) decode
+in one call of C that nothing in the process can stop; and libtiff reports damage on stderr alone. Large files of the
+former and all of the latter are decoded in a process of its own, which imports Pillow and nothing else, starts in less
+than 0.1 s, and is killed when its time is up.
 """
 
 import io
@@ -25,6 +26,7 @@ from typing import IO, cast
 import PIL
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from gridprune_cli import bounded
 from gridprune_cli.errors import BadInput
 
 MAX_PIXELS = 75_000_000  # see BYTES_PER_PIXEL: 1.05 GB; GRIDPRUNE_MAX_PIXELS raises it, and what follows with it
@@ -93,12 +95,12 @@ def most_pixels() -> int:
     if not setting:
         return MAX_PIXELS
     if not (setting.isascii() and setting.isdecimal() and len(setting) <= 10):
-        raise BadInput(f"GRIDPRUNE_MAX_PIXELS={setting[:40]!a}: not a number of pixels; give one, or unset it")
+        raise BadInput("not a number of pixels; give one, or unset it", place=f"GRIDPRUNE_MAX_PIXELS={setting[:40]!a}")
     return max(MAX_PIXELS, int(setting))
 
 
 def scale() -> float:
-    """By how much the limits of time, memory and file size are raised, since that of pixels is."""
+    """The factor by which the limits of time, memory and file size are raised: that of pixels over MAX_PIXELS."""
     return most_pixels() / MAX_PIXELS
 
 
@@ -108,7 +110,7 @@ def stop_when(stopped: Callable[[], bool]) -> None:
 
 
 class Clock:
-    """Counts MAX_SECONDS from when it was made."""
+    """Counts MAX_SECONDS from its construction on, and knows whether its thread is to stop."""
 
     def __init__(self) -> None:
         self.seconds = MAX_SECONDS * scale()
@@ -124,7 +126,7 @@ class Clock:
 
 
 class _Bytes(io.BytesIO):
-    """Bytes whose readers keep to a clock."""
+    """Bytes in memory; every read checks the clock."""
 
     def __init__(self, data: bytes, clock: Clock):
         super().__init__(data)
@@ -136,7 +138,7 @@ class _Bytes(io.BytesIO):
 
 
 class _File(io.FileIO):
-    """A file whose readers keep to a clock."""
+    """A file; every read checks the clock."""
 
     def __init__(self, path: str | Path, clock: Clock):
         super().__init__(path)
@@ -148,6 +150,7 @@ class _File(io.FileIO):
 
 
 def _decode(data: bytes, clock: Clock, apart: Callable[[Image.Image], bool]) -> tuple[Image.Image, tuple[str, ...]]:
+    """`decode` by a clock. `apart` says which opened images are decoded in a process of their own."""
     with _faults("damaged or cut short ({}); fetch or export it again"):
         with _strict(), Image.open(_Bytes(data, clock), formats=FORMATS) as image:
             _check_size(image)
@@ -164,7 +167,7 @@ def _decode(data: bytes, clock: Clock, apart: Callable[[Image.Image], bool]) -> 
 
 @contextmanager
 def _faults(text: str) -> Iterator[None]:
-    """Whatever decoders raise as BadInput: `text`, with a reason, where it is nothing known."""
+    """Turns whatever decoders raise into BadInput; `text`, with the reason in its braces, for all but a few kinds."""
     try:
         yield
     except BadInput:
@@ -186,7 +189,7 @@ _SMALLER = "make it smaller, or raise GRIDPRUNE_MAX_PIXELS"
 
 
 def _apart(image: Image.Image) -> bool:
-    """Whether decoding can't be bounded in this process. libtiff tells damage on stderr, and goes on."""
+    """Whether decoding can't be bounded in this process. libtiff reports damage on stderr, and goes on."""
     tiles = getattr(image, "tile", ())
     return any(tile[0] == "libtiff" for tile in tiles) or (
         image.width * image.height > _ONE_CALL.get(image.format or "", most_pixels())
@@ -194,20 +197,14 @@ def _apart(image: Image.Image) -> bool:
 
 
 def _decode_apart(data: bytes, clock: Clock) -> tuple[Image.Image, tuple[str, ...]]:
-    folders = [str(Path(module).resolve().parents[1]) for module in (__file__, cast(str, PIL.__file__))]
     limits = int(MAX_MEMORY * scale()), int(clock.seconds) + 1
-    code = f"import sys; sys.path += {folders!r}; from gridprune_cli.decoding import _serve; _serve(*{limits})"
+    pillow = str(Path(cast(str, PIL.__file__)).resolve().parents[1])
     # files, not pipes: the worker needs no one to feed it, and complaints that would fill its file are left out
     with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as complaints:
         file.write(data)
         file.seek(0)
-        worker = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-W", "ignore", "-c", code],
-            stdin=file,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # address space that threads reserve would count as memory
-        )
+        environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}  # address space that threads reserve counts as memory
+        worker = bounded.start(__name__, *limits, paths=[pillow], stdin=file, stderr=complaints, env=environment)
         with worker:
             try:
                 out = _output(worker, clock)
@@ -230,25 +227,22 @@ def _decode_apart(data: bytes, clock: Clock) -> tuple[Image.Image, tuple[str, ..
 
 
 def _output(worker: "subprocess.Popen[bytes]", clock: Clock) -> bytes:
+    """All that the worker writes. Raises BadInput when time is up."""
     while True:
         clock.check()
         with suppress(subprocess.TimeoutExpired):
             return worker.communicate(timeout=0.2)[0]
 
 
-def _serve(memory: int, seconds: int) -> None:
+def serve(memory: int, seconds: int) -> None:
     """The worker: from stdin the bytes of an image file; to stdout a line of JSON, then the rows of RGB pixels.
 
     `memory` bounds its address space, and `seconds` its time on a CPU, should the one who started it be gone.
     """
-    import resource
-
     from PIL import AvifImagePlugin
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C ends it at once, even in C
-    for limit, most in (("RLIMIT_AS", memory), ("RLIMIT_CPU", seconds), ("RLIMIT_FSIZE", 1 << 16)):
-        with suppress(ValueError, OSError):  # a lower limit is set already
-            resource.setrlimit(getattr(resource, limit), (most, most))
+    bounded.limit(AS=memory, CPU=seconds, FSIZE=1 << 16)
     AvifImagePlugin.DEFAULT_MAX_THREADS = 2
     data, out = sys.stdin.buffer.read(), sys.stdout.buffer
     try:
@@ -266,7 +260,7 @@ def _serve(memory: int, seconds: int) -> None:
 
 @contextmanager
 def _strict() -> Iterator[None]:
-    """Pillow's settings are the whole process's: another library may have told it to let cut files pass.
+    """Pillow with strict settings, which are the whole process's: another library may have set it to pass cut files.
 
     Threads may decode at the same time: the first of them sets, the last sets back.
     """
@@ -291,6 +285,7 @@ def _strict() -> Iterator[None]:
 
 
 def _check_size(image: Image.Image) -> None:
+    """Raises BadInput on an image beyond MAX_PIXELS or MAX_ASPECT, or without pixels."""
     width, height = image.size
     most = most_pixels()
     if min(width, height) < 1:
@@ -315,7 +310,7 @@ def _check_scans(data: bytes) -> None:
 
 
 def _notes(image: Image.Image) -> tuple[str, ...]:
-    # how many there are is not asked: counting them walks through all of the file
+    """That only the first frame or page is taken. How many there are is not asked: counting reads all of the file."""
     if not getattr(image, "is_animated", False) or image.format == "MPO":  # a camera's JPEG with previews beside it
         return ()
     return ("several pages: the first is taken",) if image.format == "TIFF" else ("animated: the first frame is taken",)
@@ -336,6 +331,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _rgb(image: Image.Image, clock: Clock) -> Image.Image:
+    """An image in 8-bit RGB, transparency over white."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image.copy()
     canvas = Image.new("RGB", image.size, "white")
@@ -352,13 +348,13 @@ def _rgb(image: Image.Image, clock: Clock) -> Image.Image:
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[Image.Image, int]]:
-    """An image in bands of whole rows, with the first row of each; a small one as it is."""
-    rows = max(1, _BAND // image.width)
-    if rows >= image.height:
+    """An image in bands of its whole width, each with the y of its top; a small one as it is."""
+    height = max(1, _BAND // image.width)
+    if height >= image.height:
         yield image, 0
         return
-    for top in range(0, image.height, rows):
-        yield image.crop((0, top, image.width, min(image.height, top + rows))), top
+    for top in range(0, image.height, height):
+        yield image.crop((0, top, image.width, min(image.height, top + height))), top
 
 
 def _grey8(image: Image.Image) -> Image.Image:
@@ -377,6 +373,6 @@ def _grey8(image: Image.Image) -> Image.Image:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return " ".join(text.split())

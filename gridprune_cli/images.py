@@ -24,7 +24,7 @@ Source = str | Path | bytes  # a path, or the bytes of an image file
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that was read: 8-bit RGB pixels, sha256 of the file's bytes, its name as given, and what was lost."""
+    """An image that was read: 8-bit RGB pixels, sha256 of the file's bytes, its name as given, and notes on losses."""
 
     image: Image.Image
     sha256: str
@@ -40,7 +40,7 @@ def read_image(source: str | Path) -> bytes:
     """
     name, most = _shown(str(source)), int(MAX_BYTES * scale())
     if name == "-" and (sys.stdin is None or sys.stdin.isatty()):
-        raise BadInput("-: stdin is a terminal or closed; pipe an image into it")
+        raise BadInput("stdin is a terminal or closed; pipe an image into it", place="-")
     try:
         if name == "-":
             data = sys.stdin.buffer.read(most + 1)
@@ -51,23 +51,23 @@ def read_image(source: str | Path) -> bytes:
                     data = _read_pipe(file.fileno(), most + 1, name)
                 else:
                     if status.st_size > most:
-                        raise BadInput(_too_large(name, most))
+                        raise _too_large(name, most)
                     data = file.read(most + 1)
     except FileNotFoundError as error:
-        raise BadInput(f"{name}: no such file; check the path") from error
+        raise BadInput("no such file; check the path", place=name) from error
     except IsADirectoryError as error:
-        raise BadInput(f"{name}: a folder, not an image; name a file in it") from error
+        raise BadInput("a folder, not an image; name a file in it", place=name) from error
     except (OSError, ValueError) as error:
-        raise BadInput(f"{name}: can't be read ({reason(error)}); check the path") from error
+        raise BadInput(f"can't be read ({reason(error)}); check the path", place=name) from error
     if not data:
-        raise BadInput(f"{name}: empty, 0 bytes; fetch or export it again")
+        raise BadInput("empty, 0 bytes; fetch or export it again", place=name)
     if len(data) > most:
-        raise BadInput(_too_large(name, most))
+        raise _too_large(name, most)
     return data
 
 
-def _too_large(name: str, most: int) -> str:
-    return f"{name}: more than {most >> 20} MiB; make it smaller, or raise GRIDPRUNE_MAX_PIXELS"
+def _too_large(name: str, most: int) -> BadInput:
+    return BadInput(f"more than {most >> 20} MiB; make it smaller, or raise GRIDPRUNE_MAX_PIXELS", place=name)
 
 
 def _open_now(path: str, flags: int) -> int:
@@ -91,7 +91,7 @@ def _read_pipe(file: int, most: int, name: str) -> bytes:
         elif piece is not None and pieces:
             break
         elif clock.stopped() or time.monotonic() > clock.end:
-            raise BadInput(f"{name}: a pipe or device that gives nothing for {clock.seconds:g} s; write to it")
+            raise BadInput(f"a pipe or device that gives nothing for {clock.seconds:g} s; write to it", place=name)
         else:
             time.sleep(0.02)
     return b"".join(pieces)
@@ -123,7 +123,7 @@ class SourceFile:
         """Decodes it. Raises BadInput as `load_image`, and where the file has changed since."""
         picture = load_image(self.source, self.name)
         if picture.sha256 != self.sha256:
-            raise BadInput(f"{_shown(self.name)}: changed while it was in use; give the command again")
+            raise BadInput("changed while it was in use; give the command again", place=_shown(self.name))
         return picture
 
 
@@ -132,9 +132,9 @@ def open_source(source: Source, name: str | None = None) -> SourceFile:
 
     Raises BadInput as `read_image` does.
     """
-    sha256, given, data = identify(source)
+    sha256, path, data = identify(source)
     again = not isinstance(source, bytes) and str(source) != "-" and os.path.isfile(source)
-    return SourceFile(sha256, name or given, source if again else data)
+    return SourceFile(sha256, name or path, source if again else data)
 
 
 def load_image(source: Source, name: str | None = None) -> Picture:
@@ -144,12 +144,12 @@ def load_image(source: Source, name: str | None = None) -> Picture:
     pages the first is taken, with a note. Colour profiles are not applied. Raises BadInput, in one line, on anything
     that is not a whole image within the bounds of `decoding`.
     """
-    sha256, given, data = identify(source)
+    sha256, path, data = identify(source)
     try:
         image, notes = decode(data)
     except BadInput as fault:
-        raise BadInput(f"{_shown(name or given)}: {fault}") from fault
-    return Picture(image, sha256, name or given, notes)
+        raise fault.at(_shown(name or path)) from fault
+    return Picture(image, sha256, name or path, notes)
 
 
 def measure(source: Source, name: str = "-") -> tuple[int, int]:
@@ -160,7 +160,7 @@ def measure(source: Source, name: str = "-") -> tuple[int, int]:
     try:
         return size_of(source)
     except BadInput as fault:
-        raise BadInput(f"{_shown(name if isinstance(source, bytes) else str(source))}: {fault}") from fault
+        raise fault.at(_shown(name if isinstance(source, bytes) else str(source))) from fault
 
 
 def memory_of(source: Source) -> int:
@@ -188,21 +188,21 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     Hidden files, linked folders, and what is no file (pipes, sockets, devices) are left out of folders.
     Raises BadInput on a folder that can't be listed, or holds no image.
     """
-    found: list[Path] = []
+    images: list[Path] = []
     for path in map(Path, paths):
         if not os.path.isdir(path):
-            found.append(path)
+            images.append(path)
             continue
         below = sorted(_below(path))
         if not below:
-            raise BadInput(f"{_shown(str(path))}: no image in this folder; name another, or the files themselves")
-        found += below
-    return found
+            raise BadInput("no image in this folder; name another, or the files themselves", place=_shown(str(path)))
+        images += below
+    return images
 
 
 def _below(folder: Path) -> Iterator[Path]:
     def fail(error: OSError) -> None:
-        raise BadInput(f"{_shown(str(error.filename))}: can't be listed ({reason(error)}); check its permissions")
+        raise BadInput(f"can't be listed ({reason(error)}); check its permissions", place=_shown(str(error.filename)))
 
     for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -216,7 +216,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _may_be_read(path: str) -> bool:
-    """Whether it is a file, or can't be looked at, which is said when it is read."""
+    """Whether it is a file, or can't be looked at: then reading it gives the error."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:

@@ -1,4 +1,4 @@
-"""Lines of questions, `{"image": ..., "question": ...}` a line: read, told apart, and found again in what was written.
+"""Lines of questions, `{"image": ..., "question": ...}` a line: read, and matched with the results of an earlier run.
 
 `batch`, `prune --batch` and `eval` read them here, within the bounds below. Nothing here needs torch.
 """
@@ -21,11 +21,11 @@ MAX_LINE = 1 << 20  # bytes; some 100 pages of text beside a question, and 1,000
 MAX_DEPTH = 100  # levels of lists and objects in a line; Python's own limit lies near 1,000 and moves with the caller
 MAX_QUESTION = 1 << 16  # characters, some 16,000 tokens: longer ones take seconds to tokenize and to match
 MAX_IMAGES = 64  # of one question, all of which are held until it is answered
-_WINDOW_BYTES = 16 * MAX_LINE  # of lines that are worked on together; parsed, they take up to 30 times as much
+_WINDOW_BYTES = 16 * MAX_LINE  # of lines that are processed together; parsed, they take up to 30 times as much
 _QUEUE = 16  # lines that are read ahead
 _MAX_RESULT = 16 * MAX_LINE  # bytes of a line of results: the line that it repeats, with escapes, and the answer
 
-_OWN = ("id", "image", "question", "keep")
+_KNOWN = ("id", "image", "question", "keep")  # names in a line; the others are `Item.extra`
 _START = b'{"id": '  # of every line that `batch` writes
 _GRACE = 0.02  # seconds that a line is waited for before work starts on those that are there
 
@@ -34,12 +34,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Item:
-    """A line. `fault` says what is wrong with it, and then nothing else but `id` needs to be there.
+    """A line. `fault` says what is wrong with it, and then only `id` and `place` need to be there.
 
     id        as given; else 16 hex digits of the sha256 of the line's content
     place     of the line, as in `questions.jsonl:7`
-    images    as written in the line, one or several
-    extra     what else the line holds
+    images    paths as written in the line, one or several
+    keep      the share of visual tokens to keep, for this line alone
+    extra     what else the line holds, by name
     size      bytes of the line
     """
 
@@ -53,7 +54,7 @@ class Item:
     size: int = 0
 
     def echo(self) -> dict[str, Any]:
-        """What a result repeats of the line."""
+        """The part of a result that repeats the line."""
         if not self.images:  # a line that could not be read
             return {"id": self.id}
         images = self.images[0] if len(self.images) == 1 else list(self.images)
@@ -61,7 +62,7 @@ class Item:
 
 
 def parse(line: bytes, place: str) -> Item:
-    """Reads a line. `place` is what its fault calls it."""
+    """The item of a line, with a fault where it can't be asked. `place` is how the fault calls the line."""
     ident = digest(line.decode("latin-1"))[:16]
     if len(line.rstrip(b"\r\n")) > MAX_LINE:
         return Item(ident, place, fault=f"{place}: longer than {MAX_LINE} bytes; leave out what is no question")
@@ -73,15 +74,15 @@ def parse(line: bytes, place: str) -> Item:
         ident = digest(value)[:16]
     except RecursionError:
         return Item(ident, place, fault=deep)
-    except ValueError as fault:
-        return Item(ident, place, fault=f"{place}: not JSON ({fault}); write an object a line")
+    except ValueError as error:
+        return Item(ident, place, fault=f"{place}: not JSON ({error}); write an object a line")
     if not isinstance(value, dict):
         return Item(ident, place, fault=f'{place}: not an object; write {{"image": ..., "question": ...}}')
     image, question, keep = value.get("image"), value.get("question"), value.get("keep")
-    given = value.get("id")
-    if isinstance(given, dict | list | bool):
+    line_id = value.get("id")
+    if isinstance(line_id, dict | list | bool):
         return Item(ident, place, fault=f"{place}: id is no text and no number; change it, or leave it out")
-    ident = ident if given is None else given
+    ident = ident if line_id is None else line_id
     images = (image,) if isinstance(image, str) else tuple(image) if isinstance(image, list) else ()
     if not images or not all(isinstance(name, str) and name for name in images):
         return Item(ident, place, fault=f"{place}: image is no path and no list of paths; name an image file")
@@ -89,14 +90,14 @@ def parse(line: bytes, place: str) -> Item:
         return Item(ident, place, fault=f"{place}: image -: stdin is none of a line's images; name an image file")
     if not isinstance(question, str):
         return Item(ident, place, fault=f"{place}: question is no text; ask something")
-    extra = {name: given for name, given in value.items() if name not in _OWN}
+    extra = {name: other for name, other in value.items() if name not in _KNOWN}
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
-        why = f"{place}: keep {repr(keep)[:40]}: must be above 0 and at most 1"
-        return Item(ident, place, images, question, None, extra, why)
+        fault = f"{place}: keep {repr(keep)[:40]}: must be above 0 and at most 1"
+        return Item(ident, place, images, question, None, extra, fault)
     try:
         check_question(question, len(images))
-    except BadInput as fault:
-        return Item(ident, place, images, question, keep, extra, f"{place}: {fault}")
+    except BadInput as error:
+        return Item(ident, place, images, question, keep, extra, str(error.at(place)))
     return Item(ident, place, images, question, keep, extra)
 
 
@@ -113,7 +114,7 @@ def check_question(question: str, images: int = 1) -> None:
 
 
 def check_text(text: str, name: str) -> None:
-    """Raises BadInput for a text of a prompt, which it calls `name`, that is too long, or no Unicode text."""
+    """Raises BadInput for a text of a prompt, called `name`, that is too long, or no Unicode text."""
     if len(text) > MAX_QUESTION:
         raise BadInput(f"{name} has {len(text)} characters; at most {MAX_QUESTION} can be asked")
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -125,12 +126,12 @@ def _refuse(name: str) -> None:
 
 
 class Done:
-    """What an earlier run wrote to a file, to be skipped. A torn last line is dropped from the file first.
+    """The results that an earlier run wrote to a file, whose lines are skipped. A torn last line is removed first.
 
-    As long as the lines asked for come as they were written, which is how a run that was cut off left them, nothing is
-    held in memory; from the first that does not, the ids of the rest are.
+    As long as lines are looked up in the order of the results, as when a run that was cut off is continued, the file is
+    read along and nothing is held in memory; from the first that is not, the ids of the remaining results are.
 
-    Raises BadInput where the file holds something else than results.
+    Raises BadInput where the file holds anything but results.
     """
 
     def __init__(self, path: Path):
@@ -145,7 +146,7 @@ class Done:
         if not self._end and start != _START[: len(start)]:
             raise self._foreign(1)
         self._file.seek(0)
-        self._next = self._read()  # what is no result is told before anything is changed
+        self._next = self._read()  # raises for what is no result before anything is changed
         if self._end < os.path.getsize(path):
             os.truncate(path, self._end)
 
@@ -186,7 +187,8 @@ class Done:
         return ident
 
     def _foreign(self, line: int) -> BadInput:
-        return BadInput(f"--resume {self.path}: line {line} is no result of `gridprune batch`; name its output")
+        reason = f"line {line} is no result of `gridprune batch`; name its output"
+        return BadInput(reason, field="resume", value=self.path)
 
 
 def _whole(file: BinaryIO) -> int:
@@ -205,15 +207,15 @@ def _whole(file: BinaryIO) -> int:
 class Reader:
     """The lines of a file, or of stdin for `-`, that are still to be done. `skipped` counts the others so far.
 
-    `mine` says which images' lines are this process's to do, all of them without it.
+    `in_shard` says of an image, or of several joined by newlines, whether its lines are this process's; None: all are.
     """
 
-    def __init__(self, path: str, *, done: Done | None = None, mine: Callable[[str], bool] | None = None):
+    def __init__(self, path: str, *, done: Done | None = None, in_shard: Callable[[str], bool] | None = None):
         self.name = "stdin" if path == "-" else path
         self.plain = path != "-" and os.path.isfile(path)
         self.folder = Path(path).parent if self.plain else Path()
         self.skipped = 0
-        self._done, self._mine = done, mine
+        self._done, self._in_shard = done, in_shard
         self._file = _stdin() if path == "-" else _open(path)
 
     def __iter__(self) -> Iterator[Item]:
@@ -222,7 +224,7 @@ class Reader:
                 continue
             item = replace(parse(line, f"{self.name}:{number}"), size=len(line))
             # questions about one image stay together
-            if self._mine is not None and not self._mine("\n".join(item.images) or str(item.id)):
+            if self._in_shard is not None and not self._in_shard("\n".join(item.images) or str(item.id)):
                 continue
             if self._done is not None and self._done.take(item.id):
                 self.skipped += 1
@@ -230,12 +232,12 @@ class Reader:
             yield item
 
     def place(self, image: str) -> str:
-        """Where an image of a line lies: relative paths start at the file's folder."""
+        """The path of an image of a line: relative ones start at the file's folder."""
         return str(self.folder / image)
 
     def count(self) -> int | None:
         """How many lines there are, blank ones left out; None where that can't be known before they are read."""
-        if self._mine is not None or not self.plain:
+        if self._in_shard is not None or not self.plain:
             return None
         with open(self.name, "rb") as file:
             return sum(1 for line in _bounded(file) if line.strip())
@@ -254,13 +256,13 @@ def _open(path: str) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as fault:
-        raise BadInput(f"{path}: can't be read ({fault.strerror}); check the path") from fault
+        raise BadInput(f"can't be read ({fault.strerror}); check the path", place=path) from fault
 
 
 def _stdin() -> BinaryIO:
-    """stdin of one's own: a thread that waits for the shared one would block the end of the process."""
+    """stdin, opened anew: a thread that waits at Python's own object would block the end of the process."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise BadInput("-: nothing is piped into stdin; give lines of questions there")
+        raise BadInput("nothing is piped into stdin; give lines of questions there", place="-")
     try:
         return open(os.dup(sys.stdin.fileno()), "rb")
     except OSError:  # no real file, as in tests
@@ -268,9 +270,10 @@ def _stdin() -> BinaryIO:
 
 
 def windows(lines: Iterable[T], most: int, size: Callable[[T], int] = lambda _: 0) -> Iterator[list[T]]:
-    """Lists of what has come, `most` at a time: a slow source is not waited for, and a fast one not read far ahead.
+    """Lists of up to `most` lines, as they come: a slow source is not waited for, and a fast one not read far ahead.
 
-    A list ends early where the bytes of its lines, by `size`, would be too many to hold.
+    A list ends early where no line comes for `_GRACE` seconds, or its lines, by `size`, have `_WINDOW_BYTES`. What the
+    source raises is raised behind its last lines.
     """
     queue: Queue[tuple[T] | BaseException | None] = Queue(min(most, _QUEUE))
 

@@ -1,4 +1,4 @@
-"""The two things that are kept on disk, and their safetensors form: an encoded image, and a pruned set."""
+"""An encoded image and a pruned set, and the safetensors files that they are stored in."""
 
 import io
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from gridprune_cli.cache import files, store
+from gridprune_cli.cache import files, layout
 from gridprune_cli.cache.files import RawTensor
 from gridprune_cli.cache.quantize import Packed
 from gridprune_cli.contents import MAX_NUMBERS, check_encoded, check_pruned, check_range, views_of
@@ -18,7 +18,7 @@ from gridprune_cli.images import Source
 from gridprune_cli.pruning.schedule import LayerSchedule
 from gridprune_cli.pruning.signals import Box, View
 
-SCHEMA = 3  # of a pruned set; an encoded image has the store's, which refuses any other
+SCHEMA = 3  # of a pruned set's file; an encoded image's is `cache.layout.SCHEMA`, which the cache checks
 
 _DTYPES = {
     torch.float64: "F64",
@@ -37,15 +37,17 @@ _TORCH = {name: dtype for dtype, name in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """What a vision tower gave for one picture, and the signals that need no question. N visual tokens.
+    """The output of a vision tower for one picture, and the signals that need no question. N visual tokens.
 
-    states    (N, C)  one row per visual token; the family's projector turns rows into what the language model receives
-    saliency  (N,)    how much the tower attends to each
-    slots     (S,)    which visual token each image token of a prompt stands for, -1 for a separator
-    size              width and height of the picture in pixels, after its EXIF turn
-    prompt            what the family must know of the picture to write a prompt, JSON values only
-    packed            the features as they are stored, where that is in eight bits; `vision_features` are unpacked
-    source            the image file, where it is known, for localisers that look at the picture; it is never stored
+    vision_features  (N, C)  of each visual token; the family's projector maps them to image embeds. In a dtype to
+                             compute in
+    saliency         (N,)    how much the tower attends to each, at least 0
+    placeholder_map  (S,)    int32, the visual token that each image token of the prompt stands for, -1 for a separator
+    size                     width and height of the picture in pixels, after its EXIF turn
+    prompt                   what the family must know of the picture to write a prompt, JSON values only
+    packed                   the vision features in eight bits, where they are stored so; `vision_features` are what
+                             these unpack to
+    source                   the image file, where it is known, for localisers that look at the picture; never stored
     """
 
     key: str
@@ -74,9 +76,10 @@ class EncodedImage:
         return (self.packed or self.vision_features).nbytes + self.saliency.nbytes + self.placeholder_map.nbytes
 
     def to_bytes(self) -> bytes:
+        """The file. Equal images give equal bytes."""
         header = {
             "kind": "encoded",
-            "schema": store.SCHEMA,
+            "schema": layout.SCHEMA,
             "key": self.key,
             "model": self.model,
             "image": self.image,
@@ -98,10 +101,7 @@ class EncodedImage:
         """The inverse of `to_bytes`, after `files.decode`. Raises ValueError as `contents.check_encoded` does."""
         loaded = _tensors(tensors)
         check_encoded(header, loaded)
-        views, (vision_features, saliency, placeholder_map) = (
-            views_of(header["views"]),
-            (loaded[name] for name in _ENCODED_TENSORS),
-        )
+        vision_features, saliency, placeholder_map = (loaded[name] for name in _ENCODED_TENSORS)
         packed = None
         if "scales" in loaded:
             packed = Packed(vision_features, loaded["scales"])
@@ -114,7 +114,7 @@ class EncodedImage:
             name=header["name"],
             encoder=header["encoder"],
             size=(header["size"][0], header["size"][1]),
-            views=views,
+            views=views_of(header["views"]),
             vision_features=vision_features,
             saliency=saliency,
             placeholder_map=placeholder_map,
@@ -134,8 +134,8 @@ class Origin:
     views: tuple[View, ...]
     region: Box | None
     zones: dict[str, Any] | None  # rows, cols and budgets, where the method has zones
-    localizer: dict[str, Any] | None = None  # what found the region; of a model its answer, and whether that was a box
-    ratios: dict[str, float | None] | None = None  # visual tokens per row inside and outside, where compressed
+    localizer: dict[str, Any] | None = None  # who located the region; a model's answer, and whether that was a box
+    ratios: dict[str, float | None] | None = None  # of PLC: visual tokens per embed, inside the region and outside
     notes: tuple[str, ...] = ()  # of the encoded image
 
     @property
@@ -150,36 +150,37 @@ class Origin:
         return grids[0] if len(grids) == 1 else grids
 
     @classmethod
-    def from_header(cls, parts: dict[str, Any]) -> "Origin":
-        region = tuple(parts["region"]) if parts["region"] else None
-        views, zones = views_of(parts["views"]), parts["zones"]
+    def from_header(cls, image: dict[str, Any]) -> "Origin":
+        """From its entry in a header, after `contents.check_pruned`."""
         return cls(
-            parts["key"],
-            parts["image"],
-            parts["name"],
-            views,
-            region,
-            zones,
-            parts["localizer"],
-            parts["ratios"],
-            tuple(parts["notes"]),
+            key=image["key"],
+            image=image["image"],
+            name=image["name"],
+            views=views_of(image["views"]),
+            region=tuple(image["region"]) if image["region"] else None,
+            zones=image["zones"],
+            localizer=image["localizer"],
+            ratios=image["ratios"],
+            notes=tuple(image["notes"]),
         )
 
 
 @dataclass(frozen=True)
 class PrunedSet:
-    """The K kept rows of one or several images for a question, where they came from, and the prompt.
+    """The visual tokens that were kept of one or several images for a question, projected, and the prompt around them.
 
-    Enough to generate from. N visual tokens, of all images in turn; S slots stay, K of them visual tokens, the others
-    separators.
+    Enough to generate from. N visual tokens, of all images in turn, of which K are kept; S image tokens in the prompt,
+    K of them for kept tokens, the others for separators.
 
-    image_embeds (S, D)       what the language model receives in place of its image tokens
-    kept         (K,)         indices of the kept among the N visual tokens, sorted
-    input_ids    (L,)         the prompt's token ids, with S image tokens
-    position_ids (L,) or (3, L) for models with rotary positions in three axes
-    relevance, saliency (N,)  the signals behind the choice, for `show`
-    slots        (S,)         which visual token each row stands for, -1 for a separator; needed only with `inside`
-    inside                    what leaves inside the language model
+    image_embeds     (S, D)   what the language model receives in place of its image tokens
+    kept             (K,)     int64, indices of the kept among the N visual tokens, ascending
+    input_ids        (L,)     int64, the prompt's token ids, with S image tokens
+    position_ids     (L,)     int64, or (3, L) for models with rotary positions in three axes
+    saliency         (N,)     a signal behind the choice, for `show`
+    relevance        (N,)     the same; None where the method needs none
+    placeholder_map  (S,)     int64, the visual token that each image embed stands for, -1 for a separator; None where
+                              there is no schedule, which alone needs it
+    schedule                  which tokens leave at which layer of the language model; None where none do
     """
 
     image_embeds: Tensor
@@ -196,11 +197,9 @@ class PrunedSet:
     positions: str  # "original" or "compact"
     placeholder_map: Tensor | None = None
     schedule: LayerSchedule | None = None
-    plc: str = "off"  # how rows were compressed: "off", "pool" or "trained"
-    relevance_source: dict[str, Any] | None = (
-        None  # what relevance came from: "source", "clip" or "words", and CLIP's "model"
-    )
-    remarks: tuple[str, ...] = ()  # what a user should know of how it was pruned; see `Pipeline.remarks`
+    plc: str = "off"  # how tokens were compressed: "off", "pool" or "trained"
+    relevance_source: dict[str, Any] | None = None  # {"source": "clip", "model": ...} or {"source": "words", ...}
+    remarks: tuple[str, ...] = ()  # what a user should know of how it was pruned
 
     @property
     def count(self) -> int:
@@ -227,11 +226,11 @@ class PrunedSet:
         tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
         size = sum(len(tensor.data) for tensor in tensors.values()) + files.MAX_HEADER
         if size > files.MAX_BYTES or self.image_embeds.numel() > MAX_NUMBERS:  # which nobody could read again
-            raise BadInput(f"the pruned set takes {size} bytes, more than a file may have; keep less, with --keep")
+            raise BadInput(f"the pruned set takes {size} bytes, more than a file may have; prune with a smaller `keep`")
         return files.encode(tensors, header)
 
     def to_json(self) -> dict[str, Any]:
-        """What a user wants to know of it. What is said per image is a list where there are several."""
+        """What `show --json` prints. Values of each image are a list where there are several images."""
 
         def each(name: str) -> Any:
             values = [getattr(image, name) for image in self.images]
@@ -269,11 +268,15 @@ class PrunedSet:
 
     @classmethod
     def from_parts(cls, header: dict[str, Any], tensors: dict[str, RawTensor]) -> "PrunedSet":
-        """The inverse of `to_bytes`, after `files.decode`. Raises ValueError as `contents.check_pruned` does."""
+        """The inverse of `to_bytes`, after `files.decode`.
+
+        Raises ValueError as `contents.check_pruned` does, and BadInput for a pruned set of another schema.
+        """
         if header.get("kind") != "pruned":
             raise ValueError("it holds something else")
         if header.get("schema") != SCHEMA:
-            raise ValueError(f"its schema is {header.get('schema')}, this version reads {SCHEMA}")
+            reason = f"its schema is {header.get('schema')!r:.20}, and this version reads {SCHEMA}"
+            raise BadInput(f"{reason}; prune again, with `gridprune prune`")
         loaded: dict[str, Any] = _tensors(tensors)
         check_pruned(header, loaded)
         return cls(
@@ -283,7 +286,7 @@ class PrunedSet:
             plc=header["plc"],
             relevance_source=header["relevance_source"],
             remarks=tuple(header["remarks"]),
-            images=tuple(Origin.from_header(parts) for parts in header["images"]),
+            images=tuple(Origin.from_header(image) for image in header["images"]),
         )
 
 
@@ -301,9 +304,11 @@ def _pruned(read: Callable[[], tuple[dict[str, Any], dict[str, RawTensor]]], sou
     try:
         return PrunedSet.from_parts(*read())
     except OSError as fault:
-        raise BadInput(f"{source}: can't be read ({fault.strerror}); check the path") from fault
+        raise BadInput(f"can't be read ({fault.strerror}); check the path", place=source) from fault
     except (files.FileFault, ValueError) as fault:
-        raise BadInput(f"{source}: not a pruned set ({fault}); make one with `gridprune prune`") from fault
+        raise BadInput(f"not a pruned set ({fault}); make one with `gridprune prune`", place=source) from fault
+    except BadInput as fault:
+        raise fault.at(source) from fault
 
 
 _ENCODED_TENSORS = ("vision_features", "saliency", "placeholder_map")

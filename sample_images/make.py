@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from gridprune_cli.scenes.scene import SAMPLES, draw, make_scene, questions
+from gridprune_cli.scenes.questions import questions
+from gridprune_cli.scenes.scene import SAMPLES, draw, make_scene
 
 FOLDER = Path(__file__).parent
 SCENES = (0, 1, 3, 4, 6, 7, 8, 9)  # those of the first 10 on which the embedded model gets all questions right

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
-from gridprune_cli.scenes import benchmark_localizers, model
+from benchmarks import localizers
 from gridprune_cli.scenes.scene import HELDOUT, covering, draw, make_scene
+from training import model
 
 boxes = st.tuples(*[st.integers(0, 7)] * 4).map(
     lambda b: (min(b[0], b[2]), min(b[1], b[3]), max(b[0], b[2]), max(b[1], b[3]))
@@ -22,8 +23,8 @@ def cells(box):
 @given(boxes, boxes)
 def test_overlap_counts_cells(a, b):
     expected = len(cells(a) & cells(b)) / len(cells(a) | cells(b))
-    assert benchmark_localizers.overlap(a, b) == pytest.approx(expected)
-    assert benchmark_localizers.area(a) == len(cells(a))
+    assert localizers.overlap(a, b) == pytest.approx(expected)
+    assert localizers.area(a) == len(cells(a))
 
 
 @given(boxes, st.integers(0, 50), st.sets(st.integers(0, 1)))
@@ -33,13 +34,13 @@ def test_held_counts_pixels(box, seed, asked):
     wanted = [(x, y) for y in range(224) for x in range(224) if owner[y, x] - 1 in asked] if asked else []
     inside = [(x, y) for x, y in wanted if (x // 28, y // 28) in cells(box)]
     expected = len(inside) / len(wanted) if wanted else 1.0
-    assert benchmark_localizers.held(scene, tuple(asked), box) == pytest.approx(expected)
-    assert benchmark_localizers.held(scene, tuple(asked), covering(scene, tuple(asked))) == 1.0
+    assert localizers.held(scene, tuple(asked), box) == pytest.approx(expected)
+    assert localizers.held(scene, tuple(asked), covering(scene, tuple(asked))) == 1.0
 
 
-@pytest.mark.parametrize("made", [model.llava_config, model.localizer_config], ids=["main", "localizer"])
-def test_the_formula_counts_what_torch_counts(made):
-    config, cut = made().to_dict(), made()
+@pytest.mark.parametrize("configured", [model.llava_config, model.localizer_config], ids=["main", "localizer"])
+def test_the_formula_counts_what_torch_counts(configured):
+    config, cut = configured().to_dict(), configured()
     cut.vision_config.num_hidden_layers += 1 + cut.vision_feature_layer  # no layer behind the one that is read
     cut.vision_feature_layer = -1
     model = LlavaForConditionalGeneration._from_config(cut, attn_implementation="eager").eval()
@@ -49,16 +50,16 @@ def test_the_formula_counts_what_torch_counts(made):
     ids[0, 3 : 3 + patches] = model.config.image_token_id
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids, pixel_values=torch.zeros(1, 3, side, side), logits_to_keep=1)
-    assert benchmark_localizers.flops(config, 14, 1) == pytest.approx(counter.get_total_flops(), rel=0.005)
+    assert localizers.flops(config, 14, 1) == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 
 def test_the_embedded_localizer_finds_what_is_asked_for():
-    results = benchmark_localizers.run(HELDOUT, 200)
+    results = localizers.run(HELDOUT, 200)
     table = results["localizers"]["vlm"]
-    one = table[benchmark_localizers.ONE]
+    one = table[localizers.ONE]
     assert one["held"] >= 0.95 and one["area"] <= 0.2 and one["iou"] >= 0.6
     assert results["unread"] == {"relevance": 0, "vlm": 0}
-    results["cost"] = benchmark_localizers.cost(HELDOUT, 2)
+    results["cost"] = localizers.cost(HELDOUT, 2)
     assert results["cost"]["flops ratio"] <= 1 / 3
-    text = benchmark_localizers.markdown(results)
+    text = localizers.markdown(results)
     assert f"| one object | {one['questions']} |" in text and text.count("\n| ") == 14

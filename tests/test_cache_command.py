@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from gridprune_cli.cache import files
 from gridprune_cli.cache.files import RawTensor
+from gridprune_cli.cache.layout import SCHEMA
 from gridprune_cli.cache.store import Store, entry_key
 from gridprune_cli.cli import output
 from gridprune_cli.cli.cache import app
@@ -42,7 +43,7 @@ def keys(store: Store) -> list[str]:
     for number, (name, size) in enumerate([("c.jpg", 10), ("a.jpg", 20), ("b.jpg", 5000), ("d\x1b[31m\n.jpg", 30)]):
         encoder, image = ENCODERS[number == 3], f"{number:064x}"
         key = entry_key(image, encoder, [])
-        header = {"schema": 1, "key": key, "model": MODELS[number == 3], "image": image, "name": name}
+        header = {"schema": SCHEMA, "key": key, "model": MODELS[number == 3], "image": image, "name": name}
         header |= {"encoder": encoder, "tokens": size}
         store.put(encoder, key, files.encode({"a": RawTensor("U8", (size,), bytes(size))}, header))
         (path,) = store.root.rglob(f"{key}.safetensors")
@@ -63,11 +64,11 @@ def test_dir_follows_flag_then_variable(tmp_path: Path) -> None:
 
 
 def test_ls_shows_one_line_per_entry_the_last_used_last(keys: list[str]) -> None:
-    head, *rows = done("ls").stdout.splitlines()
+    head, *lines = done("ls").stdout.splitlines()
     assert head.split() == ["KEY", "TOKENS", "SIZE", "USED", "MODEL", "IMAGE"]
-    assert [row.split()[0] for row in rows] == [key[:12] for key in keys]
-    assert rows[0].endswith("  4 h  models/llava  c.jpg")
-    assert rows[3].endswith(r"  1 h  scenes        d\x1b[31m\n.jpg")
+    assert [row.split()[0] for row in lines] == [key[:12] for key in keys]
+    assert lines[0].endswith("  4 h  models/llava  c.jpg")
+    assert lines[3].endswith(r"  1 h  scenes        d\x1b[31m\n.jpg")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from huggingface_hub.utils import are_progress_bars_disabled, filter_repo_object
 from safetensors.torch import load_file
 from tiny_families import write_checkpoint
 
-from gridprune_cli.cache.store import MOST_REMEMBERED, REMEMBERED, Store, open_store
+from gridprune_cli.cache.root import MOST_REMEMBERED, REMEMBERED
+from gridprune_cli.cache.store import Store, open_store
 from gridprune_cli.cli import options
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pipeline import Pipeline

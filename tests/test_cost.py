@@ -59,7 +59,7 @@ def test_published_figures():
 def test_layers_add_up(tokens, window):
     """Each layer costs what it would cost alone, whatever the others hold."""
     decoder = replace(LLAVA, windows=(None, window) * 16)
-    head = 2 * LLAVA.width * LLAVA.words
+    head = 2 * LLAVA.width * LLAVA.vocabulary
     alone = [replace(decoder, windows=(w,)) for w in decoder.windows]
     flops = [prefill_flops(one, [n]) - head for one, n in zip(alone, tokens, strict=True)]
     assert prefill_flops(decoder, tokens) == sum(flops) + head

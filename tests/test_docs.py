@@ -18,7 +18,7 @@ from gridprune_cli.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [*ROOT.glob("README.md"), *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -146,8 +146,8 @@ def test_the_defaults_are_those_of_the_code():
     from gridprune_cli.pruning.methods.gridprune import GridPrune
     from gridprune_cli.pruning.region import contextual_region
 
-    defaults = {name.strip("`"): value for name, value, _ in table_under("Options of the method gridprune")}
-    assert defaults == {f"--{f.name.replace('_', '-')}": str(f.default) for f in fields(GridPrune)}
+    defaults = {name.strip("`"): value for name, value, *_ in table_under("Options of the method gridprune")}
+    assert defaults == {f.name: str(f.default) for f in fields(GridPrune)}
     settings = inspect.signature(contextual_region).parameters
     text = (DOCS / "method.md").read_text("utf-8")
     assert f"max(0, r' - {settings['floor'].default})^2" in text
@@ -161,12 +161,14 @@ def test_the_examples_in_python_run(tmp_path, tiny_llava, monkeypatch, capsys):
     blocks = [
         block for language, block in FENCED.findall((DOCS / "python.md").read_text("utf-8")) if language == "python"
     ]
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, "python.md", "exec"), {})
     assert (tmp_path / "scene-1.safetensors").is_file()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("False [") and lines[-1].startswith("left out: no-such-file.png")
+    assert lines[1].startswith("False [")
+    assert sum(line.startswith("left out: no-such-file.png") for line in lines) == 1
+    assert all(line.startswith("answered: ") for line in lines[-2:])
 
 
 def test_every_family_is_in_both_tables():

@@ -18,7 +18,8 @@ from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, load_image
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.scenes import CHECKPOINT
-from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene, questions
+from gridprune_cli.scenes.questions import questions
+from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene
 from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import EncodedImage
 

@@ -92,7 +92,7 @@ def test_data_that_is_none(name):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "reason"),
     [
         ("{", "not JSON"),
         ("3", "not an object"),
@@ -101,25 +101,25 @@ def test_data_that_is_none(name):
         ({"question": " "}, "the question is empty"),
         ({"image": "elsewhere.png"}, "no image .*elsewhere.png"),
         ({"image": ["0.png", "x" * 300]}, "no image .*xxx"),
-        ({"keep": 0.5}, "keep: eval compares the shares of its option --keep"),
+        ({"keep": 0.5}, "eval compares the shares of its setting `keep`"),
         ({"answers": "yes"}, "answers is no list"),
         ({"answers": []}, "answers is no list"),
         ({"answers": [3]}, "answers is no list"),
         ({"category": None}, "category is no text"),
     ],
 )
-def test_a_bad_line_is_named(questions, line, said):
+def test_a_bad_line_is_named(questions, line, reason):
     good = json.loads(questions.read_text().splitlines()[0]) | {"id": "new"}
     questions.write_text(questions.read_text() + (json.dumps(good | line) if isinstance(line, dict) else line))
-    with pytest.raises(BadInput, match=rf"questions.jsonl:8: {said}"):
+    with pytest.raises(BadInput, match=rf"questions.jsonl:8: {reason}"):
         read_jsonl(questions)
 
 
 def test_ids_are_unique_and_a_file_is_not_empty(questions):
     line = questions.read_text().splitlines()[0]
-    for text, said in (("", "no question"), (f"{line}\n{line}\n", "two questions have the id 0")):
+    for text, reason in (("", "no question"), (f"{line}\n{line}\n", "two questions have the id 0")):
         questions.write_text(text)
-        with pytest.raises(BadInput, match=said):
+        with pytest.raises(BadInput, match=reason):
             read_jsonl(questions)
 
 
@@ -187,7 +187,7 @@ def test_commas_in_quotes_divide_no_methods():
 
 
 @pytest.mark.parametrize(
-    ("methods", "keep", "said"),
+    ("methods", "keep", "reason"),
     [
         ("gridprune --query 'what", "0.5", "--methods gridprune --query 'what: can't be read.*No closing quotation"),
         ("gridprune --literal --region auto", "0.5", "--methods gridprune --literal --region auto: --region"),
@@ -200,9 +200,9 @@ def test_commas_in_quotes_divide_no_methods():
         ("fastervlm", "0.5,0.5", "fastervlm at 0.5 is named twice"),
     ],
 )
-def test_cells_that_are_none(run, tmp_path, methods, keep, said):
+def test_cells_that_are_none(run, tmp_path, methods, keep, reason):
     code, out, err = run("eval", "scenes:1", "-o", tmp_path / "out", "--methods", methods, "--keep", keep)
-    assert (code, out) == (2, "") and re.search(said, err) and err.count("\n") == 1
+    assert (code, out) == (2, "") and re.search(reason, err) and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -248,8 +248,8 @@ def test_each_image_is_encoded_once_and_every_answer_can_be_made_again(tiny, que
     for line in lines:
         options = dict(line["options"])
         assert options.pop("query") is None
-        own = {name: options.pop(name) for name in [f.name for f in fields(Pruning)] if name in options}
-        pruning = Pruning(keep=line["keep"], method=make(line["method"], **options), query=line["question"], **own)
+        settings = {name: options.pop(name) for name in [f.name for f in fields(Pruning)] if name in options}
+        pruning = Pruning(keep=line["keep"], method=make(line["method"], **options), query=line["question"], **settings)
         asked = f"{line['question']}\nAnswer with a word."
         answer = tiny.ask(questions.parent / line["image"], asked, pruning, max_new_tokens=3)
         assert answer.text == line["answer"], line
@@ -391,20 +391,20 @@ def made_up(metric="exact"):
         for n, truth in enumerate(truths)
     ]
     plan = Plan(Data("made up", tuple(items), lambda image: b""), (HALF,), metric)
-    said = {FULL: ["yes", "no", "yes", "no", "no", "yes"], HALF: ["yes", "yes", "no", "no", "no", "Yes."]}
-    rows = {}
-    for cell, column in said.items():
+    answers = {FULL: ["yes", "no", "yes", "no", "no", "yes"], HALF: ["yes", "yes", "no", "no", "no", "Yes."]}
+    samples = {}
+    for cell, column in answers.items():
         for n, (item, answer) in enumerate(zip(items, column, strict=True)):
             score = float(answer.lower().strip(".") == item.answers[0])
             region = (0, 0, 3 if n else 2, 3) if cell is HALF else None
-            rows[place(cell, item)] = Row(answer, score, 4 if cell is HALF else 8, f"key-{n // 2}", region)
-    return plan, rows
+            samples[place(cell, item)] = Row(answer, score, 4 if cell is HALF else 8, f"key-{n // 2}", region)
+    return plan, samples
 
 
 def test_the_figures_of_a_cell():
     """By hand: full right on 5 of 6, half on 3; per image full scores 2, 1, 2, half 1, 0, 2; differences -1, -1, 0."""
-    plan, rows = made_up()
-    results = summarise(plan, rows)
+    plan, samples = made_up()
+    results = summarise(plan, samples)
     full, half = results["cells"]
     assert results["images"] == 3 and (full["name"], half["name"]) == ("all tokens", "half")
     assert (full["score"], half["score"]) == (pytest.approx(5 / 6, abs=1e-6), 0.5)
@@ -416,7 +416,7 @@ def test_the_figures_of_a_cell():
     assert half["difference_error"] == pytest.approx(error, abs=1e-6)
     assert half["difference_interval"] == pytest.approx([-1 / 3 - 1.96 * error, -1 / 3 + 1.96 * error], abs=1e-4)
     assert half["agreement"] == pytest.approx(3 / 6)  # "Yes." is not "yes" to the letter
-    assert [(name, part["questions"], part["score"]) for name, part in half["categories"].items()] == [
+    assert [(name, category["questions"], category["score"]) for name, category in half["categories"].items()] == [
         ("first", 2, 0.5),
         ("rest", 4, 0.5),
     ]
@@ -440,8 +440,8 @@ def test_clustered_errors():
 
 
 def test_nothing_right_has_no_share_of_full():
-    plan, rows = made_up()
-    results = summarise(plan, {where: replace(row, score=0.0) for where, row in rows.items()})
+    plan, samples = made_up()
+    results = summarise(plan, {where: replace(row, score=0.0) for where, row in samples.items()})
     assert [cell["of_full"] for cell in results["cells"]] == [None, None]
     assert "| half | 0.5 | 4 | 0.0 ± 0.0 |  | +0.0 [+0.0, +0.0] |" in markdown(results)
 
@@ -473,48 +473,48 @@ class Page(HTMLParser):
 
 
 def losing_plan():
-    plan, rows = made_up()
+    plan, samples = made_up()
     plan = replace(plan, cells=(Cell("<b>half</b>", HALF.pruning),))
-    rows |= {("<b>half</b>", *where[1:]): row for where, row in rows.items() if where[0] == "half"}
-    return plan, rows
+    samples |= {("<b>half</b>", *where[1:]): row for where, row in samples.items() if where[0] == "half"}
+    return plan, samples
 
 
 def test_the_worst_losses_come_first():
-    plan, rows = made_up()
-    cells, worst = report.losses(plan, rows)
+    plan, samples = made_up()
+    cells, worst = report.losses(plan, samples)
     assert cells == [HALF] and [item.id for item in worst] == ["1", "2"]  # both cells miss 3, and 5 is right
 
 
 @needs_report
 def test_the_report_is_one_file_with_curves_bars_and_pictures():
-    plan, rows = losing_plan()
-    results = plan_results(plan, rows)
+    plan, samples = losing_plan()
+    results = plan_results(plan, samples)
     drawn = []
 
     def picture(cell, item, answer):
         drawn.append((cell.name, item.id, answer))
         return Image.new("RGB", (900, 500), "red")
 
-    text = report.html(plan, results, rows, picture)
+    text = report.html(plan, results, samples, picture)
     page = Page(text)
     assert drawn == [("<b>half</b>", "1", "yes"), ("<b>half</b>", "2", "no")]
     assert page.tags.count("svg") == 2 and page.tags.count("img") == 2  # curves, and bars at one keep
     assert all(source.startswith(("data:image/jpeg;base64,", "#")) for source in page.sources)
     assert "<b>half</b>" not in text and "&lt;b&gt;half&lt;/b&gt;" in text
     assert "Is it 1?" in text and "True: no." in text
-    assert text == report.html(plan, results, rows, picture)  # nothing in it depends on the time
+    assert text == report.html(plan, results, samples, picture)  # nothing in it depends on the time
 
 
 @needs_report
 def test_categories_and_options_are_text_in_the_report_and_the_table():
     """Dollars are no mathematics, bars divide no cells, and a terminal that shows a file obeys nothing in it."""
-    plan, rows = made_up()
+    plan, samples = made_up()
     odd = "$x$ $\\frac{ | `a` \x1b[31m\nb\u202ec\ud800"
     items = tuple(replace(item, category=odd) for item in plan.data.items)
     plan = replace(plan, data=replace(plan.data, items=items), cells=(Cell(odd, HALF.pruning),))
-    rows |= {(odd, *where[1:]): row for where, row in rows.items() if where[0] == "half"}
-    results = plan_results(plan, rows)
-    text = report.html(plan, results, rows, lambda *_: Image.new("RGB", (9, 5)))
+    samples |= {(odd, *where[1:]): row for where, row in samples.items() if where[0] == "half"}
+    results = plan_results(plan, samples)
+    text = report.html(plan, results, samples, lambda *_: Image.new("RGB", (9, 5)))
     shown = r"$x$ $\frac{ | `a` \x1b[31m\nb\u202ec\ud800"
     assert text.count(shown) == 3  # in both legends, and below the bars
     table = markdown(results)
@@ -523,9 +523,9 @@ def test_categories_and_options_are_text_in_the_report_and_the_table():
     assert not re.search("[\x1b\u202e\ud800]", text + table)
 
 
-def plan_results(plan, rows):
-    told = {"model": "tiny", "data": "made up", "device": "cpu", "dtype": "float32", "versions": {"gridprune": "0"}}
-    return told | summarise(plan, rows)
+def plan_results(plan, samples):
+    settings = {"model": "tiny", "data": "made up", "device": "cpu", "dtype": "float32", "versions": {"gridprune": "0"}}
+    return settings | summarise(plan, samples)
 
 
 @needs_report
@@ -550,7 +550,7 @@ def test_without_the_extra_all_but_the_report_is_written(run, questions, tmp_pat
 
 
 def test_the_sweep_is_told_in_the_same_table():
-    from gridprune_cli.scenes.benchmark import swept
+    from benchmarks.sweeps import swept
 
     cells = swept()
     assert len(cells) == len({cell.name for cell in cells}) == 72

@@ -249,7 +249,7 @@ def test_what_is_no_image_is_named_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("hello")
     os.mkdir(tmp_path / "folder")
-    for name, words in {
+    for name, reason in {
         "missing.png": "no such file; check the path",
         "empty.png": "empty, 0 bytes",
         "folder": "a folder",
@@ -259,7 +259,7 @@ def test_what_is_no_image_is_named_with_what_to_do(tmp_path: Path) -> None:
         "x" * 300: "can't be read",
     }.items():
         message = refused(tmp_path / name)
-        assert words in message
+        assert reason in message
         assert name in message or name == "n\0l.png"
     assert r"two\nlines.png" in refused(tmp_path / "two\nlines.png")
 
@@ -270,8 +270,8 @@ def test_a_file_that_was_cut_short_is_refused(kind: str, tolerant: bool, monkeyp
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)  # as other libraries set it
     noise = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = write(Image.fromarray(noise), kind)
-    for part in (0.02, 0.5, 0.8):
-        assert "x.img" in refused(data[: int(len(data) * part)], "x.img")
+    for share in (0.02, 0.5, 0.8):
+        assert "x.img" in refused(data[: int(len(data) * share)], "x.img")
     assert load_image(data).image.size == (64, 64)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is tolerant
 
@@ -345,9 +345,9 @@ class Spy:
     def __init__(self, function):
         self.function, self.calls = function, 0
 
-    def __call__(self, *given):
+    def __call__(self, *arguments):
         self.calls += 1
-        return self.function(*given)
+        return self.function(*arguments)
 
 
 def test_what_a_decoder_complains_of_is_damage_and_stays_off_stderr(capfd: pytest.CaptureFixture[str]) -> None:
@@ -466,8 +466,8 @@ def test_folders_are_searched_and_files_taken_as_given(tmp_path: Path) -> None:
     (tmp_path / "a" / "round").symlink_to(tmp_path)
     below = [tmp_path / name for name in ("a/c.webp", "a/z.png", "b.JPG")]
     assert find_images([tmp_path]) == below
-    given = [tmp_path / "odd.data", tmp_path / ".hidden.png", Path("missing.png")]
-    assert find_images([str(given[0]), tmp_path, *given[1:]]) == [given[0], *below, *given[1:]]
+    named = [tmp_path / "odd.data", tmp_path / ".hidden.png", Path("missing.png")]
+    assert find_images([str(named[0]), tmp_path, *named[1:]]) == [named[0], *below, *named[1:]]
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="no image in this folder"):
         find_images([tmp_path, tmp_path / "empty"])

@@ -34,12 +34,12 @@ def test_vqa_leaves_one_annotator_out():
 
 @given(st.lists(st.sampled_from("abc"), min_size=10, max_size=10), st.sampled_from("abcd"))
 def test_vqa_is_the_mean_over_subsets_of_nine(truths, answer):
-    words = {"a": "red", "b": "blue", "c": "green", "d": "white"}
+    names = {"a": "red", "b": "blue", "c": "green", "d": "white"}
     total = 0.0
     for out in range(10):
         others = [truth for n, truth in enumerate(truths) if n != out]
         total += min(others.count(answer) / 3, 1)
-    assert vqa(words[answer], [words[truth] for truth in truths]) == pytest.approx(total / 10)
+    assert vqa(names[answer], [names[truth] for truth in truths]) == pytest.approx(total / 10)
 
 
 def test_vqa_counts_a_unanimous_answer_though_left_out_by_value_none_would_be_left():

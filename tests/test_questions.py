@@ -22,9 +22,9 @@ def item(**fields):
 
 
 def test_a_line_is_read():
-    made = item(id=7, keep=0.5, answers=["red"], note=None)
-    assert (made.id, made.images, made.question, made.keep) == (7, ("a.png",), "What?", 0.5)
-    assert made.extra == {"answers": ["red"], "note": None} and made.fault is None
+    line_item = item(id=7, keep=0.5, answers=["red"], note=None)
+    assert (line_item.id, line_item.images, line_item.question, line_item.keep) == (7, ("a.png",), "What?", 0.5)
+    assert line_item.extra == {"answers": ["red"], "note": None} and line_item.fault is None
     assert item(image=["a.png", "b.png"]).images == ("a.png", "b.png")
     assert item(image=["a.png", "b.png"]).echo()["image"] == ["a.png", "b.png"]
 
@@ -69,9 +69,9 @@ def test_a_line_without_an_id_is_known_by_what_it_says():
     ],
 )
 def test_lines_that_cannot_be_used(line, message):
-    made = parse(line, "x:3")
-    assert made.fault is not None and made.fault.startswith("x:3: ") and message in made.fault
-    assert isinstance(made.id, str) and "\n" not in made.fault and len(made.fault) < 200
+    line_item = parse(line, "x:3")
+    assert line_item.fault is not None and line_item.fault.startswith("x:3: ") and message in line_item.fault
+    assert isinstance(line_item.id, str) and "\n" not in line_item.fault and len(line_item.fault) < 200
 
 
 def test_what_is_as_deep_and_as_long_as_it_may_be_is_read_echoed_and_read_again(tmp_path):
@@ -188,7 +188,7 @@ def test_a_reader_skips_what_is_done_and_what_is_not_its_own(tmp_path):
     assert [i.id for i in Reader(str(path))] == list(range(40)) and Reader(str(path)).count() == 40
     assert Reader(str(path)).place("a.png") == str(tmp_path / "a.png")
     assert Reader(str(path)).place("/b.png") == "/b.png"
-    shares = [[i.id for i in Reader(str(path), mine=in_shard(f"{n}/3"))] for n in range(3)]
+    shares = [[i.id for i in Reader(str(path), in_shard=in_shard(f"{n}/3"))] for n in range(3)]
     assert sorted(i for share in shares for i in share) == list(range(40))
     for share in shares:  # questions about one image stay together
         assert {i % 7 for i in share}.isdisjoint(i % 7 for i in range(40) if i not in share)
@@ -202,16 +202,16 @@ def test_a_reader_skips_what_is_done_and_what_is_not_its_own(tmp_path):
 
 @given(st.lists(st.text(), unique=True), st.lists(st.text()), st.integers(1, 9))
 def test_shards_part_names_and_never_reshuffle(names, more, count):
-    mine = [in_shard(f"{n}/{count}") for n in range(count)]
-    owners = {name: [n for n in range(count) if mine[n](name)] for name in names}
+    shards = [in_shard(f"{n}/{count}") for n in range(count)]
+    owners = {name: [n for n in range(count) if shards[n](name)] for name in names}
     assert all(len(owner) == 1 for owner in owners.values())
-    assert {name: [n for n in range(count) if mine[n](name)] for name in [*more, *names]}.items() >= owners.items()
+    assert {name: [n for n in range(count) if shards[n](name)] for name in [*more, *names]}.items() >= owners.items()
 
 
 def test_shards_are_the_same_in_every_version():
     """Runs of a later version go on with the shares of an earlier one."""
-    mine = in_shard("1/3")
-    assert [n for n in range(12) if mine(f"{n}.png")] == [0, 1, 2, 5, 7, 8]
+    second = in_shard("1/3")
+    assert [n for n in range(12) if second(f"{n}.png")] == [0, 1, 2, 5, 7, 8]
 
 
 @pytest.mark.parametrize("text", ["", "1", "1/1", "4/4", "-1/4", "a/b", "0/0", "1/2/3", " 0/2"])
@@ -223,7 +223,7 @@ def test_shards_that_are_none(text):
 def test_windows_hold_what_has_come():
     parts = list(windows(range(10), 4))
     assert (
-        [i for part in parts for i in part] == list(range(10))
+        [i for window in parts for i in window] == list(range(10))
         and max(map(len, parts)) <= 4
         and min(map(len, parts)) > 0
     )

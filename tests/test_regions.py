@@ -21,7 +21,8 @@ from gridprune_cli.regions import ALL_TOKENS, TEMPLATE, read_answer
 from gridprune_cli.runners import local
 from gridprune_cli.runners.local import Runner
 from gridprune_cli.scenes import LOCALIZER
-from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene, questions
+from gridprune_cli.scenes.questions import questions
+from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import PrunedSet
 

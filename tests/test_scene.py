@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from gridprune_cli.scenes.questions import KINDS, ask, questions
 from gridprune_cli.scenes.scene import (
     CHARACTERS,
     COLOURS,
     HELDOUT,
-    KINDS,
     SAMPLES,
     SHAPES,
     SIZE,
@@ -19,13 +19,11 @@ from gridprune_cli.scenes.scene import (
     TUNE,
     Scene,
     SceneObject,
-    ask,
     covering,
     draw,
     looks_like_scene,
     make_scene,
     neighbour,
-    questions,
 )
 
 
@@ -66,7 +64,7 @@ def test_scenes_stay_as_they_were_trained_on():
 
 
 def test_the_splits_do_not_meet():
-    from gridprune_cli.scenes.train.plan import COMPRESSOR, LANGUAGE, TOWER
+    from training.plan import COMPRESSOR, LANGUAGE, TOWER
 
     last = max(plan.first_seed + plan.scenes for plan in (TOWER, LANGUAGE, COMPRESSOR))
     assert TRAIN <= TOWER.first_seed < last < TUNE < HELDOUT < SAMPLES
@@ -93,19 +91,19 @@ def test_an_object_is_drawn_in_its_colour_at_its_place():
         picture, owner = draw(scene)
         pixels = np.asarray(picture, np.int32)
         for i, o in enumerate(scene.objects):
-            mine = owner == i + 1
-            rows, cols = np.nonzero(mine)
+            shown = owner == i + 1
+            rows, cols = np.nonzero(shown)
             assert o.box[0] <= cols.min() and cols.max() < o.box[2] and o.box[1] <= rows.min() and rows.max() < o.box[3]
-            typical = np.median(pixels[mine], axis=0)
+            typical = np.median(pixels[shown], axis=0)
             distance = {name: np.abs(typical - rgb).sum() for name, rgb in COLOURS.items()}
             assert min(distance, key=distance.get) == o.colour
 
 
 def refers(scene, text):
     """Objects that a phrase fits, read in another way than the one in which the generator writes."""
-    words = text.replace("?", "").replace(".", "").replace("crosses", "cross").split()
+    tokens = text.replace("?", "").replace(".", "").replace("crosses", "cross").split()
     fits = list(range(len(scene.objects)))
-    for word in words:
+    for word in tokens:
         single = word if word in COLOURS or word in SHAPES else word.rstrip("s")
         if single in COLOURS:
             fits = [i for i in fits if scene.objects[i].colour == single]
@@ -120,11 +118,11 @@ def test_answers_are_true():
     for seed in range(300):
         scene = make_scene(seed)
         for question in questions(scene, 16, random.Random(seed)):
-            fits, told = refers(scene, question.text), question.answer
+            fits, answer = refers(scene, question.text), question.answer
             if question.kind == "count":
-                assert told == str(len(fits))
+                assert answer == str(len(fits))
             elif question.kind == "exists":
-                assert told == ("yes" if fits else "no")
+                assert answer == ("yes" if fits else "no")
             else:
                 assert len(fits) == 1, question
                 asked = scene.objects[fits[0]]
@@ -136,14 +134,14 @@ def test_answers_are_true():
                     gap = [
                         ((o.centre[0] - asked.centre[0]) * dx + (o.centre[1] - asked.centre[1]) * dy) for o in others
                     ]
-                    if told == "nothing":
+                    if answer == "nothing":
                         assert question.asked == (fits[0],)
                     else:
-                        named = [g for o, g in zip(others, gap, strict=True) if o.name == told]
+                        named = [g for o, g in zip(others, gap, strict=True) if o.name == answer]
                         assert named and max(named) > 0
                 else:
                     kind = {"object": "name"}.get(question.kind, question.kind)
-                    assert told == getattr(asked, kind)
+                    assert answer == getattr(asked, kind)
 
 
 def test_kinds_come_in_turn_and_answers_are_not_all_alike():

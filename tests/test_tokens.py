@@ -12,7 +12,7 @@ from fuzz.files import ENTRY_FAULTS, PRUNED_FAULTS, changed, put, raw, semantic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gridprune_cli.cache import files, store
+from gridprune_cli.cache import files, layout, store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.schedule import Attention, Stage, plan
 from gridprune_cli.pruning.signals import View
@@ -119,15 +119,17 @@ def test_an_encoded_image_has_the_stores_schema(tmp_path, monkeypatch):
     image = dataclasses.replace(encoded_image(torch.float32), key="a" * 64)
     cache = store.Store(tmp_path, None)
     old = image.to_bytes()
-    monkeypatch.setattr(store, "SCHEMA", 9)
-    for data, found in ((old, False), (image.to_bytes(), True)):
+    monkeypatch.setattr(layout, "SCHEMA", 9)
+    for data, hit in ((old, False), (image.to_bytes(), True)):
         cache.put(image.encoder, image.key, data)
-        assert (cache.get(image.encoder, image.key) is not None) == found
+        assert (cache.get(image.encoder, image.key) is not None) == hit
 
 
-def of_schema_9(data):
+def of_schema(schema, data):
     header, tensors = files.decode(data)
-    return files.encode(tensors, {k: v for k, v in header.items() if k not in ("tensors", "digest")} | {"schema": 9})
+    return files.encode(
+        tensors, {k: v for k, v in header.items() if k not in ("tensors", "digest")} | {"schema": schema}
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,8 @@ def of_schema_9(data):
         (lambda data: b"", "not a pruned set"),
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "not a pruned set"),
         (lambda data: encoded_image(torch.float32).to_bytes(), "it holds something else"),
-        (lambda data: of_schema_9(data), "its schema is 9, this version reads 2"),
+        (lambda data: of_schema(2, data), "its schema is 2, and this version reads 3; prune again"),
+        (lambda data: of_schema("9\n" * 99, data), "its schema is '9.*; prune again"),
         (
             lambda data: dataclasses.replace(pruned_set(), image_embeds=torch.zeros(1, 4)).to_bytes(),
             "do not fit each other",
@@ -175,7 +178,8 @@ def test_a_pruned_set_of_no_sense_is_refused(what):
     data = changed(staged_set().to_bytes(), PRUNED_FAULTS[what])
     with pytest.raises(BadInput) as caught:
         PrunedSet.from_bytes(data, "x.safetensors")
-    assert str(caught.value).startswith("x.safetensors: not a pruned set (")
+    reason = "its schema is 9, and this version reads 3" if what == "another schema" else "not a pruned set ("
+    assert str(caught.value).startswith(f"x.safetensors: {reason}")
     assert "\n" not in str(caught.value)
 
 
@@ -271,5 +275,5 @@ def test_a_name_too_long_is_told(tmp_path):
 
 def test_what_could_not_be_read_again_is_not_written(monkeypatch):
     monkeypatch.setattr(files, "MAX_BYTES", files.MAX_HEADER)
-    with pytest.raises(BadInput, match="--keep"):
+    with pytest.raises(BadInput, match="a smaller `keep`"):
         pruned_set().to_bytes()

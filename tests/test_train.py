@@ -13,8 +13,7 @@ from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcesso
 
 from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.scenes import model as built
-from gridprune_cli.scenes.model import IMAGE, WIDTH
+from gridprune_cli.scenes.questions import questions
 from gridprune_cli.scenes.scene import (
     CHARACTERS,
     COLOURS,
@@ -25,16 +24,17 @@ from gridprune_cli.scenes.scene import (
     draw,
     make_scene,
     neighbour,
-    questions,
 )
-from gridprune_cli.scenes.train import run
-from gridprune_cli.scenes.train.data import IGNORE, Pool, asked_patches, normalise
-from gridprune_cli.scenes.train.language import pack, places_of, whiten
-from gridprune_cli.scenes.train.localizer import LOCALIZER_HEADS, Localizer, extents, seen_owners, shrink
-from gridprune_cli.scenes.train.plan import Plan
-from gridprune_cli.scenes.train.tower import HEADS, properties
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm.compressor import load_compressor
+from training import model as built
+from training import run
+from training.data import IGNORE, Pool, asked_patches, normalise
+from training.language import pack, places_of, whiten
+from training.localizer import LOCALIZER_HEADS, Localizer, extents, seen_owners, shrink
+from training.model import IMAGE, WIDTH
+from training.plan import Plan
+from training.tower import HEADS, properties
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def shorten(monkeypatch):
     monkeypatch.setattr(run, "LANGUAGE_COUNTS", counts)
     plan = Plan(3, 2, 4, 0, 1e-3, ((0.5, 72), (0.5, 144)), led=((1, 2),), closely=True)
     monkeypatch.setattr(run, "LOCALIZER", plan)
-    tower = replace(plan, steps=1, first_seed=4, start=3, part="tower")
+    tower = replace(plan, steps=1, first_seed=4, start=3, trains="tower")
     monkeypatch.setattr(run, "LOCALIZER_TOWER", tower)
-    again = replace(plan, steps=2, first_seed=4, start=4, led=((2, 2), (3, 4)), part="language")
+    again = replace(plan, steps=2, first_seed=4, start=4, led=((2, 2), (3, 4)), trains="language")
     monkeypatch.setattr(run, "LOCALIZER_AGAIN", again)
     monkeypatch.setattr(run, "COMPRESSOR", Plan(3, 2, 4, 4, 1e-3, ((0.5, 28), (0.5, 13))))
 
@@ -110,9 +110,10 @@ def test_a_run_that_was_stopped_ends_where_another_would(whole, tmp_path, monkey
 def test_the_towers_of_both_checkpoints_are_one(whole):
     folder, (llava, clip, _) = whole
     assert llava.dtype == clip.dtype == torch.bfloat16
-    theirs = clip.vision_model.state_dict()
-    mine = llava.model.vision_tower.state_dict()
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    of_clip = clip.vision_model.state_dict()
+    of_llava = llava.model.vision_tower.state_dict()
+    assert of_llava.keys() == of_clip.keys()
+    assert all(torch.equal(of_llava[name], of_clip[name]) for name in of_llava)
     assert not list((folder / "work").glob("*.tmp"))
 
 
@@ -124,9 +125,9 @@ def test_the_localizer_starts_from_the_towers_first_layers(whole, tmp_path):
     llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
     processor = LlavaProcessor.from_pretrained(tmp_path / "out")
     saved = torch.load(tmp_path / "work/tower-again.pt", weights_only=True)["model"]
-    for name, mine in llava.model.vision_tower.encoder.layers[3].named_parameters():
-        theirs = saved[f"clip.vision_model.encoder.layers.3.{name}"]
-        assert torch.allclose(mine, theirs, atol=0.02), name  # three steps move it little
+    for name, weight in llava.model.vision_tower.encoder.layers[3].named_parameters():
+        of_tower = saved[f"clip.vision_model.encoder.layers.3.{name}"]
+        assert torch.allclose(weight, of_tower, atol=0.02), name  # three steps move it little
     picture, _ = draw(make_scene(0))
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is the red star?"}]}],
@@ -147,29 +148,29 @@ def test_the_localizer_starts_from_the_towers_first_layers(whole, tmp_path):
         assert torch.equal(weight, after[name]) == ("vision_tower" in name or name.startswith("heads")), name
 
 
-def test_the_localizer_takes_over_the_main_models_words_and_rows(short, tmp_path):
-    """Behind the main model's own tower states, scaled down, its projector would give the main model's rows."""
+def test_the_localizer_takes_over_the_main_models_vocabulary_and_image_embeds(short, tmp_path):
+    """On the main model's vision features, scaled down, its projector would give the main model's image embeds."""
     pool = Pool(tmp_path, 4, 64)
     tower, language = run.Tower(), run.Language()
     language.features = run.store_features(tower, pool, tmp_path / "features.npy", torch.device("cpu"))
-    states = torch.from_numpy(np.array(language.features)).float()
-    whiten(language.llava.model.multi_modal_projector, states.flatten(0, 1))
+    features = torch.from_numpy(np.array(language.features)).float()
+    whiten(language.llava.model.multi_modal_projector, features.flatten(0, 1))
     localizer = Localizer(tower)
 
     def scaled(grid):
         grid = grid.transpose(1, 2).unflatten(2, (16, 16))
         return torch.nn.functional.adaptive_avg_pool2d(grid, (12, 12)).flatten(2).transpose(1, 2)
 
-    localizer.states = lambda pixels, chosen=None: scaled(states)
+    localizer.vision_features = lambda pixels, chosen=None: scaled(features)
     localizer.adopt(language, pool)
     with torch.no_grad():
-        mine = localizer.llava.model.multi_modal_projector(scaled(states))
-        wanted = scaled(language.llava.model.multi_modal_projector(states))
-    assert (mine - wanted).square().mean() < 0.1 * wanted.var()
-    theirs, own = language.llava.model.language_model, localizer.llava.model.language_model
-    words = len(theirs.embed_tokens.weight)
-    assert torch.equal(own.embed_tokens.weight[:words], theirs.embed_tokens.weight)
-    for a, b in zip(own.layers, theirs.layers, strict=False):
+        embeds = localizer.llava.model.multi_modal_projector(scaled(features))
+        wanted = scaled(language.llava.model.multi_modal_projector(features))
+    assert (embeds - wanted).square().mean() < 0.1 * wanted.var()
+    wide, narrow = language.llava.model.language_model, localizer.llava.model.language_model
+    vocabulary = len(wide.embed_tokens.weight)
+    assert torch.equal(narrow.embed_tokens.weight[:vocabulary], wide.embed_tokens.weight)
+    for a, b in zip(narrow.layers, wide.layers, strict=False):
         assert torch.equal(a.self_attn.q_proj.weight, b.self_attn.q_proj.weight)
         kept = [int((b.mlp.up_proj.weight == row).all(1).nonzero()) for row in a.mlp.up_proj.weight]
         assert kept == sorted(set(kept)) and len(kept) == 384
@@ -204,8 +205,8 @@ def test_extents_are_the_boxes_of_the_object_its_like_and_its_neighbours():
             same = tuple(j for j, p in enumerate(scene.objects) if p.shape == o.shape)
             assert tuple(row[11:15]) == covering(scene, same)
             for d, direction in enumerate(DIRECTIONS):
-                j, told = neighbour(scene, i, direction), tuple(row[19 + 4 * d : 23 + 4 * d])
-                assert told == ((IGNORE,) * 4 if j is None else (8,) * 4 if j < 0 else covering(scene, (j,)))
+                j, box = neighbour(scene, i, direction), tuple(row[19 + 4 * d : 23 + 4 * d])
+                assert box == ((IGNORE,) * 4 if j is None else (8,) * 4 if j < 0 else covering(scene, (j,)))
 
 
 def test_the_compressor_learns_from_what_it_will_be_given(whole):
@@ -218,10 +219,10 @@ def test_the_compressor_learns_from_what_it_will_be_given(whole):
     assert torch.allclose(stored, image.saliency, rtol=0.1, atol=1e-4)
     models = (LlavaForConditionalGeneration, folder / "out"), (CLIPModel, folder / "out/clip")
     stage = run.Compression(*(kind.from_pretrained(folder, dtype=torch.float32) for kind, folder in models))
-    found = stage.relevance(image.states[None], [text])[0]
-    assert torch.allclose(found, pipeline.family.relevance(image.states, text), atol=1e-5)
-    made = pipeline.prune(image, text, Pruning(plc="trained"))
-    assert made.plc == "trained" and len(made.image_embeds) == 28
+    relevance = stage.relevance(image.vision_features[None], [text])[0]
+    assert torch.allclose(relevance, pipeline.family.relevance(image.vision_features, text), atol=1e-5)
+    pruned = pipeline.prune(image, text, Pruning(plc="trained"))
+    assert pruned.plc == "trained" and len(pruned.image_embeds) == 28
 
 
 def test_a_plan_shows_the_tokens_and_rates_it_says():
@@ -240,18 +241,18 @@ def test_packed_questions_see_the_image_and_themselves_alone():
     asked = questions(make_scene(0), 3, random.Random(0))
     packed = pack([asked], chosen, owners, tokenizer, random.Random(1))
     segments = []
-    for row in packed.rows[0]:
-        sees = packed.mask[0, 0, row].nonzero()[:, 0]
+    for last in packed.probed[0]:
+        attended = packed.mask[0, 0, last].nonzero()[:, 0]
         image = (packed.ids[0] == IMAGE).nonzero()[:, 0]
-        assert set(image.tolist()) <= set(sees.tolist())
-        own = [i for i in sees.tolist() if i > image[-1]]
-        assert own == list(range(own[0], row + 1))
-        assert packed.positions[0, own].tolist() == list(range(3 + 256, 3 + 256 + len(own)))
-        segments.append(set(own))
+        assert set(image.tolist()) <= set(attended.tolist())
+        segment = [i for i in attended.tolist() if i > image[-1]]
+        assert segment == list(range(segment[0], last + 1))
+        assert packed.positions[0, segment].tolist() == list(range(3 + 256, 3 + 256 + len(segment)))
+        segments.append(set(segment))
     assert not segments[0] & segments[1] and not segments[1] & segments[2]
     labels = packed.labels[0][packed.labels[0] >= 0]
-    told = tokenizer.decode(labels, skip_special_tokens=True).split()
-    assert told == [word for question in asked for word in question.answer.split()]
+    answered = tokenizer.decode(labels, skip_special_tokens=True).split()
+    assert answered == [word for question in asked for word in question.answer.split()]
 
 
 def test_the_places_of_what_is_asked_for_are_as_many_as_the_answer_to_how_many():

@@ -1,4 +1,4 @@
-"""Export to vLLM: the exact rows, prompts that come out whole again, ids that follow the rows, refusals, the page."""
+"""Export to vLLM: the exact embeds, prompts that come out whole again, ids that follow them, refusals, the page."""
 
 import base64
 import io
@@ -56,13 +56,17 @@ def given_to(language_model, call):
 
 
 def written_out(request, token):
-    """The prompt as vLLM makes it: each image token becomes as many as its image has rows."""
-    sizes = iter([len(rows) for rows in request.image_embeds])
-    return [id for own in request.prompt_token_ids.tolist() for id in [own] * (next(sizes) if own == token else 1)]
+    """The prompt as vLLM makes it: each image token becomes as many as its image has embeds."""
+    sizes = iter([len(embeds) for embeds in request.image_embeds])
+    return [
+        id
+        for token_id in request.prompt_token_ids.tolist()
+        for id in [token_id] * (next(sizes) if token_id == token else 1)
+    ]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_rows_are_what_the_language_model_is_given(family, noise, size):
+def test_image_embeds_are_what_the_language_model_is_given(family, noise, size):
     folder, whole, _ = family
     picture = noise(size)
     pipeline = open_pipeline(folder)
@@ -79,16 +83,18 @@ def test_rows_are_what_the_language_model_is_given(family, noise, size):
     assert torch.equal(request.image_embeds[0], ours[0, pruned.input_ids == token])
 
     # of transformers with all tokens, where the kept ones are
-    given = inputs(family, [picture])
-    all_rows = given_to(whole.model.language_model, lambda: whole(**given))[0, given["input_ids"][0] == token]
+    model_inputs = inputs(family, [picture])
+    all_embeds = given_to(whole.model.language_model, lambda: whole(**model_inputs))[
+        0, model_inputs["input_ids"][0] == token
+    ]
     stays = torch.tensor(slowly(image.placeholder_map.tolist(), set(pruned.kept.tolist())))
-    assert torch.allclose(request.image_embeds[0], all_rows[stays], atol=1e-5)
-    assert not torch.allclose(request.image_embeds[0], all_rows[stays.roll(1)], atol=1e-2)
+    assert torch.allclose(request.image_embeds[0], all_embeds[stays], atol=1e-5)
+    assert not torch.allclose(request.image_embeds[0], all_embeds[stays.roll(1)], atol=1e-2)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_rows_and_prompt_alone_give_the_answer(family, noise, size):
-    """As vLLM goes about it: the prompt written out, rows in the image tokens' place, positions from 0 on."""
+def test_image_embeds_and_prompt_alone_give_the_answer(family, noise, size):
+    """As vLLM goes about it: the prompt written out, embeds in the image tokens' place, positions from 0 on."""
     folder, whole, _ = family
     pipeline = open_pipeline(folder)
     (image,) = pipeline.encoder.encode([noise(size)])
@@ -120,7 +126,7 @@ def test_the_file_holds_the_request(run, noise, tmp_path, tiny_llava, dtype):
     assert f"{target}: 5 rows for each image" in err
     with safe_open(saved, "pt") as before, safe_open(target, "pt") as after:
         assert set(after.keys()) == {"prompt_token_ids", "image_embeds"}
-        assert torch.equal(after.get_tensor("image_embeds")[0], before.get_tensor("rows"))
+        assert torch.equal(after.get_tensor("image_embeds")[0], before.get_tensor("image_embeds"))
         assert after.get_tensor("image_embeds").dtype == getattr(torch, dtype)
         assert len(after.get_tensor("prompt_token_ids")) == record["prompt"] == len(before.get_tensor("input_ids")) - 4
         about = json.loads(after.metadata()["vllm"])
@@ -129,7 +135,7 @@ def test_the_file_holds_the_request(run, noise, tmp_path, tiny_llava, dtype):
     assert (code, out, err) == (0, "", "")
 
 
-def test_ids_follow_the_rows(llava, noise):
+def test_ids_follow_the_image_embeds(llava, noise):
     picture, other = noise((100, 80)), noise((100, 80), seed=1)
     image, second = llava.encoder.encode([picture, other])
 
@@ -137,11 +143,11 @@ def test_ids_follow_the_rows(llava, noise):
         return to_vllm(llava.family, pruned).uuids
 
     first = llava.prune(image, QUESTION, COMPACT)
-    (own,) = ids(first)
-    assert ids(llava.prune(image, QUESTION, COMPACT)) == (own,)
-    assert own not in (image.image, image.key)
+    (first_id,) = ids(first)
+    assert ids(llava.prune(image, QUESTION, COMPACT)) == (first_id,)
+    assert first_id not in (image.image, image.key)
     uniform = replace(COMPACT, method=make_method("uniform"))  # keeps the same for every question
-    assert ids(llava.prune(image, QUESTION, uniform)) == ids(llava.prune(image, "why?", uniform)) != (own,)
+    assert ids(llava.prune(image, QUESTION, uniform)) == ids(llava.prune(image, "why?", uniform)) != (first_id,)
     others = {
         "another question": llava.prune(image, "Is there a blue circle on the right?", COMPACT),
         "more": llava.prune(image, QUESTION, replace(COMPACT, keep=0.8)),
@@ -149,8 +155,8 @@ def test_ids_follow_the_rows(llava, noise):
         "another dtype": replace(first, image_embeds=first.image_embeds.bfloat16()),
     }
     assert first.kept.tolist() != others["another question"].kept.tolist()
-    found = [own, *(ids(made)[0] for made in others.values())]
-    assert len(set(found)) == len(found)
+    uuids = [first_id, *(ids(changed)[0] for changed in others.values())]
+    assert len(set(uuids)) == len(uuids)
 
 
 def test_several_images(llava, noise):
@@ -166,7 +172,7 @@ def test_several_images(llava, noise):
     alone = to_vllm(llava.family, llava.prune(images[0], QUESTION, three))  # equal but for rounding, so by another id
     assert torch.allclose(request.image_embeds[0], alone.image_embeds[0], atol=1e-5)
     shared = replace(COMPACT, tokens=5, share_budget=True, method=make_method("fastervlm"))
-    with pytest.raises(BadInput, match="equally many rows for each of the 2 images, and text between them"):
+    with pytest.raises(BadInput, match="equally many image embeds for each of the 2 images, and text between them"):
         to_vllm(llava.family, llava.prune(images, QUESTION, shared, **apart))
     with pytest.raises(BadInput, match=r"runs of \[6\]"):  # side by side
         to_vllm(llava.family, llava.prune(images, QUESTION, three))
@@ -175,7 +181,7 @@ def test_several_images(llava, noise):
 def test_positions_with_gaps_are_refused(llava, noise):
     (image,) = llava.encoder.encode([noise((100, 80))])
     original = replace(COMPACT, positions="original")
-    with pytest.raises(BadInput, match=r"original positions.*prune with --positions compact"):
+    with pytest.raises(BadInput, match=r"original positions.*prune with `positions=compact`"):
         to_vllm(llava.family, llava.prune(image, QUESTION, original))
     whole = to_vllm(llava.family, llava.prune(image, QUESTION, replace(original, keep=1.0)))  # there are no gaps
     assert whole.image_embeds.shape == (1, 16, 48)

@@ -1,4 +1,4 @@
-"""What a language model's answer costs, from its sizes alone: operations of the prefill, bytes of keys and values.
+"""The cost of a language model's answer from its sizes alone: operations of the prefill, bytes of keys and values.
 
 The formulas count matrix products, two operations per multiply-add. They fit decoders whose layers have grouped-query
 attention and a gated MLP of three matrices, as those of all families here.
@@ -21,7 +21,7 @@ class Decoder:
     kv_heads: int  # KV
     head_width: int  # h
     mlp_width: int  # m
-    words: int  # V
+    vocabulary: int  # V
     windows: tuple[int | None, ...]
 
     @classmethod
@@ -35,7 +35,7 @@ class Decoder:
             kv_heads=text.num_key_value_heads,
             head_width=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
             mlp_width=text.intermediate_size,
-            words=text.vocab_size,
+            vocabulary=text.vocab_size,
             windows=tuple(text.sliding_window if kind == "sliding_attention" else None for kind in kinds),
         )
 
@@ -56,7 +56,7 @@ def prefill_flops(decoder: Decoder, tokens: Sequence[int]) -> int:
     _check(decoder, tokens)
     d, m, inner = decoder.width, decoder.mlp_width, decoder.heads * decoder.head_width
     linear = 4 * d * inner + 4 * d * decoder.kv_heads * decoder.head_width + 6 * d * m
-    return sum(n * linear + 4 * n * n * inner for n in tokens) + 2 * d * decoder.words
+    return sum(n * linear + 4 * n * n * inner for n in tokens) + 2 * d * decoder.vocabulary
 
 
 def kv_bytes(decoder: Decoder, tokens: Sequence[int], itemsize: int) -> int:

@@ -69,7 +69,7 @@ def batch(
     set_quiet(quiet)
     check_results(output, resume, file)
     done = Done(resume) if resume else None
-    reader = Reader(file, done=done, mine=options.in_shard(shard))
+    reader = Reader(file, done=done, in_shard=options.in_shard(shard))
     tally = Tally()
     runner = pipeline.runner(questions=batch_size, notice=say)
 

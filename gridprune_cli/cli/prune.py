@@ -96,7 +96,7 @@ def prune_lines(
 
     if not os.path.isdir(folder):
         raise BadInput(f"--output {folder}: with --batch, a folder; make it first")
-    reader = Reader(file, mine=options.in_shard(shard))
+    reader = Reader(file, in_shard=options.in_shard(shard))
     runner, tally = pipeline.runner(notice=say), Tally()
     written: set[Path] = set()
     with pipeline, progress("pruning", reader.count()) as step:

@@ -1,4 +1,4 @@
-"""What is asked in an evaluation: held-out scenes of the embedded model, or a JSONL file of anyone's questions."""
+"""The questions of an evaluation: about held-out scenes of the embedded model, or from a JSONL file."""
 
 import io
 import os
@@ -15,20 +15,22 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.images import Source
 from gridprune_cli.questions import Item as Line
 from gridprune_cli.questions import Reader
-from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene, questions
+from gridprune_cli.scenes.questions import questions
+from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene
 
 T = TypeVar("T")
 
 PER_SCENE = 4  # questions
 SCENES = 2000  # questions, where none are counted
-MAX_SCENES = 100_000  # questions; all are laid out before the first is asked, at some 20,000 a second
+MAX_SCENES = 100_000  # questions; all are written before the first is asked, some 20,000 a second
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question about images, with its true answers. `box` is what it is about, in fractions of the picture.
+    """A question about images, with its true answers.
 
-    id  a text or a number, as the line gives it; else 16 hex digits of the sha256 of what the line says
+    id   a text or a number, as the line has it; else 16 hex digits of the sha256 of the line's content
+    box  the object that it is about, where it is one: left, top, right, bottom in fractions of the picture
     """
 
     id: Any
@@ -45,13 +47,13 @@ class Item:
 
 
 def one_or_all(values: Sequence[T]) -> T | list[T]:
-    """How JSON says something of each image of a question: the value for one image, a list for several."""
+    """How JSON holds one value per image of a question: the value for one image, a list for several."""
     return values[0] if len(values) == 1 else list(values)
 
 
 @dataclass(frozen=True)
 class Data:
-    """The questions, and how an image is found by its name."""
+    """The questions, and `find`, which gives an image by its name."""
 
     name: str
     items: tuple[Item, ...]
@@ -71,7 +73,7 @@ def open_data(name: str) -> Data:
         return read_jsonl(name)
     count = str(SCENES) if counted[1] is None else counted[1]
     if not re.fullmatch("[0-9]{1,9}", count) or not 1 <= int(count) <= MAX_SCENES:
-        raise BadInput(f"{name[:40]}: scenes:N takes a number of questions, 1 to {MAX_SCENES}")
+        raise BadInput(f"scenes:N takes a number of questions, 1 to {MAX_SCENES}", place=name[:40])
     return scenes(int(count), HELDOUT, name)
 
 
@@ -104,11 +106,11 @@ def read_jsonl(path: str | Path) -> Data:
     reader = Reader(str(path))
     items = tuple(_item(line, reader) for line in reader)
     if not items:
-        raise BadInput(f"{reader.name}: no question in it; write one a line, as JSON")
+        raise BadInput("no question in it; write one a line, as JSON", place=reader.name)
     seen: set[Any] = set()
     for item in items:
         if item.id in seen:
-            raise BadInput(f"{reader.name}: two questions have the id {item.id!r}; give each its own")
+            raise BadInput(f"two questions have the id {item.id!r}; give each another", place=reader.name)
         seen.add(item.id)
     return Data(reader.name, items, lambda image: Path(reader.place(image)))
 
@@ -119,12 +121,13 @@ def _item(line: Line, reader: Reader) -> Item:
         raise BadInput(line.fault)
     answers, category = line.extra.get("answers"), line.extra.get("category", "")
     if line.keep is not None:
-        raise BadInput(f"{line.place}: keep: eval compares the shares of its option --keep; leave keep out of the line")
+        raise BadInput("eval compares the shares of its setting `keep`; leave keep out of the line", place=line.place)
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise BadInput(f'{line.place}: answers is no list of texts; give the true ones, as "answers": ["stop"]')
+        raise BadInput('answers is no list of texts; give the true ones, as "answers": ["stop"]', place=line.place)
     if not isinstance(category, str):
-        raise BadInput(f"{line.place}: category is no text; change it, or leave it out")
+        raise BadInput("category is no text; change it, or leave it out", place=line.place)
     for image in line.images:
         if not os.path.isfile(reader.place(image)):
-            raise BadInput(f"{line.place}: no image {reader.place(image)}; relative paths count from {reader.folder}")
+            reason = f"no image {reader.place(image)}; relative paths count from {reader.folder}"
+            raise BadInput(reason, place=line.place)
     return Item(line.id, line.images, line.question, tuple(answers), category)

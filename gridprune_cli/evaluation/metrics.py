@@ -56,15 +56,15 @@ def vqa(answer: str, truths: Sequence[str]) -> float:
     """
     if len(truths) != ANNOTATORS:
         raise ValueError(f"vqa needs the answers of {ANNOTATORS} annotators, not {len(truths)}")
-    said = vqa_normal(answer)
-    same = [vqa_normal(truth) == said for truth in truths]
-    return sum(min(1.0, (sum(same) - own) / 3) for own in same) / ANNOTATORS
+    normal = vqa_normal(answer)
+    matches = [vqa_normal(truth) == normal for truth in truths]
+    return sum(min(1.0, (sum(matches) - left_out) / 3) for left_out in matches) / ANNOTATORS
 
 
 def vqa_normal(text: str) -> str:
     """An answer as VQA compares it: punctuation, number words up to ten, articles and contractions evened out.
 
-    The published script's oddities are kept, since its scores are made with them: a mark goes without a trace where one
+    The published script's oddities are kept, since published scores come from it: a mark goes without a trace where one
     of its kind touches a space or the text has a comma inside a number, and turns into a space elsewhere; a point
     stays before a digit only; "none" is 0. Contractions of "I" are left out, since the script spells them with a
     capital after lowering the text, and so never finds them.
@@ -74,15 +74,15 @@ def vqa_normal(text: str) -> str:
     for mark in _MARKS:
         loose = number or f"{mark} " in text or f" {mark}" in text
         plain = plain.replace(mark, "" if loose else " ")
-    words = [_DIGITS.get(word, word) for word in _PERIOD.sub("", plain).lower().split()]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+    tokens = [_DIGITS.get(word, word) for word in _PERIOD.sub("", plain).lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in tokens if word not in ("a", "an", "the"))
 
 
 # ---- POPE ------------------------------------------------------------------------------------------------------------
 
 
 def yes_or_no(answer: str) -> str:
-    """What an answer says: "yes", "no", or "" for neither, by its first word without case and punctuation."""
+    """The first word of an answer, without case and punctuation, where it is "yes" or "no"; else ""."""
     first = (answer.split() or [""])[0].strip(string.punctuation).lower()
     return first if first in ("yes", "no") else ""
 
@@ -104,19 +104,19 @@ def pope_figures(answers: Sequence[str], truths: Sequence[str]) -> dict[str, flo
     Traps: the yes-ratio is of the *answers* (lmms-eval's is of the truths, and so the same for every model), and an
     answer that is neither counts as a yes that was missed (lmms-eval's recall drops it). VLMEvalKit's "Overall" is F1.
     """
-    said, true = [yes_or_no(answer) == "yes" for answer in answers], [yes_or_no(truth) == "yes" for truth in truths]
-    hits = sum(s and t for s, t in zip(said, true, strict=True))
+    answered, true = ([yes_or_no(text) == "yes" for text in texts] for texts in (answers, truths))
+    hits = sum(a and t for a, t in zip(answered, true, strict=True))
     right = sum(pope(answer, [truth]) for answer, truth in zip(answers, truths, strict=True))
 
-    def share(part: float, whole: float) -> float:
-        return part / whole if whole else 0.0
+    def ratio(count: float, total: float) -> float:
+        return count / total if total else 0.0
 
     return {
-        "accuracy": share(right, len(said)),
-        "precision": share(hits, sum(said)),
-        "recall": share(hits, sum(true)),
-        "f1": share(2 * hits, sum(said) + sum(true)),
-        "yes_ratio": share(sum(said), len(said)),
+        "accuracy": ratio(right, len(answered)),
+        "precision": ratio(hits, sum(answered)),
+        "recall": ratio(hits, sum(true)),
+        "f1": ratio(2 * hits, sum(answered) + sum(true)),
+        "yes_ratio": ratio(sum(answered), len(answered)),
     }
 
 
@@ -133,13 +133,15 @@ def relaxed(answer: str, truths: Sequence[str]) -> float:
 
 
 def _near(answer: str, truth: str) -> bool:
-    said, true = _number(answer), _number(truth)
-    if said is not None and true:
-        return abs(said - true) / abs(true) <= 0.05
+    """Whether two numbers are within 5 % of the true one, or two texts equal but for case."""
+    number, true = _number(answer), _number(truth)
+    if number is not None and true:
+        return abs(number - true) / abs(true) <= 0.05
     return answer.lower() == truth.lower()
 
 
 def _number(text: str) -> float | None:
+    """A number, a percentage as its fraction; None for any other text."""
     try:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -158,6 +160,7 @@ def anls(answer: str, truths: Sequence[str]) -> float:
 
 
 def _even(text: str) -> str:
+    """A text without case, runs of white space as one space."""
     return " ".join(text.lower().split())
 
 

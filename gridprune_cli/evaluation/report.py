@@ -1,4 +1,7 @@
-"""The results as one HTML file: curves, bars per category, and what was lost, in pictures. Needs the extra `report`."""
+"""The results as one HTML file: curves, bars per category, and the answers that pruning lost, with pictures.
+
+Needs the extra `report`.
+"""
 
 import base64
 import importlib.util
@@ -17,7 +20,7 @@ from gridprune_cli.text import printable, visible
 
 LOSSES = 6  # questions in the gallery
 _WIDTH = 640  # of a picture, in pixels
-_USUAL_KEEP = 0.11
+_USUAL_KEEP = 0.11  # the default of `keep`
 _COLOURS = (
     "#d1495b",
     "#00798c",
@@ -34,48 +37,50 @@ _STYLES = ("-", "--", ":", "-.")
 
 
 def lacking() -> str:
-    """One line about what the report needs and is not installed, or nothing."""
+    """A line that says why there can be no report, or nothing: matplotlib is not installed."""
     missing = importlib.util.find_spec("matplotlib") is None
     return "no report.html: matplotlib missing; pip install 'gridprune[report]'" if missing else ""
 
 
-def losses(plan: Plan, rows: Rows) -> tuple[list[Cell], list[Item]]:
+def losses(plan: Plan, samples: Rows) -> tuple[list[Cell], list[Item]]:
     """The cells at the keep nearest to the default, and the questions on which they lose most against all tokens.
 
-    Most first: what the method that was named first loses counts before what all lose together, since a weak method
-    loses everywhere. Of equal ones, the one that was asked first. Only questions that lose at all, about one image:
-    what was kept of several can't be drawn as one picture.
+    At most `LOSSES`, the largest loss first: that of the method named first, then, of equal ones, that of all methods
+    together, since a weak method loses everywhere; then in the order of the data. Only questions about one image, since
+    several can't be drawn as one picture.
     """
     keeps = {cell.pruning.keep for cell in plan.cells if cell.name != FULL.name}
-    shown = min(keeps, key=lambda keep: (abs(keep - _USUAL_KEEP), keep), default=None)
-    cells = [cell for cell in plan.cells[1:] if cell.pruning.keep == shown]
+    nearest = min(keeps, key=lambda share: (abs(share - _USUAL_KEEP), share), default=None)
+    cells = [cell for cell in plan.cells[1:] if cell.pruning.keep == nearest]
 
     def lost(item: Item) -> tuple[float, float]:
-        each = [rows[place(FULL, item)].score - rows[place(cell, item)].score for cell in cells]
-        return max(each[0], 0.0), sum(max(loss, 0.0) for loss in each)
+        of_cells = [samples[place(FULL, item)].score - samples[place(cell, item)].score for cell in cells]
+        return max(of_cells[0], 0.0), sum(max(loss, 0.0) for loss in of_cells)
 
     drawable = [item for item in plan.data.items if len(item.images) == 1]
     worst = sorted((item for item in drawable if cells and lost(item)[1] > 0), key=lost, reverse=True)
     return cells, worst[:LOSSES]
 
 
-def html(plan: Plan, results: dict[str, Any], rows: Rows, picture: Callable[[Cell, Item, str], Image.Image]) -> str:
-    """The page. `picture` draws what a cell kept for a question, under its answer. Raises GridpruneError without the
-    extra."""
+def html(plan: Plan, results: dict[str, Any], samples: Rows, picture: Callable[[Cell, Item, str], Image.Image]) -> str:
+    """The page. `picture` draws what a cell kept for a question, under its answer.
+
+    Raises GridpruneError without the extra.
+    """
     if line := lacking():
         raise GridpruneError(line)
     from jinja2 import Environment
 
-    cells, worst = losses(plan, rows)
+    cells, worst = losses(plan, samples)
     gallery = [
         {
             "item": item,
-            "full": rows[place(FULL, item)],
+            "full": samples[place(FULL, item)],
             "pictures": [
                 {
                     "cell": cell,
-                    "row": rows[place(cell, item)],
-                    "data": _embedded(picture(cell, item, rows[place(cell, item)].answer)),
+                    "row": samples[place(cell, item)],
+                    "data": _embedded(picture(cell, item, samples[place(cell, item)].answer)),
                 }
                 for cell in cells
             ],
@@ -99,7 +104,7 @@ def html(plan: Plan, results: dict[str, Any], rows: Rows, picture: Callable[[Cel
 
 
 def _shown(value: Any) -> Any:
-    """What the page says, without characters that a terminal would obey; charts are marked as safe already."""
+    """A text of the page without characters that a terminal would obey; charts are marked as safe already."""
     return visible(value) if type(value) is str else value
 
 
@@ -118,11 +123,11 @@ def _curves(cells: list[dict[str, Any]]) -> str:
     axes, svg = _plot(7.5, 4.5)
     axes.axhline(100 * full["score"], color="#333333", linewidth=1, label=full["name"])
     for n, name in enumerate(_methods(cells)):
-        own = sorted((cell for cell in cells[1:] if cell["name"] == name), key=lambda cell: cell["keep"])
+        of_method = sorted((cell for cell in cells[1:] if cell["name"] == name), key=lambda cell: cell["keep"])
         axes.errorbar(
-            [100 * cell["keep"] for cell in own],
-            [100 * cell["score"] for cell in own],
-            [100 * cell["error"] for cell in own],
+            [100 * cell["keep"] for cell in of_method],
+            [100 * cell["score"] for cell in of_method],
+            [100 * cell["error"] for cell in of_method],
             label=printable(name),
             color=_COLOURS[n % len(_COLOURS)],
             linestyle=_STYLES[n // len(_COLOURS) % len(_STYLES)],
@@ -130,9 +135,9 @@ def _curves(cells: list[dict[str, Any]]) -> str:
             markersize=4,
             capsize=2,
         )
-    keeps = sorted({100 * cell["keep"] for cell in cells[1:]})
+    per_cent = sorted({100 * cell["keep"] for cell in cells[1:]})
     axes.set(xscale="log", xlabel="visual tokens kept, %", ylabel="score, %")
-    axes.set_xticks(keeps, [f"{keep:g}" for keep in keeps])
+    axes.set_xticks(per_cent, [f"{share:g}" for share in per_cent])
     axes.set_xticks([], minor=True)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return svg()
@@ -142,11 +147,11 @@ def _bars(cells: list[dict[str, Any]]) -> list[tuple[float, str]]:
     """For each keep, a group of bars a category: all tokens, then the methods. Nothing without categories."""
     categories = list(cells[0]["categories"])
     charts = []
-    for keep in sorted({cell["keep"] for cell in cells[1:]}, reverse=True) if categories else ():
-        own = [cells[0], *(cell for cell in cells[1:] if cell["keep"] == keep)]
-        axes, svg = _plot(max(7.5, 0.14 * len(own) * len(categories)), 3.2)
-        wide = 0.84 / len(own)
-        for n, cell in enumerate(own):
+    for share in sorted({cell["keep"] for cell in cells[1:]}, reverse=True) if categories else ():
+        group = [cells[0], *(cell for cell in cells[1:] if cell["keep"] == share)]
+        axes, svg = _plot(max(7.5, 0.14 * len(group) * len(categories)), 3.2)
+        wide = 0.84 / len(group)
+        for n, cell in enumerate(group):
             axes.bar(
                 [place - 0.42 + (n + 0.5) * wide for place in range(len(categories))],
                 [100 * cell["categories"][name]["score"] for name in categories],
@@ -157,7 +162,7 @@ def _bars(cells: list[dict[str, Any]]) -> list[tuple[float, str]]:
         axes.set_xticks(range(len(categories)), [printable(name) for name in categories])
         axes.set(ylabel="score, %")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        charts.append((keep, svg()))
+        charts.append((share, svg()))
     return charts
 
 
@@ -166,9 +171,9 @@ def _methods(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def _plot(width: float, height: float) -> tuple[Any, Callable[[], str]]:
-    """Axes on a new figure of this size in inches, and what gives its SVG, the same for the same figures.
+    """Axes on a new figure of this size in inches, and a function that gives its SVG, equal for equal figures.
 
-    Labels are text, with no mathematics between two `$`.
+    Labels are plain text, even between two `$`.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

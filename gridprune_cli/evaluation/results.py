@@ -1,4 +1,4 @@
-"""From answers to figures: scores with honest errors, and every cell against all tokens, question by question."""
+"""From answers to figures: scores with clustered errors, and every cell against all tokens, question by question."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from gridprune_cli.evaluation.metrics import pope_figures
 from gridprune_cli.evaluation.run import FULL, Cell, Plan, Row, Rows, place
 from gridprune_cli.text import markdown_cell
 
-Z = 1.959964  # a 95 % interval under the normal distribution
+Z = 1.959964  # the normal distribution's quantile of 97.5 %, for an interval of 95 %
+CONTAINS = 0.8  # share of an object inside the region from which the region counts as holding it
 
 
 def clustered_error(values: np.ndarray, cluster: np.ndarray) -> float:
@@ -22,7 +23,7 @@ def clustered_error(values: np.ndarray, cluster: np.ndarray) -> float:
     return float(np.sqrt((sums**2).sum()) / len(values))
 
 
-def summarise(plan: Plan, rows: Rows) -> dict[str, Any]:
+def summarise(plan: Plan, samples: Rows) -> dict[str, Any]:
     """Every cell's figures; scores, shares and differences are 0 to 1, rounded to 6 digits.
 
     error       standard error of the score, clustered by image
@@ -34,22 +35,24 @@ def summarise(plan: Plan, rows: Rows) -> dict[str, Any]:
                 80 % of that place inside, and the mean area of the region
     """
     items = plan.data.items
-    full = _column(rows, FULL, items)
+    full = _column(samples, FULL, items)
     images = len({key for row in full for key in row.key.split()})
     return {
         "images": images,
         "caption": _caption(len(items), images, plan.metric),
-        "cells": [_figures(plan, cell, _column(rows, cell, items), full) for cell in plan.cells],
+        "cells": [_figures(plan, cell, _column(samples, cell, items), full) for cell in plan.cells],
     }
 
 
-def _column(rows: Rows, cell: Cell, items: tuple[Item, ...]) -> list[Row]:
-    return [rows[place(cell, item)] for item in items]
+def _column(samples: Rows, cell: Cell, items: tuple[Item, ...]) -> list[Row]:
+    """The answers of a cell, in the order of the questions."""
+    return [samples[place(cell, item)] for item in items]
 
 
-def _figures(plan: Plan, cell: Cell, own: list[Row], full: list[Row]) -> dict[str, Any]:
+def _figures(plan: Plan, cell: Cell, pruned: list[Row], full: list[Row]) -> dict[str, Any]:
+    """The figures of a cell, as `summarise` says, from its answers and those of all tokens."""
     items = plan.data.items
-    score, base = (np.array([row.score for row in column]) for column in (own, full))
+    score, base = (np.array([row.score for row in column]) for column in (pruned, full))
     cluster = np.array([row.key for row in full])
     category = np.array([item.category for item in items])
     difference, error = float((score - base).mean()), clustered_error(score - base, cluster)
@@ -58,14 +61,14 @@ def _figures(plan: Plan, cell: Cell, own: list[Row], full: list[Row]) -> dict[st
         "method": cell.pruning.method.name,
         "options": cell.options(),
         "keep": cell.pruning.keep,
-        "kept": float(np.mean([row.kept for row in own])),
+        "kept": float(np.mean([row.kept for row in pruned])),
         "score": float(score.mean()),
         "error": clustered_error(score, cluster),
         "of_full": float(score.mean() / base.mean()) if base.mean() else None,
         "difference": difference,
         "difference_error": error,
         "difference_interval": [difference - Z * error, difference + Z * error],
-        "agreement": float(np.mean([a.answer == b.answer for a, b in zip(own, full, strict=True)])),
+        "agreement": float(np.mean([a.answer == b.answer for a, b in zip(pruned, full, strict=True)])),
         "categories": {
             name: {
                 "questions": int((category == name).sum()),
@@ -77,11 +80,11 @@ def _figures(plan: Plan, cell: Cell, own: list[Row], full: list[Row]) -> dict[st
         },
     }
     if plan.metric == "pope":
-        figures["pope"] = pope_figures([row.answer for row in own], [item.answers[0] for item in items])
-    placed = [(row.region, item.box) for row, item in zip(own, items, strict=True) if row.region and item.box]
+        figures["pope"] = pope_figures([row.answer for row in pruned], [item.answers[0] for item in items])
+    placed = [(row.region, item.box) for row, item in zip(pruned, items, strict=True) if row.region and item.box]
     if placed:
         inside, area = zip(*(_containment(region, box) for region, box in placed if region and box), strict=True)
-        share = float(np.mean([part >= 0.8 for part in inside]))
+        share = float(np.mean([contained >= CONTAINS for contained in inside]))
         figures["region"] = {"questions": len(placed), "contains": share, "area": float(np.mean(area))}
     rounded: dict[str, Any] = _rounded(figures)
     return rounded
@@ -96,10 +99,11 @@ def _containment(region: tuple[int, ...], box: tuple[float, ...]) -> tuple[float
 
 
 def _rounded(value: Any) -> Any:
+    """Every float to 6 digits, but in a method's options, which are as they were set."""
     if isinstance(value, dict):
-        return {name: part if name == "options" else _rounded(part) for name, part in value.items()}
+        return {name: item if name == "options" else _rounded(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(part) for part in value]
+        return [_rounded(item) for item in value]
     return round(value, 6) if isinstance(value, float) else value
 
 
@@ -128,15 +132,15 @@ def markdown(results: dict[str, Any]) -> str:
     lines += ["", results["caption"]]
     if line := relevance_line(results):
         lines += ["", line]
-    told = [cell for cell in cells if "region" in cell]
-    for cell in told:
-        if cell["region"] not in [other["region"] for other in told[: told.index(cell)]]:
+    regional = [cell for cell in cells if "region" in cell]
+    for n, cell in enumerate(regional):
+        if cell["region"] not in [other["region"] for other in regional[:n]]:  # one line for cells with equal regions
             lines += ["", region_line(cell | {"name": markdown_cell(cell["name"])})]
     return "\n".join(lines) + "\n"
 
 
 def relevance_line(results: dict[str, Any]) -> str:
-    """What relevance came from, or nothing where no method needed it."""
+    """The line about the source of relevance; nothing where no method needed it."""
     source = results.get("relevance")
     if source is None:
         return ""
@@ -144,7 +148,7 @@ def relevance_line(results: dict[str, Any]) -> str:
 
 
 def region_line(cell: dict[str, Any]) -> str:
-    """What is known of a cell's contextual regions."""
+    """The line about a cell's contextual regions."""
     region = cell["region"]
     return (
         f"Contextual region of {cell['name']} on {region['questions']} questions about one object: at least 80 % "
@@ -153,7 +157,7 @@ def region_line(cell: dict[str, Any]) -> str:
 
 
 def _caption(questions: int, images: int, metric: str) -> str:
-    """What the columns mean."""
+    """The line that explains the columns."""
     return (
         f"{questions} questions about {images} images, scored by `{metric}`, in per cent. ± is one standard error, "
         "clustered by image: questions about one image stand or fall together. The difference to all tokens is paired, "

@@ -1,9 +1,9 @@
-"""Pruned sets in the form that vLLM takes: an image's rows in place of the image, as its `image_embeds`.
+"""Pruned sets in the form that vLLM takes: image embeds in place of the image.
 
-vLLM writes the prompt of a LLaVA-like model with one image token for each image, puts as many in its place as there are
-rows, and numbers all tokens of the prompt from 0 on. So any number of rows will do, but they have no place of their own
-in the prompt, and nothing can leave inside the language model. What is said here of vLLM is from its source, version
-0.33 (`model_executor/models`, `multimodal`).
+The prompt of a LLaVA-like model has one image token for each image in vLLM, which expands it to as many as there are
+image embeds, and numbers all tokens of the prompt from 0 on. So any number of embeds will do, but tokens can't have
+their original positions, and none can leave inside the language model. What is said here of vLLM is from its source,
+version 0.33 (`model_executor/models`, `multimodal`).
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from gridprune_cli.vlm.family import Family
 
 VLLM = ("llava", "llava_next", "llava_onevision")
 _GRID = "vLLM counts its image tokens, and places them, by the picture's grid, which a pruned set no longer fills"
-_TILES = "vLLM counts its image tokens by the picture's size and takes no rows in its place"
-_AROUND = "vLLM takes rows for it, but writes tokens of its own around them, which this version does not allow for"
+_TILES = "vLLM counts its image tokens by the picture's size and takes no image embeds in its place"
+_AROUND = "vLLM takes image embeds for it, but writes more tokens around them, which this version does not allow for"
 NOT_VLLM = {  # family -> why not
     "qwen2_vl": _GRID,
     "qwen2_5_vl": _GRID,
@@ -30,18 +30,18 @@ NOT_VLLM = {  # family -> why not
     "internvl": _AROUND,
     "idefics3": _TILES,
     "smolvlm": _TILES,
-    "gemma3": "vLLM takes no rows in place of its pictures",
+    "gemma3": "vLLM takes no image embeds in place of its pictures",
     "paligemma": _AROUND,
 }
 
 
 @dataclass(frozen=True)
 class Request:
-    """What vLLM's `LLM.generate` needs to answer from a pruned set of I images, with S rows of width H each.
+    """What vLLM's `LLM.generate` needs to answer from a pruned set of I images, with S image embeds of width H each.
 
     prompt_token_ids (P,)       the prompt, with one image token for each image
     image_embeds     (I, S, H)  what the language model receives in the image tokens' place, in the set's own dtype
-    uuids            (I,)       what vLLM may cache each image's rows by
+    uuids            (I,)       ids by which vLLM may cache each image's embeds
     """
 
     prompt_token_ids: Tensor
@@ -60,8 +60,8 @@ class Request:
 def to_vllm(family: Family, pruned: PrunedSet) -> Request:
     """The request that has vLLM answer as `generate` does. Loads no weights.
 
-    vLLM caches what it makes of an image by an id, and takes equal ids for equal rows. What is kept of an image differs
-    from question to question, so the id is never the image's: it is the sha256 of the rows themselves.
+    vLLM caches an image's embeds by an id, and takes equal ids for equal embeds. What is kept of an image differs from
+    question to question, so the id is never the image's: it is the sha256 of the embeds themselves.
 
     Raises BadInput where vLLM can't answer from the set as `generate` does, or the set was made for another model.
     """
@@ -71,21 +71,21 @@ def to_vllm(family: Family, pruned: PrunedSet) -> Request:
     check_model(family, pruned)
     if pruned.schedule:
         raise BadInput(
-            "tokens leave inside the language model, which vLLM can't do; prune without --ilp and with another --method"
+            "tokens leave inside the language model, which vLLM can't do; prune without `ilp`, or by another `method`"
         )
     ids = pruned.input_ids
     if not torch.equal(pruned.position_ids, torch.arange(len(ids))):
         raise BadInput(
             "its tokens keep their original positions, and vLLM numbers them without gaps, so that it would answer "
-            "something else; prune with --positions compact"
+            "something else; prune with `positions=compact`"
         )
     values, lengths = torch.unique_consecutive(ids, return_counts=True)
     runs = lengths[values == family.image_token]
     count = len(pruned.images)
     if len(runs) != count or len(runs.unique()) != 1:
         raise BadInput(
-            f"vLLM needs equally many rows for each of the {count} images, and text between them, but the prompt has "
-            f"runs of {runs.tolist()}; prune with --tokens, or each image by itself"
+            f"vLLM needs equally many image embeds for each of the {count} images, and text between them, but the "
+            f"prompt has runs of {runs.tolist()}; prune with `tokens`, or each image by itself"
         )
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = (ids[1:] != family.image_token) | (ids[:-1] != family.image_token)
@@ -93,6 +93,6 @@ def to_vllm(family: Family, pruned: PrunedSet) -> Request:
     return Request(ids[first], embeds, tuple(map(_digest, embeds)), pruned.model, pruned.question)
 
 
-def _digest(rows: Tensor) -> str:
-    """sha256 of rows with their shape and dtype."""
-    return hashlib.sha256(save({"rows": rows.contiguous()})).hexdigest()
+def _digest(image_embeds: Tensor) -> str:
+    """sha256 of an image's embeds with their shape and dtype."""
+    return hashlib.sha256(save({"image_embeds": image_embeds.contiguous()})).hexdigest()

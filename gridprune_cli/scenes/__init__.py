@@ -1,4 +1,4 @@
-"""The embedded model: scenes and questions about them, the checkpoint, how it was trained and measured."""
+"""Scenes, questions about them, and the two checkpoints that answer these: the embedded model and its localiser."""
 
 from pathlib import Path
 

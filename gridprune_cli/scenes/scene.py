@@ -1,4 +1,4 @@
-"""Scenes: small synthetic pictures with known contents, and questions about them with known answers.
+"""Scenes: small synthetic pictures with known contents.
 
 A scene is a 224 x 224 picture with 2 to 8 coloured shapes, each carrying a digit or a letter, over a textured, noisy
 background with distracting marks. Everything follows from one integer seed, so a scene never needs to be stored.
@@ -32,7 +32,7 @@ CHARACTERS = "0123456789ACEFHJKLMPRTUX"  # letters that look like a digit (B, I,
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
-CELLS = 8  # along each side of CROP's grid, on which boxes are told
+CELLS = 8  # along each side of CROP's grid (arXiv 2505.21233), in whose cells boxes are counted
 
 _OVERSAMPLE = 2  # objects are drawn larger and scaled down, for smooth edges
 
@@ -116,6 +116,33 @@ def covering(scene: Scene, asked: tuple[int, ...], margin: int = 0) -> tuple[int
     return left, top, right, bottom
 
 
+def neighbour(scene: Scene, i: int, direction: str) -> int | None:
+    """The object next to object i in a direction: its index, -1 for none, None where people could disagree.
+
+    Next is the nearest centre within 45 degrees of the direction. It is open to dispute when another object is about
+    as near, or lies about on the diagonal; "nothing" is beyond dispute when even a wider cone is empty.
+    """
+    dx, dy = DIRECTIONS[direction]
+    x, y = scene.objects[i].centre
+    inside, border = [], []
+    for j, other in enumerate(scene.objects):
+        along = (other.centre[0] - x) * dx + (other.centre[1] - y) * dy
+        across = abs((other.centre[0] - x) * dy) + abs((other.centre[1] - y) * dx)
+        if j == i or along <= 0:
+            continue
+        distance = float(np.hypot(along, across))
+        if across <= 0.8 * along:
+            inside.append((distance, j))
+        elif across <= 1.6 * along:
+            border.append(distance)
+    if not inside:
+        return None if border else -1
+    inside.sort()
+    nearest, j = inside[0]
+    rivals = border + [distance for distance, _ in inside[1:]]
+    return None if any(distance < 1.25 * nearest for distance in rivals) else j
+
+
 def pixel_owners(scene: Scene) -> np.ndarray:
     """Which object each pixel shows: `(224, 224)` uint8, 0 for background, i + 1 for object i."""
     owner = np.zeros((SIZE, SIZE), np.uint8)
@@ -129,7 +156,7 @@ def pixel_owners(scene: Scene) -> np.ndarray:
 
 
 def draw(scene: Scene) -> tuple[Image.Image, np.ndarray]:
-    """The picture, and which object each pixel shows, as `pixel_owners` tells it."""
+    """The picture, and which object each pixel shows, as `pixel_owners` has it."""
     rng = np.random.default_rng(scene.seed)
     picture = _background(rng)
     _distract(rng, picture)
@@ -239,165 +266,3 @@ def looks_like_scene(picture: Image.Image) -> bool:
     smooth = picture.reduce(2)  # averages most of the noise away
     red, green, blue = np.moveaxis(np.asarray(smooth), -1, 0)
     return bool(((_NEAR[0, red] & _NEAR[1, green] & _NEAR[2, blue]) > 0).mean() >= 0.02)
-
-
-# ---- questions -------------------------------------------------------------------------------------------------------
-
-KINDS = ("character", "colour", "shape", "place", "count", "exists", "object", "relation")
-
-_PHRASES: dict[str, tuple[str, ...]] = {
-    "character": (
-        "What character is on the {}?",
-        "Which character does the {} carry?",
-        "What is written on the {}?",
-        "Read the {}.",
-    ),
-    "colour": (
-        "What colour is the {}?",
-        "What color is the {}?",
-        "Which colour does the {} have?",
-        "Tell me the colour of the {}.",
-    ),
-    "shape": ("What shape is the {}?", "Which shape does the {} have?", "Tell me the shape of the {}."),
-    "place": ("Where is the {}?", "In which part of the image is the {}?", "Where can I find the {}?"),
-    "count": ("How many {} are there?", "Count the {}.", "What is the number of {}?"),
-    "exists": ("Is there {}?", "Does the image show {}?", "Can you see {}?"),
-    "object": (
-        "Which object has the {}?",
-        "What carries the {}?",
-        "Which object is marked {}?",
-        "What is the {} written on?",
-    ),
-    "relation": ("What is {} the {}?", "Which object is {} the {}?", "What can you see {} the {}?"),
-}
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about a scene. `asked` are the objects (by index) that the answer depends on."""
-
-    kind: str
-    text: str
-    answer: str
-    asked: tuple[int, ...]
-
-
-def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
-    """A question of a kind with one right answer, or None where the scene allows none."""
-    make = {"count": _count, "exists": _exists, "object": _object, "relation": _relation}.get(kind)
-    if make is not None:
-        return make(scene, rng)
-    told = {
-        "character": ("pair", "colour", "shape"),
-        "colour": ("shape", "character"),
-        "shape": ("colour", "character"),
-        "place": ("pair", "colour", "shape", "character"),
-    }[kind]
-    found = _referents(scene, told)
-    if not found:
-        return None
-    i, reference = rng.choice(found)
-    return Question(kind, rng.choice(_PHRASES[kind]).format(reference), getattr(scene.objects[i], kind), (i,))
-
-
-def questions(scene: Scene, n: int, rng: random.Random, kinds: tuple[str, ...] = KINDS) -> list[Question]:
-    """n questions, kinds in turn from a random start; a kind that the scene does not allow is passed over."""
-    out: list[Question] = []
-    start, turn = rng.randrange(len(kinds)), 0
-    while len(out) < n:
-        question = ask(scene, kinds[(start + turn) % len(kinds)], rng)
-        turn += 1
-        if question is not None:
-            out.append(question)
-    return out
-
-
-def _referents(scene: Scene, told: tuple[str, ...]) -> list[tuple[int, str]]:
-    """(object, phrase) for every way to single out an object by what may be told: its pair of colour and shape, ..."""
-    found = []
-    for how in told:
-        keys = [o.name if how == "pair" else getattr(o, how) for o in scene.objects]
-        for i, key in enumerate(keys):
-            if keys.count(key) == 1:
-                phrase = {"colour": f"{key} object", "character": f"object with {key}"}.get(how, key)
-                found.append((i, phrase))
-    return found
-
-
-def _count(scene: Scene, rng: random.Random) -> Question:
-    how = rng.choice(("colour", "shape", "name"))
-    present = [getattr(o, how) for o in scene.objects]
-    key = rng.choice(sorted(set(present))) if rng.random() < 0.75 else _random_key(how, rng)
-    asked = tuple(i for i, value in enumerate(present) if value == key)
-    noun = f"{key} objects" if how == "colour" else f"{key}es" if key.endswith("cross") else f"{key}s"
-    return Question("count", rng.choice(_PHRASES["count"]).format(noun), str(len(asked)), asked)
-
-
-def _exists(scene: Scene, rng: random.Random) -> Question:
-    how = rng.choice(("colour", "shape", "name", "name"))
-    present = [getattr(o, how) for o in scene.objects]
-    if rng.random() < 0.35:  # with what is there by chance, about half of the answers are yes
-        key = rng.choice(present)
-    elif how == "name" and rng.random() < 0.6:  # the hard no: its colour is there, its shape is there, not together
-        key = f"{rng.choice(scene.objects).colour} {rng.choice(scene.objects).shape}"
-    else:
-        key = _random_key(how, rng)
-    asked = tuple(i for i, value in enumerate(present) if value == key)
-    noun = f"{key} object" if how == "colour" else key
-    noun = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-    return Question("exists", rng.choice(_PHRASES["exists"]).format(noun), "yes" if asked else "no", asked)
-
-
-def _random_key(how: str, rng: random.Random) -> str:
-    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-    return {"colour": colour, "shape": shape, "name": f"{colour} {shape}"}[how]
-
-
-def _object(scene: Scene, rng: random.Random) -> Question | None:
-    found = _referents(scene, ("character",))
-    if not found:
-        return None
-    i, _ = rng.choice(found)
-    obj = scene.objects[i]
-    return Question("object", rng.choice(_PHRASES["object"]).format(obj.character), obj.name, (i,))
-
-
-def _relation(scene: Scene, rng: random.Random) -> Question | None:
-    found = _referents(scene, ("pair", "colour", "shape", "character"))
-    rng.shuffle(found)
-    for i, reference in found:
-        options = [(d, j) for d in DIRECTIONS if (j := neighbour(scene, i, d)) is not None]
-        if options:
-            nothing = [o for o in options if o[1] < 0]
-            something = [o for o in options if o[1] >= 0]
-            direction, j = rng.choice(something if something and (not nothing or rng.random() < 0.75) else nothing)
-            text = rng.choice(_PHRASES["relation"]).format(direction, reference)
-            return Question("relation", text, "nothing" if j < 0 else scene.objects[j].name, (i,) if j < 0 else (i, j))
-    return None
-
-
-def neighbour(scene: Scene, i: int, direction: str) -> int | None:
-    """The object next to object i in a direction: its index, -1 for none, None where people could disagree.
-
-    Next is the nearest centre within 45 degrees of the direction. It is open to dispute when another object is about
-    as near, or lies about on the diagonal; "nothing" is beyond dispute when even a wider cone is empty.
-    """
-    dx, dy = DIRECTIONS[direction]
-    x, y = scene.objects[i].centre
-    inside, border = [], []
-    for j, other in enumerate(scene.objects):
-        along = (other.centre[0] - x) * dx + (other.centre[1] - y) * dy
-        across = abs((other.centre[0] - x) * dy) + abs((other.centre[1] - y) * dx)
-        if j == i or along <= 0:
-            continue
-        distance = float(np.hypot(along, across))
-        if across <= 0.8 * along:
-            inside.append((distance, j))
-        elif across <= 1.6 * along:
-            border.append(distance)
-    if not inside:
-        return None if border else -1
-    inside.sort()
-    nearest, j = inside[0]
-    rivals = border + [distance for distance, _ in inside[1:]]
-    return None if any(distance < 1.25 * nearest for distance in rivals) else j

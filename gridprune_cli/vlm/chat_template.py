@@ -18,13 +18,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+from gridprune_cli import bounded
 from gridprune_cli.errors import BadInput
 
 MAX_SECONDS = 5.0  # for one prompt, by the clock; templates of published models take milliseconds
 MAX_MEMORY = 1 << 29  # bytes of address space beyond what the process takes before it has seen a template
 MAX_LENGTH = 1 << 20  # characters of a prompt; the longest question and system message together have an eighth of them
 
-_MAX_REASON = 200  # characters of what a template, which may raise an error of its own, says in one
+_MAX_REASON = 200  # characters of the message of an error, which a template can raise by itself
 _OUT_OF_MEMORY = 3  # exit code of the process
 
 _lock = threading.Lock()  # one prompt at a time
@@ -32,7 +33,7 @@ _process: "subprocess.Popen[bytes] | None" = None
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], tokens: Mapping[str, str]) -> str:
-    """The prompt that a template makes of messages, in this process: for templates that are known to be harmless.
+    """The prompt that a template renders from messages, in this process: for templates that are known to be harmless.
 
     `tokens` are the tokenizer's special tokens by name, which templates write.
     """
@@ -80,17 +81,10 @@ def _exchange(process: "subprocess.Popen[bytes]", request: bytes) -> bytes:
 
 
 def _start() -> "subprocess.Popen[bytes]":
-    here = str(Path(__file__).resolve().parents[1])
-    paths = [here, *(os.path.abspath(path) for path in sys.path)]
-    bounds = MAX_SECONDS, MAX_MEMORY
-    code = f"import sys; sys.path[:] = {paths!r}; from gridprune_cli.vlm.chat_template import _serve; _serve{bounds}"
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-W", "ignore", "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a Ctrl-C is for this process, which kills it where it waits for it
-    )
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    paths = [os.path.abspath(path) for path in sys.path]
+    # in a session of its own: a Ctrl-C is for this process, which kills the other where it waits for it
+    return bounded.start(__name__, MAX_SECONDS, MAX_MEMORY, paths=paths, start_new_session=True, **pipes)
 
 
 def _stop() -> None:
@@ -103,7 +97,7 @@ def _stop() -> None:
 
 
 def _forget() -> None:
-    """After a fork: the process answers the parent."""
+    """In the child of a fork: the process answers the parent."""
     global _process, _lock
     _process, _lock = None, threading.Lock()
 
@@ -115,16 +109,15 @@ os.register_at_fork(after_in_child=_forget)
 # ---- in the process --------------------------------------------------------------------------------------------------
 
 
-def _serve(seconds: float, memory: int) -> None:
+def serve(seconds: float, memory: int) -> None:
     """Answers lines of stdin on stdout, until the one who started it is gone."""
     import resource
 
     import transformers.utils.chat_template_utils  # noqa: F401  # neither its time nor its memory is the template's
 
-    with suppress(OSError, ValueError):  # no /proc, or a lower limit is set already
+    with suppress(OSError):  # no /proc
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        bounded.limit(AS=pages * resource.getpagesize() + memory)
     for request in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_REAL, seconds)  # whose signal ends the process, also within a call of C
         try:

@@ -102,11 +102,11 @@ def gif(frames: int, side: int = 1) -> bytes:
     return head + (b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02D\x01\x00") * frames + b";"
 
 
-def bmp(side: int, rows: bytes) -> bytes:
+def bmp(side: int, runs: bytes) -> bytes:
     """A BMP of 8 bits, run-length coded."""
-    info = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(rows), 0, 0, 256, 0)
+    info = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(runs), 0, 0, 256, 0)
     start = 14 + len(info) + 1024
-    return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + info + bytes(1024) + rows
+    return b"BM" + struct.pack("<IHHI", start + len(runs), 0, 0, start) + info + bytes(1024) + runs
 
 
 def ico(image: bytes) -> bytes:
@@ -183,7 +183,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }
 
 
-def make(name: str) -> bytes:
+def build(name: str) -> bytes:
     return BOMBS[name]()
 
 
@@ -235,7 +235,7 @@ def main(names: list[str]) -> int:
                     file.truncate(300 << 30)
             else:
                 with ProcessPoolExecutor(1, get_context("spawn")) as maker:  # so that this process stays small
-                    path.write_bytes(maker.submit(make, name).result())
+                    path.write_bytes(maker.submit(build, name).result())
             size = path.stat().st_size
             seconds, megabytes, outcome = watch(path)
             path.unlink()

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from gridprune_cli.cache import files
 from gridprune_cli.cache.files import RawTensor
-from gridprune_cli.cache.store import IGNORE, TAG, Store, entry_key
+from gridprune_cli.cache.layout import SCHEMA
+from gridprune_cli.cache.root import IGNORE, TAG
+from gridprune_cli.cache.store import Store, entry_key
 
 KEYS = 12  # entries that all fight for, of each of two encoders
 ENCODERS = [{"family": "llava", "checkpoint": name * 64, "dtype": "bfloat16"} for name in "ab"]
@@ -30,7 +32,7 @@ def entry(encoder: int, number: int, version: int) -> tuple[str, bytes]:
     """Key and bytes of an entry; its tensor follows from its number and its version."""
     image = f"{number:064x}"
     key = entry_key(image, ENCODERS[encoder], ["saliency"])
-    header = {"schema": 1, "key": key, "encoder": ENCODERS[encoder], "image": image, "number": [number, version]}
+    header = {"schema": SCHEMA, "key": key, "encoder": ENCODERS[encoder], "image": image, "number": [number, version]}
     size = 20_000 + 5_000 * (number % 4)
     return key, files.encode(
         {"vision_features": RawTensor("U8", (size,), bytes([number, version % 256]) * (size // 2))}, header
@@ -42,10 +44,10 @@ def write(store: Store, rng: random.Random) -> None:
         store.remember(f"{rng.randrange(100):064x}", f"{rng.randrange(100):064x}")
     encoder, number = rng.randrange(2), rng.randrange(KEYS)
     key, data = entry(encoder, number, rng.randrange(1000))
-    told: list[str] = []
-    fresh = Store(store.root, LIMIT, told.append)  # as a command of its own, which looks at the root
+    warnings: list[str] = []
+    fresh = Store(store.root, LIMIT, warnings.append)  # as a command of its own, which looks at the root
     if not fresh.put(ENCODERS[encoder], key, data):
-        raise AssertionError(f"not written: {told}")
+        raise AssertionError(f"not written: {warnings}")
     fresh.finish()
 
 
@@ -75,9 +77,9 @@ def clear(store: Store, rng: random.Random) -> None:
 
 
 def verify(store: Store, rng: random.Random) -> None:
-    for found, fault in store.verify(delete=rng.random() < 0.5):
+    for entry, fault in store.verify(delete=rng.random() < 0.5):
         if fault:  # whatever is killed, a file is whole or not there
-            raise AssertionError(f"{found.path}: {fault}")
+            raise AssertionError(f"{entry.path}: {fault}")
 
 
 def strip(store: Store, rng: random.Random) -> None:
@@ -140,7 +142,7 @@ def soak(seconds: float, root: Path, seed: int = 0) -> tuple[Counter[str], list[
 def leftovers(root: Path) -> list[str]:
     """What does not hold of a cache whose processes are all gone."""
     faults, store = [], Store(root, None)
-    faults += [f"{found.path}: {fault}" for found, fault in store.verify() if fault]
+    faults += [f"{entry.path}: {fault}" for entry, fault in store.verify() if fault]
     key, data = entry(0, 0, 0)
     if not store.put(ENCODERS[0], key, data) or store.get(ENCODERS[0], key) is None:
         faults.append("an entry can't be written")

@@ -226,8 +226,10 @@ def run_pruned(random: Random) -> str:
 def run_entry(random: Random) -> str:
     import torch
 
+    from gridprune_cli.cache.layout import entry_path
+
     pipeline, encoded, whole, _ = embedded()
-    path = pipeline.store._path(encoded.encoder, encoded.key)
+    path = entry_path(pipeline.store.root, encoded.encoder, encoded.key)
     path.parent.mkdir(parents=True, exist_ok=True)
     changed = files.raw if random.random() < 0.5 else files.semantic
     path.write_bytes(changed(random, whole))
@@ -393,11 +395,11 @@ def run_options(random: Random) -> str:
     finally:
         sys.argv, sys.stdin, _ = before
         os.chdir(before[2])
-    said = err.getvalue()
+    written = err.getvalue()
     assert code in (0, 1, 2, 3), (sys.argv, code)
-    assert not re.search(r"unexpected \w+:|Traceback", said), (argv, said)
-    assert code in (0, 3) or len(said.splitlines()) >= 1, argv
-    assert "\x1b" not in said and "\x1b" not in out.getvalue(), argv
+    assert not re.search(r"unexpected \w+:|Traceback", written), (argv, written)
+    assert code in (0, 3) or len(written.splitlines()) >= 1, argv
+    assert "\x1b" not in written and "\x1b" not in out.getvalue(), argv
     return f"exit {code}"
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditionalGeneration
 
-from gridprune_cli.scenes import model as built
 from tiny_families import spell, wake
+from training import model as built
 
 
 def write(folder: Path, seed: int = 0) -> Path:

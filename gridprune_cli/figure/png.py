@@ -1,24 +1,17 @@
-"""What pruning did, as a picture: kept tokens, zones with their budgets, the contextual region, relevance."""
+"""The figure as a picture, to be saved as PNG: kept tokens beside relevance, over question, answer and details."""
 
-import math
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Protocol
 
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageOps
 
-Zone = tuple[int, int, int, int, int, int]  # view, row0, col0, row1, col1 (exclusive ends, in tokens), budget
-Rect = tuple[int, int, int, int]  # left, top, right, bottom in pixels, exclusive ends
-Box = tuple[float, float, float, float]  # left, top, right, bottom in fractions of the picture
+from gridprune_cli.figure.data import REGION, Box, Figure, Panel, Rect, View, dimmed, kept_mask, starts
+from gridprune_cli.figure.text import font_of, wrap
+
 Colour = tuple[int, int, int]
 
-REGION_GRID = 8  # the contextual region counts cells of an 8 x 8 grid over the picture
-
 _PAPER, _PADDING, _INK, _SOFT = (255, 255, 255), (232, 232, 235), (28, 28, 32), (112, 112, 120)
-_GRAY, _COVER = (128, 128, 128), 0.74  # what lies under the heat map at its plainest, and how far the map covers it
-_KEPT, _REGION = (255, 184, 28), (0, 190, 214)
+_GRAY, _COVER = (128, 128, 128), 0.74  # a plain picture under the heat map, and the map's opacity
+_KEPT = (255, 184, 28)
 _HEAT: tuple[Colour, ...] = (  # evenly spaced anchors; lightness rises steadily from first to last
     (14, 8, 38),
     (66, 16, 110),
@@ -33,98 +26,6 @@ _SHARP = 2  # everything is drawn this much larger, then scaled down, for smooth
 _UNITS = 1200  # sizes below are in units: the figure is this many units wide, whatever its width in pixels
 _MARGIN, _GAP, _HEADER, _LINE = 20, 24, 42, 30
 _TEXT, _SMALL, _TINY = 22, 19, 11
-
-
-class View(Protocol):
-    """The grid of one view and the part of the picture that it covers, as in `pruning.signals.View`."""
-
-    @property
-    def rows(self) -> int: ...
-    @property
-    def cols(self) -> int: ...
-    @property
-    def box(self) -> Box: ...
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What there is to draw. N visual tokens: the views in turn, each row-major.
-
-    kept       indices in 0..N-1
-    relevance  N finite values, or None where the method used none
-    zones      rectangles of tokens, with the budget of each; empty for methods without zones
-    region     the contextual region, inclusive x0, y0, x1, y1 on the 8 x 8 grid over the picture
-    details    a line such as "28 of 256 tokens · gridprune"
-    """
-
-    image: Image.Image
-    views: Sequence[View]
-    kept: Sequence[int]
-    question: str
-    answer: str | None = None
-    details: str = ""
-    relevance: Sequence[float] | None = None
-    zones: Sequence[Zone] = ()
-    region: tuple[int, int, int, int] | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError where a view is empty, something lies outside its grid, or relevance doesn't fit."""
-        count = sum(view.rows * view.cols for view in self.views)
-        if not count:
-            raise ValueError("there are no views to draw")
-        for n, view in enumerate(self.views):
-            left, top, right, bottom = view.box
-            if view.rows < 1 or view.cols < 1 or not (left < right and top < bottom):
-                raise ValueError(f"view {n} is empty")
-        if any(not 0 <= token < count for token in self.kept):
-            raise ValueError(f"kept has indices outside 0..{count - 1}")
-        if self.relevance is not None and len(self.relevance) != count:
-            raise ValueError(f"relevance has {len(self.relevance)} values, the views have {count} tokens")
-        if self.relevance is not None and not all(map(math.isfinite, self.relevance)):
-            raise ValueError("relevance has values that are not finite")
-        for n, row0, col0, row1, col1, _ in self.zones:
-            if not (0 <= n < len(self.views)):
-                raise ValueError(f"a zone is in view {n}, there are {len(self.views)} views")
-            if not (0 <= row0 < row1 <= self.views[n].rows and 0 <= col0 < col1 <= self.views[n].cols):
-                raise ValueError(f"a zone of view {n} leaves its grid")
-        if self.region is not None:
-            x0, y0, x1, y1 = self.region
-            if not (0 <= x0 <= x1 < REGION_GRID and 0 <= y0 <= y1 < REGION_GRID):
-                raise ValueError(f"region {self.region} is no box on the {REGION_GRID} x {REGION_GRID} grid")
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Where the picture lies on a canvas. `extent` is what the canvas shows, in fractions of the picture.
-
-    left, top, width, height are pixels of the canvas.
-    """
-
-    left: int
-    top: int
-    width: int
-    height: int
-    extent: Box
-
-    def place(self, box: Box) -> Rect:
-        """A box in fractions of the picture, in pixels, at least one pixel each way."""
-        x0, y0, x1, y1 = self.extent
-        left = self.left + round((box[0] - x0) / (x1 - x0) * self.width)
-        top = self.top + round((box[1] - y0) / (y1 - y0) * self.height)
-        right = self.left + round((box[2] - x0) / (x1 - x0) * self.width)
-        bottom = self.top + round((box[3] - y0) / (y1 - y0) * self.height)
-        return left, top, max(right, left + 1), max(bottom, top + 1)
-
-    def cells(self, view: View, row0: int, col0: int, row1: int, col1: int) -> Rect:
-        """A rectangle of a view's tokens (exclusive ends), in pixels."""
-        left, top, right, bottom = view.box
-        dx, dy = (right - left) / view.cols, (bottom - top) / view.rows
-        return self.place((left + col0 * dx, top + row0 * dy, left + col1 * dx, top + row1 * dy))
-
-    def region(self, region: tuple[int, int, int, int]) -> Rect:
-        """The contextual region, in pixels."""
-        x0, y0, x1, y1 = region
-        return self.place((x0 / REGION_GRID, y0 / REGION_GRID, (x1 + 1) / REGION_GRID, (y1 + 1) / REGION_GRID))
 
 
 def draw(figure: Figure, width: int = 1200) -> Image.Image:
@@ -157,51 +58,6 @@ def draw(figure: Figure, width: int = 1200) -> Image.Image:
         _draw_relevance(page, figure, layer, second, unit, suffix)
     page.paste(caption, (margin, y))
     return page.reduce(_SHARP)
-
-
-def coarse(figure: Figure, *, colour: bool, columns: int = 48) -> str:
-    """The picture for a terminal, `columns` characters wide (fewer where it would be taller than that many lines).
-
-    With colour: half blocks in 24-bit colour. Without: `#` kept, `.` dropped, `+ - |` the region's border. A place
-    counts as kept where a token of any view keeps it. Raises ValueError where columns is under 1.
-    """
-    if columns < 1:
-        raise ValueError(f"a terminal picture needs 1 column or more, not {columns}")
-    aspect = figure.image.height / figure.image.width
-    columns = max(1, round(min(columns, 2 * columns / aspect)))
-    lines = max(1, round(columns * aspect / 2))  # a character is about twice as high as wide
-    height = 2 * lines if colour else lines
-    panel = Panel(0, 0, columns, height, (0.0, 0.0, 1.0, 1.0))
-    mask = _kept_mask(figure, range(len(figure.views)), panel)
-    border = panel.region(figure.region) if figure.region is not None else None
-    if not colour:
-        rows = [["#" if mask.getpixel((x, y)) else "." for x in range(columns)] for y in range(height)]
-        if border is not None:
-            for x, y, mark in _border(border):
-                rows[y][x] = mark
-        return "\n".join("".join(row) for row in rows)
-    picture = figure.image.convert("RGB").resize((columns, height), Image.Resampling.BOX)
-    picture = Image.composite(picture, _dimmed(picture), mask)
-    if border is not None:
-        for x, y, _ in _border(border):
-            picture.putpixel((x, y), _REGION)
-    out = []
-    for y in range(0, height, 2):
-        cells = []
-        for x in range(columns):
-            over, under = picture.getpixel((x, y)), picture.getpixel((x, y + 1))
-            assert isinstance(over, tuple) and isinstance(under, tuple)
-            cells.append("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*over, *under))
-        out.append("".join(cells) + "\x1b[0m")
-    return "\n".join(out)
-
-
-def _border(rect: Rect) -> list[tuple[int, int, str]]:
-    """The border cells of a rectangle, each with the character that draws it."""
-    left, top, right, bottom = rect[0], rect[1], rect[2] - 1, rect[3] - 1
-    sides = [(x, y, "-") for x in range(left, right + 1) for y in (top, bottom)]
-    sides += [(x, y, "|") for x in (left, right) for y in range(top, bottom + 1)]
-    return sides + [(x, y, "+") for x in (left, right) for y in (top, bottom)]
 
 
 # ---- layout ----------------------------------------------------------------------------------------------------------
@@ -251,13 +107,16 @@ def _panel_size(figure: Figure, page_width: int, unit: float) -> tuple[tuple[int
 
 
 def _draw_kept(page: Image.Image, figure: Figure, layer: list[int], panel: Panel, unit: float, title: str) -> None:
-    picture, mask = _picture(figure.image, panel), _kept_mask(figure, layer, panel)
+    """The picture in a panel, dropped tokens dimmed, with zones, budgets and region."""
+    # 1. padding, and the picture on it
+    picture, mask = _picture(figure.image, panel), kept_mask(figure, layer, panel)
     corner = (panel.left, panel.top)
     page.paste(_PADDING, (*corner, panel.left + panel.width, panel.top + panel.height))
     left, top, right, bottom = panel.place((0.0, 0.0, 1.0, 1.0))
     inside = mask.crop((left - panel.left, top - panel.top, right - panel.left, bottom - panel.top))
-    page.paste(Image.composite(picture, _dimmed(picture), inside), (left, top))
+    page.paste(Image.composite(picture, dimmed(picture), inside), (left, top))
 
+    # 2. zones, and the contour of what is kept
     zones = [(panel.cells(figure.views[zone[0]], *zone[1:5]), zone[5]) for zone in figure.zones if zone[0] in layer]
     dashes = Image.new("RGBA", page.size)  # apart, since zones share sides, and twice the ink would show
     for rect, _ in zones:
@@ -266,7 +125,8 @@ def _draw_kept(page: Image.Image, figure: Figure, layer: list[int], panel: Panel
     sides = [_sides(panel.cells(figure.views[n], 0, 0, 1, 1)) for n in layer]
     stroke = round(max(1.0, min(3 * unit, 0.15 * min(min(side) for side in sides))))
     page.paste(_KEPT, corner, _contour(mask, stroke))
-    taken: list[Rect] = []  # what the budgets keep off: the region's label and its four sides
+    # 3. the region, and budgets where they cover neither its label nor its border
+    taken: list[Rect] = []
     if figure.region is not None:
         left, top, right, bottom = rect = panel.region(figure.region)
         _outline(page, rect, unit)
@@ -281,6 +141,7 @@ def _draw_kept(page: Image.Image, figure: Figure, layer: list[int], panel: Panel
 def _draw_relevance(
     page: Image.Image, figure: Figure, layer: list[int], panel: Panel, unit: float, suffix: str
 ) -> None:
+    """Relevance as a heat map over the gray picture in a panel; the plain picture where there is no relevance."""
     picture = _picture(figure.image, panel)
     padding = _PADDING if figure.relevance is None else _GRAY
     page.paste(padding, (panel.left, panel.top, panel.left + panel.width, panel.top + panel.height))
@@ -294,10 +155,10 @@ def _draw_relevance(
         )  # contrast would read as relevance
         page.paste(flat.convert("RGB"), corner)
         low, high = min(figure.relevance), max(figure.relevance)
-        starts = _starts(figure.views)
+        first = starts(figure.views)
         for n in layer:
             view = figure.views[n]
-            values = figure.relevance[starts[n] : starts[n + 1]]
+            values = figure.relevance[first[n] : first[n + 1]]
             heat = Image.new("L", (view.cols, view.rows))
             heat.putdata([round(255 * (value - low) / (high - low)) if high > low else 0 for value in values])
             rect = panel.cells(view, 0, 0, view.rows, view.cols)
@@ -312,12 +173,6 @@ def _picture(image: Image.Image, panel: Panel) -> Image.Image:
     return image.convert("RGB").resize(_sides(panel.place((0.0, 0.0, 1.0, 1.0))), Image.Resampling.LANCZOS)
 
 
-def _dimmed(picture: Image.Image) -> Image.Image:
-    """Darker, and nearly gray: what dropped tokens look like."""
-    muted = Image.blend(picture, ImageOps.grayscale(picture).convert("RGB"), 0.75)
-    return muted.point(lambda value: round(value * 0.42))
-
-
 def _heat(values: Image.Image) -> Image.Image:
     """Colours of `_HEAT` for an "L" image of values, 0 lowest and 255 highest."""
     bands = []
@@ -330,28 +185,6 @@ def _heat(values: Image.Image) -> Image.Image:
             table.append(round(low + (high - low) * (place - n)))
         bands.append(values.point(table))
     return Image.merge("RGB", bands)
-
-
-def _starts(views: Sequence[View]) -> list[int]:
-    """Index of each view's first token, then N."""
-    starts = [0]
-    for view in views:
-        starts.append(starts[-1] + view.rows * view.cols)
-    return starts
-
-
-def _kept_mask(figure: Figure, layer: Sequence[int], panel: Panel) -> Image.Image:
-    """ "L" image of the panel's size, 255 where a view of the layer keeps a token."""
-    mask = Image.new("L", (panel.width, panel.height))
-    starts = _starts(figure.views)
-    for n in layer:
-        view = figure.views[n]
-        for token in figure.kept:
-            if starts[n] <= token < starts[n + 1]:
-                row, col = divmod(token - starts[n], view.cols)
-                x0, y0, x1, y1 = panel.cells(view, row, col, row + 1, col + 1)
-                mask.paste(255, (x0 - panel.left, y0 - panel.top, x1 - panel.left, y1 - panel.top))
-    return mask
 
 
 def _contour(mask: Image.Image, stroke: int) -> Image.Image:
@@ -384,7 +217,7 @@ def _outline(page: Image.Image, rect: Rect, unit: float) -> None:
     """The region's border, around `rect`, so that it hides nothing inside."""
     pen = ImageDraw.Draw(page)
     left, top, right, bottom = rect
-    for reach, colour in ((5.5, _INK), (4.5, _REGION)):
+    for reach, colour in ((5.5, _INK), (4.5, REGION)):
         n = round(reach * unit)
         for side in (
             (left - n, top - n, right + n - 1, top - 1),
@@ -397,7 +230,7 @@ def _outline(page: Image.Image, rect: Rect, unit: float) -> None:
 
 def _tag(page: Image.Image, rect: Rect, panel: Panel, mask: Image.Image, unit: float) -> list[Rect]:
     """Labels the region, at its border or inside. Returns where; nothing where the panel is too small."""
-    font = _font(round(_SMALL * unit))
+    font = font_of(round(_SMALL * unit))
     text = "contextual region"
     wide, high = round(font.getlength(text) + 14 * unit), round(26 * unit)
     reach = round(4.5 * unit)
@@ -410,7 +243,7 @@ def _tag(page: Image.Image, rect: Rect, panel: Panel, mask: Image.Image, unit: f
     if plate is None:
         return []
     pen = ImageDraw.Draw(page)
-    pen.rectangle((plate[0], plate[1], plate[2] - 1, plate[3] - 1), fill=_REGION)
+    pen.rectangle((plate[0], plate[1], plate[2] - 1, plate[3] - 1), fill=REGION)
     pen.text((plate[0] + wide / 2, plate[1] + high / 2), text, _INK, font=font, anchor="mm")
     return [plate]
 
@@ -429,7 +262,7 @@ def _budget(
     size = round(min(_SMALL * unit, 0.3 * min(_sides(rect))))
     if size < _TINY * unit:
         return
-    font = _font(size)
+    font = font_of(size)
     wide, high = round(font.getlength(str(budget)) + 0.6 * size), round(1.15 * size)
     corners = [
         (x, y, x + wide, y + high)
@@ -474,7 +307,7 @@ def _header(
 ) -> None:
     """The title over a panel, then the zones' key, or the colour bar with its lowest and highest value."""
     pen = ImageDraw.Draw(page, "RGBA")
-    font, small = _font(round(_TEXT * unit)), _font(round(_SMALL * unit))
+    font, small = font_of(round(_TEXT * unit)), font_of(round(_SMALL * unit))
     y = panel.top - round(19 * unit)
     x = round(panel.left + font.getlength(title) + 18 * unit)
     pen.text((panel.left, y), title, _INK, font=font, anchor="lm", stroke_width=0.3 * unit)
@@ -495,9 +328,9 @@ def _header(
 
 def _caption(figure: Figure, width: int, unit: float) -> Image.Image:
     """Question, answer and details, wrapped to `width` pixels."""
-    font, line, indent = _font(round(_TEXT * unit)), round(_LINE * unit), round(110 * unit)
-    rows = [("Question", figure.question), ("Answer", figure.answer), ("Kept", figure.details)]
-    texts = [(label, _wrap(text, font, width - indent)) for label, text in rows if text]
+    font, line, indent = font_of(round(_TEXT * unit)), round(_LINE * unit), round(110 * unit)
+    labelled = [("Question", figure.question), ("Answer", figure.answer), ("Kept", figure.details)]
+    texts = [(label, wrap(text, font, width - indent)) for label, text in labelled if text]
     image = Image.new("RGB", (width, line * max(1, sum(len(lines) for _, lines in texts))), _PAPER)
     pen, y = ImageDraw.Draw(image), line // 2
     for label, lines in texts:
@@ -506,56 +339,6 @@ def _caption(figure: Figure, width: int, unit: float) -> Image.Image:
             pen.text((indent, y), text, _INK, font=font, anchor="lm")
             y += line
     return image
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """Lines no longer than `width` pixels, broken at spaces, and inside words that are longer than a line."""
-    lines, line = [], ""
-    for word in _printable(text).split():
-        joined = f"{line} {word}" if line else word
-        if font.getlength(joined) <= width:
-            line = joined
-            continue
-        if line:
-            lines.append(line)
-        line = ""
-        for character in word:
-            if line and font.getlength(line + character) > width:
-                lines.append(line)
-                line = ""
-            line += character
-    return [*lines, line]
-
-
-def _printable(text: str) -> str:
-    """Text with what Pillow's own font can't draw put in simpler characters, where there are such (é: e).
-
-    Other scripts stay as they are, and come out as empty boxes.
-    """
-    simple = text.translate({0x2012: "-", 0x2013: "-", 0x2014: "-", 0x2212: "-", 0xD7: "x"})
-    out = []
-    for character in simple:
-        if character.isspace():
-            out.append(" ")
-        elif character.isprintable():
-            plain = "".join(c for c in unicodedata.normalize("NFKD", character) if _known(c))
-            out.append(character if _known(character) or not plain else plain)
-    return "".join(out)
-
-
-@lru_cache(maxsize=4096)
-def _known(character: str) -> bool:
-    """Whether the font has this character: one that it lacks comes out as the box of an unassigned one."""
-    font = _font(20)
-    mask, box = font.getmask(character), font.getmask("\uffff")
-    return mask.size != box.size or bytes(mask) != bytes(box)
-
-
-@lru_cache(maxsize=32)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(max(1, size))
-    assert isinstance(font, ImageFont.FreeTypeFont)
-    return font
 
 
 def _sides(rect: Rect) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The sweeps behind the defaults of GridPrune and of inner pruning: `python -m gridprune_cli.scenes.benchmark`.
+"""The sweeps behind the defaults of GridPrune and of inner pruning: `python -m benchmarks.sweeps`.
 
 They go through `gridprune eval`'s own code, on scenes that are neither trained on nor reported: what is chosen here is
 judged by `gridprune eval scenes`.
@@ -35,7 +35,7 @@ def swept() -> tuple[Cell, ...]:
     return tuple(cells)
 
 
-def inside(depth: int) -> tuple[Cell, ...]:
+def inner(depth: int) -> tuple[Cell, ...]:
     """Pruning inside a language model of `depth` layers, at each layer at which tokens can leave."""
     cells = []
     for layer in range(1, depth):
@@ -51,17 +51,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--model", default="scenes")
-    parser.add_argument("--rows", choices=("swept", "inside"), default="swept", help="before the model, or inside it")
+    parser.add_argument("--cells", choices=("swept", "inner"), default="swept", help="before the model, or inside it")
     args = parser.parse_args()
     pipeline, console = Pipeline(args.model), Console(stderr=True)
-    cells = swept() if args.rows == "swept" else inside(pipeline.family.depth)
+    cells = swept() if args.cells == "swept" else inner(pipeline.family.depth)
     plan = Plan(scenes(args.questions, TUNE, "tune"), cells, batch=128)
-    rows: Rows = {}
+    samples: Rows = {}
     steps = -(-args.questions // plan.batch) * len(plan.cells)
-    made = answers(pipeline, plan, rows)
-    for _ in track(made, "answering", steps, console=console, disable=not console.is_terminal):
-        pass  # what was answered is in rows
-    print(markdown(summarise(plan, rows)), end="")
+    asked = answers(pipeline, plan, samples)
+    for _ in track(asked, "answering", steps, console=console, disable=not console.is_terminal):
+        pass  # `answers` fills samples as it goes
+    print(markdown(summarise(plan, samples)), end="")
 
 
 if __name__ == "__main__":

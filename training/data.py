@@ -9,11 +9,11 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from gridprune_cli.scenes import model as built
 from gridprune_cli.scenes.scene import Scene, draw, make_scene
-from gridprune_cli.scenes.train.plan import N, Plan
+from training import model as built
+from training.plan import N, Plan
 
-IGNORE = -100  # class number of what is not known
+IGNORE = -100  # class number of what is not known; PyTorch's default of cross_entropy
 MOST = 8  # objects in a scene
 
 
@@ -24,13 +24,16 @@ def progress() -> Progress:
 
 
 def _render(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels `(224, 224, 3)` and, per patch, the object it shows `(256,)`: -1 none, -2 too little of one to tell."""
+    """Pixels `(224, 224, 3)` and the owner of each patch `(256,)`, as `patch_owners` has them."""
     picture, owner = draw(make_scene(seed))
     return np.asarray(picture), patch_owners(owner)
 
 
 def patch_owners(owner: np.ndarray) -> np.ndarray:
-    """Per patch `(n * n,)` the object it shows, -1 none, -2 too little of one to tell; from one per pixel."""
+    """The object that each patch shows `(n * n,)`, from the owners of the pixels (0 background, i + 1 object i).
+
+    At least a quarter of the patch: the object's index. 3 % or less: -1, background. Between: -2, neither.
+    """
     side = len(owner) // built.PATCH
     patches = owner.reshape(side, built.PATCH, side, built.PATCH).swapaxes(1, 2).reshape(side * side, -1)
     cover = np.stack([(patches == i + 1).mean(1) for i in range(MOST)])  # (objects, patches)
@@ -80,8 +83,8 @@ def some_patches(owners: Tensor, count: int, generator: torch.Generator) -> Tens
     """`count` random patches of each scene, in order, objects preferred: `(B, N)` owners to `(B, count)` indices."""
     if count == owners.shape[1]:
         return torch.arange(count).expand(len(owners), count)
-    luck = torch.rand(owners.shape, generator=generator) + 0.7 * (owners != -1)
-    return luck.topk(count, dim=1).indices.sort(1).values
+    priority = torch.rand(owners.shape, generator=generator) + 0.7 * (owners != -1)
+    return priority.topk(count, dim=1).indices.sort(1).values
 
 
 def asked_patches(owners: Tensor, asked: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,7 @@
     <folder>/        LlavaForConditionalGeneration with tokenizer, processor and chat template
     <folder>/clip/   CLIPModel: the same vision tower, and the text tower that gives the relevance
 
-The localiser is a third one, in a folder of its own: a smaller LlavaForConditionalGeneration that sees the picture at
+The localiser is a third one, in a folder of its own: a smaller LlavaForConditionalGeneration that takes the picture at
 three quarters of its size and answers a question with the box `[x0,y0,x1,y1]` of what it asks for.
 
 All are plain transformers checkpoints; nothing of this package is needed to load them.
@@ -24,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gridprune_cli.scenes.scene import _PHRASES, CELLS, CHARACTERS, COLOURS, DIRECTIONS, PLACES, SHAPES, SIZE
+from gridprune_cli.scenes.questions import PHRASES
+from gridprune_cli.scenes.scene import CELLS, CHARACTERS, COLOURS, DIRECTIONS, PLACES, SHAPES, SIZE
 
 WIDTH = 192
 PATCH = 14
@@ -43,12 +44,12 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> dict[str, int]:
     """Every word of the scenes' questions and answers, a token each. Words are case-sensitive: "A" is a character."""
-    phrases = [p.replace("{}", " ") for group in _PHRASES.values() for p in group]
-    words = [w for text in (*phrases, *PLACES, *DIRECTIONS) for w in re.findall(r"\w+|[^\w\s]+", text)]
-    words += [*COLOURS, *SHAPES, *(f"{s}s" for s in SHAPES if s != "cross"), "crosses", *CHARACTERS]
-    words += ["object", "objects", "with", "a", "an", "yes", "no", "nothing", "USER", "ASSISTANT", ":"]
-    words += [w.lower() for w in words] + [w.capitalize() for w in words]
-    return {w: i for i, w in enumerate(dict.fromkeys(["<pad>", "<s>", "<unk>", "</s>", "<image>", *words]))}
+    phrases = [p.replace("{}", " ") for group in PHRASES.values() for p in group]
+    vocabulary = [w for text in (*phrases, *PLACES, *DIRECTIONS) for w in re.findall(r"\w+|[^\w\s]+", text)]
+    vocabulary += [*COLOURS, *SHAPES, *(f"{s}s" for s in SHAPES if s != "cross"), "crosses", *CHARACTERS]
+    vocabulary += ["object", "objects", "with", "a", "an", "yes", "no", "nothing", "USER", "ASSISTANT", ":"]
+    vocabulary += [w.lower() for w in vocabulary] + [w.capitalize() for w in vocabulary]
+    return {w: i for i, w in enumerate(dict.fromkeys(["<pad>", "<s>", "<unk>", "</s>", "<image>", *vocabulary]))}
 
 
 def make_tokenizer(*, close: bool) -> PreTrainedTokenizerFast:
@@ -76,8 +77,8 @@ def make_localizer_tokenizer() -> PreTrainedTokenizerFast:
     Two tokens name a box, as in Kosmos-2 (arXiv 2306.14824 §2): one for its first cell and one for its last.
     """
     spots = [f"{x},{y}" for y in range(CELLS) for x in range(CELLS)]
-    words = [*vocabulary(), *(f"[{spot}," for spot in spots), *(f"{spot}]" for spot in spots)]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    texts = [*vocabulary(), *(f"[{spot}," for spot in spots), *(f"{spot}]" for spot in spots)]
+    core = Tokenizer(models.WordLevel({text: i for i, text in enumerate(texts)}, unk_token="<unk>"))
     words_or_corners = Regex(r"\[\d,\d,|\d,\d\]|\w+|[^\w\s]+")
     core.pre_tokenizer = pre_tokenizers.Split(words_or_corners, behavior="removed", invert=True)
     core.decoder = decoders.Fuse()
@@ -120,7 +121,7 @@ def clip_config() -> CLIPConfig:
             projection_dim=WIDTH,
         ),
         projection_dim=WIDTH,
-        logit_scale_init_value=2.3026,  # log 10: cosines must spread widely to tell patches apart
+        logit_scale_init_value=2.3026,  # log 10: a scale of 10: cosines of neighbouring patches differ little
     )
 
 

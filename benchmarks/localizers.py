@@ -1,4 +1,4 @@
-"""Measures what finds the region: `python -m gridprune_cli.scenes.benchmark_localizers`.
+"""Measures what finds the region: `python -m benchmarks.localizers`.
 
 The scenes are ones that no model saw. For every question: whether the box holds at least 80 % of the pixels of what is
 asked for, how much it has in common with the smallest such box on the 8 x 8 grid (intersection over union), and which
@@ -29,25 +29,13 @@ from gridprune_cli.pruning.signals import Box
 from gridprune_cli.regions import ALL_TOKENS, MAX_ANSWER, VLM, Localized, read_answer
 from gridprune_cli.runners.batches import result_or_raise
 from gridprune_cli.runners.local import Runner
-from gridprune_cli.scenes.scene import (
-    CELLS,
-    HELDOUT,
-    KINDS,
-    SIZE,
-    TUNE,
-    Question,
-    Scene,
-    covering,
-    draw,
-    make_scene,
-    pixel_owners,
-    questions,
-)
+from gridprune_cli.scenes.questions import KINDS, Question, questions
+from gridprune_cli.scenes.scene import CELLS, HELDOUT, SIZE, TUNE, Scene, covering, draw, make_scene, pixel_owners
 from gridprune_cli.settings import RELEVANCE, Pruning, Request
 from gridprune_cli.tokens import EncodedImage
 
 SPLITS = {"heldout": HELDOUT, "tune": TUNE}  # first seeds
-HELD = 0.8  # of the pixels asked for
+HELD = 0.8  # share of the pixels asked for from which a box counts as holding them
 ONE = "one object"  # all questions that ask for just one, whatever their kind
 _ASKED = Pruning(localizer=VLM)
 
@@ -115,7 +103,7 @@ def run(first_seed: int, count: int, batch: int = 16) -> dict[str, Any]:
     kinds: list[str] = []
     single: list[bool] = []
     clusters: list[int] = []
-    rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
+    scores: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     unread = dict.fromkeys(ways, 0)
     console = Console(stderr=True)
     starts = range(0, len(scenes), batch)
@@ -130,7 +118,7 @@ def run(first_seed: int, count: int, batch: int = 16) -> dict[str, Any]:
             images = [image for image in encoder.encode(pictures) for _ in range(PER_SCENE)]
             boxes = find(main, images, [question for _, question in asked])
             unread[name] += boxes.count(None)
-            rows[name] += [
+            scores[name] += [
                 score(scene, question, box or (0, 0, CELLS - 1, CELLS - 1))
                 for (scene, question), box in zip(asked, boxes, strict=True)
             ]
@@ -138,7 +126,7 @@ def run(first_seed: int, count: int, batch: int = 16) -> dict[str, Any]:
     chosen = {"all": kind == kind, ONE: np.array(single)} | {name: kind == name for name in KINDS}
     table = {
         name: {label: _means(np.array(values)[mask], cluster[mask]) for label, mask in chosen.items() if mask.any()}
-        for name, values in rows.items()
+        for name, values in scores.items()
     }
     counts = {"questions": len(kinds), "scenes": len(scenes), "first seed": first_seed}
     return counts | {"unread": unread, "localizers": table}
@@ -158,8 +146,8 @@ def _means(values: np.ndarray, cluster: np.ndarray) -> dict[str, float]:
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 
 
-def flops(config: dict[str, Any], words: int, answer: int) -> int:
-    """Floating-point operations, 2 per multiply-add, of matrix products: one image, `words` around it, the answer.
+def flops(config: dict[str, Any], text: int, answer: int) -> int:
+    """Floating-point operations, 2 per multiply-add, of matrix products: an image, `text` tokens around it, the answer.
 
     Per layer and token of n: 4 d^2 for attention's projections, 2 d m (tower) or 3 d m (Llama) for the MLP, 2 n d for
     attention itself, counted in full although the Llama's is causal. The first of `answer` tokens comes out of the
@@ -175,7 +163,7 @@ def flops(config: dict[str, Any], words: int, answer: int) -> int:
     total += seen * n * (4 * d * d + 2 * d * m + 2 * n * d)
     h, f, layers = language["hidden_size"], language["intermediate_size"], language["num_hidden_layers"]
     total += patches * (d * h + h * h)  # projector
-    length = patches + words
+    length = patches + text
     total += layers * length * (4 * h * h + 3 * h * f + 2 * length * h)
     for i in range(1, answer):
         total += layers * (4 * h * h + 3 * h * f + 2 * (length + i) * h)
@@ -215,15 +203,15 @@ def cost(first_seed: int, count: int) -> dict[str, Any]:
             for name, seconds in took.items():
                 times[name].append(1e3 * seconds)
     ms = {name: statistics.median(values) for name, values in times.items()}
-    words = round(statistics.mean(lengths))
+    text = round(statistics.mean(lengths))
     work = {
-        "main": flops(main.family.checkpoint.config, words, 1),
-        VLM: flops(localizer.family.checkpoint.config, words, answer),
+        "main": flops(main.family.checkpoint.config, text, 1),
+        VLM: flops(localizer.family.checkpoint.config, text, answer),
     }
     return {
         "pictures": count,
         "threads": torch.get_num_threads(),
-        "words": words,
+        "text tokens": text,
         "answer tokens": answer,
         "ms": ms,
         "time ratio": statistics.median(a / b for a, b in zip(times[VLM], times["main"], strict=True)),
@@ -240,10 +228,8 @@ def markdown(results: dict[str, Any]) -> str:
     for label, row in first.items():
         cells = []
         for table in results["localizers"].values():
-            own = table[label]
-            cells.append(
-                f"{100 * own['held']:.1f} ± {100 * own['error']:.1f}, {100 * own['iou']:.1f}, {100 * own['area']:.1f}"
-            )
+            mean = {name: 100 * value for name, value in table[label].items()}
+            cells.append(f"{mean['held']:.1f} ± {mean['error']:.1f}, {mean['iou']:.1f}, {mean['area']:.1f}")
         lines.append(f"| {label} | {row['questions']} | " + " | ".join(cells) + " |")
     lines += [
         "",

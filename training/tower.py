@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from gridprune_cli.scenes import model as built
-from gridprune_cli.scenes.scene import CHARACTERS, COLOURS, DIRECTIONS, PLACES, SHAPES, Scene, neighbour, questions
-from gridprune_cli.scenes.train.data import IGNORE, MOST, Pool, asked_patches, normalise, some_patches, vary
-from gridprune_cli.scenes.train.plan import Plan
+from gridprune_cli.scenes.questions import questions
+from gridprune_cli.scenes.scene import CHARACTERS, COLOURS, DIRECTIONS, PLACES, SHAPES, Scene, neighbour
+from training import model as built
+from training.data import IGNORE, MOST, Pool, asked_patches, normalise, some_patches, vary
+from training.plan import Plan
 
 
 def properties(scene: Scene) -> np.ndarray:
@@ -47,23 +48,25 @@ HEADS: Heads = (
 
 
 def read_off(logits: Tensor, heads: Heads, table: Tensor, shown: Tensor) -> Tensor:
-    """The heads' loss: `logits` `(B, n, classes of all heads)` of patches that show the objects `shown` `(B, n)`.
+    """The heads' weighted cross-entropy, a scalar.
 
-    `table` `(B, 8, heads)` has each object's classes.
+    logits  (B, n, C)      of patches, the C classes of all heads side by side
+    table   (B, 8, heads)  each object's class under each head, `IGNORE` where unknown
+    shown   (B, n)         the object that each patch shows, as `patch_owners` has them
     """
     target = table.gather(1, shown.clamp(min=0)[..., None].expand(-1, -1, len(heads)))
     target[shown < 0] = IGNORE
     for head in range(3):
         target[..., head][shown == -1] = heads[head][0] - 1
     loss = torch.zeros((), device=logits.device)
-    for i, part in enumerate(logits.float().split([classes for classes, _ in heads], -1)):
+    for i, scores in enumerate(logits.float().split([classes for classes, _ in heads], -1)):
         if (target[..., i] != IGNORE).any():
-            loss = loss + heads[i][1] * F.cross_entropy(part.flatten(0, 1), target[..., i].flatten())
+            loss = loss + heads[i][1] * F.cross_entropy(scores.flatten(0, 1), target[..., i].flatten())
     return loss
 
 
 def embed(vision: Any, pixels: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """What a vision tower's first layer is given: `(B, 1 + n, D)`, CLS first; only of the chosen patches `(B, n)`."""
+    """The input of a vision tower's first layer `(B, 1 + n, D)`, CLS first; of the chosen patches `(B, n)` alone."""
     x = vision.embeddings(pixels)
     if chosen is not None and chosen.shape[1] < x.shape[1] - 1:
         index = torch.cat([torch.zeros_like(chosen[:, :1]), chosen + 1], 1)
@@ -72,7 +75,7 @@ def embed(vision: Any, pixels: Tensor, chosen: Tensor | None = None) -> Tensor:
 
 
 class Tower(nn.Module):
-    """The CLIP model with the parts that only training needs."""
+    """The CLIP model with the heads that only training needs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,8 +85,11 @@ class Tower(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-6.0))
         self.tokenizer = built.make_tokenizer(close=True)
 
-    def states(self, pixels: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Penultimate-layer states `(B, 1 + n, D)`, CLS first, and last-layer states; only of the chosen patches."""
+    def hidden_states(self, pixels: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states of the penultimate layer and of the last, each `(B, 1 + n, D)`, CLS first.
+
+        Of the chosen patches `(B, n)` alone, where they are named.
+        """
         vision = self.clip.vision_model
         x = embed(vision, pixels, chosen)
         for layer in vision.encoder.layers[:-1]:
@@ -94,11 +100,12 @@ class Tower(nn.Module):
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(device)
         return self.clip.get_text_features(**tokens).pooler_output
 
-    def patches(self, states: Tensor) -> Tensor:
-        """Relevance space of patch states: CLIP's own head, applied to patches."""
-        return self.clip.visual_projection(self.clip.vision_model.post_layernorm(states))
+    def project(self, hidden_states: Tensor) -> Tensor:
+        """Patches in the space of relevance: CLIP's own image head, applied to each of them."""
+        return self.clip.visual_projection(self.clip.vision_model.post_layernorm(hidden_states))
 
     def losses(self, pool: Pool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+        # 1. pictures of a step, some of their patches, and noise on the brightness
         rng = random.Random(f"tower-{plan.first_seed}-{step}")
         generator = torch.Generator().manual_seed(step)
         index = pool.batch(step, plan)
@@ -107,24 +114,27 @@ class Tower(nn.Module):
         chosen = some_patches(owners, plan.tokens_at(step), generator)
         pixels = normalise(pool.pixels[index], device)
         pixels = pixels + 0.05 * torch.randn(len(pixels), 1, 1, 1, generator=generator).to(device)
-        states, last = self.states(pixels, chosen.to(device))
+        penultimate, last = self.hidden_states(pixels, chosen.to(device))
 
+        # 2. every patch tells the properties of its object
         shown = owners.gather(1, chosen)  # (B, n)
         table = torch.from_numpy(np.stack([properties(s) for s in scenes]))
-        dense = read_off(self.heads(states[:, 1:]), HEADS, table.to(device), shown.to(device))
+        dense = read_off(self.heads(penultimate[:, 1:]), HEADS, table.to(device), shown.to(device))
 
+        # 3. a question matches the patches that it asks for
         asked = [[q for q in questions(s, 5, rng) if q.asked][:4] for s in scenes]
         flat = [(b, q) for b, group in enumerate(asked) for q in group]
         wanted = torch.stack([asked_patches(shown[b], q.asked) for b, q in flat]).to(device)
         named = [rng.choice(s.objects).name for s in scenes]
         text = F.normalize(self.texts([vary(q.text, rng) for _, q in flat] + named, device).float(), dim=-1)
         scale = self.clip.logit_scale.exp()
-        patch = F.normalize(self.patches(states[:, 1:]).float(), dim=-1)
-        rows = torch.tensor([b for b, _ in flat], device=device)
-        logits = scale * torch.einsum("qnd,qd->qn", patch[rows], text[: len(flat)])
+        patch = F.normalize(self.project(penultimate[:, 1:]).float(), dim=-1)
+        image_of_question = torch.tensor([b for b, _ in flat], device=device)
+        logits = scale * torch.einsum("qnd,qd->qn", patch[image_of_question], text[: len(flat)])
         relevance = -(wanted * logits.log_softmax(-1)).sum(-1).mean()
 
-        pooled = F.normalize(self.patches(last[:, 0]).float(), dim=-1)
+        # 4. the pooled image matches the names of objects that it shows
+        pooled = F.normalize(self.project(last[:, 0]).float(), dim=-1)
         pairs = scale * pooled @ text[len(flat) :].T + self.bias
         truth = torch.tensor([[1.0 if any(o.name == n for o in s.objects) else -1.0 for n in named] for s in scenes])
         image = -F.logsigmoid(pairs * truth.to(device)).sum(1).mean()

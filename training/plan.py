@@ -3,8 +3,9 @@
 import math
 from dataclasses import dataclass, replace
 
-from gridprune_cli.scenes import model as built
-from gridprune_cli.scenes.scene import KINDS, TRAIN
+from gridprune_cli.scenes.questions import KINDS
+from gridprune_cli.scenes.scene import TRAIN
+from training import model as built
 
 N = built.GRID * built.GRID
 LOCALIZER_N = built.LOCALIZER_GRID * built.LOCALIZER_GRID
@@ -12,14 +13,22 @@ LOCALIZER_N = built.LOCALIZER_GRID * built.LOCALIZER_GRID
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a stage. `tokens` gives (share of the steps, visual tokens shown) in turn.
+    """Sizes of a stage.
 
-    Steps are counted from `start`, so that a stage which goes on with another's scenes takes them in new order and
-    asks new questions. A stage may stop before the end of its schedule, after `stop` steps. `led` are layers of the
-    language model, with how many heads of each, whose attention is pulled to the patches asked for at a question's last
-    token. `closely` pulls it at the answer's first token too, and not to the neighbour that a relation asks for.
-    `placed` has the last of these heads tell, together, where the objects asked for are. `part` names the localiser's
-    part that learns, where it is not both.
+    steps       that the learning rate's schedule spans
+    batch       scenes a step
+    scenes      how many it has, of consecutive seeds from `first_seed` on
+    rate        the highest learning rate
+    tokens      (share of the steps, visual tokens shown), in turn
+    start       number of the first step: a stage that goes on with another's scenes counts on from it, and so takes
+                them in new order and asks new questions
+    stop        steps after which it ends, before the end of its schedule
+    kinds       of questions, in turn; a kind named twice comes twice as often
+    led         (layer of the language model, how many of its heads): heads whose attention is pulled to the patches
+                asked for, at a question's last token
+    closely     pulls it at the answer's first token too, and not to the neighbour that a relation asks for
+    placed      the last of these heads also learn to tell, together, where the objects asked for are
+    trains      of the localiser: "tower" or "language", or "" for both
     """
 
     steps: int
@@ -34,7 +43,7 @@ class Plan:
     led: tuple[tuple[int, int], ...] = ((2, 2),)
     closely: bool = False
     placed: bool = False
-    part: str = ""
+    trains: str = ""
 
     @property
     def last(self) -> int:
@@ -100,7 +109,7 @@ LOCALIZER = Plan(
     closely=True,
 )
 LOCALIZER_TOWER = replace(
-    LOCALIZER, steps=500, scenes=16_000, first_seed=TRAIN + 50_000, rate=1e-3, start=1600, part="tower"
+    LOCALIZER, steps=500, scenes=16_000, first_seed=TRAIN + 50_000, rate=1e-3, start=1600, trains="tower"
 )
 LOCALIZER_AGAIN = replace(
     LOCALIZER_TOWER,
@@ -109,6 +118,6 @@ LOCALIZER_AGAIN = replace(
     start=2100,
     kinds=(*KINDS, "count", "object", "relation"),
     led=((2, 2), (3, 4)),
-    part="language",
+    trains="language",
 )
 COMPRESSOR = Plan(500, 128, 4_000, TRAIN + 66_000, 2e-3, ((0.1, 28), (0.1, 13)) * 5)

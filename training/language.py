@@ -12,24 +12,28 @@ from transformers import AttentionInterface, AttentionMaskInterface, LlavaForCon
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from gridprune_cli.scenes import model as built
-from gridprune_cli.scenes.scene import COLOURS, DIRECTIONS, PLACES, SHAPES, Question, Scene, questions
-from gridprune_cli.scenes.train.data import IGNORE, MOST, Pool, asked_patches, some_patches, vary
-from gridprune_cli.scenes.train.plan import N, Plan
-from gridprune_cli.scenes.train.tower import properties
+from gridprune_cli.scenes.questions import Question, questions
+from gridprune_cli.scenes.scene import COLOURS, DIRECTIONS, PLACES, SHAPES, Scene
+from training import model as built
+from training.data import IGNORE, MOST, Pool, asked_patches, some_patches, vary
+from training.plan import N, Plan
+from training.tower import properties
 
 
 def _probe(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """sdpa that also leaves behind, for the rows named in `module.rows` `(B, Q)`, attention and what each head gave."""
-    if (rows := getattr(module, "rows", None)) is not None:
-        picked = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    """sdpa that also sets, for the Q tokens of `module.probed` `(B, Q)`, what they attend to and what the heads give.
+
+    `module.attention_weights` is (B, heads, Q, L), `module.head_outputs` (B, heads, Q, D / heads).
+    """
+    if (probed := getattr(module, "probed", None)) is not None:
+        picked = query.gather(2, probed[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         allowed = mask.expand(-1, query.shape[1], -1, -1)
-        allowed = allowed.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, mask.shape[-1]))
+        allowed = allowed.gather(2, probed[:, None, :, None].expand(-1, query.shape[1], -1, mask.shape[-1]))
         scores = (picked @ key.transpose(-1, -2)).float() * kwargs["scaling"]
-        module.seen = scores.masked_fill(~allowed, -1e9).softmax(-1)  # (B, heads, Q, L)
-        module.told = module.seen.to(value.dtype) @ value  # (B, heads, Q, D / heads)
+        module.attention_weights = scores.masked_fill(~allowed, -1e9).softmax(-1)
+        module.head_outputs = module.attention_weights.to(value.dtype) @ value
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
@@ -45,7 +49,7 @@ class Packed:
     positions: Tensor  # (B, L), as if every question stood alone behind all of the image's tokens
     mask: Tensor  # (B, 1, L, L), true where a token may look
     labels: Tensor  # (B, L), the next token where it belongs to an answer
-    rows: Tensor  # (B, Q), the last token of each prompt, and with `closely` then the first of each answer
+    probed: Tensor  # (B, Q), indices of the last token of each prompt, and with `closely` then of each answer's first
     asked: Tensor  # (B, Q, n), shares of the visual tokens asked for
 
 
@@ -58,6 +62,12 @@ def pack(
     *,
     closely: bool = False,
 ) -> Packed:
+    """Q questions behind each of B images.
+
+    groups  the questions of each image
+    chosen  (B, n)  the visual tokens that are shown, of N
+    owners  (B, N)  the object that each of the N shows
+    """
     n = chosen.shape[1]
     prefix = tokenizer("USER:").input_ids
     start = len(prefix) + n
@@ -68,7 +78,7 @@ def pack(
     size = (len(groups), length)
     ids, labels = torch.full(size, built.PAD), torch.full(size, IGNORE)
     positions, segment = torch.zeros(size, dtype=torch.long), torch.full(size, -1)  # segment -1: padding
-    rows = torch.zeros(len(groups), len(groups[0]), dtype=torch.long)
+    probed = torch.zeros(len(groups), len(groups[0]), dtype=torch.long)
     asked = torch.zeros(len(groups), len(groups[0]), n)
     for b, group in enumerate(lines):
         ids[b, :start] = torch.tensor(prefix + [built.IMAGE] * n)
@@ -81,7 +91,7 @@ def pack(
             positions[b, at:end] = len(prefix) + owners.shape[1] + torch.arange(end - at)
             segment[b, at:end] = j + 1
             labels[b, at + len(prompt) - 1 : end - 1] = torch.tensor(answer)
-            rows[b, j] = at + len(prompt) - 1
+            probed[b, j] = at + len(prompt) - 1
             wanted = groups[b][j].asked
             wanted = wanted[:1] if closely and groups[b][j].kind == "relation" else wanted
             asked[b, j] = asked_patches(owners[b].gather(0, chosen[b]), wanted)
@@ -89,8 +99,8 @@ def pack(
     same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     mask = same & torch.ones(length, length, dtype=torch.bool).tril() | torch.eye(length, dtype=torch.bool)
     if closely:  # an answer's second token is read off where the first was
-        rows, asked = torch.cat([rows, rows + 1], 1), asked.repeat(1, 2, 1)
-    return Packed(ids, positions, mask[:, None], labels, rows, asked)
+        probed, asked = torch.cat([probed, probed + 1], 1), asked.repeat(1, 2, 1)
+    return Packed(ids, positions, mask[:, None], labels, probed, asked)
 
 
 NEIGHBOUR = (len(COLOURS) + 1, len(SHAPES) + 1)  # classes of a neighbour's colour and shape; the last is "nothing"
@@ -122,35 +132,34 @@ def places_of(groups: list[list[Question]], scenes: list[Scene]) -> Tensor:
 
 
 @torch.no_grad()
-def whiten(projector: Any, states: Tensor) -> None:
-    """Starts the projector as a whitening of the tower's states `(M, D)`, and nearly linear.
+def whiten(projector: Any, features: Tensor) -> None:
+    """Initialises the projector as a whitening of vision features `(M, D)`, nearly linear, and freezes its first layer.
 
-    What tells characters apart is a small part of a state's variance. From a random start, the language model would
-    see next to nothing of it, and take thousands of steps to dig it out. And GELU bends around 0: in the bends, a
-    quarter of what the states know of an object's neighbours would get lost to a linear reader. Moved up by three
-    standard deviations, the states meet it where it is straight. They stay there because the first layer does not
-    learn: one direction of the states has thousands of times the variance of the others, so that the smallest step
-    would swing everything.
+    What tells characters apart is a small part of the features' variance. From a random start, the language model
+    needs thousands of steps to find it. And GELU is curved around 0, which loses a linear reader a quarter of what the
+    features hold of an object's neighbours: a bias of three standard deviations moves them to where it is straight.
+    The first layer stays frozen because one direction of the features has thousands of times the variance of the
+    others, so that the smallest step would change every output.
     """
-    states = states.double()
-    values, vectors = torch.linalg.eigh(states.T.cov())
+    features = features.double()
+    values, vectors = torch.linalg.eigh(features.T.cov())
     whitening = (vectors * (values + 1e-3 * values.mean()).rsqrt()) @ vectors.T
     projector.linear_1.weight.copy_(whitening)
-    projector.linear_1.bias.copy_(3 - whitening @ states.mean(0))
+    projector.linear_1.bias.copy_(3 - whitening @ features.mean(0))
     projector.linear_1.requires_grad_(False)
     nn.init.orthogonal_(projector.linear_2.weight, 0.7)
     projector.linear_2.bias.copy_(-3 * projector.linear_2.weight.sum(1))
 
 
-def look_at(seen: Tensor, asked: Tensor) -> Tensor:
-    """How little attention `seen` `(B, heads, Q, n)` falls on the visual tokens `asked` for `(B, Q, n)`."""
-    hit = (seen * (asked > 0)[:, None]).sum(-1)
+def attention_loss(weights: Tensor, asked: Tensor) -> Tensor:
+    """Mean -log of the attention `weights` `(B, heads, Q, n)` on the visual tokens `asked` for `(B, Q, n)`."""
+    hit = (weights * (asked > 0)[:, None]).sum(-1)
     known = (asked.sum(-1) > 0)[:, None].expand_as(hit)
     return -hit[known].clamp(min=1e-6).log().mean()
 
 
 def answer_loss(llava: LlavaForConditionalGeneration, features: Tensor, packed: Packed) -> Tensor:
-    """Cross-entropy of the packed questions' answers, from tower states, or what stands for them, `(B, n, D)`."""
+    """Cross-entropy of the packed questions' answers, from vision features `(B, n, D)`, compressed or not."""
     core, device = llava.model, features.device
     embeds = core.get_input_embeddings()(packed.ids.to(device))
     image = (packed.ids == built.IMAGE).to(device)
@@ -169,32 +178,32 @@ def answer_loss(llava: LlavaForConditionalGeneration, features: Tensor, packed: 
 def answer_losses(
     llava: LlavaForConditionalGeneration, features: Tensor, packed: Packed, plan: Plan
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Losses of the packed questions' answers, and of where the led heads look, from tower states `(B, n, D)`.
+    """Losses of the packed questions' answers and of the led heads' attention, from vision features `(B, n, D)`.
 
-    Also what the led heads of the last of their layers gave, `(B, heads, Q, D / heads)`.
+    Also the outputs of the led heads of the last of their layers, `(B, heads, Q, D / heads)`.
     """
     device = features.device
     led = [(llava.model.language_model.layers[layer].self_attn, heads) for layer, heads in plan.led]
     for attention, _ in led:
-        attention.rows = packed.rows.to(device)
+        attention.probed = packed.probed.to(device)
     answer = answer_loss(llava, features, packed)
 
     first, n = int((packed.ids[0] == built.IMAGE).int().argmax()), packed.asked.shape[2]
-    looked = torch.cat([attention.seen[:, :heads] for attention, heads in led], 1)  # (B, heads, Q, L)
-    told = led[-1][0].told[:, : led[-1][1]].float()
+    weights = torch.cat([attention.attention_weights[:, :heads] for attention, heads in led], 1)  # (B, heads, Q, L)
+    head_outputs = led[-1][0].head_outputs[:, : led[-1][1]].float()
     for attention, _ in led:
-        attention.rows = attention.seen = attention.told = None
-    look = 0.3 * look_at(looked[..., first : first + n], packed.asked.to(device))
-    return {"answer": answer, "look": look}, told
+        attention.probed = attention.attention_weights = attention.head_outputs = None
+    look = 0.3 * attention_loss(weights[..., first : first + n], packed.asked.to(device))
+    return {"answer": answer, "look": look}, head_outputs
 
 
 class Language(nn.Module):
     """The LLaVA model, its tower frozen and read through stored features.
 
-    What an object's patches know of its neighbours on four sides is too much for two heads to carry: where a plan goes
-    closely, four heads of layer 3 are led there too, and each tells the neighbour on one side through a linear layer
-    that is dropped afterwards. What they give is a mean over the objects asked for, in which their number gets lost:
-    where a plan has them placed, all four together tell which of the nine places hold one, through another such layer.
+    Two auxiliary losses, each through a linear layer that is dropped afterwards. With `Plan.closely` four heads of
+    layer 3 are led to the patches asked for, and each must give colour and shape of the object's neighbour on one side:
+    two heads alone can't carry all four. Their outputs are means over the objects asked for, which lose how many there
+    are: with `Plan.placed` all four together must give which of the nine places hold one.
     """
 
     def __init__(self) -> None:
@@ -220,16 +229,16 @@ class Language(nn.Module):
         features = torch.from_numpy(self.features[index]).float()
         features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).to(device)
 
-        losses, told = answer_losses(self.llava, features, packed, plan)
+        losses, head_outputs = answer_losses(self.llava, features, packed, plan)
         scenes = [pool.scene(int(i)) for i in index]
         if plan.closely:
             truth = next_to(groups, scenes).repeat(1, 2, 1, 1).to(device)  # (B, Q, 4, 2)
-            scores = torch.einsum("bhqd,hdc->bqhc", told, self.tell)
-            for i, part in enumerate(scores.split(NEIGHBOUR, -1)):
+            scores = torch.einsum("bhqd,hdc->bqhc", head_outputs, self.tell)
+            for i, logits in enumerate(scores.split(NEIGHBOUR, -1)):
                 which = "tell colour" if i == 0 else "tell shape"
-                losses[which] = F.cross_entropy(part.flatten(0, 2), truth[..., i].flatten(), ignore_index=IGNORE)
+                losses[which] = F.cross_entropy(logits.flatten(0, 2), truth[..., i].flatten(), ignore_index=IGNORE)
         if plan.placed:
             held = places_of(groups, scenes).repeat(1, 2, 1).to(device)  # (B, Q, 9)
-            scores = self.place(told.transpose(1, 2).flatten(2)).float()
+            scores = self.place(head_outputs.transpose(1, 2).flatten(2)).float()
             losses["tell places"] = F.binary_cross_entropy_with_logits(scores, held) * len(PLACES)
         return losses

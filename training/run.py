@@ -1,4 +1,4 @@
-"""The stages one after another, each going on from the state that it finds."""
+"""The stages one after another, each going on from what it saved last."""
 
 import json
 import time
@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gridprune_cli.scenes import model as built
-from gridprune_cli.scenes.train.compressor import Compression
-from gridprune_cli.scenes.train.data import Pool, normalise, progress
-from gridprune_cli.scenes.train.language import Language, whiten
-from gridprune_cli.scenes.train.localizer import Localizer, shrink
-from gridprune_cli.scenes.train.plan import (
+from gridprune_cli.vlm.compressor import save_compressor
+from training import model as built
+from training.compressor import Compression
+from training.data import Pool, normalise, progress
+from training.language import Language, whiten
+from training.localizer import Localizer, shrink
+from training.plan import (
     COMPRESSOR,
     LANGUAGE,
     LANGUAGE_AGAIN,
@@ -28,11 +29,10 @@ from gridprune_cli.scenes.train.plan import (
     N,
     Plan,
 )
-from gridprune_cli.scenes.train.tower import Tower
-from gridprune_cli.vlm.compressor import save_compressor
+from training.tower import Tower
 
 SAVE_EVERY = 200  # steps
-LOG_EVERY = 50
+LOG_EVERY = 50  # steps
 
 
 class Log:
@@ -65,8 +65,8 @@ def optimise(
     work: Path,
     device: torch.device,
 ) -> None:
-    """Runs a stage to its end, saving its state every `SAVE_EVERY` steps and starting from the state that it finds."""
-    state = work / f"{name}.pt"
+    """Runs a stage to its end. Weights and optimiser are saved every `SAVE_EVERY` steps, and loaded where they were."""
+    checkpoint = work / f"{name}.pt"
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.05},
@@ -74,8 +74,8 @@ def optimise(
     ]
     optimiser = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.98), fused=True)
     first, last = plan.start, plan.last
-    if state.exists():
-        saved = torch.load(state, map_location=device, weights_only=True)
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         first = saved["step"]
@@ -94,75 +94,79 @@ def optimise(
             log.add(step, losses, plan.tokens_at(step))
             bar.update(task, completed=step + 1 - plan.start)
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == last:
-                partial = state.with_suffix(".tmp")
+                partial = checkpoint.with_suffix(".tmp")
                 saved = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
                 torch.save(saved, partial)
-                partial.replace(state)
+                partial.replace(checkpoint)
 
 
 @torch.no_grad()
 def encodings(tower: Tower, pool: Pool, device: torch.device) -> Iterator[Tensor]:
-    """Penultimate-layer patch states of a pool, 64 scenes at a time: `(64, N, D)` float16."""
+    """Vision features of a pool, the penultimate layer's patches, 64 scenes at a time: `(64, N, D)` float16."""
     with progress() as bar:
         for at in bar.track(range(0, pool.count, 64), description="encoding scenes"):
             with torch.autocast(device.type, torch.bfloat16):
-                states, _ = tower.states(normalise(pool.pixels[at : at + 64], device))
-            yield states[:, 1:].half().cpu()
+                hidden_states, _ = tower.hidden_states(normalise(pool.pixels[at : at + 64], device))
+            yield hidden_states[:, 1:].half().cpu()  # without CLS
 
 
 def store_features(tower: Tower, pool: Pool, path: Path, device: torch.device) -> np.ndarray:
-    """Penultimate-layer patch states of a pool, `(scenes, N, D)` float16, on disk."""
+    """Vision features of a pool, `(scenes, N, D)` float16, computed once and mapped from disk."""
     if not path.exists():
         partial = path.with_suffix(".tmp")
         out = np.lib.format.open_memmap(partial, "w+", np.float16, (pool.count, N, built.WIDTH))
         at = 0
-        for states in encodings(tower, pool, device):
-            out[at : at + len(states)] = states.numpy()
-            at += len(states)
+        for batch in encodings(tower, pool, device):
+            out[at : at + len(batch)] = batch.numpy()
+            at += len(batch)
         out.flush()
         partial.replace(path)
     return np.load(path, mmap_mode="r")
 
 
 def store_encodings(tower: Tower, pool: Pool, work: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """States of a pool, as `store_features` has them, and saliency `(scenes, N)`: the penultimate layer's, of CLS."""
+    """Vision features of a pool, as `store_features` has them, and saliency `(scenes, N)`, CLS's mean attention."""
     paths = [work / f"compressor-{name}.npy" for name in ("features", "saliency")]
     if not paths[1].exists():  # written last
-        seen: list[Tensor] = []
+        saliency: list[Tensor] = []
         attention = tower.clip.vision_model.encoder.layers[-2].self_attn
-        hook = attention.register_forward_hook(lambda _, __, out: seen.append(out[1][:, :, 0, 1:].float().mean(1)))
+        hook = attention.register_forward_hook(lambda _, __, out: saliency.append(out[1][:, :, 0, 1:].float().mean(1)))
         features = list(encodings(tower, pool, device))
         hook.remove()
-        for path, parts in zip(paths, (features, seen), strict=True):
+        for path, batches in zip(paths, (features, saliency), strict=True):
             partial = path.with_suffix(".tmp.npy")
-            np.save(partial, torch.cat(parts).cpu().numpy())
+            np.save(partial, torch.cat(batches).cpu().numpy())
             partial.replace(path)
     return np.load(paths[0], mmap_mode="r"), np.load(paths[1])
 
 
-def train(out: Path, work: Path, seed: int, device: torch.device, part: str = "model") -> None:
+def train(out: Path, work: Path, seed: int, device: torch.device, checkpoint: str = "model") -> None:
+    """Trains a checkpoint, "model" with its compressor or "localizer", into `out`; it is resumed from `work`."""
     work.mkdir(parents=True, exist_ok=True)
+    # 1. vision and text tower
     torch.manual_seed(seed)
     tower = Tower().to(device)
     scenes = Pool(work, TOWER.first_seed, TOWER.scenes)
     optimise("tower", tower, scenes, TOWER, work, device)
     optimise("tower-again", tower, scenes, TOWER_AGAIN, work, device)
     tower.clip.to(torch.bfloat16).to(torch.float32)  # what ships is 16-bit: the language model learns from just that
+    # 2. projector and language model, on the frozen tower's stored features
     torch.manual_seed(seed)
     language = Language().to(device)
     language.llava.model.vision_tower.load_state_dict(tower.clip.vision_model.state_dict())
     pool = Pool(work, LANGUAGE.first_seed, LANGUAGE.scenes)
     language.features = store_features(tower, pool, work / "features.npy", device)
-    states = torch.from_numpy(np.array(language.features[:1000])).flatten(0, 1)
-    whiten(language.llava.model.multi_modal_projector, states)
+    sample = torch.from_numpy(np.array(language.features[:1000])).flatten(0, 1)  # (M, D)
+    whiten(language.llava.model.multi_modal_projector, sample)
     optimise("language", language, pool, LANGUAGE, work, device)
     optimise("language-again", language, pool, LANGUAGE_AGAIN, work, device)
     optimise("language-last", language, pool, LANGUAGE_LAST, work, device)
     optimise("language-counts", language, pool, LANGUAGE_COUNTS, work, device)
-    if part == "localizer":
+    if checkpoint == "localizer":
         torch.manual_seed(seed)
         train_localizer(out, work, tower, language, scenes, pool, device)
         return
+    # 3. the compressor, before the frozen model as it ships
     language.llava.model.language_model.set_attn_implementation("sdpa")
     built.save(out, language.llava, tower.clip)
     torch.manual_seed(seed)
@@ -178,8 +182,8 @@ def train_localizer(
 ) -> None:
     localizer = Localizer(tower).to(device)
     with torch.no_grad():
-        states = localizer.states(normalise(shrink(scenes.pixels[:256]), device))
-    whiten(localizer.llava.model.multi_modal_projector, states.flatten(0, 1))
+        sample = localizer.vision_features(normalise(shrink(scenes.pixels[:256]), device)).flatten(0, 1)  # (M, D)
+    whiten(localizer.llava.model.multi_modal_projector, sample)
     optimise("localizer", localizer, scenes, LOCALIZER, work, device)
     optimise("localizer-tower", localizer, pool, LOCALIZER_TOWER, work, device)
     localizer.adopt(language, pool)

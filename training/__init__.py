@@ -1,6 +1,7 @@
-"""Trains the embedded model from nothing: `python -m gridprune_cli.scenes.train --out FOLDER`.
+"""Trains the embedded model from random weights: `python -m training --out FOLDER`.
 
-Two stages, as for LLaVA, and a third for compression, each resumable from the work folder:
+Not part of the installed package: run it from a checkout. Two stages, as for LLaVA, and a third for compression, each
+resumable from the work folder:
 
 1. `tower`: vision and text tower, no language model. Three losses: linear heads that read each object's properties
    from every patch of it (they are dropped afterwards); for a question, a softmax over patches of
@@ -12,13 +13,13 @@ Two stages, as for LLaVA, and a third for compression, each resumable from the w
    before attention has learned where to look, and ends with all of them. The later passes (`language-again`,
    `language-last`, `language-counts`) ask more often what comes late. No token is ever dropped by a pruning method:
    pruning stays training-free.
-3. `compressor`: all of that is frozen, and the compressor of `--plc trained` learns to make rows from which the
-   language model answers right. Tokens are chosen as for any answer: relevance, contextual region, gridprune. The
+3. `compressor`: all of that is frozen, and the compressor of `--plc trained` learns to make visual tokens from which
+   the language model answers right. Tokens are chosen as for any answer: relevance, contextual region, gridprune. The
    scenes are new to tower and language model, which know those that they learned from too well.
 
-With `--part localizer` the third stage is another one, for the small model that answers questions with boxes on CROP's
-8 x 8 grid. `localizer` starts from the tower's first layers and trains them with a language model behind them. Linear
-heads read each object's properties, its box and those of its like and its neighbours from every patch of it; they too
-are dropped afterwards. `localizer-tower` goes on with the tower alone. `localizer-again` freezes it, and puts the first
-layers of the main model's language model, which know where a question asks, in the place of the other one.
+With `--checkpoint localizer` the third stage is another one, for the small model that answers questions with boxes on
+CROP's 8 x 8 grid. `localizer` starts from the tower's first layers and trains them with a language model behind them.
+Linear heads read each object's properties, its box and those of its like and its neighbours from every patch of it;
+they too are dropped afterwards. `localizer-tower` goes on with the tower alone. `localizer-again` freezes it, and puts
+the first layers of the main model's language model, which attend to what a question asks for, behind it.
 """
