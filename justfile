@@ -10,10 +10,6 @@ lint:
 test *ARGUMENTS:
     pytest {{ARGUMENTS}}
 
-# longer versions of some tests
-slow:
-    pytest -m slow
-
 # the page of all commands
 docs:
     python docs/generate_commands.py
