@@ -39,8 +39,9 @@ def test_plain_transformers_loads_both():
         assert model.dtype == torch.bfloat16
         models.append(model)
     llava, clip = models
-    mine, theirs = llava.model.vision_tower.state_dict(), clip.vision_model.state_dict()
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    of_llava, of_clip = llava.model.vision_tower.state_dict(), clip.vision_model.state_dict()
+    assert of_llava.keys() == of_clip.keys()
+    assert all(torch.equal(of_llava[name], of_clip[name]) for name in of_llava)
     assert llava.config.vision_config.image_size == 224 and llava.config.vision_feature_layer == -2
 
 
@@ -77,22 +78,22 @@ def test_the_samples_are_answered_right(pipeline):
     lines = [json.loads(line) for line in (SAMPLES / "questions.jsonl").read_text().splitlines()]
     assert len({line["image"] for line in lines}) >= 6
     right = {}
-    for keep in (1.0, 0.11):
-        pruning = Pruning(keep=keep)
+    for share in (1.0, 0.11):
+        pruning = Pruning(keep=share)
         asked = [(line, pipeline.ask(SAMPLES / line["image"], line["question"], pruning)) for line in lines]
-        right[keep] = [answer.text in line["answers"] for line, answer in asked]
+        right[share] = [answer.text in line["answers"] for line, answer in asked]
     assert all(right[1.0])
     assert sum(right[0.11]) >= 0.85 * len(lines)
 
 
 def test_an_evaluation_on_a_few_scenes(pipeline):
     cells = (Cell("gridprune", Pruning()), Cell("one token", Pruning(tokens=1)))
-    plan, rows = Plan(open_data("scenes:80"), cells, batch=80), {}
-    for _ in answers(pipeline, plan, rows):
+    plan, samples = Plan(open_data("scenes:80"), cells, batch=80), {}
+    for _ in answers(pipeline, plan, samples):
         pass
-    results = summarise(plan, rows)
+    results = summarise(plan, samples)
     full, ours, least = (cell["score"] for cell in results["cells"])
-    assert results["images"] == 20 and len(rows) == 240
+    assert results["images"] == 20 and len(samples) == 240
     assert full > 0.9 and ours > 0.9 > 0.8 > least
     region = results["cells"][1]["region"]
     assert region["contains"] > 0.8 and region["area"] < 0.5 and region["questions"] > 40

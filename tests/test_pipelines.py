@@ -41,9 +41,9 @@ def shell(tmp_path, server):
 def blocks():
     """The commands of the page; those with Ray, which need it, apart."""
     text = PAGE.read_text("utf-8")
-    found = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(found) == len(re.findall("^```", text, re.MULTILINE)) // 2 == 13
-    return [block for block in found if "--engine ray" not in block], [b for b in found if "--engine ray" in b]
+    commands = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(commands) == len(re.findall("^```", text, re.MULTILINE)) // 2 == 13
+    return [block for block in commands if "--engine ray" not in block], [b for b in commands if "--engine ray" in b]
 
 
 def test_the_pipelines_with_ray_run_as_printed(shell, request, monkeypatch):

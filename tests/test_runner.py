@@ -51,7 +51,7 @@ def fresh(tiny_llava):
 
 @pytest.mark.parametrize("most", range(1, 9))
 def test_batches_shrink_to_what_fits_and_lose_nothing(most):
-    told, sizes = [], []
+    notices, sizes = [], []
 
     def work(items):
         if len(items) > most:
@@ -59,16 +59,16 @@ def test_batches_shrink_to_what_fits_and_lose_nothing(most):
         sizes.append(len(items))
         return [item * 10 for item in items]
 
-    batches = Batches(8, "things", told.append)
+    batches = Batches(8, "things", notices.append)
     assert list(batches.run(range(30), work)) == [item * 10 for item in range(30)]
     assert max(sizes) == batches.size == 2 ** (most.bit_length() - 1)
     halvings = (8 // batches.size).bit_length() - 1
-    assert len(told) == halvings
-    if told:
-        assert told[0] == "memory ran out with 8 things at once; going on with 4"
+    assert len(notices) == halvings
+    if notices:
+        assert notices[0] == "memory ran out with 8 things at once; going on with 4"
     sizes.clear()
     list(batches.run(range(8), work))  # the smaller size stays
-    assert len(told) == halvings
+    assert len(notices) == halvings
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_values_come_in_order_as_soon_as_they_can():
 
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_encoding_in_bulk_gives_what_encoding_alone_gives(pipeline, pictures, tiny_llava, size):
-    made = list(pipeline.runner(images=size, notice=silent).encode(pictures))
-    assert [name for name, _, _ in made] == [str(path) for path in pictures]
-    assert not any(hit for _, _, hit in made)
+    results = list(pipeline.runner(images=size, notice=silent).encode(pictures))
+    assert [name for name, _, _ in results] == [str(path) for path in pictures]
+    assert not any(hit for _, _, hit in results)
     alone = fresh(tiny_llava)
-    for path, (name, encoded, _) in zip(pictures, made, strict=True):
+    for path, (name, encoded, _) in zip(pictures, results, strict=True):
         single = alone.encode(path)[0]
         assert (encoded.key, encoded.name, encoded.views) == (single.key, name, single.views)
         assert torch.allclose(encoded.vision_features, single.vision_features, atol=1e-5)
@@ -154,8 +154,8 @@ def test_what_else_is_in_a_batch_leaves_an_image_s_saliency_alone(noise):
 
 def test_the_same_file_many_times_goes_through_the_tower_once(pipeline, pictures, monkeypatch):
     seen = []
-    see = pipeline.family.encode
-    monkeypatch.setattr(pipeline.family, "encode", lambda batch: seen.extend(batch) or see(batch))
+    encode = pipeline.family.encode
+    monkeypatch.setattr(pipeline.family, "encode", lambda batch: seen.extend(batch) or encode(batch))
     copies = []
     for number in range(40):
         copies.append(pictures[0].with_name(f"copy {number}.png"))
@@ -163,11 +163,11 @@ def test_the_same_file_many_times_goes_through_the_tower_once(pipeline, pictures
     for store in (pipeline.store, None):
         pipeline.encoder.store = store
         seen.clear()
-        made = list(pipeline.runner(images=3, notice=silent).encode(copies))
-        assert [name for name, _, _ in made] == [str(path) for path in copies]
-        assert [encoded.name for _, encoded, _ in made] == [str(path) for path in copies]
-        assert len({encoded.key for _, encoded, _ in made}) == 2
-        assert [hit for _, _, hit in made] == [False, False] + [True] * 38
+        results = list(pipeline.runner(images=3, notice=silent).encode(copies))
+        assert [name for name, _, _ in results] == [str(path) for path in copies]
+        assert [encoded.name for _, encoded, _ in results] == [str(path) for path in copies]
+        assert len({encoded.key for _, encoded, _ in results}) == 2
+        assert [hit for _, _, hit in results] == [False, False] + [True] * 38
         assert len(seen) == 2
 
 
@@ -175,10 +175,10 @@ def test_bad_pictures_are_told_in_their_place(pipeline, pictures, tmp_path):
     bad, gone = tmp_path / "bad.png", tmp_path / "gone.png"
     bad.write_bytes(b"no image")
     sources = [pictures[0], bad, pictures[1], gone, pictures[2].read_bytes()]
-    made = list(pipeline.runner(notice=silent).encode(sources))
-    assert [name for name, _, _ in made] == [*map(str, sources[:4]), "-"]
-    assert [isinstance(result, EncodedImage) for _, result, _ in made] == [True, False, True, False, True]
-    assert str(bad) in str(made[1][1]) and isinstance(made[3][1], BadInput)
+    results = list(pipeline.runner(notice=silent).encode(sources))
+    assert [name for name, _, _ in results] == [*map(str, sources[:4]), "-"]
+    assert [isinstance(result, EncodedImage) for _, result, _ in results] == [True, False, True, False, True]
+    assert str(bad) in str(results[1][1]) and isinstance(results[3][1], BadInput)
     ((_, fault, _),) = pipeline.runner(notice=silent).encode(["a\nb.png"])
     assert str(fault) == "'a\\nb.png': no such file; check the path"
 
@@ -186,21 +186,21 @@ def test_bad_pictures_are_told_in_their_place(pipeline, pictures, tmp_path):
 def test_a_picture_that_the_tower_refuses_is_named(pipeline, pictures, monkeypatch):
     from gridprune_cli.images import identify
 
-    see, refused = pipeline.encoder.run_tower, identify(pictures[3])[0]
+    run_tower, refused = pipeline.encoder.run_tower, identify(pictures[3])[0]
 
     def picky(batch, several):
         if any(picture.sha256 == refused for picture in batch):
             raise ValueError("too strange")
-        return see(batch, several)
+        return run_tower(batch, several)
 
     monkeypatch.setattr(pipeline.encoder, "run_tower", picky)
-    made = list(pipeline.runner(notice=silent).encode(pictures))
-    assert [isinstance(result, EncodedImage) for _, result, _ in made] == [i != 3 for i in range(7)]
-    assert str(made[3][1]) == f"{pictures[3]}: unexpected ValueError: too strange"
+    results = list(pipeline.runner(notice=silent).encode(pictures))
+    assert [isinstance(result, EncodedImage) for _, result, _ in results] == [i != 3 for i in range(7)]
+    assert str(results[3][1]) == f"{pictures[3]}: unexpected ValueError: too strange"
 
 
 def test_memory_that_runs_out_in_the_tower_halves_the_batch(pipeline, pictures, tiny_llava, monkeypatch):
-    told, encode = [], pipeline.family.encode
+    notices, encode = [], pipeline.family.encode
 
     def small(batch):
         if len(batch) > 2:
@@ -208,13 +208,13 @@ def test_memory_that_runs_out_in_the_tower_halves_the_batch(pipeline, pictures, 
         return encode(batch)
 
     monkeypatch.setattr(pipeline.family, "encode", small)
-    made = [result for _, result, _ in pipeline.runner(images=7, notice=told.append).encode(pictures)]
-    assert told == [
+    results = [result for _, result, _ in pipeline.runner(images=7, notice=notices.append).encode(pictures)]
+    assert notices == [
         "memory ran out with 7 images at once; going on with 3",
         "memory ran out with 3 images at once; going on with 1",
     ]
     alone = fresh(tiny_llava)
-    for path, encoded in zip(pictures, made, strict=True):
+    for path, encoded in zip(pictures, results, strict=True):
         assert torch.allclose(encoded.vision_features, alone.encode(path)[0].vision_features, atol=1e-5)
 
 
@@ -235,8 +235,8 @@ def test_few_pictures_are_held_however_many_there_are(pipeline, noise, tmp_path,
         monkeypatch.setattr(images_module, "MAX_PIXELS", most)
         monkeypatch.setattr(images_module, "MAX_MEMORY", 14 * most)
         read = 0
-        for given, _ in enumerate(pipeline.runner(images=size, notice=silent).encode(sources(), refresh=True)):
-            assert read - given <= 4 * 2
+        for yielded, _ in enumerate(pipeline.runner(images=size, notice=silent).encode(sources(), refresh=True)):
+            assert read - yielded <= 4 * 2
         assert read == 200
 
 
@@ -299,10 +299,10 @@ def test_large_pictures_are_read_one_at_a_time_and_all_of_them(pipeline, noise, 
 
 def test_a_cache_that_cannot_be_written_stops_encode_all_and_not_bulk(tiny_llava, pictures, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    told = []
-    pipeline = Pipeline(str(tiny_llava), store=open_store(tmp_path / "file" / "below", told.append), dtype="float32")
+    notices = []
+    pipeline = Pipeline(str(tiny_llava), store=open_store(tmp_path / "file" / "below", notices.append), dtype="float32")
     assert all(isinstance(result, EncodedImage) for _, result, _ in pipeline.runner(notice=silent).encode(pictures))
-    assert len(told) == 1
+    assert len(notices) == 1
     with pytest.raises(GridpruneError, match="can't be written"):
         list(pipeline.encode_all(pictures))
 
@@ -339,13 +339,13 @@ def test_threads_that_decode_leave_the_settings_of_the_process_alone(pictures, t
 
 def requests(pictures):
     """Questions in a muddle: images mixed, lengths and keeps too, one about two images."""
-    made = [
-        Request((path,), question, Pruning(keep=keep))
+    requests = [
+        Request((path,), question, Pruning(keep=share))
         for question in QUESTIONS
-        for path, keep in zip(pictures, (0.2, 1.0, 0.5, 0.3, 0.9, 0.11, 0.6), strict=True)
+        for path, share in zip(pictures, (0.2, 1.0, 0.5, 0.3, 0.9, 0.11, 0.6), strict=True)
     ]
-    made.insert(4, Request((pictures[2], pictures[5]), QUESTIONS[0], Pruning(keep=0.4)))
-    return made
+    requests.insert(4, Request((pictures[2], pictures[5]), QUESTIONS[0], Pruning(keep=0.4)))
+    return requests
 
 
 @pytest.mark.parametrize("size", [1, 4, 64])
@@ -396,18 +396,18 @@ def test_several_answers_to_a_question_are_refused_not_given_to_others(pipeline,
 def test_memory_that_runs_out_in_the_language_model_halves_the_batch(pipeline, pictures, monkeypatch):
     questions = requests(pictures)
     expected = [reply.text for reply in pipeline.runner(notice=silent).answer(questions, max_new_tokens=4)]
-    model, told = pipeline.family.load("language"), []
+    model, notices = pipeline.family.load("language"), []
     generate = model.generate
 
-    def small(**given):
-        if len(given["input_ids"]) > 5:
+    def small(**inputs):
+        if len(inputs["input_ids"]) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate(**given)
+        return generate(**inputs)
 
     monkeypatch.setattr(model, "generate", small)
-    replies = pipeline.runner(questions=16, notice=told.append).answer(questions, max_new_tokens=4)
+    replies = pipeline.runner(questions=16, notice=notices.append).answer(questions, max_new_tokens=4)
     assert [reply.text for reply in replies] == expected
-    assert told == [
+    assert notices == [
         "memory ran out with 16 questions at once; going on with 8",
         "memory ran out with 8 questions at once; going on with 4",
     ]
@@ -416,7 +416,7 @@ def test_memory_that_runs_out_in_the_language_model_halves_the_batch(pipeline, p
 def test_memory_that_runs_out_in_pruning_halves_what_is_pruned_for_together(pipeline, pictures, monkeypatch):
     questions = requests(pictures)
     expected = [reply.text for reply in pipeline.runner(notice=silent).answer(questions, max_new_tokens=4)]
-    project, told, most = pipeline.family.project, [], []
+    project, notices, most = pipeline.family.project, [], []
 
     def small(vision_features):
         if len(vision_features) > 100:
@@ -425,10 +425,10 @@ def test_memory_that_runs_out_in_pruning_halves_what_is_pruned_for_together(pipe
         return project(vision_features)
 
     monkeypatch.setattr(pipeline.family, "project", small)
-    replies = pipeline.runner(questions=16, notice=told.append).answer(questions, max_new_tokens=4)
+    replies = pipeline.runner(questions=16, notice=notices.append).answer(questions, max_new_tokens=4)
     assert [reply.text for reply in replies] == expected
-    assert told[0] == "memory ran out with 16 questions to prune for at once; going on with 8"
-    assert len(told) <= 3 and max(most) > 16
+    assert notices[0] == "memory ran out with 16 questions to prune for at once; going on with 8"
+    assert len(notices) <= 3 and max(most) > 16
 
 
 def test_sets_that_are_too_large_to_wait_together_are_answered_in_parts(pipeline, pictures, monkeypatch):
@@ -442,14 +442,14 @@ def test_pruning_in_bulk_is_pruning(pipeline, pictures, tiny_llava):
     questions = requests(pictures)
     alone = fresh(tiny_llava)
     questions = [replace(request, system="red") for request in questions]
-    found = dict(pipeline.runner(notice=silent).prune(questions))
-    assert sorted(found) == list(range(len(questions)))
+    results = dict(pipeline.runner(notice=silent).prune(questions))
+    assert sorted(results) == list(range(len(questions)))
     for index, ask in enumerate(questions):
-        assert isinstance(found[index], Pruned)
+        assert isinstance(results[index], Pruned)
         images = [alone.encode(source)[0] for source in ask.images]
         expected = alone.prune(images, ask.question, ask.pruning, system="red")
-        assert torch.equal(found[index].pruned.kept, expected.kept)
-        assert torch.equal(found[index].pruned.input_ids, expected.input_ids)
+        assert torch.equal(results[index].pruned.kept, expected.kept)
+        assert torch.equal(results[index].pruned.input_ids, expected.input_ids)
 
 
 def test_a_model_that_cannot_be_loaded_ends_it_all(tiny_llava, pictures, tmp_path):
@@ -469,12 +469,12 @@ def test_ends_of_a_batch_are_cut_where_an_answer_ends(pipeline, pictures):
     from gridprune_cli.generation import generate
 
     sets = [pipeline.prune(pipeline.encode(path)[0], QUESTIONS[0], Pruning(keep=0.5)) for path in pictures]
-    free = [made.ids for made in generate(pipeline.family, sets, 8)]
+    free = [generated.ids for generated in generate(pipeline.family, sets, 8)]
     stop = free[0][3]  # as if this token ended an answer: not all answers hold it at the same place
     together = generate(pipeline.family, sets, 8, eos_token_id=stop)
-    for pruned, made, long in zip(sets, together, free, strict=True):
+    for pruned, generated, long in zip(sets, together, free, strict=True):
         expected = long[: long.index(stop) + 1] if stop in long else long
-        assert made.ids == expected == generate(pipeline.family, [pruned], 8, eos_token_id=stop)[0].ids
+        assert generated.ids == expected == generate(pipeline.family, [pruned], 8, eos_token_id=stop)[0].ids
 
 
 def test_a_reply_holds_no_tensors(pipeline, pictures):
