@@ -104,7 +104,7 @@ LAYOUTS = (
         {
             "model_type": "llava_onevision",
             "vision_config": _SIGLIP | {"image_size": 384},
-            "text_config": {"model_type": "qwen2", "hidden_size": 3584},  # projected rows are stored
+            "text_config": {"model_type": "qwen2", "hidden_size": 3584},  # projected features are stored
             "image_grid_pinpoints": _MOSAICS,
             "vision_aspect_ratio": "anyres_max_9",
         },

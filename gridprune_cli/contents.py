@@ -28,6 +28,7 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError, with the reason, where these are no encoded image; shapes are `EncodedImage`'s."""
+    # 1. the header
     _check_texts(header, ("key", "model", "image", "name"))
     _need(header.get("kind") == "encoded", "it holds something else")
     encoder = header.get("encoder")
@@ -44,6 +45,7 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     _need(isinstance(size, list) and len(size) == 2 and _all_whole(size, 1, 1 << 31), "its size is no width and height")
     _need(isinstance(prompt, dict) and isinstance(prompt.get("placeholder"), str), "its prompt has no placeholder")
     _need(_all_texts(notes), "its notes are no texts")
+    # 2. dtypes and shapes
     dtype = FLOATS[encoder["dtype"]]
     vision_features, placeholder_map = tensors["vision_features"], tensors["placeholder_map"]
     _check_shape("vision_features", vision_features, kind or dtype, (count, -1))
@@ -51,6 +53,7 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     _need(0 < vision_features.numel() <= MAX_NUMBERS, f"vision_features {shape} are empty, or too many")
     _check_shape("saliency", tensors["saliency"], dtype, (count,))
     _check_shape("placeholder_map", placeholder_map, torch.int32, (-1,))
+    # 3. numbers
     if kind:
         _check_shape("scales", tensors["scales"], torch.float32, (count,))
         check_range("scales", tensors["scales"], 0)
@@ -64,6 +67,7 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
 
 def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError, with the reason, where these are no pruned set; shapes are `PrunedSet`'s."""
+    # 1. the header: how it was pruned
     _check_texts(header, ("model", "fingerprint", "question"))
     method, images = header.get("method"), header.get("images")
     _need(isinstance(method, dict) and isinstance(method.get("name"), str), "its method has no name")
@@ -76,6 +80,7 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     _need((source is None) == ("relevance" not in tensors), "relevance and its source do not fit each other")
     _need("schedule" in header, "it does not say what leaves inside the language model")
     _need(_all_texts(header.get("remarks")), "its remarks are no texts")
+    # 2. which tensors, of which images
     _need(isinstance(images, list) and len(images) > 0, "it holds no images")
     assert isinstance(images, list)
     needed, known = {"image_embeds", "kept", "input_ids", "position_ids", "saliency"}, {"relevance", "placeholder_map"}
@@ -87,6 +92,7 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
         _need(_all_texts(image.get("notes")), "an image's notes are no texts")
         counts.append(_count(image.get("views")))
     total = sum(counts)
+    # 3. image embeds, and the tokens that they stand for
     image_embeds, kept, ids, places = (tensors[name] for name in ("image_embeds", "kept", "input_ids", "position_ids"))
     shape = _dtype_and_shape(image_embeds)
     _need(image_embeds.dtype in FLOATS.values() and image_embeds.dim() == 2, f"image_embeds are {shape}")
@@ -99,6 +105,7 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     )
     check_range("kept", kept, 0, total - 1)
     _need(_ascending(kept), "kept is not sorted, or holds a token twice")
+    # 4. the prompt
     _check_shape("input_ids", ids, torch.int64, (-1,))
     _need(
         len(ids) >= len(image_embeds),
@@ -110,12 +117,14 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     if header["positions"] == "compact":
         _need(torch.equal(places, torch.arange(len(ids))), "position_ids are not compact")
     _need(places.dim() == 2 or _ascending(places), "position_ids do not ascend")
+    # 5. the signals
     _need(tensors["saliency"].dtype in FLOATS.values(), f"saliency is {_dtype_and_shape(tensors['saliency'])}")
     _check_shape("saliency", tensors["saliency"], None, (total,))
     check_range("saliency", tensors["saliency"], 0)
     if "relevance" in tensors:
         _check_shape("relevance", tensors["relevance"], torch.float32, (total,))
         check_range("relevance", tensors["relevance"])
+    # 6. what needs all of these: the map, each image, the schedule
     if "placeholder_map" in tensors:
         placeholder_map = tensors["placeholder_map"]
         _check_shape("placeholder_map", placeholder_map, torch.int64, (len(image_embeds),))

@@ -31,11 +31,11 @@ def png(picture):
 
 
 def test_counts_are_those_of_the_answers(pipeline, noise, monkeypatch):
-    made, steps = [], []
+    measured, steps = [], []
 
     def watched(family, batch, *args, **options):
-        made.append((batch[0], generate(family, batch, *args, **options)[0]))
-        return [made[-1][1]]
+        measured.append((batch[0], generate(family, batch, *args, **options)[0]))
+        return [measured[-1][1]]
 
     monkeypatch.setattr(bench, "generate", watched)
     report = measure(
@@ -48,11 +48,11 @@ def test_counts_are_those_of_the_answers(pipeline, noise, monkeypatch):
         step=lambda: steps.append(1),
     )
     assert len(steps) == 9
-    assert [len(answer.ids) for _, answer in made] == [5] * 6  # no more and no fewer
-    kept = [len(pruned.kept) for pruned, _ in made]
+    assert [len(answer.ids) for _, answer in measured] == [5] * 6  # no more and no fewer
+    kept = [len(pruned.kept) for pruned, _ in measured]
     assert kept == [4, 16, 16, 4, 4, 16]  # in turn, and each is first in its turn
     decoder = Decoder.of(pipeline.family.load("language").config)
-    for side, pruned in ((report.full, made[1][0]), (report.pruned, made[0][0])):
+    for side, pruned in ((report.full, measured[1][0]), (report.pruned, measured[0][0])):
         prompt = len(pruned.input_ids)
         assert (side.tokens, side.prompt) == (len(pruned.kept), prompt)
         assert side.prefill_flops == prefill_flops(decoder, [prompt] * decoder.layers)

@@ -87,8 +87,8 @@ def requests_of(model, documents, kwargs, suffix="\nAnswer the question using a 
         return [Image.open(document["image"])]
 
     return [
-        Request((document["question"] + suffix, given, to_images, n, "task", "test"))
-        for n, (document, given) in enumerate(zip(documents, kwargs, strict=True))
+        Request((document["question"] + suffix, options, to_images, n, "task", "test"))
+        for n, (document, options) in enumerate(zip(documents, kwargs, strict=True))
     ]
 
 
@@ -97,13 +97,13 @@ def test_answers_are_those_of_the_pipeline(plugin, documents, tiny_llava):
         pretrained=str(tiny_llava), batch_size=4, method="gridprune", keep=0.5, zone=2, region="none"
     )
     kwargs = [{"max_new_tokens": 3 if n < 4 else 2, "temperature": 0, "until": ["\n\n"]} for n in range(6)]
-    made = model.generate_until(requests_of(model, documents, kwargs))
+    answers = model.generate_until(requests_of(model, documents, kwargs))
     pipeline = Pipeline(str(tiny_llava))
     for n, document in enumerate(documents):
         pruning = Pruning(keep=0.5, method=make("gridprune", zone=2), region="none", query=document["question"])
         asked = f"{document['question']}\nAnswer the question using a single word or phrase."
         whole = pipeline.ask(document["image"], asked, pruning, max_new_tokens=3 if n < 4 else 2).text
-        assert made[n] == whole.partition("\n\n")[0]
+        assert answers[n] == whole.partition("\n\n")[0]
 
 
 def test_relevance_sees_the_first_line_or_all(plugin, documents, tiny_llava, monkeypatch):
@@ -115,8 +115,12 @@ def test_relevance_sees_the_first_line_or_all(plugin, documents, tiny_llava, mon
         return answer(self, requests, **options)
 
     monkeypatch.setattr(Runner, "answer", watched)
-    for given, query in (({}, "Question 0?"), ({"query_lines": "all"}, "Question 0?\nShortly."), ({"query": "x"}, "x")):
-        model = plugin.GridpruneModel(pretrained=str(tiny_llava), keep=0.5, **given)
+    for options, query in (
+        ({}, "Question 0?"),
+        ({"query_lines": "all"}, "Question 0?\nShortly."),
+        ({"query": "x"}, "x"),
+    ):
+        model = plugin.GridpruneModel(pretrained=str(tiny_llava), keep=0.5, **options)
         (request, *_) = requests_of(model, documents, [{"max_new_tokens": 1}] * 6, "\nShortly.")
         request.args = (f"<image>\n{request.args[0]}", *request.args[1:])
         model.generate_until([request])
@@ -140,7 +144,7 @@ def test_how_a_task_generates(plugin):
 
 
 def test_what_it_refuses(plugin, documents, tiny_llava):
-    for given, said in (
+    for options, message in (
         ({"sharpness": 3}, "sharpness: no such option; there are pretrained"),
         ({"model": "x"}, "model: no such option"),
         ({"query_lines": "last"}, "query_lines=last"),
@@ -148,8 +152,8 @@ def test_what_it_refuses(plugin, documents, tiny_llava):
         ({"method": "sharpest"}, "unknown method"),
         ({"keep": 2}, "--keep 2"),
     ):
-        with pytest.raises(BadInput, match=said):
-            plugin.GridpruneModel(**{"pretrained": str(tiny_llava)} | given)
+        with pytest.raises(BadInput, match=message):
+            plugin.GridpruneModel(**{"pretrained": str(tiny_llava)} | options)
     model = plugin.GridpruneModel(pretrained=str(tiny_llava))
     (request, *_) = requests_of(model, documents, [{}] * 6)
     request.args = (*request.args[:2], lambda document: ["video.mp4"], *request.args[3:])
@@ -200,9 +204,9 @@ metric_list:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (samples,) = (tmp_path / "out").rglob("*_samples_local.jsonl")
-    said = {line["doc_id"]: line["filtered_resps"][0] for line in map(json.loads, samples.read_text().splitlines())}
+    message = {line["doc_id"]: line["filtered_resps"][0] for line in map(json.loads, samples.read_text().splitlines())}
     pipeline = Pipeline(str(tiny_llava))
     for n, document in enumerate(documents):
         pruning = Pruning(keep=0.5, query=document["question"])
         answer = pipeline.ask(document["image"], f"{document['question']}\nShortly.", pruning, max_new_tokens=3)
-        assert said[n] == answer.text
+        assert message[n] == answer.text

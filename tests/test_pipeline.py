@@ -55,10 +55,10 @@ def test_settings_that_training_leaves_in_a_checkpoint_change_no_answer(pipeline
 def test_nobody_is_warned_of_texts_that_are_read_in_pieces_or_pruned(pipeline, image, monkeypatch):
     from transformers.tokenization_utils_base import logger
 
-    told = []
-    monkeypatch.setattr(logger, "warning", lambda text, *_: told.append(text))
+    warnings = []
+    monkeypatch.setattr(logger, "warning", lambda text, *_: warnings.append(text))
     pipeline.family.processor.tokenizer.model_max_length = 8
-    assert pipeline.ask(image, QUESTION * 25, max_new_tokens=4).text and not told
+    assert pipeline.ask(image, QUESTION * 25, max_new_tokens=4).text and not warnings
 
 
 def test_encoding_loads_the_tower_alone(pipeline, image):
@@ -70,11 +70,11 @@ def test_equal_bytes_are_one_entry_and_new_bytes_a_miss(pipeline, image, tmp_pat
     _, hit = pipeline.encode(image)
     copy = tmp_path / "b.png"
     copy.write_bytes(image.read_bytes())
-    found, again = pipeline.encode(copy)
-    assert (hit, again, found.name) == (False, True, str(copy))
+    encoded, again = pipeline.encode(copy)
+    assert (hit, again, encoded.name) == (False, True, str(copy))
     noise((224, 224), seed=1).image.save(image)
     changed, hit = pipeline.encode(image)
-    assert not hit and changed.key != found.key
+    assert not hit and changed.key != encoded.key
     assert len(list(pipeline.store.entries())) == 2
 
 
@@ -152,14 +152,14 @@ def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share
 @pytest.mark.parametrize("method", METHODS)
 def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, method, monkeypatch):
     encoded, _ = pipeline.encode(image)
-    given = []
+    computed = []
     method = make(method)
     monkeypatch.setattr(
-        type(method), "_pick_each", lambda self, signals, ks: given.extend(signals) or [torch.arange(k) for k in ks]
+        type(method), "_pick_each", lambda self, signals, ks: computed.extend(signals) or [torch.arange(k) for k in ks]
     )
     monkeypatch.setattr(type(method), "_merge", lambda self, signals, kept: None)
     pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=method))
-    (signals,) = given
+    (signals,) = computed
     known = {
         name
         for name in ("relevance", "vision_features", "image_embeds", "question_embeds")
@@ -256,14 +256,14 @@ def test_models_that_cannot_be_used(tmp_path):
 def test_a_set_says_what_its_relevance_came_from(pipeline, image, tiny_llava):
     encoded, _ = pipeline.encode(image)
     clip = {"source": "clip", "model": f"{tiny_llava}/clip"}
-    words = Pipeline(str(tiny_llava), dtype="float32", relevance="words")
-    for made, pruning, expected in (
+    by_words = Pipeline(str(tiny_llava), dtype="float32", relevance="words")
+    for asking, pruning, expected in (
         (pipeline, Pruning(), clip),
         (pipeline, Pruning(plc="pool"), clip),
-        (words, Pruning(), {"source": "words", "model": None}),
+        (by_words, Pruning(), {"source": "words", "model": None}),
         (pipeline, Pruning(method=make("uniform")), None),
     ):
-        pruned = made.prune(encoded, QUESTION, pruning)
+        pruned = asking.prune(encoded, QUESTION, pruning)
         assert pruned.to_json()["relevance"] == expected
         assert PrunedSet.from_bytes(pruned.to_bytes(), "set").relevance_source == expected
 
@@ -310,10 +310,10 @@ def test_a_model_without_a_text_tower_uses_its_own_words(tiny_llava, tmp_path, i
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         rows = whole.model.multi_modal_projector(encoded.vision_features)
-        words = whole.get_input_embeddings()(
+        by_words = whole.get_input_embeddings()(
             pipeline.family.processor.tokenizer(QUESTION, add_special_tokens=False, return_tensors="pt").input_ids[0]
         )
-    expected = torch.cosine_similarity(rows[:, None], words[None], dim=-1).mean(1)
+    expected = torch.cosine_similarity(rows[:, None], by_words[None], dim=-1).mean(1)
     assert torch.allclose(pruned.relevance, expected, atol=1e-5)
     # so relevance is not turned round
     pruned = pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=make("trim")))
@@ -340,12 +340,12 @@ def test_many_questions_are_pruned_for_as_each_is_alone(pipeline, image, tmp_pat
         prompt = {"system": system, "template": template}
         together = dict(pipeline.runner().prune([replace(request, **prompt) for request in asked]))
         for n, one in enumerate(asked):
-            made = together[n].pruned
+            in_batch = together[n].pruned
             alone = pipeline.prune(one.images, one.question, one.pruning, **prompt)
-            assert made.to_json() == alone.to_json()
+            assert in_batch.to_json() == alone.to_json()
             for name in ("kept", "input_ids", "position_ids", "saliency"):
-                assert torch.equal(getattr(made, name), getattr(alone, name))
-            assert torch.allclose(made.image_embeds, alone.image_embeds, atol=1e-5)
+                assert torch.equal(getattr(in_batch, name), getattr(alone, name))
+            assert torch.allclose(in_batch.image_embeds, alone.image_embeds, atol=1e-5)
 
 
 def test_a_question_that_cannot_be_asked_fails_alone(pipeline, image):
@@ -359,10 +359,10 @@ def test_a_prompt_that_begins_itself_does_not_change_its_neighbours(pipeline, im
     encoded, _ = pipeline.encode(image)
     first = pipeline.family.processor.tokenizer.bos_token
     asked = [(question, (encoded,)) for question in (QUESTION, f"{first} {QUESTION}")]
-    made = pipeline.family.write_prompts(asked, template="{question}{image}")
-    for (question, images), ids in zip(asked, made, strict=True):
+    prompts = pipeline.family.write_prompts(asked, template="{question}{image}")
+    for (question, images), ids in zip(asked, prompts, strict=True):
         assert torch.equal(ids, pipeline.family.write_prompt(question, images, template="{question}{image}"))
-    assert [int((ids == ids[0]).sum()) for ids in made] == [1, 1]
+    assert [int((ids == ids[0]).sum()) for ids in prompts] == [1, 1]
 
 
 def test_encode_all_goes_on_after_a_bad_image(pipeline, image, tmp_path, noise):

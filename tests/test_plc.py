@@ -57,11 +57,11 @@ def test_rows_of_a_set_are_means_of_their_cells(pipeline, noise, count, region):
         assert torch.equal(getattr(plain, name), getattr(pooled, name))
     expected, first = [], 0
     for image, origin in zip(images, pooled.images, strict=True):
-        own = [int(i) - first for i in pooled.kept if first <= i < first + image.count]
-        assert len(own) == int(0.3 * image.count + 0.5)
+        tokens = [int(i) - first for i in pooled.kept if first <= i < first + image.count]
+        assert len(tokens) == int(0.3 * image.count + 0.5)
         vision_features = image.vision_features.clone()
-        vision_features[own] = slow_states(image, own, origin.region)
-        stays = [slot for slot in image.placeholder_map.tolist() if slot in own]
+        vision_features[tokens] = slow_states(image, tokens, origin.region)
+        stays = [slot for slot in image.placeholder_map.tolist() if slot in tokens]
         expected.append(pipeline.family.project(vision_features[stays]))
         first += image.count
     placeholder_map = torch.cat([image.placeholder_map for image in images])
@@ -103,18 +103,18 @@ def test_ratios_split_the_budget(llava, noise):
     box = (0, 0, 3, 3)  # four of them
 
     def kept(**settings):
-        made = llava.prune(image, QUESTION, Pruning(region=box, plc="pool", **settings))
-        within = inside(image.views, box)[made.kept]
-        record = made.to_json()
-        assert record["plc"] == "pool" and record["tokens"]["kept"] == len(made.kept)
+        pruned = llava.prune(image, QUESTION, Pruning(region=box, plc="pool", **settings))
+        within = inside(image.views, box)[pruned.kept]
+        record = pruned.to_json()
+        assert record["plc"] == "pool" and record["tokens"]["kept"] == len(pruned.kept)
         return int(within.sum()), int((~within).sum()), record["ratios"]
 
     assert kept(tokens=5, inside_ratio=2.0) == (2, 3, {"inside": 2.0, "outside": 4.0})
     assert kept(tokens=5, outside_ratio=12.0) == (4, 1, {"inside": 1.0, "outside": 12.0})
     assert kept(tokens=5, inside_ratio=1.0, outside_ratio=3.0) == (4, 4, {"inside": 1.0, "outside": 3.0})
     assert kept(tokens=8, inside_ratio=4.0) == (2, 6, {"inside": 2.0, "outside": 2.0})  # never more than outside
-    own = {"inside": pytest.approx(4 / 3, abs=0.01), "outside": 6.0}  # the method's own split
-    assert kept(tokens=5) == (3, 2, own)
+    tokens = {"inside": pytest.approx(4 / 3, abs=0.01), "outside": 6.0}  # the method's own split
+    assert kept(tokens=5) == (3, 2, tokens)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def with_compressor(tiny_llava, tmp_path):
 def test_trained_rows_are_what_the_compressor_makes_of_pooled_ones(with_compressor, noise, method):
     pipeline, compressor = with_compressor
     image = pipeline.encoder.encode([noise((224, 224))])[0]
-    made = pipeline.prune(image, QUESTION, Pruning(keep=0.4, plc="trained", method=make_method(method)))
-    kept, region = made.kept, made.images[0].region
+    pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.4, plc="trained", method=make_method(method)))
+    kept, region = pruned.kept, pruned.images[0].region
     within = inside(image.views, region) if region else torch.zeros(image.count, dtype=torch.bool)
     pooled = image.vision_features[kept] if bool(within.all()) else slow_states(image, kept.tolist(), region)
     relevance = pipeline.family.relevance(image.vision_features, QUESTION)
@@ -175,10 +175,10 @@ def test_trained_rows_are_what_the_compressor_makes_of_pooled_ones(with_compress
         vision_features = compressor(
             image.vision_features[None], relevance[None], within[None], pooled[None], within[kept][None]
         )[0]
-    assert torch.allclose(made.image_embeds, pipeline.family.project(vision_features), atol=1e-4)
-    again = PrunedSet.from_bytes(made.to_bytes(), "x")
+    assert torch.allclose(pruned.image_embeds, pipeline.family.project(vision_features), atol=1e-4)
+    again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
     assert again.plc == "trained"
-    assert generate(pipeline.family, [again], 6)[0].ids == generate(pipeline.family, [made], 6)[0].ids
+    assert generate(pipeline.family, [again], 6)[0].ids == generate(pipeline.family, [pruned], 6)[0].ids
 
 
 def test_a_compressor_leaves_the_fingerprint_of_the_language_model(with_compressor, llava):
@@ -190,5 +190,5 @@ def test_a_set_of_an_older_schema_is_refused_with_what_to_do(llava, noise):
 
     header, tensors = files.decode(llava.prune(llava.encoder.encode([noise((100, 80))])[0], QUESTION).to_bytes())
     header = {k: v for k, v in header.items() if k not in ("plc", "tensors", "digest")} | {"schema": 1}
-    with pytest.raises(BadInput, match=r"^x: .*its schema is 1, this version reads 3.*`gridprune prune`$"):
+    with pytest.raises(BadInput, match=r"^x: .*its schema is 1, and this version reads 3.*`gridprune prune`$"):
         PrunedSet.from_bytes(files.encode(tensors, header), "x")

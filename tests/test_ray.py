@@ -54,7 +54,7 @@ def start(server, tmp_path):
     return run
 
 
-def notices(folder):
+def stderr_lines(folder):
     """The lines on stderr, but for those on progress that a slow machine makes."""
     lines = (folder / "err").read_text().splitlines()
     return [line for line in lines if not line.startswith(("encoding: ", "answering: "))]
@@ -63,17 +63,15 @@ def notices(folder):
 def workers_of(process):
     """Ids of the processes below one that hold a model."""
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,command="], capture_output=True, text=True, check=True)
-    processes = [line.split(None, 2) for line in listed.stdout.splitlines()]
-    parents = {int(pid): int(parent) for pid, parent, _ in processes}
+    rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
+    parents = {int(pid): int(parent) for pid, parent, _ in rows}
 
     def below(pid):
         while pid in parents and pid != process.pid:
             pid = parents[pid]
         return pid == process.pid
 
-    return [
-        int(pid) for pid, _, name in processes if name.startswith("ray::") and "_Worker" in name and below(int(pid))
-    ]
+    return [int(pid) for pid, _, name in rows if name.startswith("ray::") and "_Worker" in name and below(int(pid))]
 
 
 @with_ray
@@ -106,8 +104,8 @@ def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(start, comman
     assert len({line["key"] for line in lines}) == IMAGES
     hits = sum(line["cache"] == "hit" for line in lines)  # what the worker had written, and not told of yet
     assert hits <= 2 * ray_runner._TOGETHER
-    (notice,) = notices(tmp_path)
-    assert notice.startswith(f"{IMAGES} images, {hits} of them cached already")
+    (notices,) = stderr_lines(tmp_path)
+    assert notices.startswith(f"{IMAGES} images, {hits} of them cached already")
 
     monkeypatch.chdir(tmp_path)
     assert command("encode", "photos", "--batch-size", 2, "--cache-dir", tmp_path / "whole")[0] == 0
@@ -135,14 +133,14 @@ def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130, (tmp_path / "err").read_text()
-    partial = out.read_bytes()
-    assert partial.endswith(b"\n") and whole.startswith(partial) and len(partial) < len(whole)
-    assert f"--resume {out}" in notices(tmp_path)[-1]
+    decoded_blocks = out.read_bytes()
+    assert decoded_blocks.endswith(b"\n") and whole.startswith(decoded_blocks) and len(decoded_blocks) < len(whole)
+    assert f"--resume {out}" in stderr_lines(tmp_path)[-1]
 
     process = start(*ray, GRIDPRUNE_CACHE_DIR=str(tmp_path / "ray-cache"))
     assert process.wait() == 3, (tmp_path / "err").read_text()
     assert out.read_bytes() == whole
-    summary, failures = notices(tmp_path)
+    summary, failures = stderr_lines(tmp_path)
     assert " done before, " in summary and failures.startswith("warning: 2 lines failed")  # of the first run
 
 
@@ -171,18 +169,18 @@ def pictures(tmp_path, noise):
     return paths
 
 
-def through(pipeline, batches, *, refresh=False, worker=None):
-    """What the two stages give for batches, run one after the other in this process."""
+def through(pipeline, parts, *, refresh=False, worker=None):
+    """What the two stages give for parts, which lie in this process one behind the other."""
     cache = _cache(pipeline.encoder, refresh)
-    records = [
+    rows = [
         {"number": np.array([n]), "names": [pickle.dumps(batch)], "items": [pickle.dumps(batch)]}
-        for n, batch in enumerate(batches)
+        for n, batch in enumerate(parts)
     ]
-    decoded = [_decode(row, cache, os.getcwd()) for row in records]
+    decoded_blocks = [_decode(row, cache, os.getcwd()) for row in rows]
     batch = {
-        "number": np.concatenate([row["number"] for row in decoded]),
-        "items": [row["items"][0] for row in decoded],
-        "pictures": [row["pictures"][0] for row in decoded],
+        "number": np.concatenate([row["number"] for row in decoded_blocks]),
+        "items": [row["items"][0] for row in decoded_blocks],
+        "pictures": [row["pictures"][0] for row in decoded_blocks],
     }
     return (worker or start_worker(pipeline, refresh))(batch)["done"][0], [pickle.loads(p) for p in batch["pictures"]]
 
@@ -212,16 +210,20 @@ def test_stages_encode_as_bulk_does(pipeline, pictures, tmp_path, tiny_llava):
     bad.write_bytes(b"no image")
     parts = [pictures[:2], [pictures[2], str(bad)], pictures[3:]]
     row, decoded = through(pipeline, parts)
-    assert [sorted(batch) for batch in decoded] == [pictures[:2], [pictures[2]], pictures[3:]]
+    assert [sorted(workers) for workers in decoded] == [pictures[:2], [pictures[2]], pictures[3:]]
     results = dict(_received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail)))
     other = Pipeline(str(tiny_llava), store=open_store(tmp_path / "other"), dtype="float32")
     expected = list(other.runner(images=2).encode([name for batch in parts for name in batch]))
-    for (name, result, hit), local in zip([r for n in range(3) for r in results[n]], expected, strict=True):
-        assert (name, hit) == (local[0], local[2])
-        if isinstance(local[1], GridpruneError):
-            assert (type(result), str(result)) == (type(local[1]), str(local[1]))
+    for (name, result, hit), expected_one in zip([r for n in range(3) for r in results[n]], expected, strict=True):
+        assert (name, hit) == (expected_one[0], expected_one[2])
+        if isinstance(expected_one[1], GridpruneError):
+            assert (type(result), str(result)) == (type(expected_one[1]), str(expected_one[1]))
         else:
-            assert (result.key, result.count, result.nbytes) == (local[1].key, local[1].count, local[1].nbytes)
+            assert (result.key, result.count, result.nbytes) == (
+                expected_one[1].key,
+                expected_one[1].count,
+                expected_one[1].nbytes,
+            )
     assert entries(pipeline.store.root) == entries(tmp_path / "other")
 
     row, decoded = through(pipeline, parts)  # nothing that is there is decoded
@@ -245,10 +247,10 @@ def test_the_worker_does_not_decode_what_comes_decoded_and_heeds_a_file_that_cha
     decode, load = ray_runner._decode, ray_runner.load_image
 
     def change(*arguments):
-        row = decode(*arguments)
+        decoded_blocks = decode(*arguments)
         Path(pictures[1]).write_bytes(Path(pictures[4]).read_bytes())
         monkeypatch.setattr(ray_runner, "load_image", lambda data, name: loaded.append(name) or load(data, name))
-        return row
+        return decoded_blocks
 
     monkeypatch.setitem(globals(), "_decode", change)
     row, _ = through(pipeline, [pictures[:3]], worker=worker)
@@ -270,32 +272,32 @@ def test_the_process_that_calls_keeps_the_limit(pipeline, pictures):
     pipeline.store.limit = 1
     row, _ = through(pipeline, [pictures[:2], pictures[2:]])
     assert len(entries(pipeline.store.root)) == 5  # though the worker wrote more than the limit
-    messages = []
-    pipeline.store._warn = messages.append
+    notices = []
+    pipeline.store._warn = notices.append
     list(_received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail)))
     with pipeline:
         assert len(entries(pipeline.store.root)) == 5  # what this run wrote stays
-    assert len(messages) == 1 and "over its limit" in messages[0]
+    assert len(notices) == 1 and "over its limit" in notices[0]
 
 
 def test_a_cache_that_cannot_be_written_is_a_fault_of_all(tiny_llava, pictures, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     pipeline = Pipeline(str(tiny_llava), store=open_store(tmp_path / "file" / "below"), dtype="float32")
     row, _ = through(pipeline, [pictures])
-    messages = []
+    notices = []
     with pytest.raises(GridpruneError, match="can't be written, so nothing was encoded"):
-        list(_received(iter([{"done": row}]), pipeline.runner(notice=messages.append)))
-    assert len(messages) == 1
+        list(_received(iter([{"done": row}]), pipeline.runner(notice=notices.append)))
+    assert len(notices) == 1
 
 
 def test_what_workers_say_is_said_once(pipeline):
     done = pickle.dumps(ray_runner._Done([(0, [1])], ["a", "b"], [], None))
-    messages = []
+    notices = []
     assert (
-        list(_received(iter([{"done": done}, {"done": done}]), pipeline.runner(notice=messages.append)))
+        list(_received(iter([{"done": done}, {"done": done}]), pipeline.runner(notice=notices.append)))
         == [(0, [1])] * 2
     )
-    assert messages == ["a", "b"]
+    assert notices == ["a", "b"]
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 64])
@@ -312,7 +314,7 @@ def test_without_ray_a_line_says_what_to_install(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("given", "message"),
     [
         (("--engine", "spark"), "--engine spark: not one of local, ray"),
         (("--workers", "2"), "--workers: only with --engine ray"),
@@ -320,8 +322,8 @@ def test_without_ray_a_line_says_what_to_install(run, monkeypatch, tmp_path):
     ],
 )
 @pytest.mark.parametrize("name", ["encode", "batch"])
-def test_options_that_do_not_fit(run, tmp_path, name, options, message):
-    code, out, err = run(name, tmp_path / "a", *options)
+def test_options_that_do_not_fit(run, tmp_path, name, arguments, message):
+    code, out, err = run(name, tmp_path / "a", *arguments)
     assert (code, out, err) == (2, "", f"gridprune: {message}\n")
 
 
@@ -343,13 +345,13 @@ def test_a_clip_that_is_missing_is_told_before_ray_starts(tiny_llava, tmp_path, 
 
 def test_questions_about_one_image_share_a_part(pipeline, monkeypatch):
     monkeypatch.setattr(ray_runner, "find_spec", lambda name: True)
-    submitted = []
+    arguments = []
 
     def run(self, runner, items, *rest):
-        submitted.extend(items)
+        arguments.extend(items)
         yield from (ask.question for ask in items)
 
     monkeypatch.setattr(Ray, "_run", run)
     requests = [Request((f"{n % 3}.png",), str(n)) for n in range(9)]
     assert list(Ray().answer(pipeline.runner(), requests)) == [str(n) for n in range(9)]
-    assert [ask.images[0] for ask in submitted] == ["0.png"] * 3 + ["1.png"] * 3 + ["2.png"] * 3
+    assert [ask.images[0] for ask in arguments] == ["0.png"] * 3 + ["1.png"] * 3 + ["2.png"] * 3

@@ -219,11 +219,13 @@ def test_plain_transformers_loads_it_and_answers_the_same():
         content = [{"type": "image"}, {"type": "text", "text": question.text}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(images=[picture], text=text, return_tensors="pt")
-        made = model.eval().generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        generated = model.eval().generate(**inputs, max_new_tokens=32, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
         (image,) = localizer.encode([Picture(picture, f"{seed:064x}", str(seed))])
         (reply,) = runner.answer([Request((image,), question.text, ALL_TOKENS)])
-        assert reply.text == processor.tokenizer.decode(made, skip_special_tokens=True)
-        assert len(made) == 3 and reply.text == "[{},{},{},{}]".format(*read_answer(reply.text))
+        assert reply.text == processor.tokenizer.decode(generated, skip_special_tokens=True)
+        assert len(generated) == 3 and reply.text == "[{},{},{},{}]".format(*read_answer(reply.text))
 
 
 def test_it_is_small():

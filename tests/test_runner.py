@@ -154,8 +154,8 @@ def test_what_else_is_in_a_batch_leaves_an_image_s_saliency_alone(noise):
 
 def test_the_same_file_many_times_goes_through_the_tower_once(pipeline, pictures, monkeypatch):
     seen = []
-    encode = pipeline.family.encode
-    monkeypatch.setattr(pipeline.family, "encode", lambda batch: seen.extend(batch) or encode(batch))
+    run_tower = pipeline.family.encode
+    monkeypatch.setattr(pipeline.family, "encode", lambda batch: seen.extend(batch) or run_tower(batch))
     copies = []
     for number in range(40):
         copies.append(pictures[0].with_name(f"copy {number}.png"))
@@ -235,8 +235,8 @@ def test_few_pictures_are_held_however_many_there_are(pipeline, noise, tmp_path,
         monkeypatch.setattr(images_module, "MAX_PIXELS", most)
         monkeypatch.setattr(images_module, "MAX_MEMORY", 14 * most)
         read = 0
-        for yielded, _ in enumerate(pipeline.runner(images=size, notice=silent).encode(sources(), refresh=True)):
-            assert read - yielded <= 4 * 2
+        for taken, _ in enumerate(pipeline.runner(images=size, notice=silent).encode(sources(), refresh=True)):
+            assert read - taken <= 4 * 2
         assert read == 200
 
 
@@ -339,13 +339,13 @@ def test_threads_that_decode_leave_the_settings_of_the_process_alone(pictures, t
 
 def requests(pictures):
     """Questions in a muddle: images mixed, lengths and keeps too, one about two images."""
-    requests = [
-        Request((path,), question, Pruning(keep=share))
+    results = [
+        Request((path,), question, Pruning(keep=keep))
         for question in QUESTIONS
-        for path, share in zip(pictures, (0.2, 1.0, 0.5, 0.3, 0.9, 0.11, 0.6), strict=True)
+        for path, keep in zip(pictures, (0.2, 1.0, 0.5, 0.3, 0.9, 0.11, 0.6), strict=True)
     ]
-    requests.insert(4, Request((pictures[2], pictures[5]), QUESTIONS[0], Pruning(keep=0.4)))
-    return requests
+    results.insert(4, Request((pictures[2], pictures[5]), QUESTIONS[0], Pruning(keep=0.4)))
+    return results
 
 
 @pytest.mark.parametrize("size", [1, 4, 64])
@@ -399,10 +399,10 @@ def test_memory_that_runs_out_in_the_language_model_halves_the_batch(pipeline, p
     model, notices = pipeline.family.load("language"), []
     generate = model.generate
 
-    def small(**inputs):
-        if len(inputs["input_ids"]) > 5:
+    def small(**taken):
+        if len(taken["input_ids"]) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate(**inputs)
+        return generate(**taken)
 
     monkeypatch.setattr(model, "generate", small)
     replies = pipeline.runner(questions=16, notice=notices.append).answer(questions, max_new_tokens=4)
@@ -442,14 +442,14 @@ def test_pruning_in_bulk_is_pruning(pipeline, pictures, tiny_llava):
     questions = requests(pictures)
     alone = fresh(tiny_llava)
     questions = [replace(request, system="red") for request in questions]
-    results = dict(pipeline.runner(notice=silent).prune(questions))
-    assert sorted(results) == list(range(len(questions)))
+    pruned_of = dict(pipeline.runner(notice=silent).prune(questions))
+    assert sorted(pruned_of) == list(range(len(questions)))
     for index, ask in enumerate(questions):
-        assert isinstance(results[index], Pruned)
+        assert isinstance(pruned_of[index], Pruned)
         images = [alone.encode(source)[0] for source in ask.images]
         expected = alone.prune(images, ask.question, ask.pruning, system="red")
-        assert torch.equal(results[index].pruned.kept, expected.kept)
-        assert torch.equal(results[index].pruned.input_ids, expected.input_ids)
+        assert torch.equal(pruned_of[index].pruned.kept, expected.kept)
+        assert torch.equal(pruned_of[index].pruned.input_ids, expected.input_ids)
 
 
 def test_a_model_that_cannot_be_loaded_ends_it_all(tiny_llava, pictures, tmp_path):
@@ -469,12 +469,12 @@ def test_ends_of_a_batch_are_cut_where_an_answer_ends(pipeline, pictures):
     from gridprune_cli.generation import generate
 
     sets = [pipeline.prune(pipeline.encode(path)[0], QUESTIONS[0], Pruning(keep=0.5)) for path in pictures]
-    free = [generated.ids for generated in generate(pipeline.family, sets, 8)]
+    free = [results.ids for results in generate(pipeline.family, sets, 8)]
     stop = free[0][3]  # as if this token ended an answer: not all answers hold it at the same place
     together = generate(pipeline.family, sets, 8, eos_token_id=stop)
-    for pruned, generated, long in zip(sets, together, free, strict=True):
+    for pruned, results, long in zip(sets, together, free, strict=True):
         expected = long[: long.index(stop) + 1] if stop in long else long
-        assert generated.ids == expected == generate(pipeline.family, [pruned], 8, eos_token_id=stop)[0].ids
+        assert results.ids == expected == generate(pipeline.family, [pruned], 8, eos_token_id=stop)[0].ids
 
 
 def test_a_reply_holds_no_tensors(pipeline, pictures):

@@ -27,18 +27,18 @@ ITEM_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
-MAX_HEADER = 1 << 20  # bytes; a header of ours has some KiB, and the placeholders of 16,384 visual tokens 0.3 MiB
+MAX_HEADER = 1 << 20  # bytes; a header has some KiB, with the placeholders of 16,384 visual tokens 0.3 MiB
 MAX_BYTES = 640 << 20  # of a file: 16,384 visual tokens of 8,192 numbers in 32 bits are 512 MiB
-MAX_TENSORS = 16  # in a file; ours have at most seven
-MAX_AXES = 8  # of a tensor; ours have at most two
-MAX_DEPTH = 64  # of nested lists and objects in a header; ours have seven, and Python's own limit varies by the caller
+MAX_TENSORS = 16  # in a file; there are at most seven
+MAX_AXES = 8  # of a tensor; there are at most two
+MAX_DEPTH = 64  # of lists and objects in each other in a header; there are seven, and Python's limit varies by caller
 _FIRST_READ = 8192  # bytes; holds most headers, so that reading one costs one read
 
 _to_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
 
 
 class FileFault(BadInput):
-    """A file that is damaged, or not ours. The message is the reason, after the path where one is known."""
+    """A file that is damaged, or not of this package. Its place is the path, where one is known."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def digest(value: object) -> str:
 
 
 def encode(tensors: Mapping[str, RawTensor], header: Mapping[str, Any]) -> bytes:
-    """A whole file. ValueError where a tensor's bytes don't fit its shape, or the header uses one of our two names."""
+    """A whole file. ValueError where a tensor's bytes don't fit its shape, or the header uses "tensors" or "digest"."""
     head, names = _head(tensors, header)
     return b"".join([head, *(tensors[name].data for name in names)])
 
@@ -98,7 +98,7 @@ def read(file: BinaryIO, size: int | None = None) -> tuple[dict[str, Any], dict[
     if len(data) < total:
         raise FileFault(f"cut short: {8 + length + len(data) if size is None else size} bytes of {expected}")
     if file.read(1):
-        raise FileFault(f"damaged: more than the {expected} bytes that its header tells")
+        raise FileFault(f"damaged: more than the {expected} bytes that its header says")
     view = memoryview(data)
     tensors = {
         name: RawTensor(entry["dtype"], tuple(entry["shape"]), view[slice(*spans[name])])
@@ -141,7 +141,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
                 raise FileFault(f"cut short: {len(data)} bytes, its header alone has {length}")
             return _parse_head(data[8 : 8 + length])[1]
     except FileFault as fault:
-        raise FileFault(f"{path}: {fault}") from fault
+        raise fault.at(str(path)) from fault
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def write_atomic(path: Path, data: bytes, *, sync: bool) -> None:
     behind.
     """
     if not path.name:
-        raise BadInput(f"{path}: no name of a file")
+        raise BadInput("no name of a file", place=str(path))
     stem = os.fsdecode(os.fsencode(path.name)[:200])  # a name may have 255 bytes
     temporary = path.with_name(f".{stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -181,15 +181,15 @@ def write_atomic(path: Path, data: bytes, *, sync: bool) -> None:
         with suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise GridpruneError(f"{path}: can't be written ({reason}); check its folder and the disk") from error
+            reason = f"can't be written ({error.strerror or error}); check its folder and the disk"
+            raise GridpruneError(reason, place=str(path)) from error
         raise
     if sync:
         _sync_folder(path.parent)
 
 
 def _head(tensors: Mapping[str, RawTensor], header: Mapping[str, Any]) -> tuple[bytes, list[str]]:
-    """What stands before the tensors' bytes, and the tensors' names in the order of these. ValueError as `encode`."""
+    """The bytes before the tensors', and the tensors' names in their order in the file. ValueError as `encode`."""
     if reserved := {"tensors", "digest"} & header.keys():
         raise ValueError(f"the header may not use {sorted(reserved)}")
     for name, tensor in tensors.items():
@@ -211,6 +211,7 @@ def _head(tensors: Mapping[str, RawTensor], header: Mapping[str, Any]) -> tuple[
 
 
 def _check(name: str, tensor: RawTensor) -> None:
+    """Raises ValueError for a tensor of a dtype or shape that can't be stored, or whose bytes don't fit them."""
     if tensor.dtype not in ITEM_BYTES or any(type(side) is not int or side < 0 for side in tensor.shape):
         raise ValueError(f"tensor {name}: {tensor.dtype} {tensor.shape} can't be stored")
     if len(tensor.data) != math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]:
@@ -224,7 +225,7 @@ def _tensor_digest(tensor: RawTensor) -> str:
 
 
 def _head_length(first: bytes) -> int:
-    """Bytes of JSON after the first eight."""
+    """Bytes of JSON after the first eight, which say so. Raises FileFault where these can't be right."""
     if len(first) < 8:
         raise FileFault(f"cut short: {len(first)} bytes")
     length = int.from_bytes(first[:8], "little")
