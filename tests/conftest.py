@@ -1,14 +1,18 @@
 """Every test runs without network, without the user's settings and cache, and without forced colours."""
 
+import functools
 import io
 import os
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from forked import Server
 from hypothesis import settings
 
 settings.register_profile("unhurried", deadline=None, derandomize=True)  # a busy machine is no fault of the code
@@ -18,9 +22,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # read when the libraries are imported
+os.environ["OMP_NUM_THREADS"] = "1"  # each core has a process of its own that runs tests
 os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "gridprune-tests-no-hub")  # never made
+os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), "gridprune-tests-no-hub")  # never created
 for _name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
     os.environ.pop(_name, None)
 for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR"):
@@ -48,11 +53,17 @@ def _own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random LLaVA with its CLIP, on disk. Not to be changed: copy it first."""
-    from tiny_families import make
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`checkpoint("llava")`: the folder of the tiny checkpoint of a family, written once per process; never changed."""
+    from tiny_families import write_checkpoint
 
-    return make("llava", tmp_path_factory.mktemp("tiny") / "llava")
+    return functools.cache(lambda name: write_checkpoint(name, tmp_path_factory.mktemp("tiny") / name))
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(checkpoint: Callable[[str], Path]) -> Path:
+    """The tiny LLaVA with its CLIP, on disk. Copy it to change it."""
+    return checkpoint("llava")
 
 
 @pytest.fixture
@@ -86,6 +97,42 @@ def command(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Starts `gridprune` in processes of its own that need not import torch again."""
+    with tempfile.TemporaryDirectory() as folder:  # of a short path, unlike pytest's own
+        server = Server(Path(folder))
+        yield server
+        server.close()
+
+
+RAY = """
+import sys, ray
+ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 28)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """The address of a Ray on two CPUs, which runs until the tests end."""
+    from gridprune_cli.runners.ray import _DEFAULTS
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", RAY],
+        env=os.environ | _DEFAULTS | {"RAY_AUTH_MODE": "disabled"},  # its token is known below its own process alone
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdin and process.stdout
+    yield process.stdout.readline().strip()
+    process.stdin.close()
+    process.wait()
+
+
 @pytest.fixture
 def noise():
     """Makes pictures of random pixels: `noise((width, height), seed=0)`."""
@@ -96,15 +143,38 @@ def noise():
 
     from gridprune_cli.images import Picture
 
-    def make(size: tuple[int, int], seed: int = 0) -> Picture:
+    def draw(size: tuple[int, int], seed: int = 0) -> Picture:
         pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
         return Picture(Image.fromarray(pixels), hashlib.sha256(pixels.tobytes()).hexdigest(), f"noise {seed}", ())
 
-    return make
+    return draw
+
+
+@pytest.fixture(scope="session")
+def loaded_models() -> dict[Any, Any]:
+    """The parts of models that commands have loaded in this process."""
+    return {}
 
 
 @pytest.fixture
-def run(monkeypatch, command, tiny_llava):
+def load_once(monkeypatch: pytest.MonkeyPatch, loaded_models: dict[Any, Any]) -> None:
+    """Commands that are called in this process load the same weights of the same files once."""
+    from gridprune_cli.vlm import clip, family
+    from gridprune_cli.vlm.loading import load_part
+
+    def load(cls: Any, folder: Path, without: Collection[str], *options: Any) -> Any:
+        files = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
+        key = (cls, folder, tuple(without), files, *options)
+        if key not in loaded_models:
+            loaded_models[key] = load_part(cls, folder, without, *options)
+        return loaded_models[key]
+
+    for module in (clip, family):
+        monkeypatch.setattr(module, "load_part", load)
+
+
+@pytest.fixture
+def run(monkeypatch, command, tiny_llava, load_once):
     """Calls `gridprune` with the tiny model: (exit code, stdout, stderr)."""
     monkeypatch.setenv("GRIDPRUNE_MODEL", str(tiny_llava))
     monkeypatch.setenv("GRIDPRUNE_MAX_NEW_TOKENS", "4")

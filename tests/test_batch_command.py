@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -286,9 +285,9 @@ def test_generate_goes_on_after_a_file_that_is_none(run, folder):
 
 
 def test_sets_of_several_models(run, folder, tmp_path):
-    from tiny_families.llava import make
+    from tiny_families.llava import write
 
-    other = make(tmp_path / "other", seed=5)
+    other = write(tmp_path / "other", seed=5)
     paths = []
     for number, model in enumerate((None, other, None)):
         paths.append(folder / f"{number}.safetensors")
@@ -333,39 +332,29 @@ def test_progress_is_told_now_and_then(run, folder, monkeypatch):
 # ---- as processes ----------------------------------------------------------------------------------------------------
 
 
-def gridprune(*arguments, model):
-    environment = os.environ | {"GRIDPRUNE_MODEL": str(model), "GRIDPRUNE_MAX_NEW_TOKENS": "4"}
-    return {"args": [sys.executable, "-m", "gridprune_cli", *map(str, arguments)], "env": environment}
-
-
-def test_an_interrupted_batch_leaves_whole_lines_and_says_how_to_go_on(folder, run, tiny_llava):
+def test_an_interrupted_batch_leaves_whole_lines_and_says_how_to_go_on(folder, run, server):
     """The questions come slowly, so that there is a moment at which some are answered and others are not."""
     expected = run("batch", folder / "questions.jsonl")[1]
     out = folder / "out.jsonl"
     lines = (folder / "questions.jsonl").read_text().splitlines(keepends=True)
-    done = subprocess.Popen(
-        **gridprune("batch", "-", "-o", out, model=tiny_llava),
-        cwd=folder,
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )
-    done.stdin.writelines(lines[:5])
-    done.stdin.flush()
-    while done.poll() is None and (not out.exists() or out.read_text().count("\n") < 5):  # results do not wait
-        time.sleep(0.05)
-    done.send_signal(signal.SIGINT)
-    err = done.stderr.read()
-    assert done.wait(60) == 130
+    theirs, ours = os.pipe()
+    with (folder / "err").open("wb") as file:
+        process = server.start("batch", "-", "-o", out, cwd=folder, streams=(theirs, 1, file.fileno()))
+    os.write(ours, "".join(lines[:5]).encode())
+    while process.poll() is None and (not out.exists() or out.read_text().count("\n") < 5):  # results do not wait
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    os.close(ours)
+    os.close(theirs)
+    err = (folder / "err").read_text()
     assert f"interrupted after 5 lines; to go on, give the same command with --resume {out}" in err
     assert out.read_text() == "".join(expected.splitlines(keepends=True)[:5])
     assert run("batch", folder / "questions.jsonl", "--resume", out)[0] == 0
     assert out.read_text() == expected
 
 
-def test_a_reader_that_leaves_ends_batch_quietly(folder, tiny_llava):
-    call = gridprune(model=tiny_llava)
-    command = f"{sys.executable} -m gridprune_cli batch questions.jsonl -q --batch-size 1 | head -1"
-    done = subprocess.run(["bash", "-c", command], env=call["env"], cwd=folder, capture_output=True, text=True)
+def test_a_reader_that_leaves_ends_batch_quietly(folder, run, server):
+    command = f"{server.program} batch questions.jsonl -q --batch-size 1 | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") == 1

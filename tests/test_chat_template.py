@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tiny_families
+from tiny_families import write_checkpoint
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from gridprune_cli.errors import BadInput
@@ -94,7 +94,7 @@ def test_a_fork_gets_a_process_of_its_own():
 
 
 def test_the_model_is_named(tmp_path):
-    folder = tiny_families.make("llava", tmp_path / "tiny")
+    folder = write_checkpoint("llava", tmp_path / "tiny")
     family = Pipeline(str(folder)).family
     refused = f"^the chat template of {folder} can't be used .*{{}}.*; give a `template`$"
     for template, reason in (("{{ 'x' * 10**10 }}", "it takes more than"), ({"default": "{{ x.y.z }}"}, "undefined")):

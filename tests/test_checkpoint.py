@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import are_progress_bars_disabled, filter_repo_objects
 from safetensors.torch import load_file
-from tiny_families import make as make_tiny
+from tiny_families import write_checkpoint
 
 from gridprune_cli.cache.root import MOST_REMEMBERED, REMEMBERED
 from gridprune_cli.cache.store import Store, open_store
@@ -311,7 +311,7 @@ def test_words_are_taken_where_asked_for_or_where_there_is_nothing_else(tiny_lla
         family = Pipeline(str(model), relevance="words").family
         assert isinstance(family.relevance, WordRelevance)
         assert family.relevance_source == {"source": "words", "model": None}
-    other = str(make_tiny("qwen2_vl", tmp_path / "qwen"))
+    other = str(write_checkpoint("qwen2_vl", tmp_path / "qwen"))
     assert isinstance(Pipeline(other).family.relevance, WordRelevance)
     with pytest.raises(BadInput, match=r"^relevance=clip: the tower of .* is no CLIP; use `relevance=words`"):
         Pipeline(other, relevance="clip")

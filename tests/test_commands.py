@@ -307,7 +307,7 @@ def test_debug_shows_where_it_came_from(run, tmp_path, monkeypatch):
     from gridprune_cli.errors import BadInput
 
     monkeypatch.setenv("GRIDPRUNE_DEBUG", "1")
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match=r"gone\.png"):
         run("ask", tmp_path / "gone.png", QUESTION)
 
 
@@ -412,24 +412,24 @@ def test_a_reader_that_leaves_is_no_error():
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_json_reaches_a_file_while_a_terminal_shows_the_bar(image, tmp_path, tiny_llava):
+def test_json_reaches_a_file_while_a_terminal_shows_the_bar(image, tmp_path, tiny_llava, server):
     """stderr is a terminal and stdout is not: the progress bar must not take what is printed."""
     import os
     import pty
 
     ours, theirs = pty.openpty()
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "gridprune_cli", "encode", str(image), "--json", "--model", str(tiny_llava)]
     with out.open("wb") as file:
-        done = subprocess.Popen(command, stdout=file, stderr=theirs, stdin=subprocess.DEVNULL)
+        streams = (None, file.fileno(), theirs)
+        process = server.start("encode", image, "--json", "--model", tiny_llava, streams=streams)
         os.close(theirs)
         shown = b""
         try:
-            while chunk := os.read(ours, 4096):
-                shown += chunk
+            while data := os.read(ours, 4096):
+                shown += data
         except OSError:  # the other end is closed
             pass
-        assert done.wait() == 0
+        assert process.wait() == 0
     os.close(ours)
     assert json.loads(out.read_text())["image"] == str(image) and b"1 images" in shown
 
@@ -447,11 +447,11 @@ def test_generate_reads_a_pruned_set_from_stdin(run, image, tmp_path):
 
 
 def test_a_set_of_another_model_is_refused(run, image, tmp_path):
-    from tiny_families.llava import make
+    from tiny_families.llava import write
 
     saved = tmp_path / "p.safetensors"
     run("prune", image, QUESTION, "-o", saved)
-    other = make(tmp_path / "other", seed=5)
+    other = write(tmp_path / "other", seed=5)
     code, out, err = run("generate", saved, "--model", other)
     assert (code, out) == (2, "") and "made for another model" in err
 

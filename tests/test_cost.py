@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_families import make
+from tiny_families import open_pipeline, write_checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,8 +20,8 @@ LLAVA = Decoder(4096, 32, 32, 128, 11008, 32064, (None,) * 32)
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
-def pipeline(request, tmp_path_factory):
-    return Pipeline(str(make(request.param, tmp_path_factory.mktemp(request.param))), dtype="float32")
+def pipeline(request, checkpoint):
+    return open_pipeline(checkpoint(request.param))
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.4])
@@ -76,7 +76,7 @@ def test_a_count_for_each_layer_is_asked_for():
 
 def test_what_a_window_holds(tmp_path, noise):
     """Gemma 3 with a window shorter than the prompt: the cache that transformers keeps is that of the formula."""
-    folder = make("gemma3", tmp_path / "gemma3")
+    folder = write_checkpoint("gemma3", tmp_path / "gemma3")
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config["text_config"]["sliding_window"] = 12

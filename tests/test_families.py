@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_placeholders import slowly
-from tiny_families import make
+from tiny_families import load_reference, open_pipeline
 from transformers import ProcessorMixin
 
 from gridprune_cli.generation import generate
@@ -25,13 +25,10 @@ SIZES = {"square": (100, 100), "wide": (210, 70), "tall": (60, 200), "tiny": (31
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "llava_siglip"])
-def family(request, tmp_path_factory):
+def family(request, checkpoint):
     """A family's tiny checkpoint: (folder, whole model of plain transformers, its processor)."""
-    folder = make(request.param, tmp_path_factory.mktemp(request.param))
-    pipeline = Pipeline(str(folder), dtype="float32")
-    kind = type(pipeline.family)
-    whole = kind.model_class.from_pretrained(folder, dtype=torch.float32).eval()
-    return folder, whole, pipeline.family.processor
+    folder = checkpoint(request.param)
+    return folder, load_reference(folder), open_pipeline(folder).family.processor
 
 
 def inputs(family, pictures):
@@ -47,7 +44,7 @@ def inputs(family, pictures):
 
 
 def pruned_set(folder, pictures, pruning):
-    pipeline = Pipeline(str(folder), dtype="float32")
+    pipeline = open_pipeline(folder)
     images = [pipeline.encoder.encode([picture], several=len(pictures) > 1)[0] for picture in pictures]
     return pipeline, images, pipeline.prune(images, QUESTION, pruning)
 
@@ -90,7 +87,7 @@ def test_two_images_are_generate(family, noise):
     assert list(generate(pipeline.family, [pruned], 24)[0].ids) == transformers_answer(family, pictures)
 
 
-def test_answers_by_command(family, noise, command, tmp_path):
+def test_answers_by_command(family, noise, command, load_once, tmp_path):
     """`ask` prints what transformers answers, and `prune` with `generate` what `ask` prints.
 
     Tiny models answer in single letters and digits, so that equal texts are equal tokens.
@@ -195,7 +192,7 @@ def test_pruned_equals_masked(family, noise, positions, count, share):
 
 def test_batched_answers_equal_single_ones(family, noise):
     folder, _, _ = family
-    pipeline = Pipeline(str(folder), dtype="float32")
+    pipeline = open_pipeline(folder)
     images = [pipeline.encoder.encode([noise(size, seed)])[0] for seed, size in enumerate(SIZES.values())]
     keeps = (0.2, 1.0, 0.5, 0.3)
     sets = [pipeline.prune(image, QUESTION, Pruning(keep=keep)) for image, keep in zip(images, keeps, strict=True)]
@@ -210,7 +207,7 @@ def test_encoded_images_make_sense(family, noise, size):
     from gridprune_cli.cache import files
 
     folder, _, _ = family
-    pipeline = Pipeline(str(folder), dtype="float32")
+    pipeline = open_pipeline(folder)
     image = pipeline.encoder.encode([noise(SIZES[size])])[0]
     pipeline.family.check(image)  # raises nothing
     assert len(image.vision_features) == len(image.saliency) == image.count == int((image.placeholder_map >= 0).sum())
@@ -256,7 +253,7 @@ def test_parts_need_no_weights_but_their_own(family, noise, tmp_path, method):
 def test_every_method_runs(family, noise):
     """Exactly K rows, whatever the views, and finite ones; the same again from disk."""
     folder, _, _ = family
-    pipeline = Pipeline(str(folder), dtype="float32")
+    pipeline = open_pipeline(folder)
     images = [pipeline.encoder.encode([noise(size)])[0] for size in ((210, 70), (31, 29))]
     for name in (name for name, kind in METHODS.items() if not kind.inner):
         for image in images:
@@ -273,7 +270,7 @@ def test_bfloat16(family, noise):
     pipeline, picture = Pipeline(str(folder), dtype="bfloat16"), noise((100, 80))
     encoded = pipeline.encoder.encode([picture])[0]
     assert encoded.vision_features.dtype == torch.bfloat16
-    whole = pipeline.family.model_class.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    whole = load_reference(folder, torch.bfloat16)
     with torch.no_grad():
         expected = whole(**inputs(family, [picture])).logits[0, -1].float()
     actual = logits(pipeline, pipeline.prune(encoded, QUESTION, Pruning(keep=1.0))).float()

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_families import BOS, PAD, make
+from tiny_families import BOS, PAD
 from tiny_families.gemma3 import inputs
 from transformers import Gemma3ForConditionalGeneration
 
@@ -17,8 +17,8 @@ QUESTION = "what colour is the left object?"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make("gemma3", tmp_path_factory.mktemp("gemma3"))
+def folder(checkpoint):
+    return checkpoint("gemma3")
 
 
 @pytest.fixture

@@ -5,15 +5,12 @@ import re
 import pytest
 import torch
 from test_internvl import SIZES, WHOLE, check_places, pool, whole_eager
-from tiny_families import make
-
-from gridprune_cli.pipeline import Pipeline
+from tiny_families import open_family
 
 
 @pytest.fixture(scope="module", params=["idefics3", "smolvlm"])
-def family(request, tmp_path_factory):
-    folder = make(request.param, tmp_path_factory.mktemp(request.param))
-    return Pipeline(str(folder), dtype="float32").family
+def family(request, checkpoint):
+    return open_family(checkpoint(request.param))
 
 
 def test_signals_equal_an_eager_reference(family, noise):

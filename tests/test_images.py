@@ -184,7 +184,7 @@ def test_floats_within_one_are_scaled_and_others_refused() -> None:
     data = write(Image.fromarray(np.array([[0, 0.5, 1]], np.float32)), "TIFF")
     assert pixels(data)[..., 0].tolist() == [[0, 128, 255]]
     for values in ([[0, 1.5]], [[-0.1, 1]], [[np.nan, 1]]):
-        with pytest.raises(BadInput):
+        with pytest.raises(BadInput, match="not within 0 to 1"):
             load_image(write(Image.fromarray(np.array(values, np.float32)), "TIFF"))
     with pytest.raises(BadInput, match="70000"):
         load_image(write(Image.fromarray(np.array([[0, 70_000]], np.int32)), "TIFF"))

@@ -9,7 +9,7 @@ import pytest
 import slow_methods as slow
 import torch
 from test_placeholders import slowly
-from tiny_families import make
+from tiny_families import write_checkpoint
 
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate, prompts
@@ -38,8 +38,8 @@ WITHIN, WITHOUT = (0, 0, 4, 5), (5, 6, 7, 7)
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
-def pipeline(request, tmp_path_factory):
-    return Pipeline(str(make(request.param, tmp_path_factory.mktemp(request.param))), dtype="float32")
+def pipeline(request, checkpoint):
+    return Pipeline(str(checkpoint(request.param)), dtype="float32")
 
 
 @pytest.fixture(params=["sdpa", "eager"])
@@ -478,7 +478,7 @@ def test_layers_at_which_nothing_can_leave(pipeline, noise):
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 def test_a_sliding_window_reaches_no_further(tmp_path, noise, window, kind):
     """Gemma 3 with windows shorter than the prompt: they count its places, whatever has left."""
-    folder = make("gemma3", tmp_path / "gemma3")
+    folder = write_checkpoint("gemma3", tmp_path / "gemma3")
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["sliding_window"] = window
     (folder / "config.json").write_text(json.dumps(config))
@@ -511,7 +511,7 @@ def test_keys_beyond_a_sliding_window_are_seen(tmp_path, noise, monkeypatch):
 
     monkeypatch.setitem(RULES, "curious", Curious)
     for window in (6, 512):
-        folder = make("gemma3", tmp_path / str(window))
+        folder = write_checkpoint("gemma3", tmp_path / str(window))
         config = json.loads((folder / "config.json").read_text())
         config["text_config"]["sliding_window"] = window
         (folder / "config.json").write_text(json.dumps(config))

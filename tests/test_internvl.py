@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from tiny_families.internvl import make
+from tiny_families.internvl import write
 from torch.nn.functional import avg_pool2d
 from transformers import InternVLForConditionalGeneration
 
@@ -18,7 +18,7 @@ SIZES = {"square": (100, 100), "wide": (210, 70), "tall": (60, 200), "tiny": (31
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("internvl"))
+    return write(tmp_path_factory.mktemp("internvl"))
 
 
 def whole_eager(kind, folder):
@@ -43,7 +43,7 @@ def test_join_takes_each_block_of_patches():
 
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_signals_equal_an_eager_reference(tmp_path, noise, layer):
-    folder = make(tmp_path, layer)
+    folder = write(tmp_path, layer)
     model = whole_eager(InternVLForConditionalGeneration, folder)
     family = Pipeline(str(folder), dtype="float32").family
     for size in SIZES.values():
@@ -87,7 +87,7 @@ def test_a_token_covers_its_place_in_the_picture(folder, size):
 
 def test_the_processor_s_chat_template_goes_before_the_tokenizer_s(tmp_path):
     """In older checkpoints they lie in files of their own, and the tokenizer's knows no images."""
-    folder = make(tmp_path)
+    folder = write(tmp_path)
     (folder / "chat_template.jinja").rename(tmp_path / "moved")
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": (tmp_path / "moved").read_text()}))
     settings = json.loads((folder / "tokenizer_config.json").read_text())

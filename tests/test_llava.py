@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from PIL import Image
-from tiny_families.llava_siglip import make as tiny_siglip
+from tiny_families.llava_siglip import write as write_tiny_siglip
 from transformers import AutoTokenizer, CLIPModel, LlavaForConditionalGeneration, LlavaProcessor
 
 from gridprune_cli.generation import generate
@@ -178,7 +178,7 @@ def test_bfloat16_runs(tiny_llava, noise):
 
 
 def test_signals_over_a_siglip_tower_equal_an_eager_reference(tmp_path, noise):
-    folder = tiny_siglip(tmp_path)
+    folder = write_tiny_siglip(tmp_path)
     whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     family = Pipeline(str(folder), dtype="float32").family
     for size in ((100, 80), (60, 200)):

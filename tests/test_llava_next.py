@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from tiny_families import make
+from tiny_families import write_checkpoint
 from transformers import AutoTokenizer, CLIPModel
 
 from gridprune_cli.builder import project
@@ -19,7 +19,7 @@ SIDE, PATCH = 4, 14  # of a tile: patches, and pixels of a patch
 
 def open_tiny(family, folder):
     """A tiny checkpoint: its folder, a pipeline over it, and the whole model with eager attention."""
-    make(family, folder)
+    write_checkpoint(family, folder)
     pipeline = Pipeline(str(folder), dtype="float32")
     kind = pipeline.family.model_class
     whole = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from tiny_families import BOS, PAD, make
+from tiny_families import BOS, PAD
 from tiny_families.paligemma import inputs
 from torch.nn.functional import pad
 from transformers import PaliGemmaForConditionalGeneration
@@ -16,14 +16,14 @@ SIZES = {"square": (100, 100), "wide": (210, 70), "tall": (60, 200), "tiny": (31
 
 
 @pytest.fixture(scope="module", params=["paligemma", "gemma3"])
-def kind(request, tmp_path_factory):
+def kind(request, checkpoint):
     """(model type, a tiny checkpoint of it)."""
-    return request.param, make(request.param, tmp_path_factory.mktemp(request.param))
+    return request.param, checkpoint(request.param)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make("paligemma", tmp_path_factory.mktemp("paligemma"))
+def folder(checkpoint):
+    return checkpoint("paligemma")
 
 
 @pytest.fixture

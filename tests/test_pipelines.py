@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,20 +17,16 @@ pytestmark = pytest.mark.skipif(not shutil.which("bash") or not shutil.which("jq
 
 
 @pytest.fixture
-def shell(tmp_path):
+def shell(tmp_path, server):
     """Runs a block of the page in a folder with the sample images, and gives what it prints."""
     shutil.copytree(ROOT / "sample_images", tmp_path / "sample_images")
-    command = tmp_path / "bin" / "gridprune"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gridprune_cli "$@"\n')
-    command.chmod(0o755)
-    environment = os.environ | {"PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    path = {"PATH": f"{server.program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
     def run(block):
         done = subprocess.run(
             ["bash", "-c", f"set -e -o pipefail\n{block}"],
             cwd=tmp_path,
-            env=environment,
+            env=os.environ | path,
             capture_output=True,
             text=True,
         )
@@ -46,13 +41,15 @@ def shell(tmp_path):
 def blocks():
     """The commands of the page; those with Ray, which need it, apart."""
     text = PAGE.read_text("utf-8")
-    found = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(found) == len(re.findall("^```", text, re.MULTILINE)) // 2 == 13
-    return [block for block in found if "--engine ray" not in block], [b for b in found if "--engine ray" in b]
+    commands = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(commands) == len(re.findall("^```", text, re.MULTILINE)) // 2 == 13
+    return [block for block in commands if "--engine ray" not in block], [b for b in commands if "--engine ray" in b]
 
 
-def test_the_pipelines_with_ray_run_as_printed(shell):
+def test_the_pipelines_with_ray_run_as_printed(shell, request, monkeypatch):
+    """On a Ray that runs already; that commands start their own is tested with the engine."""
     pytest.importorskip("ray.data", reason="needs Ray: pip install 'gridprune[ray]'")
+    monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue("address"))
     plain, (ray,) = blocks()
     shell(next(block for block in plain if "-o answers.jsonl" in block))
     shell(ray)  # it compares

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_families import make
+from tiny_families import open_pipeline
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
@@ -18,8 +18,8 @@ QUESTION = "what colour is the left object?"
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
-def pipeline(request, tmp_path_factory):
-    return Pipeline(str(make(request.param, tmp_path_factory.mktemp(request.param))), dtype="float32")
+def pipeline(request, checkpoint):
+    return open_pipeline(checkpoint(request.param))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from tiny_families import make
 from transformers.vision_utils import get_vision_window_index
 
 from gridprune_cli.errors import BadInput
@@ -21,9 +20,9 @@ SIZES = {"square": (100, 100), "wide": (240, 90), "tall": (70, 260), "tiny": (31
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def kind(request, tmp_path_factory):
+def kind(request, checkpoint):
     """(model type, a tiny checkpoint of it)."""
-    return request.param, make(request.param, tmp_path_factory.mktemp(request.param))
+    return request.param, checkpoint(request.param)
 
 
 def plain(folder, **options):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_families import make
 
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
@@ -12,8 +11,8 @@ QUESTION = "what colour is the left object?"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make("qwen3_vl", tmp_path_factory.mktemp("qwen3_vl"))
+def folder(checkpoint):
+    return checkpoint("qwen3_vl")
 
 
 @pytest.fixture

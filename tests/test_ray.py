@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,16 +41,17 @@ def entries(root):
 # ---- with Ray --------------------------------------------------------------------------------------------------------
 
 
-def start(folder, *arguments, **environment):
-    """Starts `gridprune` in a folder, with what it prints in the files `out` and `err` there."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "gridprune_cli", *map(str, arguments)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment,
-        stdout=open(folder / "out", "wb"),
-        stderr=open(folder / "err", "wb"),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )
+@pytest.fixture
+def start(server, tmp_path):
+    """Starts `gridprune` in the test's folder, with what it prints in the files `out` and `err` there."""
+
+    def run(*arguments, **environment):
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment  # of Ray's workers
+        with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
+            streams = (None, out.fileno(), err.fileno())
+            return server.start(*arguments, cwd=tmp_path, env=environment, streams=streams)
+
+    return run
 
 
 def stderr_lines(folder):
@@ -75,7 +75,7 @@ def workers_of(process):
 
 
 @with_ray
-def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(command, tmp_path, monkeypatch):
+def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(start, command, tmp_path, monkeypatch):
     from gridprune_cli.scenes.scene import draw, make_scene
 
     (tmp_path / "photos").mkdir()
@@ -83,7 +83,7 @@ def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(command, tmp_
         draw(make_scene(seed))[0].save(tmp_path / "photos" / f"{seed:04}.png")
     cache = tmp_path / "cache"
     process = start(
-        tmp_path, "encode", "photos", "--batch-size", 2, "--engine", "ray", "--workers", 2, "--json",
+        "encode", "photos", "--batch-size", 2, "--engine", "ray", "--workers", 2, "--json",
         GRIDPRUNE_CACHE_DIR=str(cache),
     )  # fmt: skip
     workers = []
@@ -93,7 +93,9 @@ def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(command, tmp_
     assert len(workers) == 2, (tmp_path / "err").read_text()
     while process.poll() is None and (written := len(list(cache.rglob("*.safetensors")))) < IMAGES // 4:
         time.sleep(0.002)
-    os.kill(random.Random(IMAGES).choice(workers), signal.SIGKILL)
+    victim = random.Random(IMAGES).choice(workers)
+    assert victim in workers_of(process)  # it is alive, and at work
+    os.kill(victim, signal.SIGKILL)
     assert written < IMAGES
     assert process.wait() == 0, (tmp_path / "err").read_text()
 
@@ -110,20 +112,10 @@ def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(command, tmp_
     assert entries(cache) == entries(tmp_path / "whole")
 
 
-@pytest.fixture
-def address(monkeypatch):
-    """A Ray that runs already, on two CPUs."""
-    import ray
-
-    for name, value in ray_runner._DEFAULTS.items():
-        monkeypatch.setenv(name, value)
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 28)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
-
-
 @with_ray
-def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(run, tmp_path, noise, address, monkeypatch):
+def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(
+    start, run, tmp_path, noise, address, monkeypatch
+):
     lines = ["no line", json.dumps({"id": 7, "image": "gone.png", "question": QUESTIONS[0]})]
     for seed in range(IMAGES):
         noise((50 + seed % 40, 60), seed).image.save(tmp_path / f"{seed}.png")
@@ -136,7 +128,7 @@ def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(run, tmp_p
     whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "ray.jsonl"
 
     ray = (*arguments, "--engine", "ray", "--address", address, "--workers", 2, "--resume", out)
-    process = start(tmp_path, *ray, GRIDPRUNE_CACHE_DIR=str(tmp_path / "ray-cache"))
+    process = start(*ray, GRIDPRUNE_CACHE_DIR=str(tmp_path / "ray-cache"))
     while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") > 2):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
@@ -145,7 +137,7 @@ def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(run, tmp_p
     assert decoded_blocks.endswith(b"\n") and whole.startswith(decoded_blocks) and len(decoded_blocks) < len(whole)
     assert f"--resume {out}" in stderr_lines(tmp_path)[-1]
 
-    process = start(tmp_path, *ray, GRIDPRUNE_CACHE_DIR=str(tmp_path / "ray-cache"))
+    process = start(*ray, GRIDPRUNE_CACHE_DIR=str(tmp_path / "ray-cache"))
     assert process.wait() == 3, (tmp_path / "err").read_text()
     assert out.read_bytes() == whole
     summary, failures = stderr_lines(tmp_path)
@@ -153,8 +145,8 @@ def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(run, tmp_p
 
 
 @with_ray
-def test_a_ray_that_is_not_there_is_told(tmp_path):
-    process = start(tmp_path, "encode", __file__, "--engine", "ray", "--address", "127.0.0.1:1")
+def test_a_ray_that_is_not_there_is_told(start, tmp_path):
+    process = start("encode", __file__, "--engine", "ray", "--address", "127.0.0.1:1")
     assert process.wait() == 1
     (line,) = (tmp_path / "err").read_text().splitlines()
     assert line.startswith("gridprune: --address 127.0.0.1:1: can't use Ray there (")

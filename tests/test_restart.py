@@ -1,26 +1,22 @@
-"""Runs that are killed at any moment: what is done after them is what an undisturbed run does.
-
-`KILLS=10 pytest tests/test_restart.py` kills more often than the suite does.
-"""
+"""Runs that are killed at any moment: what is done after them is what an undisturbed run does."""
 
 import json
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
 
 import pytest
 
 from gridprune_cli.cache.store import Store
 
-KILLS = range(int(os.environ.get("KILLS", "2")))
+KILLS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
 IMAGES, QUESTIONS = 40, ("What colour is the star?", "Where is it?", "How many circles are there?")
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A folder with pictures and questions, what undisturbed runs make of them, and how to call.
+def work(tmp_path_factory, server):
+    """A folder with pictures and questions, the results of undisturbed runs, and `start`, which starts `gridprune`.
 
     Of the embedded model: a tiny one's matrix products round by how many images are in a batch.
     """
@@ -34,19 +30,13 @@ def work(tmp_path_factory):
         lines += [json.dumps({"image": f"photos/{seed}.png", "question": question}) for question in QUESTIONS]
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
 
-    def call(*arguments, cache):
-        environment = os.environ | {
-            "GRIDPRUNE_CACHE_DIR": str(folder / cache),
-        }
-        return {
-            "args": [sys.executable, "-m", "gridprune_cli", *arguments, "-q"],
-            "env": environment,
-            "cwd": folder,
-        }
+    def start(*arguments, cache):
+        environment = os.environ | {"GRIDPRUNE_CACHE_DIR": str(folder / cache)}
+        return server.start(*arguments, "-q", cwd=folder, env=environment)
 
-    subprocess.run(**call("encode", "photos", "--batch-size", "2", cache="whole"), check=True)
-    subprocess.run(**call("batch", "questions.jsonl", "-o", "whole.jsonl", cache="whole"), check=True)
-    return folder, call
+    assert start("encode", "photos", "--batch-size", "2", cache="whole").wait() == 0
+    assert start("batch", "questions.jsonl", "-o", "whole.jsonl", cache="whole").wait() == 0
+    return folder, start
 
 
 def entries(folder):
@@ -56,36 +46,42 @@ def entries(folder):
     return {os.path.relpath(entry.path, folder): open(entry.path, "rb").read() for entry in store.entries()}
 
 
-def kill_amid(call, progress, most, seed):
-    """Starts a command, and kills it at a random moment of its work. `progress` counts what it has done of `most`."""
+def kill_amid(process, progress, most, seed):
+    """Kills a process at a random moment of its work, of which `progress` counts how much is done of `most`."""
     dice = random.Random(seed)
-    process = subprocess.Popen(**call)
-    until = dice.randrange(most)
+    until = dice.randrange(1, most * 3 // 4)
     while process.poll() is None and progress() < until:
         time.sleep(0.002)
-    time.sleep(dice.random() * 0.05)
+    time.sleep(dice.random() * 0.02)
     process.kill()
-    process.wait()
-    assert progress() <= most
+    assert process.wait() == -signal.SIGKILL  # it was at work, and did not end by itself
+    assert until <= progress() < most
 
 
 @pytest.mark.parametrize("seed", KILLS)
 def test_encode_killed(work, seed):
-    folder, call = work
+    folder, start = work
     cache = f"encode-{seed}"
-    command = call("encode", "photos", "--batch-size", "2", cache=cache)
-    kill_amid(command, lambda: len(list((folder / cache).rglob("*.safetensors"))), IMAGES, seed)
-    subprocess.run(**command, check=True)
+    command = ("encode", "photos", "--batch-size", "2")
+
+    def progress():
+        return len(list((folder / cache).rglob("*.safetensors")))
+
+    kill_amid(start(*command, cache=cache), progress, IMAGES, seed)
+    assert start(*command, cache=cache).wait() == 0
     assert entries(folder / cache) == entries(folder / "whole")
 
 
 @pytest.mark.parametrize("seed", KILLS)
 def test_batch_killed(work, seed):
-    folder, call = work
+    folder, start = work
     out = folder / f"out-{seed}.jsonl"
-    command = call("batch", "questions.jsonl", "--resume", out.name, "--batch-size", "1", cache=f"batch-{seed}")
-    most = IMAGES * len(QUESTIONS)
-    kill_amid(command, lambda: out.read_bytes().count(b"\n") if out.exists() else 0, most, seed)
-    subprocess.run(**command, check=True)
+    command = ("batch", "questions.jsonl", "--resume", out.name, "--batch-size", "1")
+
+    def progress():
+        return out.read_bytes().count(b"\n") if out.exists() else 0
+
+    kill_amid(start(*command, cache=f"batch-{seed}"), progress, IMAGES * len(QUESTIONS), seed)
+    assert start(*command, cache=f"batch-{seed}").wait() == 0
     assert out.read_bytes() == (folder / "whole.jsonl").read_bytes()
     assert entries(folder / f"batch-{seed}").keys() == entries(folder / "whole").keys()

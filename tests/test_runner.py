@@ -135,18 +135,21 @@ def test_encoding_in_bulk_gives_what_encoding_alone_gives(pipeline, pictures, ti
 
 
 def test_what_else_is_in_a_batch_leaves_an_image_s_saliency_alone(noise):
-    """To the last bit, as far as the tower's own products leave its states alone: so entries are the same files."""
+    """To the last bit: of what else is in a batch of one size, and, where the tower's products round alike, of its
+    size. So entries are the same files."""
     pipeline = Pipeline("scenes", dtype="float32")
-    pictures = [noise((224, 224), seed) for seed in range(6)]
+    pictures, others = ([noise((224, 224), seed) for seed in range(first, first + 6)] for first in (0, 10))
     single = [pipeline.encoder.run_tower([picture])[0] for picture in pictures]
     for size in (2, 5, 6):
-        together = [
-            encoded for i in range(0, 6, size) for encoded in pipeline.encoder.run_tower(pictures[i : i + size])
-        ]
-        for alone, encoded in zip(single, together, strict=True):
+        batches = [encoded for i in range(0, 6, size) for encoded in pipeline.encoder.run_tower(pictures[i : i + size])]
+        for alone, encoded in zip(single, batches, strict=True):
             assert torch.allclose(encoded.vision_features, alone.vision_features, atol=1e-4)
+            assert torch.allclose(encoded.saliency, alone.saliency, atol=1e-6)
             if torch.equal(encoded.vision_features, alone.vision_features):
                 assert torch.equal(encoded.saliency, alone.saliency)
+        mixed = pipeline.encoder.run_tower([pictures[0], *others[1:size]])[0]
+        assert torch.equal(mixed.vision_features, batches[0].vision_features)
+        assert torch.equal(mixed.saliency, batches[0].saliency)
 
 
 def test_the_same_file_many_times_goes_through_the_tower_once(pipeline, pictures, monkeypatch):

@@ -2,15 +2,14 @@
 
 import importlib
 
-from tiny_families import make
 from transformers.models.smolvlm import processing_smolvlm
 
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.vlm import smolvlm
 
 
-def test_the_processor_needs_no_num2words(tmp_path, noise, monkeypatch):
-    folder = make("smolvlm", tmp_path)
+def test_the_processor_needs_no_num2words(checkpoint, noise, monkeypatch):
+    folder = checkpoint("smolvlm")
     monkeypatch.setattr(processing_smolvlm, "num2words", None)
     importlib.reload(smolvlm)
     encoded = Pipeline(str(folder)).encoder.encode([noise((100, 100))])[0]

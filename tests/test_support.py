@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from test_families import QUESTION, inputs, logits
-from tiny_families import make
+from tiny_families import write_checkpoint
 from tiny_families.quantised import KINDS, quantise
 
 from gridprune_cli.errors import BadInput
@@ -139,7 +139,7 @@ def quantised_checkpoint(family, kind, tmp_path, dtype=torch.float32):
     for package in FORMATS[kind.partition(" ")[0]].packages.values():
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    folder = make(family, tmp_path / "plain")
+    folder = write_checkpoint(family, tmp_path / "plain")
     opened = Pipeline(str(folder)).family
     folder = quantise(folder, tmp_path / "quantised", kind, opened.model_class, dtype)
     whole = opened.model_class.from_pretrained(folder, dtype=dtype).eval()

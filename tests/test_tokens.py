@@ -195,7 +195,7 @@ def test_an_encoded_image_of_no_sense_is_refused(what):
 def test_a_changed_pruned_set_is_refused_or_as_good_as_any(seed):
     rng = random.Random(seed)
     data = staged_set().to_bytes()
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match=r"^x: not a pruned set \("):
         PrunedSet.from_bytes(raw(rng, data), "x")
     try:
         pruned = PrunedSet.from_bytes(semantic(rng, data), "x")

@@ -1,7 +1,9 @@
 """The training command, on a handful of scenes and steps."""
 
 import json
+import os
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -35,9 +37,15 @@ from training.plan import Plan
 from training.tower import HEADS, properties
 
 
-@pytest.fixture
-def short(monkeypatch):
+@pytest.fixture(scope="module")
+def short():
     """Plans of a few steps."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shorten(monkeypatch)
+        yield
+
+
+def shorten(monkeypatch):
     monkeypatch.setattr(run, "LOG_EVERY", 1)
     monkeypatch.setattr(run, "TOWER", Plan(3, 2, 4, 0, 1e-3, ((0.5, 128), (0.5, 256))))
     monkeypatch.setattr(run, "TOWER_AGAIN", Plan(2, 2, 4, 0, 1e-3, ((1.0, 128),), start=3))
@@ -56,6 +64,13 @@ def short(monkeypatch):
     monkeypatch.setattr(run, "COMPRESSOR", Plan(3, 2, 4, 4, 1e-3, ((0.5, 28), (0.5, 13))))
 
 
+@pytest.fixture(scope="module")
+def whole(short, tmp_path_factory):
+    """A run from its start to its end: its folder, and the models that it leaves."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, trained(folder)
+
+
 def trained(folder):
     run.train(folder / "out", folder / "work", 0, torch.device("cpu"))
     out = folder / "out"
@@ -63,8 +78,8 @@ def trained(folder):
     return *models, load_compressor(out)
 
 
-def test_a_run_that_was_stopped_ends_where_another_would(short, tmp_path, monkeypatch):
-    whole = trained(tmp_path / "whole")
+def test_a_run_that_was_stopped_ends_where_another_would(whole, tmp_path, monkeypatch):
+    whole_folder, models = whole
     ran: list[tuple[str, int, int]] = []
     for name in ("Tower", "Language", "Compression"):
         kind = getattr(run, name)
@@ -82,27 +97,30 @@ def test_a_run_that_was_stopped_ends_where_another_would(short, tmp_path, monkey
             with pytest.raises(KeyboardInterrupt):
                 trained(tmp_path / "stopped")
     resumed = trained(tmp_path / "stopped")
-    for a, b in zip(whole, resumed, strict=True):
+    for a, b in zip(models, resumed, strict=True):
         for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
             assert torch.allclose(x.float(), y.float(), atol=1e-6), name
-    logs = [(tmp_path / name / "work/log.jsonl").read_text().splitlines() for name in ("whole", "stopped")]
+    logs = [(folder / "work/log.jsonl").read_text().splitlines() for folder in (whole_folder, tmp_path / "stopped")]
     steps = [[(line["stage"], line["step"]) for line in map(json.loads, log)] for log in logs]
     assert steps[0] == steps[1] and len(steps[0]) == 14
-    assert any(weight.any() for weight in (whole[2].out.weight, whole[2].narrow.weight))  # it learned something
+    assert any(weight.any() for weight in (models[2].out.weight, models[2].narrow.weight))  # it learned something
     assert ran.count(("Tower", 0, 0)) == 1 and ran.count(("Language", 0, 0)) == 1  # it went on, it did not start again
 
 
-def test_the_towers_of_both_checkpoints_are_one(short, tmp_path):
-    llava, clip, _ = trained(tmp_path)
+def test_the_towers_of_both_checkpoints_are_one(whole):
+    folder, (llava, clip, _) = whole
     assert llava.dtype == clip.dtype == torch.bfloat16
     of_clip = clip.vision_model.state_dict()
     of_llava = llava.model.vision_tower.state_dict()
     assert of_llava.keys() == of_clip.keys()
     assert all(torch.equal(of_llava[name], of_clip[name]) for name in of_llava)
-    assert not list((tmp_path / "work").glob("*.tmp"))
+    assert not list((folder / "work").glob("*.tmp"))
 
 
-def test_the_localizer_starts_from_the_towers_first_layers(short, tmp_path):
+def test_the_localizer_starts_from_the_towers_first_layers(whole, tmp_path):
+    folder, _ = whole  # with the stages that the localizer's run has in common with it
+    others = shutil.ignore_patterns("compressor*", "log.jsonl")
+    shutil.copytree(folder / "work", tmp_path / "work", ignore=others, copy_function=os.link)
     run.train(tmp_path / "out", tmp_path / "work", 0, torch.device("cpu"), "localizer")
     llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
     processor = LlavaProcessor.from_pretrained(tmp_path / "out")
@@ -191,15 +209,15 @@ def test_extents_are_the_boxes_of_the_object_its_like_and_its_neighbours():
                 assert box == ((IGNORE,) * 4 if j is None else (8,) * 4 if j < 0 else covering(scene, (j,)))
 
 
-def test_the_compressor_learns_from_what_it_will_be_given(short, tmp_path):
+def test_the_compressor_learns_from_what_it_will_be_given(whole):
     """Saliency and relevance in training are those of the pipeline, but for the rounding of 16 bit."""
-    trained(tmp_path)
-    pipeline = Pipeline(str(tmp_path / "out"), dtype="float32")
+    folder, _ = whole
+    pipeline = Pipeline(str(folder / "out"), dtype="float32")
     seed, text = run.COMPRESSOR.first_seed, "Where is the star?"
     image = pipeline.encoder.encode([Picture(draw(make_scene(seed))[0], "0" * 64, "scene", ())])[0]
-    stored = torch.from_numpy(np.load(tmp_path / "work/compressor-saliency.npy")[0])
+    stored = torch.from_numpy(np.load(folder / "work/compressor-saliency.npy")[0])
     assert torch.allclose(stored, image.saliency, rtol=0.1, atol=1e-4)
-    models = (LlavaForConditionalGeneration, tmp_path / "out"), (CLIPModel, tmp_path / "out/clip")
+    models = (LlavaForConditionalGeneration, folder / "out"), (CLIPModel, folder / "out/clip")
     stage = run.Compression(*(kind.from_pretrained(folder, dtype=torch.float32) for kind, folder in models))
     relevance = stage.relevance(image.vision_features[None], [text])[0]
     assert torch.allclose(relevance, pipeline.family.relevance(image.vision_features, text), atol=1e-5)

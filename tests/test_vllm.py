@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from test_families import inputs
 from test_placeholders import slowly
-from tiny_families import make
+from tiny_families import load_reference, open_pipeline
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
@@ -35,12 +35,10 @@ VLLM = ("llava", "llava_next", "llava_onevision")
 
 
 @pytest.fixture(scope="module", params=VLLM)
-def family(request, tmp_path_factory):
+def family(request, checkpoint):
     """A tiny checkpoint: (folder, whole model of plain transformers, its processor)."""
-    folder = make(request.param, tmp_path_factory.mktemp(request.param))
-    pipeline = Pipeline(str(folder), dtype="float32")
-    whole = type(pipeline.family).model_class.from_pretrained(folder, dtype=torch.float32).eval()
-    return folder, whole, pipeline.family.processor
+    folder = checkpoint(request.param)
+    return folder, load_reference(folder), open_pipeline(folder).family.processor
 
 
 @pytest.fixture
@@ -74,7 +72,7 @@ def written_out(request, token):
 def test_image_embeds_are_what_the_language_model_is_given(family, noise, size):
     folder, whole, _ = family
     picture = noise(size)
-    pipeline = Pipeline(str(folder), dtype="float32")
+    pipeline = open_pipeline(folder)
     (image,) = pipeline.encoder.encode([picture])
     pruned = pipeline.prune(image, QUESTION, COMPACT)
     request = to_vllm(pipeline.family, pruned)
@@ -101,7 +99,7 @@ def test_image_embeds_are_what_the_language_model_is_given(family, noise, size):
 def test_image_embeds_and_prompt_alone_give_the_answer(family, noise, size):
     """As vLLM goes about it: the prompt written out, embeds in the image tokens' place, positions from 0 on."""
     folder, whole, _ = family
-    pipeline = Pipeline(str(folder), dtype="float32")
+    pipeline = open_pipeline(folder)
     (image,) = pipeline.encoder.encode([noise(size)])
     pruned = pipeline.prune(image, QUESTION, COMPACT)
     request, token = to_vllm(pipeline.family, pruned), pipeline.family.image_token

@@ -76,7 +76,7 @@ def test_a_pickle_with_code_in_it_runs_nothing(
         assert (
             "pytorch_model.bin: can't be read as pickled tensors alone" in err and "name a copy with safetensors" in err
         )
-        with pytest.raises(BadInput):
+        with pytest.raises(BadInput, match="can't be read as pickled tensors alone"):
             list(tensors(folder / place))
         assert not ran.exists()
     assert not any("pickle" in str(warning.message) for warning in recwarn)

@@ -1,10 +1,11 @@
 """Tiny random checkpoints of every family, saved to disk as published ones are.
 
-One module per family, named like it, with `make(folder)`: it writes a checkpoint with its processor and gives the
-folder back. The models answer nonsense, but always the same nonsense.
+One module per family, named like it, with `write(folder)`: it writes a checkpoint with its processor and returns
+the folder. The models answer nonsense, but always the same nonsense.
 """
 
 import json
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from string import ascii_letters, digits
@@ -14,8 +15,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.vlm.family import Family
+
 PAD, BOS, EOS = 0, 1, 2
-WORDS = 512  # size of the vocabularies
+VOCAB = 512  # size of the vocabularies
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}"
@@ -29,11 +33,28 @@ CHATML = (
 )
 
 
-def make(family: str, folder: Path) -> Path:
-    """The tiny checkpoint of a family, in a folder."""
+def write_checkpoint(family: str, folder: Path) -> Path:
+    """Writes the tiny checkpoint of a family into a folder, which it returns."""
     with torch.random.fork_rng():  # a few one-dimensional weights begin at random
         torch.manual_seed(0)
-        return import_module(f"tiny_families.{family}").make(folder)
+        return import_module(f"tiny_families.{family}").write(folder)
+
+
+@cache
+def open_family(folder: Path, dtype: str = "float32") -> Family:
+    """The family of a checkpoint that no test changes. Each of its parts is loaded once per process."""
+    return Pipeline(str(folder), dtype=dtype).family
+
+
+def open_pipeline(folder: Path) -> Pipeline:
+    """A pipeline in float32 without a cache, over the weights that `open_family` shares between tests."""
+    return Pipeline(open_family(folder))
+
+
+@cache
+def load_reference(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """Plain transformers' whole model of a checkpoint that no test changes, loaded once per process."""
+    return open_family(folder).model_class.from_pretrained(folder, dtype=dtype, **options).eval()
 
 
 def wake(model: torch.nn.Module, seed: int = 0, embeddings: float = 1.0) -> None:
@@ -43,13 +64,13 @@ def wake(model: torch.nn.Module, seed: int = 0, embeddings: float = 1.0) -> None
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        spread = parameter[0].numel() ** -0.5 if parameter.dim() >= 2 else 0.1
-        spread = embeddings if "embed_tokens" in name else spread
-        noise = torch.randn(parameter.shape, generator=generator) * spread
+        scale = parameter[0].numel() ** -0.5 if parameter.dim() >= 2 else 0.1
+        scale = embeddings if "embed_tokens" in name else scale
+        noise = torch.randn(parameter.shape, generator=generator) * scale
         parameter.data = noise if parameter.dim() >= 2 else parameter.data + noise
 
 
-def tokenizer(special: list[str], **named: str) -> PreTrainedTokenizerFast:
+def build_tokenizer(special: list[str], **named: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with special tokens; `named` ones become attributes, and must be among `special`."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -74,16 +95,16 @@ def tokenizer(special: list[str], **named: str) -> PreTrainedTokenizerFast:
     )
 
 
-def spell(model: Any, words: PreTrainedTokenizerFast) -> None:
+def spell(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     """Makes answers of full length in single letters and digits alone: their text says which tokens they are."""
-    shown = {words.get_vocab().get(letter) for letter in ascii_letters + digits}
+    shown = {tokenizer.get_vocab().get(letter) for letter in ascii_letters + digits}
     size = model.config.get_text_config().vocab_size
     model.generation_config.suppress_tokens = [token for token in range(size) if token not in shown]
     model.generation_config.eos_token_id = None
 
 
 def save(folder: Path, model: Any, processor: Any, chat: str | None = None) -> Path:
-    """Writes a checkpoint and the parts of its processor; some processors can't save themselves without torchvision."""
+    """Writes a checkpoint and its processor file by file: some processors can't save themselves without torchvision."""
     spell(model, processor.tokenizer)
     model.generation_config.pad_token_id = PAD
     model.save_pretrained(folder)

@@ -10,14 +10,14 @@ from PIL.Image import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor
 
-from tiny_families import BOS, CHATML, EOS, PAD, WORDS, save, tokenizer, wake
+from tiny_families import BOS, CHATML, EOS, PAD, VOCAB, build_tokenizer, save, wake
 
 
-def make(folder: Path, seed: int = 0) -> Path:
+def write(folder: Path, seed: int = 0) -> Path:
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    words = tokenizer(list(named.values()), **named)
-    words.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    begin, end, image = words.convert_tokens_to_ids(list(named.values()))
+    tokenizer = build_tokenizer(list(named.values()), **named)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    begin, end, image = tokenizer.convert_tokens_to_ids(list(named.values()))
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     vision = {"num_hidden_layers": 3, "image_size": 112, "patch_size": 14, "vision_use_head": False}
     gemma = small | {"hidden_size": 48, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -28,7 +28,7 @@ def make(folder: Path, seed: int = 0) -> Path:
     model = Gemma3ForConditionalGeneration(
         Gemma3Config(
             vision_config=small | vision | {"model_type": "siglip_vision_model"},
-            text_config=gemma | special | {"vocab_size": WORDS, "max_position_embeddings": 2048},
+            text_config=gemma | special | {"vocab_size": VOCAB, "max_position_embeddings": 2048},
             mm_tokens_per_image=16,
             boi_token_index=begin,
             eoi_token_index=end,
@@ -38,7 +38,7 @@ def make(folder: Path, seed: int = 0) -> Path:
     wake(model, seed, embeddings=0.04)
     images = Gemma3ImageProcessor(size={"height": 112, "width": 112})
     chat = "{{ bos_token }}" + CHATML.replace("IMAGE", named["boi_token"])
-    return save(folder, model, Gemma3Processor(images, words, image_seq_length=16), chat)
+    return save(folder, model, Gemma3Processor(images, tokenizer, image_seq_length=16), chat)
 
 
 def inputs(processor: Any, pictures: list[Image], question: str) -> dict[str, Any]:

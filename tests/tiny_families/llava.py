@@ -8,13 +8,13 @@ from tiny_families import spell, wake
 from training import model as built
 
 
-def make(folder: Path, seed: int = 0) -> Path:
-    words = len(built.vocabulary())
+def write(folder: Path, seed: int = 0) -> Path:
+    vocabulary = len(built.vocabulary())
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     special = {"pad_token_id": built.PAD, "bos_token_id": built.BOS, "eos_token_id": built.EOS}
     vision = small | {"num_hidden_layers": 4, "image_size": 56, "patch_size": 14, "projection_dim": 32}
-    text = small | special | {"num_hidden_layers": 2, "vocab_size": words, "max_position_embeddings": 12}
-    llama = small | special | {"model_type": "llama", "num_hidden_layers": 3, "vocab_size": words}
+    text = small | special | {"num_hidden_layers": 2, "vocab_size": vocabulary, "max_position_embeddings": 12}
+    llama = small | special | {"model_type": "llama", "num_hidden_layers": 3, "vocab_size": vocabulary}
     clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text | {"projection_dim": 32}, projection_dim=32))
     llava = LlavaForConditionalGeneration(
         LlavaConfig(

@@ -11,25 +11,25 @@ from safetensors.torch import load_file, save_file
 GROUP = 8  # weights that share a scale, in one row or a square of them; the smallest side of the models is a multiple
 
 
-def quantise(folder: Path, made: Path, kind: str, cls: Any, dtype: torch.dtype = torch.float32) -> Path:
-    """A copy of a checkpoint of a model class, quantised; its other weights are stored in `dtype`."""
-    shutil.copytree(folder, made)
+def quantise(folder: Path, copy: Path, kind: str, cls: Any, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes the folder `copy`: a checkpoint of a model class, quantised; its other weights are stored in `dtype`."""
+    shutil.copytree(folder, copy)
     if kind in _BY_TRANSFORMERS:
         model = cls.from_pretrained(folder, dtype=dtype, quantization_config=_BY_TRANSFORMERS[kind](), device_map="cpu")
-        model.save_pretrained(made)
-        return made
+        model.save_pretrained(copy)
+        return copy
     write, settings = _BY_HAND[kind]
-    path = made / "model.safetensors"
+    path = copy / "model.safetensors"
     weights = {name: weight.to(dtype) for name, weight in load_file(path).items()}
     for name, weight in list(weights.items()):
         if ".layers." in name and "vis" not in name and weight.dim() == 2:
             del weights[name]
-            weights |= {name.removesuffix("weight") + part: value for part, value in write(weight.float()).items()}
+            weights |= {name.removesuffix("weight") + suffix: value for suffix, value in write(weight.float()).items()}
     save_file(weights, path, {"format": "pt"})
-    config = json.loads((made / "config.json").read_text())
+    config = json.loads((copy / "config.json").read_text())
     config |= {"quantization_config": settings, "dtype": str(dtype).removeprefix("torch.")}
-    (made / "config.json").write_text(json.dumps(config))
-    return made
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
 
 
 def _bitsandbytes(bits: int) -> Any:
@@ -47,8 +47,8 @@ def _torchao() -> Any:
 
 def _squares(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """FP8, a scale for every square."""
-    rows, cols = (side // GROUP for side in weight.shape)
-    squares = weight.reshape(rows, GROUP, cols, GROUP)
+    down, across = (side // GROUP for side in weight.shape)
+    squares = weight.reshape(down, GROUP, across, GROUP)
     scale = squares.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
     low = (squares / scale[:, None, :, None]).reshape(weight.shape).to(torch.float8_e4m3fn)
     return {"weight": low, "weight_scale_inv": scale}

@@ -6,11 +6,11 @@ from typing import Any
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
 from gridprune_cli.vlm.parts import without_video
-from tiny_families import BOS, CHATML, EOS, PAD, WORDS, save, tokenizer, wake
+from tiny_families import BOS, CHATML, EOS, PAD, VOCAB, build_tokenizer, save, wake
 
 SPECIAL = ("vision_start", "vision_end", "image_pad", "video_pad", "im_start", "im_end")
 TEXT = {  # so small a rope_theta that rows and columns of few tokens matter
-    "vocab_size": WORDS,
+    "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 3,
@@ -25,7 +25,7 @@ TEXT = {  # so small a rope_theta that rows and columns of few tokens matter
 VISION = {"depth": 4, "num_heads": 4, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 
-def write(
+def write_qwen(
     folder: Path,
     kinds: tuple[Any, Any, Any],
     vision: dict[str, Any],
@@ -34,20 +34,20 @@ def write(
     **options: Any,
 ) -> Path:
     """A checkpoint of a Qwen family: its config, model and processor classes, and its two configs."""
-    config, model, processor = kinds
-    words = tokenizer([f"<|{name}|>" for name in SPECIAL])
-    ids = {f"{name}_token_id": words.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL[:2]}
-    ids |= {f"{name}_token_id": words.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
-    made = model(config(vision_config=vision, text_config=text, **ids, **options))
-    wake(made, embeddings=embeddings)
+    config_class, model_class, processor_class = kinds
+    tokenizer = build_tokenizer([f"<|{name}|>" for name in SPECIAL])
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL[:2]}
+    ids |= {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+    model = model_class(config_class(vision_config=vision, text_config=text, **ids, **options))
+    wake(model, embeddings=embeddings)
     side = vision["patch_size"] * vision["spatial_merge_size"]
     images = Qwen2VLImageProcessorPil(
         patch_size=vision["patch_size"], size={"shortest_edge": 4 * side**2, "longest_edge": 40 * side**2}
     )
-    parts = without_video(processor)(image_processor=images, tokenizer=words, video_processor=None)
-    return save(folder, made, parts, CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"))
+    processor = without_video(processor_class)(image_processor=images, tokenizer=tokenizer, video_processor=None)
+    return save(folder, model, processor, CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"))
 
 
-def make(folder: Path) -> Path:
+def write(folder: Path) -> Path:
     kinds = (Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor)
-    return write(folder, kinds, VISION | {"embed_dim": 32, "hidden_size": 64}, TEXT)
+    return write_qwen(folder, kinds, VISION | {"embed_dim": 32, "hidden_size": 64}, TEXT)
