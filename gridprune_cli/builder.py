@@ -93,7 +93,7 @@ def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> 
         if family.tower_differs:
             out.append(
                 f"this model's tower has other weights than {family.clip.name}, from which its relevance comes; "
-                "compare it with --relevance words"
+                "compare it with `relevance=words`"
             )
     for image in images:
         if image.localizer and not image.localizer.get("parsed", True):

@@ -16,7 +16,7 @@ from gridprune_cli.vlm.checkpoint import EMBEDDED
 from gridprune_cli.vlm.family import Encoding, Family
 
 SIGNALS = ("saliency",)  # stored beside the vision features; relevance follows from these and the question
-NO_SCENE = "no scene: the embedded model knows only its own scenes; name a real one, as in --model FOLDER"  # a note
+NO_SCENE = "no scene: the embedded model knows only its own scenes; name a real one, as in `model=FOLDER`"  # a note
 SMALL_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"  # to begin with: of family idefics3, half a GB
 
 

@@ -1,7 +1,6 @@
 """Images and questions in, answers out: what users of the package call, and what the commands are thin layers over."""
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,20 +156,15 @@ class Pipeline:
         return result_or_raise(encoded), hit
 
     def encode_all(
-        self,
-        images: Iterable[Source],
-        *,
-        batch: int = 16,
-        refresh: bool = False,
-        notice: Callable[[str], None] = warnings.warn,
+        self, images: Iterable[Source], *, batch: int = 16, refresh: bool = False
     ) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
         """Encodes many images in batches into the cache: (name, what came of it, whether it was a hit), in turn.
 
         An image that can't be read, encoded or stored gives its error in place of an encoded image, and the rest goes
-        on. Where memory runs out, `notice` is called, and batches are smaller from then on. Raises GridpruneError where
-        the cache can't be written, since then all of it would be for nothing.
+        on. Where memory runs out, batches are smaller from then on, as the log says. Raises GridpruneError where the
+        cache can't be written, since then all of it would be for nothing.
         """
-        return self.runner(images=batch, notice=notice).encode(images, refresh=refresh, store=True)
+        return self.runner(images=batch).encode(images, refresh=refresh, store=True)
 
     def prune(
         self,

@@ -200,7 +200,7 @@ def test_stages_refuse_what_the_embedded_model_does_not_know(tmp_path, noise):
     for _ in range(2):
         nobodys = Pipeline(store=open_store())
         row, _ = through(nobodys, [[str(photo)]])
-        ((_, ((name, result, _),)),) = _received(iter([{"done": row}]), nobodys.runner(notice=pytest.fail))
+        ((_, ((name, result, _),)),) = _received(iter([{"done": row}]), nobodys.runner())
         assert name == str(photo) and isinstance(result, BadInput) and str(result).startswith(f"{photo}: no scene")
         Pipeline("scenes", store=open_store()).encode(photo)  # so that the second time it is in the cache
 
@@ -211,7 +211,7 @@ def test_stages_encode_as_bulk_does(pipeline, pictures, tmp_path, tiny_llava):
     parts = [pictures[:2], [pictures[2], str(bad)], pictures[3:]]
     row, decoded = through(pipeline, parts)
     assert [sorted(workers) for workers in decoded] == [pictures[:2], [pictures[2]], pictures[3:]]
-    results = dict(_received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail)))
+    results = dict(_received(iter([{"done": row}]), pipeline.runner()))
     other = Pipeline(str(tiny_llava), store=open_store(tmp_path / "other"), dtype="float32")
     expected = list(other.runner(images=2).encode([name for batch in parts for name in batch]))
     for (name, result, hit), expected_one in zip([r for n in range(3) for r in results[n]], expected, strict=True):
@@ -228,11 +228,11 @@ def test_stages_encode_as_bulk_does(pipeline, pictures, tmp_path, tiny_llava):
 
     row, decoded = through(pipeline, parts)  # nothing that is there is decoded
     assert decoded == [{}, {}, {}]
-    received = _received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail))
+    received = _received(iter([{"done": row}]), pipeline.runner())
     assert [hit for _, results in received for _, _, hit in results] == [True, True, True, False, True, True]
     row, decoded = through(pipeline, [pictures], refresh=True)
     assert sorted(decoded[0]) == pictures
-    assert not any(hit for _, _, hit in dict(_received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail)))[0])
+    assert not any(hit for _, _, hit in dict(_received(iter([{"done": row}]), pipeline.runner()))[0])
 
 
 @pytest.mark.parametrize("storage", ["float8", "int8"])
@@ -255,7 +255,7 @@ def test_the_worker_does_not_decode_what_comes_decoded_and_heeds_a_file_that_cha
     monkeypatch.setitem(globals(), "_decode", change)
     row, _ = through(pipeline, [pictures[:3]], worker=worker)
     assert loaded == [pictures[1]]
-    ((_, results),) = _received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail))
+    ((_, results),) = _received(iter([{"done": row}]), pipeline.runner())
     assert results[1][1].key == pipeline.encode(pictures[4])[0].key
     assert worker.pictures == {}
 
@@ -264,7 +264,7 @@ def test_large_pictures_are_left_to_the_worker(pipeline, pictures, monkeypatch):
     monkeypatch.setattr(ray_runner, "_MOST_PIXELS", 6001)
     row, decoded = through(pipeline, [pictures])
     assert sorted(decoded[0]) == pictures[:2]
-    ((_, results),) = _received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail))
+    ((_, results),) = _received(iter([{"done": row}]), pipeline.runner())
     assert [name for name, _, _ in results] == pictures
 
 
@@ -274,30 +274,27 @@ def test_the_process_that_calls_keeps_the_limit(pipeline, pictures):
     assert len(entries(pipeline.store.root)) == 5  # though the worker wrote more than the limit
     notices = []
     pipeline.store._warn = notices.append
-    list(_received(iter([{"done": row}]), pipeline.runner(notice=pytest.fail)))
+    list(_received(iter([{"done": row}]), pipeline.runner()))
     with pipeline:
         assert len(entries(pipeline.store.root)) == 5  # what this run wrote stays
     assert len(notices) == 1 and "over its limit" in notices[0]
 
 
-def test_a_cache_that_cannot_be_written_is_a_fault_of_all(tiny_llava, pictures, tmp_path):
+def test_a_cache_that_cannot_be_written_is_a_fault_of_all(tiny_llava, pictures, tmp_path, caplog):
     (tmp_path / "file").write_bytes(b"")
     pipeline = Pipeline(str(tiny_llava), store=open_store(tmp_path / "file" / "below"), dtype="float32")
     row, _ = through(pipeline, [pictures])
-    notices = []
+    caplog.clear()  # of the worker, which is in this process here
     with pytest.raises(GridpruneError, match="can't be written, so nothing was encoded"):
-        list(_received(iter([{"done": row}]), pipeline.runner(notice=notices.append)))
-    assert len(notices) == 1
+        list(_received(iter([{"done": row}]), pipeline.runner()))
+    assert len(caplog.messages) == 1 and "can't be written" in caplog.text
 
 
-def test_what_workers_say_is_said_once(pipeline):
+def test_what_workers_log_is_logged_once(pipeline, caplog):
     done = pickle.dumps(ray_runner._Done([(0, [1])], ["a", "b"], [], None))
-    notices = []
-    assert (
-        list(_received(iter([{"done": done}, {"done": done}]), pipeline.runner(notice=notices.append)))
-        == [(0, [1])] * 2
-    )
-    assert notices == ["a", "b"]
+    received = _received(iter([{"done": done}, {"done": done}]), pipeline.runner())
+    assert list(received) == [(0, [1])] * 2
+    assert caplog.messages == ["a", "b"]
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 64])

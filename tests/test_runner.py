@@ -38,8 +38,11 @@ def pictures(tmp_path, noise):
     return paths
 
 
-def silent(message):
-    raise AssertionError(message)
+@pytest.fixture(autouse=True)
+def _only_expected_warnings(caplog):
+    """A test that expects warnings clears them."""
+    yield
+    assert not [record.getMessage() for record in caplog.records if record.name.startswith("gridprune_cli")]
 
 
 def fresh(tiny_llava):
@@ -50,8 +53,8 @@ def fresh(tiny_llava):
 
 
 @pytest.mark.parametrize("most", range(1, 9))
-def test_batches_shrink_to_what_fits_and_lose_nothing(most):
-    notices, sizes = [], []
+def test_batches_shrink_to_what_fits_and_lose_nothing(most, caplog):
+    sizes = []
 
     def work(items):
         if len(items) > most:
@@ -59,30 +62,32 @@ def test_batches_shrink_to_what_fits_and_lose_nothing(most):
         sizes.append(len(items))
         return [item * 10 for item in items]
 
-    batches = Batches(8, "things", notices.append)
+    batches = Batches(8, "things")
     assert list(batches.run(range(30), work)) == [item * 10 for item in range(30)]
     assert max(sizes) == batches.size == 2 ** (most.bit_length() - 1)
     halvings = (8 // batches.size).bit_length() - 1
-    assert len(notices) == halvings
-    if notices:
-        assert notices[0] == "memory ran out with 8 things at once; going on with 4"
+    assert len(caplog.messages) == halvings
+    if halvings:
+        assert caplog.messages[0] == "memory ran out with 8 things at once; going on with 4"
     sizes.clear()
     list(batches.run(range(8), work))  # the smaller size stays
-    assert len(notices) == halvings
+    assert len(caplog.messages) == halvings
+    caplog.clear()
 
 
 @pytest.mark.parametrize(
     "fault", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: no")]
 )
-def test_what_does_not_fit_alone_is_a_fault_and_the_rest_goes_on(fault):
+def test_what_does_not_fit_alone_is_a_fault_and_the_rest_goes_on(fault, caplog):
     def work(items):
         if 3 in items:
             raise fault
         return items
 
-    results = list(Batches(4, "things", lambda _: None).run(range(6), work))
+    results = list(Batches(4, "things").run(range(6), work))
     assert [r for r in results if not isinstance(r, GridpruneError)] == [0, 1, 2, 4, 5]
     assert "memory ran out for this one alone" in str(results[3])
+    caplog.clear()
 
 
 def test_one_at_fault_does_not_take_its_batch_along():
@@ -93,7 +98,7 @@ def test_one_at_fault_does_not_take_its_batch_along():
             raise ZeroDivisionError("by five\nand more")
         return items
 
-    results = list(Batches(4, "things", silent).run(range(8), work))
+    results = list(Batches(4, "things").run(range(8), work))
     assert [r for r in results if isinstance(r, int)] == [0, 1, 3, 4, 6, 7]
     assert isinstance(results[2], BadInput) and str(results[2]) == "two is bad"
     assert str(results[5]) == "unexpected ZeroDivisionError: by five"
@@ -118,7 +123,7 @@ def test_values_come_in_order_as_soon_as_they_can():
 
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_encoding_in_bulk_gives_what_encoding_alone_gives(pipeline, pictures, tiny_llava, size):
-    results = list(pipeline.runner(images=size, notice=silent).encode(pictures))
+    results = list(pipeline.runner(images=size).encode(pictures))
     assert [name for name, _, _ in results] == [str(path) for path in pictures]
     assert not any(hit for _, _, hit in results)
     alone = fresh(tiny_llava)
@@ -129,9 +134,9 @@ def test_encoding_in_bulk_gives_what_encoding_alone_gives(pipeline, pictures, ti
         assert torch.allclose(encoded.saliency, single.saliency, atol=1e-5)
         stored = pipeline.encoder.look_up(encoded.image, name)  # what was given was written before
         assert stored is not None and torch.equal(stored.vision_features, encoded.vision_features)
-    again = list(pipeline.runner(notice=silent).encode(pictures))
+    again = list(pipeline.runner().encode(pictures))
     assert all(hit for _, _, hit in again)
-    assert all(hit is False for _, _, hit in pipeline.runner(notice=silent).encode(pictures, refresh=True))
+    assert all(hit is False for _, _, hit in pipeline.runner().encode(pictures, refresh=True))
 
 
 def test_what_else_is_in_a_batch_leaves_an_image_s_saliency_alone(noise):
@@ -163,7 +168,7 @@ def test_the_same_file_many_times_goes_through_the_tower_once(pipeline, pictures
     for store in (pipeline.store, None):
         pipeline.encoder.store = store
         seen.clear()
-        results = list(pipeline.runner(images=3, notice=silent).encode(copies))
+        results = list(pipeline.runner(images=3).encode(copies))
         assert [name for name, _, _ in results] == [str(path) for path in copies]
         assert [encoded.name for _, encoded, _ in results] == [str(path) for path in copies]
         assert len({encoded.key for _, encoded, _ in results}) == 2
@@ -175,11 +180,11 @@ def test_bad_pictures_are_told_in_their_place(pipeline, pictures, tmp_path):
     bad, gone = tmp_path / "bad.png", tmp_path / "gone.png"
     bad.write_bytes(b"no image")
     sources = [pictures[0], bad, pictures[1], gone, pictures[2].read_bytes()]
-    results = list(pipeline.runner(notice=silent).encode(sources))
+    results = list(pipeline.runner().encode(sources))
     assert [name for name, _, _ in results] == [*map(str, sources[:4]), "-"]
     assert [isinstance(result, EncodedImage) for _, result, _ in results] == [True, False, True, False, True]
     assert str(bad) in str(results[1][1]) and isinstance(results[3][1], BadInput)
-    ((_, fault, _),) = pipeline.runner(notice=silent).encode(["a\nb.png"])
+    ((_, fault, _),) = pipeline.runner().encode(["a\nb.png"])
     assert str(fault) == "'a\\nb.png': no such file; check the path"
 
 
@@ -194,13 +199,13 @@ def test_a_picture_that_the_tower_refuses_is_named(pipeline, pictures, monkeypat
         return run_tower(batch, several)
 
     monkeypatch.setattr(pipeline.encoder, "run_tower", picky)
-    results = list(pipeline.runner(notice=silent).encode(pictures))
+    results = list(pipeline.runner().encode(pictures))
     assert [isinstance(result, EncodedImage) for _, result, _ in results] == [i != 3 for i in range(7)]
     assert str(results[3][1]) == f"{pictures[3]}: unexpected ValueError: too strange"
 
 
-def test_memory_that_runs_out_in_the_tower_halves_the_batch(pipeline, pictures, tiny_llava, monkeypatch):
-    notices, encode = [], pipeline.family.encode
+def test_memory_that_runs_out_in_the_tower_halves_the_batch(pipeline, pictures, tiny_llava, monkeypatch, caplog):
+    encode = pipeline.family.encode
 
     def small(batch):
         if len(batch) > 2:
@@ -208,11 +213,12 @@ def test_memory_that_runs_out_in_the_tower_halves_the_batch(pipeline, pictures, 
         return encode(batch)
 
     monkeypatch.setattr(pipeline.family, "encode", small)
-    results = [result for _, result, _ in pipeline.runner(images=7, notice=notices.append).encode(pictures)]
-    assert notices == [
+    results = [result for _, result, _ in pipeline.runner(images=7).encode(pictures)]
+    assert caplog.messages == [
         "memory ran out with 7 images at once; going on with 3",
         "memory ran out with 3 images at once; going on with 1",
     ]
+    caplog.clear()
     alone = fresh(tiny_llava)
     for path, encoded in zip(pictures, results, strict=True):
         assert torch.allclose(encoded.vision_features, alone.encode(path)[0].vision_features, atol=1e-5)
@@ -235,7 +241,7 @@ def test_few_pictures_are_held_however_many_there_are(pipeline, noise, tmp_path,
         monkeypatch.setattr(images_module, "MAX_PIXELS", most)
         monkeypatch.setattr(images_module, "MAX_MEMORY", 14 * most)
         read = 0
-        for taken, _ in enumerate(pipeline.runner(images=size, notice=silent).encode(sources(), refresh=True)):
+        for taken, _ in enumerate(pipeline.runner(images=size).encode(sources(), refresh=True)):
             assert read - taken <= 4 * 2
         assert read == 200
 
@@ -291,7 +297,7 @@ def test_large_pictures_are_read_one_at_a_time_and_all_of_them(pipeline, noise, 
     for memory, together in ((images_module.MAX_MEMORY, 4), (1, 1)):
         monkeypatch.setattr(images_module, "MAX_MEMORY", memory)
         most[0] = 0
-        bulk = pipeline.runner(notice=silent, load=load)
+        bulk = pipeline.runner(load=load)
         results = [result for _, result, _ in bulk.encode(paths, refresh=True)]
         assert len(results) == 6 and all(isinstance(result, EncodedImage) for result in results)
         assert 1 <= most[0] <= together
@@ -301,7 +307,7 @@ def test_a_cache_that_cannot_be_written_stops_encode_all_and_not_bulk(tiny_llava
     (tmp_path / "file").write_bytes(b"")
     notices = []
     pipeline = Pipeline(str(tiny_llava), store=open_store(tmp_path / "file" / "below", notices.append), dtype="float32")
-    assert all(isinstance(result, EncodedImage) for _, result, _ in pipeline.runner(notice=silent).encode(pictures))
+    assert all(isinstance(result, EncodedImage) for _, result, _ in pipeline.runner().encode(pictures))
     assert len(notices) == 1
     with pytest.raises(GridpruneError, match="can't be written"):
         list(pipeline.encode_all(pictures))
@@ -351,7 +357,7 @@ def requests(pictures):
 @pytest.mark.parametrize("size", [1, 4, 64])
 def test_answers_in_bulk_are_the_answers_of_ask(pipeline, pictures, tiny_llava, size):
     questions = requests(pictures)
-    replies = list(pipeline.runner(questions=size, notice=silent).answer(questions, max_new_tokens=8))
+    replies = list(pipeline.runner(questions=size).answer(questions, max_new_tokens=8))
     alone = fresh(tiny_llava)
     for ask, reply in zip(questions, replies, strict=True):
         expected = alone.ask(list(ask.images), ask.question, ask.pruning, max_new_tokens=8)
@@ -361,11 +367,11 @@ def test_answers_in_bulk_are_the_answers_of_ask(pipeline, pictures, tiny_llava, 
 
 
 def test_an_image_is_read_once_for_all_its_questions(pipeline, pictures, tiny_llava, monkeypatch):
-    list(pipeline.runner(notice=silent).encode(pictures))
+    list(pipeline.runner().encode(pictures))
     pipeline, got = Pipeline(str(tiny_llava), store=open_store(), dtype="float32"), []
     get = pipeline.store.get
     monkeypatch.setattr(pipeline.store, "get", lambda encoder, key: got.append(key) or get(encoder, key))
-    replies = list(pipeline.runner(notice=silent).answer(requests(pictures), max_new_tokens=2))
+    replies = list(pipeline.runner().answer(requests(pictures), max_new_tokens=2))
     assert len(got) == len(pictures) and all(reply.hit for reply in replies)
     assert "tower" not in pipeline.family._loaded
 
@@ -381,7 +387,7 @@ def test_what_fails_fails_alone(pipeline, pictures, tmp_path):
         Request((pictures[1],), QUESTIONS[1], Pruning(tokens=99)),
         Request((pictures[1],), QUESTIONS[1], Pruning()),
     ]
-    replies = list(pipeline.runner(notice=silent).answer(questions, max_new_tokens=2))
+    replies = list(pipeline.runner().answer(questions, max_new_tokens=2))
     assert [isinstance(reply, Reply) for reply in replies] == [True, False, False, False, False, False, True]
     assert all(isinstance(reply, BadInput) for reply in replies[1:6])
     assert "gone.png" in str(replies[2]) and "tokens=99" in str(replies[5])
@@ -389,14 +395,14 @@ def test_what_fails_fails_alone(pipeline, pictures, tmp_path):
 
 def test_several_answers_to_a_question_are_refused_not_given_to_others(pipeline, pictures):
     options = {"do_sample": True, "num_return_sequences": 2}
-    replies = list(pipeline.runner(notice=silent).answer(requests(pictures), max_new_tokens=2, **options))
+    replies = list(pipeline.runner().answer(requests(pictures), max_new_tokens=2, **options))
     assert all("num_return_sequences" in str(reply) for reply in replies) and isinstance(replies[0], BadInput)
 
 
-def test_memory_that_runs_out_in_the_language_model_halves_the_batch(pipeline, pictures, monkeypatch):
+def test_memory_that_runs_out_in_the_language_model_halves_the_batch(pipeline, pictures, monkeypatch, caplog):
     questions = requests(pictures)
-    expected = [reply.text for reply in pipeline.runner(notice=silent).answer(questions, max_new_tokens=4)]
-    model, notices = pipeline.family.load("language"), []
+    expected = [reply.text for reply in pipeline.runner().answer(questions, max_new_tokens=4)]
+    model = pipeline.family.load("language")
     generate = model.generate
 
     def small(**taken):
@@ -405,18 +411,19 @@ def test_memory_that_runs_out_in_the_language_model_halves_the_batch(pipeline, p
         return generate(**taken)
 
     monkeypatch.setattr(model, "generate", small)
-    replies = pipeline.runner(questions=16, notice=notices.append).answer(questions, max_new_tokens=4)
+    replies = pipeline.runner(questions=16).answer(questions, max_new_tokens=4)
     assert [reply.text for reply in replies] == expected
-    assert notices == [
+    assert caplog.messages == [
         "memory ran out with 16 questions at once; going on with 8",
         "memory ran out with 8 questions at once; going on with 4",
     ]
+    caplog.clear()
 
 
-def test_memory_that_runs_out_in_pruning_halves_what_is_pruned_for_together(pipeline, pictures, monkeypatch):
+def test_memory_that_runs_out_in_pruning_halves_what_is_pruned_for_together(pipeline, pictures, monkeypatch, caplog):
     questions = requests(pictures)
-    expected = [reply.text for reply in pipeline.runner(notice=silent).answer(questions, max_new_tokens=4)]
-    project, notices, most = pipeline.family.project, [], []
+    expected = [reply.text for reply in pipeline.runner().answer(questions, max_new_tokens=4)]
+    project, most = pipeline.family.project, []
 
     def small(vision_features):
         if len(vision_features) > 100:
@@ -425,24 +432,25 @@ def test_memory_that_runs_out_in_pruning_halves_what_is_pruned_for_together(pipe
         return project(vision_features)
 
     monkeypatch.setattr(pipeline.family, "project", small)
-    replies = pipeline.runner(questions=16, notice=notices.append).answer(questions, max_new_tokens=4)
+    replies = pipeline.runner(questions=16).answer(questions, max_new_tokens=4)
     assert [reply.text for reply in replies] == expected
-    assert notices[0] == "memory ran out with 16 questions to prune for at once; going on with 8"
-    assert len(notices) <= 3 and max(most) > 16
+    assert caplog.messages[0] == "memory ran out with 16 questions to prune for at once; going on with 8"
+    assert len(caplog.messages) <= 3 and max(most) > 16
+    caplog.clear()
 
 
 def test_sets_that_are_too_large_to_wait_together_are_answered_in_parts(pipeline, pictures, monkeypatch):
     questions = requests(pictures)
-    whole = [reply.text for reply in pipeline.runner(notice=silent).answer(questions, max_new_tokens=4)]
+    whole = [reply.text for reply in pipeline.runner().answer(questions, max_new_tokens=4)]
     monkeypatch.setattr(local_module, "MAX_BYTES", 1)
-    assert [r.text for r in pipeline.runner(notice=silent).answer(questions, max_new_tokens=4)] == whole
+    assert [r.text for r in pipeline.runner().answer(questions, max_new_tokens=4)] == whole
 
 
 def test_pruning_in_bulk_is_pruning(pipeline, pictures, tiny_llava):
     questions = requests(pictures)
     alone = fresh(tiny_llava)
     questions = [replace(request, system="red") for request in questions]
-    pruned_of = dict(pipeline.runner(notice=silent).prune(questions))
+    pruned_of = dict(pipeline.runner().prune(questions))
     assert sorted(pruned_of) == list(range(len(questions)))
     for index, ask in enumerate(questions):
         assert isinstance(pruned_of[index], Pruned)
@@ -461,7 +469,7 @@ def test_a_model_that_cannot_be_loaded_ends_it_all(tiny_llava, pictures, tmp_pat
     weights = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in weights.items() if "vision_tower" not in k}, folder / "model.safetensors")
     with pytest.raises(GridpruneError, match="weights"):
-        list(Pipeline(str(folder), dtype="float32").runner(notice=silent).encode(pictures))
+        list(Pipeline(str(folder), dtype="float32").runner().encode(pictures))
 
 
 def test_ends_of_a_batch_are_cut_where_an_answer_ends(pipeline, pictures):
@@ -478,5 +486,5 @@ def test_ends_of_a_batch_are_cut_where_an_answer_ends(pipeline, pictures):
 
 
 def test_a_reply_holds_no_tensors(pipeline, pictures):
-    (reply,) = pipeline.runner(notice=silent).answer([requests(pictures)[0]], max_new_tokens=2)
+    (reply,) = pipeline.runner().answer([requests(pictures)[0]], max_new_tokens=2)
     assert not any(isinstance(value, torch.Tensor) for value in [*vars(reply).values(), *reply.record.values()])

@@ -79,7 +79,7 @@ def batch(
     done = Done(resume) if resume else None
     reader = Reader(file, done=done, in_shard=options.in_shard(shard))
     tally = Tally()
-    runner = pipeline.runner(questions=batch_size, notice=say)
+    runner = pipeline.runner(questions=batch_size)
 
     def answers(requests: list["Request"]) -> "Iterator[Reply | GridpruneError]":
         if engine:

@@ -74,7 +74,7 @@ def encode(
     done = hits = failed = size_of_new = 0
     noted: set[str] = set()  # a note that fits many images is printed once
     start = time.perf_counter()
-    runner = pipeline.runner(images=batch_size, notice=say)
+    runner = pipeline.runner(images=batch_size)
     encode_all = partial(engine.encode, runner) if engine else partial(runner.encode, store=True)
     with pipeline, progress("encoding", len(images)) as step:
         for name, result, hit in encode_all(images, refresh=refresh):

@@ -11,7 +11,7 @@ from gridprune_cli.cache.files import MAX_BYTES
 from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import about, describe, error_fields
-from gridprune_cli.cli.output import emit_json, emit_text, open_stdin, progress, say, set_quiet, warn
+from gridprune_cli.cli.output import emit_json, emit_text, open_stdin, progress, set_quiet, warn
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def generate(
 
     def runner_of(name: str) -> "Runner":
         if name not in runners:
-            runners[name] = Pipeline(name, device=device, dtype=dtype).runner(questions=batch_size, notice=say)
+            runners[name] = Pipeline(name, device=device, dtype=dtype).runner(questions=batch_size)
         return runners[name]
 
     failed = 0

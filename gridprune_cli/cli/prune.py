@@ -103,7 +103,7 @@ def prune_lines(
     if not os.path.isdir(folder):
         raise BadInput("with --batch, a folder; make it first", field="output", value=folder)
     reader = Reader(file, in_shard=options.in_shard(shard))
-    runner, tally = pipeline.runner(notice=say), Tally()
+    runner, tally = pipeline.runner(), Tally()
     written: set[Path] = set()
     with pipeline, progress("pruning", reader.count()) as step:
         results = work(reader, pruning, prompt, lambda requests: in_order(runner.prune(requests)), _WINDOW, fail_fast)

@@ -3,15 +3,13 @@
     lmms-eval --model gridprune --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=gridprune,keep=0.11 --tasks ...
 
 lmms-eval finds it by the entry point `lmms_eval.models`. The options are those of `gridprune ask` for the model and
-the pruning, with `_` for `-`; `pretrained` is `--model` and `storage` is `--store`.
+the pruning, with `_` for `-`; `pretrained` is `--model`.
 """
 
-import inspect
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import Instance
@@ -20,11 +18,11 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
 from gridprune_cli.cache.files import canonical
-from gridprune_cli.cli import options
 from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.opening import CACHE_OPTIONS, MODEL_OPTIONS, open_pipeline
 from gridprune_cli.runners.batches import result_or_raise
 from gridprune_cli.selector import find_relevance
-from gridprune_cli.settings import Request
+from gridprune_cli.settings import Pruning, Request
 
 _PLACEHOLDER = "<image>"
 _AS_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # modes that PNG holds as they are
@@ -47,22 +45,19 @@ class GridpruneModel(lmms):
     is_simple = True
 
     def __init__(
-        self, pretrained: str | None = None, batch_size: int | str = 1, query_lines: str = "first", **given: Any
+        self, pretrained: str | None = None, batch_size: int | str = 1, query_lines: str = "first", **options: Any
     ) -> None:
         super().__init__()
-        given.pop("max_batch_size", None)  # lmms-eval passes it where its command line has it
-        of_model, of_pruning = _of(options.pipeline) - {"model"}, _of(options.pruning)
-        if unknown := sorted(given.keys() - of_model - of_pruning):
-            known = ", ".join(sorted(of_model | of_pruning))
-            raise BadInput(f"--model_args {unknown[0]}: no such option; there are pretrained, query_lines, {known}")
+        options.pop("max_batch_size", None)  # lmms-eval passes it where its command line has it
         if query_lines not in ("first", "all"):
-            raise BadInput(f"--model_args query_lines={query_lines}: not first or all")
+            raise BadInput("not first or all", field="query_lines", value=query_lines)
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise BadInput(f"--batch_size {batch_size}: must be a number, 1 or more")
-        if given.get("cache_dir"):
-            given["cache_dir"] = Path(given["cache_dir"])
-        self.pipeline = options.pipeline(model=pretrained, **{n: v for n, v in given.items() if n in of_model})
-        self.pruning = options.pruning(**{n: v for n, v in given.items() if n in of_pruning})
+            raise BadInput("must be a number, 1 or more", field="batch_size", value=batch_size)
+        if "model" in options:
+            raise BadInput("name the model as pretrained", field="model", value=options["model"])
+        of_model = {name: options.pop(name) for name in (*MODEL_OPTIONS, *CACHE_OPTIONS) if name in options}
+        self.pruning = Pruning.from_options(options)
+        self.pipeline = open_pipeline(of_model | {"model": pretrained})
         find_relevance(self.pipeline.family, self.pruning)
         self.batch = int(batch_size)
         self.runner = self.pipeline.runner(images=self.batch, questions=self.batch)
@@ -97,20 +92,15 @@ class GridpruneModel(lmms):
         raise GridpruneError("the model gridprune answers one question at a time; tasks of several rounds can't be run")
 
 
-def _of(group: Callable[..., Any]) -> set[str]:
-    """The names of a group's options."""
-    return set(inspect.signature(group).parameters)
-
-
-def _settings(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _settings(kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A task's `generation_kwargs` as `generation.generate` takes them, and the texts at which an answer ends."""
-    stops = given.get("until") or []
-    settings: dict[str, Any] = {"max_new_tokens": given.get("max_new_tokens") or _MAX_NEW_TOKENS}
-    if (given.get("temperature") or 0) > 0 and given.get("do_sample", True):
-        settings |= {"do_sample": True, "temperature": given["temperature"]}
-        settings |= {"top_p": given["top_p"]} if given.get("top_p") is not None else {}
-    if (given.get("num_beams") or 1) > 1:
-        settings["num_beams"] = given["num_beams"]
+    stops = kwargs.get("until") or []
+    settings: dict[str, Any] = {"max_new_tokens": kwargs.get("max_new_tokens") or _MAX_NEW_TOKENS}
+    if (kwargs.get("temperature") or 0) > 0 and kwargs.get("do_sample", True):
+        settings |= {"do_sample": True, "temperature": kwargs["temperature"]}
+        settings |= {"top_p": kwargs["top_p"]} if kwargs.get("top_p") is not None else {}
+    if (kwargs.get("num_beams") or 1) > 1:
+        settings["num_beams"] = kwargs["num_beams"]
     return settings, [stops] if isinstance(stops, str) else list(stops)
 
 

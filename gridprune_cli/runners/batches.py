@@ -1,5 +1,6 @@
 """Work in batches that shrink where memory runs out, and what else all runners share."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from gridprune_cli.errors import GridpruneError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_log = logging.getLogger(__name__)
 
 # Held while a model is loaded or generates: loading sets torch's default dtype for the whole process, in which another
 # thread would generate. One for all runners, since a localiser has one of its own.
@@ -36,11 +39,11 @@ class Stopwatch:
 class Batches:
     """Work in batches of `size`, which is halved where memory runs out. What is done stays done.
 
-    `items` names the things worked on, in what `notice` is called with.
+    `items` names the things worked on, in the log.
     """
 
-    def __init__(self, size: int, items: str, notice: Callable[[str], None]):
-        self.size, self.items, self.notice = size, items, notice
+    def __init__(self, size: int, items: str):
+        self.size, self.items = size, items
 
     def run(self, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> Iterator[R | GridpruneError]:
         """A result, or an error, for each item in turn. An item is at fault where `work` fails for it alone."""
@@ -54,7 +57,9 @@ class Batches:
                     results = [as_error(error)]
                 elif _lacks_memory(error):
                     self.size = len(batch) // 2
-                    self.notice(f"memory ran out with {len(batch)} {self.items} at once; going on with {self.size}")
+                    _log.warning(
+                        "memory ran out with %d %s at once; going on with %d", len(batch), self.items, self.size
+                    )
                     continue
                 else:  # one of them is at fault: find out which
                     results = [result for item in batch for result in self.run([item], work)]

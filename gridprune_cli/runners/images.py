@@ -4,7 +4,6 @@ Threads read and decode images while the tower runs on a GPU, else between its b
 cache behind it. Of many millions, only as many are held as are being worked on.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -45,8 +44,7 @@ class _Result:
 class ImageRunner:
     """Encodes images in batches, `batch` of them at first.
 
-    notice  is called with a line for the user
-    load    decodes the bytes of an image file, whose name it gets for its errors
+    load  decodes the bytes of an image file, whose name it gets for its errors
     """
 
     def __init__(
@@ -54,12 +52,11 @@ class ImageRunner:
         encoder: Encoder,
         *,
         batch: int = 16,
-        notice: Callable[[str], None] = warnings.warn,
         load: Callable[[bytes, str], Picture] = load_image,
         stopwatch: Stopwatch | None = None,
     ):
         self.encoder, self._load_image = encoder, load
-        self._batches = Batches(batch, "images", notice)
+        self._batches = Batches(batch, "images")
         self._stopwatch = stopwatch or Stopwatch()
         self._loaded: set[str] = set()  # parts of the model
 

@@ -4,7 +4,6 @@ A single question is a batch of one. Questions are answered in left-padded batch
 answers of one question at a time. While the language model generates, the next questions are encoded and pruned.
 """
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,7 +63,6 @@ class Runner:
 
     encoder     the model with its cache
     localizers  of the model
-    notice      is called with a line for the user, such as that batches got smaller
     load        decodes the bytes of an image file, given its name
     stopwatch   gets the milliseconds of "load", "encode", "localize" and "select"
 
@@ -79,17 +77,16 @@ class Runner:
         *,
         images: int = 16,
         questions: int = 32,
-        notice: Callable[[str], None] = warnings.warn,
         load: Callable[[bytes, str], Picture] = load_image,
         stopwatch: Stopwatch | None = None,
     ):
-        self.encoder, self.localizers, self.notice = encoder, localizers, notice
+        self.encoder, self.localizers = encoder, localizers
         self.family = encoder.family
         self.stopwatch = stopwatch or Stopwatch()
         self.batch_sizes = images, questions
-        self._images = ImageRunner(encoder, batch=images, notice=notice, load=load, stopwatch=self.stopwatch)
-        self._to_prune = Batches(questions, "questions to prune for", notice)
-        self._to_answer = Batches(questions, "questions", notice)
+        self._images = ImageRunner(encoder, batch=images, load=load, stopwatch=self.stopwatch)
+        self._to_prune = Batches(questions, "questions to prune for")
+        self._to_answer = Batches(questions, "questions")
 
     def encode(self, images: Iterable[Source], **settings: Any) -> Iterator[Encoded]:
         """Encodes images into the cache, in turn, with the settings of `ImageRunner.encode`."""
@@ -269,7 +266,7 @@ def _localize(runner: Runner, requests: Sequence[EncodedRequest]) -> list[Encode
             for image in requests[n].images
         ]
         images, questions = runner.batch_sizes
-        asking = Runner(localizer, runner.localizers, images=images, questions=questions, notice=runner.notice)
+        asking = Runner(localizer, runner.localizers, images=images, questions=questions)
         with runner.stopwatch.measure("localize"):
             replies = iter(list(asking.answer(asked, max_new_tokens=MAX_ANSWER)))
         for n in places:

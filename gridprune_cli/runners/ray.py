@@ -35,6 +35,8 @@ _TOGETHER = 4  # batches that a worker takes at once: it reads and writes one wh
 _MOST_PIXELS = 100_000_000  # of a batch that are handed over decoded, about 300 MB; the worker decodes the rest
 _CPUS = 4  # per worker, where there are no GPUs and nothing is said
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Job = Callable[["Runner", list[Any]], list[Any]]  # gives a result for each item
 
@@ -237,13 +239,13 @@ def _share(cpus: int, shares: int) -> float:
 
 
 def _received(blocks: Iterator[dict[str, Any]], runner: "Runner") -> Iterator[tuple[int, list[Any]]]:
-    """Number and results of every batch, as workers have done them. Each notice of theirs is given once."""
+    """Number and results of every batch, as workers have done them. What they log is logged here once."""
     noticed: set[str] = set()
     for block in blocks:
         done: _Done = pickle.loads(block["done"])
         for text in done.notices:
             if text not in noticed:
-                runner.notice(text)
+                _log.warning("%s", text)
                 noticed.add(text)
         if runner.encoder.store:
             runner.encoder.store.adopt(done.written)
@@ -322,9 +324,8 @@ class _Worker:
         self.notices: list[str] = []
         self.pictures: dict[str, Picture] = {}
         encoder, localizers = pickle.loads(model)
-        notice = self.notices.append
-        self.store = encoder.store = _Noting(encoder.store.root, notice) if encoder.store else None
-        self.runner = Runner(encoder, localizers, images=size, questions=size, notice=notice, load=self._load)
+        self.store = encoder.store = _Noting(encoder.store.root, self.notices.append) if encoder.store else None
+        self.runner = Runner(encoder, localizers, images=size, questions=size, load=self._load)
         self.job = job
 
     def __call__(self, blocks: dict[str, Any]) -> dict[str, Any]:
@@ -333,10 +334,14 @@ class _Worker:
             self.pictures |= pickle.loads(pictures)
         results: Iterator[Any] = iter(())
         fault = None
+        collector, logger = _Collector(self.notices), logging.getLogger("gridprune_cli")
+        logger.addHandler(collector)
         try:
             results = iter(self.job(self.runner, [item for _, items in batches for item in items]))
         except GridpruneError as error:
             fault, batches = error, []
+        finally:
+            logger.removeHandler(collector)
         done = [(number, [next(results) for _ in items]) for number, items in batches]
         written = self.store.written if self.store else []
         result = pickle.dumps(_Done(done, self.notices, written, fault))
@@ -350,6 +355,17 @@ class _Worker:
         if picture and picture.sha256 == identify(data)[0]:  # else the file was changed meanwhile
             return picture
         return load_image(data, name)
+
+
+class _Collector(logging.Handler):
+    """Puts warnings that are logged in a list, for the process that calls."""
+
+    def __init__(self, warnings: list[str]):
+        super().__init__(logging.WARNING)
+        self.warnings = warnings
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warnings.append(record.getMessage())
 
 
 class _Noting(Store):
