@@ -21,6 +21,7 @@ from gridprune_cli.selector import EncodedRequest, join_signals, relevance_sourc
 from gridprune_cli.settings import RELEVANCE, Pruning
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm.family import Family
+from gridprune_cli.vlm.projection import concatenate, project
 
 ILP_LAYER = 3  # at whose input tokens leave the language model, where the pruning names no layer
 
@@ -59,25 +60,6 @@ def build_pruned_sets(
     return [
         PrunedSet(image_embeds=kept_embeds, **draft.rest) for kept_embeds, draft in zip(embeds, drafts, strict=True)
     ]
-
-
-def project(family: Family, wanted: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """For each pair of vision features `(N, C)` and placeholder map `(S,)` the image embeds `(S, D)`, separators too.
-
-    All of them go through the projector together.
-    """
-    are_tokens = [placeholder_map >= 0 for _, placeholder_map in wanted]  # (S,) bool each
-    features = [
-        vision_features[placeholder_map[is_token]]
-        for (vision_features, placeholder_map), is_token in zip(wanted, are_tokens, strict=True)
-    ]
-    projected = list(family.project(_concatenate(features)).split([len(chunk) for chunk in features]))
-    for n, is_token in enumerate(are_tokens):
-        if not bool(is_token.all()):
-            embeds = family.separator().to(projected[n].dtype).repeat(len(is_token), 1)  # (S, D)
-            embeds[is_token] = projected[n]
-            projected[n] = embeds
-    return projected
 
 
 def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> tuple[str, ...]:
@@ -140,7 +122,7 @@ def _draft(
         vision_features = _merge(pruning.method, join_signals(signals), kept, whole)  # (N, C)
     else:
         merged = zip(signals, kept_by_pool, [image.vision_features for image in images], strict=True)
-        vision_features = _concatenate([_merge(pruning.method, *of_image) for of_image in merged])  # (N, C)
+        vision_features = concatenate([_merge(pruning.method, *of_image) for of_image in merged])  # (N, C)
     # 3. which placeholders stay, and so which tokens of the prompt
     placeholder_map = torch.cat(
         [
@@ -164,8 +146,8 @@ def _draft(
         "kept": kept,
         "input_ids": input_ids,
         "position_ids": position_ids,
-        "saliency": _concatenate([image.saliency for image in images]),
-        "relevance": _concatenate([of_image.need("relevance") for of_image in signals]) if known else None,
+        "saliency": concatenate([image.saliency for image in images]),
+        "relevance": concatenate([of_image.need("relevance") for of_image in signals]) if known else None,
         "images": origins,
         "model": family.checkpoint.name,
         "fingerprint": family.fingerprint,
@@ -289,8 +271,3 @@ def _zones(method: Method, signals: Signals, kept: Tensor) -> dict[str, Any] | N
     budgets = torch.bincount(zone_of[kept], minlength=zones.count).tolist()
     single = len(zones.grids) == 1
     return {"rows": rows[0] if single else rows, "cols": cols[0] if single else cols, "budgets": budgets}
-
-
-def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors in turn as one; a single one as it is, since concatenating would copy it."""
-    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
