@@ -15,10 +15,9 @@ from unittest.mock import patch
 
 import torch
 
-from gridprune_cli.pruning.methods import METHODS, RULES, make
-from gridprune_cli.pruning.methods.base import InnerMethod
+from gridprune_cli.pruning.methods import METHODS, RULES, make_method
 from gridprune_cli.pruning.region import contextual_region
-from gridprune_cli.pruning.schedule import Sight
+from gridprune_cli.pruning.schedule import LayerSignals
 from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.pruning.similarity import cosines
 
@@ -40,21 +39,21 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def gridprune() -> None:
-    method = make("gridprune")
+    method = make_method("gridprune")
     print(f"{'kept':>12}  {'no region':>10}  {'find region':>11}  {'region + select':>15}   ms")
     for k, views in CASES:
         count = sum(view.count for view in views)
         relevance, saliency = torch.rand(count) * 0.2, torch.rand(count)
 
         def plain(k: int = k, signals: tuple = (views, relevance, saliency)) -> None:
-            method.select(Signals(*signals), k)
+            method.select_batch([Signals(*signals)], [k])
 
         def find(relevance: torch.Tensor = relevance, views: tuple[View, ...] = views) -> None:
             contextual_region(relevance, views)
 
         def full(k: int = k, signals: tuple = (views, relevance, saliency)) -> None:
             views, relevance, saliency = signals
-            method.select(Signals(views, relevance, saliency, contextual_region(relevance, views)), k)
+            method.select_batch([Signals(views, relevance, saliency, contextual_region(relevance, views))], [k])
 
         row = [milliseconds(work) for work in (plain, find, full)]
         print(f"{f'{k} of {count}':>12}  {row[0]:>10.2f}  {row[1]:>11.2f}  {row[2]:>15.2f}")
@@ -72,9 +71,9 @@ def methods() -> None:
     signals = Signals(views, torch.rand(count) * 0.2, torch.rand(count), None, **vectors)
     heading(k, count)
     for name in METHODS:
-        if isinstance(method := make(name), InnerMethod):
+        if (method := make_method(name)).inner:
             continue
-        split(name, type(method), lambda method=method: method.merge(signals, method.select(signals, k)))  # type: ignore[misc]
+        split(name, type(method), lambda method=method: method.merge(signals, *method.select_batch([signals], [k])))  # type: ignore[misc]
 
 
 def rules() -> None:
@@ -85,10 +84,12 @@ def rules() -> None:
     text_keys, text_states = torch.randn(2, 50, EMBED_WIDTH)
     attention = torch.rand(count, dtype=torch.float64)
     within = torch.zeros(count, dtype=torch.bool)
-    sight = Sight(torch.arange(count), within, views, attention, hidden_states, keys, text_states, text_keys)
+    layer_signals = LayerSignals(
+        torch.arange(count), within, views, attention, hidden_states, keys, text_states, text_keys
+    )
     heading(k, count)
     for name, kind in RULES.items():
-        split(name, kind, lambda kind=kind: kind().pick(sight, k))  # type: ignore[misc]
+        split(name, kind, lambda kind=kind: kind().select(layer_signals, k))  # type: ignore[misc]
 
 
 def heading(k: int, count: int) -> None:

@@ -24,12 +24,13 @@ from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.vlm.attention import NAME
 from gridprune_cli.vlm.checkpoint import Checkpoint
-from gridprune_cli.vlm.family import PARTS, Family
+from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.gemma3 import Gemma3
 from gridprune_cli.vlm.idefics3 import Idefics3
 from gridprune_cli.vlm.internvl import InternVL
 from gridprune_cli.vlm.llava_onevision import LlavaOnevision
 from gridprune_cli.vlm.paligemma import PaliGemma
+from gridprune_cli.vlm.parts import PARTS
 from gridprune_cli.vlm.qwen2_vl import Qwen2VL
 from gridprune_cli.vlm.qwen3_vl import Qwen3VL
 from gridprune_cli.vlm.shapes import SHAPES

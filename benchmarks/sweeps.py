@@ -13,7 +13,7 @@ from gridprune_cli.evaluation.data import scenes
 from gridprune_cli.evaluation.results import markdown, summarise
 from gridprune_cli.evaluation.run import Cell, Plan, Rows, answers
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.scenes.scene import TUNE
 from gridprune_cli.settings import Pruning
 
@@ -24,13 +24,13 @@ def swept() -> tuple[Cell, ...]:
     for zone in (2, 4, 8):
         for temperature in (0.05, 0.1, 0.3, 1.0):
             for alpha in (0.0, 0.2, 0.5):
-                method = make("gridprune", zone=zone, temperature=temperature, alpha=alpha)
+                method = make_method("gridprune", zone=zone, temperature=temperature, alpha=alpha)
                 pruning = Pruning(method=method, region="none")
                 cells.append(Cell(f"zone {zone}, T {temperature}, a {alpha}, no region", pruning))
     for share in (0.5, 0.65, 0.8, 0.9):
         for temperature in (0.1, 0.3, 1.0):
             for alpha in (0.0, 0.2, 0.5):
-                method = make("gridprune", temperature=temperature, alpha=alpha, region_share=share)
+                method = make_method("gridprune", temperature=temperature, alpha=alpha, region_share=share)
                 cells.append(Cell(f"T {temperature}, a {alpha}, region share {share}", Pruning(method=method)))
     return tuple(cells)
 

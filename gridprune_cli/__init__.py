@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gridprune_cli.cache.store import Store, open_store
     from gridprune_cli.errors import BadInput, GridpruneError
     from gridprune_cli.pipeline import Answer, Pipeline
-    from gridprune_cli.pruning.methods import make
+    from gridprune_cli.pruning.methods import make_method
     from gridprune_cli.settings import Pruning
     from gridprune_cli.tokens import EncodedImage, PrunedSet, load_pruned
 
@@ -21,7 +21,7 @@ _HOMES = {
     "Answer": "pipeline",
     "Pipeline": "pipeline",
     "Pruning": "settings",
-    "make": "pruning.methods",
+    "make_method": "pruning.methods",
     "Store": "cache.store",
     "open_store": "cache.store",
     "EncodedImage": "tokens",
@@ -38,7 +38,7 @@ __all__ = [
     "Pruning",
     "Store",
     "load_pruned",
-    "make",
+    "make_method",
     "open_store",
 ]
 

@@ -1,4 +1,4 @@
-"""Which model the commands work with: the flag's, else the variable's, else that of the user's config file, else none.
+"""Which model to work with: the one that is named, else the variable's, else that of the user's config file, else none.
 
 The file is TOML, `gridprune/config.toml` in $XDG_CONFIG_HOME or ~/.config, and its key is `model`. Nothing here needs
 torch.
@@ -22,25 +22,27 @@ _LINE = re.compile(r"^model[ \t]*=.*(\n|\Z)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model, and what chose it: `--model`, the variable, or the config file's path. None and `default`: nothing."""
+    """A model, and what chose it: `model`, the variable, or the config file's path. None and `default`: nothing."""
 
     model: str | None
     origin: str
 
-    @property
-    def flag(self) -> str:
-        """What an error about the model names."""
-        return f"{self.origin}: model" if os.path.isabs(self.origin) else "--model"
+    def blame(self, error: GridpruneError) -> GridpruneError:
+        """The error, which names the variable or the file instead of the setting where that chose the model."""
+        if error.field != "model" or self.origin in ("model", "default"):
+            return error
+        setting = f"{self.origin}: model" if os.path.isabs(self.origin) else self.origin
+        return type(error)(error.reason, place=f"{setting} {error.value}")
 
 
 def choose_model(named: str | None = None) -> ModelChoice:
-    """The model in force. `named` is what `--model` or its variable says, which arrive as one.
+    """The model in force. `named` is what the option `model` or its variable says, which arrive as one.
 
     Raises BadInput, naming the config file, where that decides and can't be read.
     """
     variable = os.environ.get(VARIABLE)
     if named is not None:
-        return ModelChoice(named, VARIABLE if named == variable else "--model")
+        return ModelChoice(named, VARIABLE if named == variable else "model")
     if variable:
         return ModelChoice(variable, VARIABLE)
     path = config_path()
@@ -48,7 +50,8 @@ def choose_model(named: str | None = None) -> ModelChoice:
     if model is None:
         return ModelChoice(None, "default")
     if not isinstance(model, str) or not model.strip():
-        raise BadInput(f"{path}: model = {model!r} names no model; set one with `gridprune models default NAME`")
+        reason = f"model = {model!r} names no model; set one with `gridprune models default NAME`"
+        raise BadInput(reason, place=str(path))
     return ModelChoice(model, str(path))
 
 
@@ -60,7 +63,8 @@ def remember_model(model: str | None) -> Path:
     """
     path = config_path()
     if not path.is_absolute():
-        raise BadInput("XDG_CONFIG_HOME: there is no home folder for the config; set this variable to a folder")
+        reason = "there is no home folder for the config; set this variable to a folder"
+        raise BadInput(reason, place="XDG_CONFIG_HOME")
     text = _read(path)
     settings = _parse(path, text)
     line = "" if model is None else f"model = {json.dumps(model, ensure_ascii=False)}\n"
@@ -74,14 +78,16 @@ def remember_model(model: str | None) -> Path:
     except ValueError:
         kept = False
     if not kept:
-        raise BadInput(f"{path}: `model` can't be changed without harm to the rest; change it with an editor")
+        reason = "its model can't be changed without harm to the rest; change it with an editor"
+        raise BadInput(reason, place=str(path))
     if changed == text:
         return path
     target = Path(os.path.realpath(path))  # not the link that leads there
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        raise GridpruneError(f"{target.parent}: can't be made ({fault.strerror}); check XDG_CONFIG_HOME") from fault
+        reason = f"can't be made ({fault.strerror}); check XDG_CONFIG_HOME"
+        raise GridpruneError(reason, place=str(target.parent)) from fault
     write_atomic(target, data, sync=True)
     return path
 
@@ -102,11 +108,11 @@ def _read(path: Path) -> str:
         return ""
     except (OSError, ValueError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else "no UTF-8"
-        raise BadInput(f"{path}: can't be read ({reason}); mend it, or remove it") from fault
+        raise BadInput(f"can't be read ({reason}); mend it, or remove it", place=str(path)) from fault
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except ValueError as fault:
-        raise BadInput(f"{path}: no TOML ({fault}); mend it, or remove it") from fault
+        raise BadInput(f"no TOML ({fault}); mend it, or remove it", place=str(path)) from fault

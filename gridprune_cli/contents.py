@@ -188,13 +188,13 @@ def _check_schedule(schedule: Any, images: Sequence[Mapping[str, Any]], kept: Se
     _need(each in (1, len(images)), f"a stage keeps tokens of {each} images")
     _need(all(len(stage["keep"]) == each for stage in stages), "its stages do not fit each other")
     present = [len(group) for group in kept]
-    leaving = LayerSchedule.from_json(schedule)
+    leaving = LayerSchedule.from_json(schedule, RULES)
     planned = plan(leaving.stages, present if each > 1 or len(images) == 1 else [sum(present)], len(tokens))
     _need(leaving == planned, "its stages and the tokens in each layer do not fit each other")
     for stage in leaving.stages:
         if isinstance(stage.rule, Region):
             _need(each == len(images), "a stage keeps regions of no images")
-            for image, group, count in zip(images, kept, stage.keep, strict=True):
+            for image, group, count in zip(images, kept, stage.budgets, strict=True):
                 _need(image.get("region") is not None, "a stage keeps a region, and there is none")
                 within = inside(views_of(image["views"]), tuple(image["region"]))[group]
                 _need(int(within.sum()) == count, "a stage does not keep what is inside its region")

@@ -44,7 +44,7 @@ class Encoder:
 
     def identity(self, several: bool = False) -> dict[str, Any]:
         """What an encoded image depends on besides the picture: tower, its settings, and how it is stored."""
-        together = {"together": True} if several and self.family.together else {}
+        together = {"together": True} if several and self.family.encodes_multi_image else {}
         return self.family.encoder | together | ({} if self.cache_dtype == "full" else {"storage": self.cache_dtype})
 
     def key(self, image_sha256: str, several: bool = False) -> str:
@@ -85,7 +85,7 @@ class Encoder:
         """
         for picture in pictures:
             self.check(picture)
-        encode = self.family.encode_together if several else self.family.encode
+        encode = self.family.encode_multi_image if several else self.family.encode
         encodings = encode([picture.image for picture in pictures])
         return [self._encoded(*pair, several) for pair in zip(pictures, encodings, strict=True)]
 

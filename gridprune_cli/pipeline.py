@@ -73,7 +73,7 @@ class Pipeline:
                  or "auto", CLIP where the tower is a CLIP's, else words
     store        the cache; None: there is none
     cache_dtype  how vision features are stored, see `Encoder`
-    flag         what errors about the model begin with
+    field        the setting that errors about the model name
 
     Raises BadInput for a model, device or dtype that can't be used, GridpruneError where the hub can't be asked.
     """
@@ -89,14 +89,14 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "auto",
         cache_dtype: str = "full",
-        flag: str = "--model",
+        field: str = "model",
     ):
         if isinstance(model, Family):
             self.family = model
         else:
             name = EMBEDDED if model is None else model
             self.family = open_model(
-                name, dtype, device, revision=revision, clip=clip, relevance=relevance, store=store, flag=flag
+                name, dtype, device, revision=revision, clip=clip, relevance=relevance, store=store, field=field
             )
         self.model = self.family.checkpoint.name
         self.encoder = Encoder(self.family, store, cache_dtype, scenes_only=model is None)

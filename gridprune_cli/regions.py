@@ -12,7 +12,7 @@ from typing import Any
 from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput
 from gridprune_cli.images import Source
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.pruning.region import GRID, parse_box
 from gridprune_cli.pruning.signals import Box
 from gridprune_cli.settings import RELEVANCE, Pruning, Request
@@ -28,7 +28,7 @@ TEMPLATE = (
     "last column and row. Say nothing else."
 )
 MAX_ANSWER = 32  # tokens; a box takes about ten
-ALL_TOKENS = Pruning(keep=1.0, method=make("uniform"))  # a localiser sees the whole picture
+ALL_TOKENS = Pruning(keep=1.0, method=make_method("uniform"))  # a localiser sees the whole picture
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,6 @@ class Localizers:
             )
         if name not in self._opened:
             model = EMBEDDED_LOCALIZER if name == VLM else name
-            family = open_model(model, self._dtype, self._device, store=encoder.store, flag="--localizer")
+            family = open_model(model, self._dtype, self._device, store=encoder.store, field="localizer")
             self._opened[name] = Encoder(family, encoder.store, encoder.cache_dtype)
         return self._opened[name]

@@ -75,7 +75,7 @@ def compute_signals(family: Family, requests: Sequence[EncodedRequest]) -> list[
     for r, request in enumerate(requests):
         if not (request.pruning.heeds_region(len(request.images)) and request.pruning.region == "auto"):
             continue
-        sign = getattr(request.pruning.method, "relevance_sign", 1)
+        sign = request.pruning.method.relevance_sign
         for n, image_signals in enumerate(signals[r]):
             if image_signals.region is None and image_signals.relevance is not None:
                 by_views.setdefault(image_signals.views, []).append((r, n, image_signals.relevance * sign))
@@ -129,7 +129,7 @@ def select_tokens(requests: Sequence[EncodedRequest], signals: Sequence[Sequence
             method, k = _budget(pool, request.pruning)
             jobs.setdefault(method, []).append((pool, k))
             methods.append(method)
-    kept = {method: iter(method.select_each(*zip(*job, strict=True))) for method, job in jobs.items()}
+    kept = {method: iter(method.select_batch(*zip(*job, strict=True))) for method, job in jobs.items()}
     # 3. back in the order of the requests
     in_turn = iter([next(kept[method]) for method in methods])
     return [[next(in_turn) for _ in request_pools] for request_pools in pools]
@@ -161,5 +161,5 @@ def _budget(signals: Signals, pruning: Pruning) -> tuple[Method, int]:
     if signals.region is not None and (pruning.inside_ratio or pruning.outside_ratio):
         in_region = int(within_region(signals).sum())
         k, share = ratio_budget(k, in_region, signals.count, pruning.inside_ratio, pruning.outside_ratio)
-        method = replace(method, region_share=share)  # type: ignore[call-arg]
+        method = method.with_options(region_share=share)
     return method, k

@@ -1,18 +1,23 @@
 """What is asked for: which visual tokens to keep (`Pruning`), and a question about images with it (`Request`)."""
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from math import isfinite
+from typing import Any, get_args
 
+from gridprune_cli.choices import DEFAULT_METHOD, Plc, Positions
 from gridprune_cli.errors import BadInput
 from gridprune_cli.images import Source
-from gridprune_cli.pruning.methods import Method, make
+from gridprune_cli.pruning.methods import METHODS, Method, make_method
+from gridprune_cli.pruning.methods.gridprune import LITERAL
 from gridprune_cli.pruning.region import parse_box
 from gridprune_cli.pruning.signals import Box
 from gridprune_cli.questions import check_text
 from gridprune_cli.tokens import EncodedImage
 
-POSITIONS = ("original", "compact")
-PLC = ("off", "pool", "trained")
+POSITIONS = get_args(Positions)
+PLC = get_args(Plc)
 RELEVANCE = "relevance"  # the localiser that is no model: the region is found from the relevance
 
 
@@ -26,21 +31,21 @@ class Pruning:
     region     "auto" (found from the relevance), "none", or a box; only methods with zones heed it
     positions  "original": kept tokens keep their place in the prompt; "compact": they are numbered on
     localizer  what finds the region "auto": "relevance", "vlm" (the embedded model's own), or a model by name
-    localizer_template  how such a model is asked, a text with `{question}`; "" is our own (`localize.TEMPLATE`)
+    localizer_template  how such a model is asked, a text with `{question}`; "" is our own (`regions.TEMPLATE`)
     query      what relevance is measured against, and a localiser is asked about, where that is not the question
     share_budget  several images share one K instead of each having its own; then there is no region
     ilp        what stays inside the language model: "region", exactly the tokens inside the contextual region, or a
                share of the image's N tokens, those inside first; None: everything
     ilp_layer  the layer, from 0, at whose input the others leave; None: `ILP_LAYER`, or the nearest that the model has
-    plc        "pool" makes each row outside the region the mean of its cell, "trained" has the checkpoint's compressor
-               make the rows of that, "off" leaves rows as they are
-    inside_ratio, outside_ratio  visual tokens per row, inside and outside of the region, instead of the method's own
-               split of K; both together take the place of `keep` and `tokens`
+    plc        "pool" replaces the features of each kept token outside the region by the mean of its cell, "trained" has
+               the checkpoint's compressor refine these, "off" leaves features as they are
+    inside_ratio, outside_ratio  visual tokens per kept one, inside and outside of the region, instead of the method's
+               own split of K; both together take the place of `keep` and `tokens`
     """
 
     keep: float = 0.11
     tokens: int | None = None
-    method: Method = field(default_factory=lambda: make("gridprune"))
+    method: Method = field(default_factory=lambda: make_method(DEFAULT_METHOD))
     region: str | Box = "auto"
     localizer: str = RELEVANCE
     localizer_template: str = ""
@@ -54,56 +59,115 @@ class Pruning:
     outside_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        """Reads a region that is given as text or a list. Raises BadInput for values out of range."""
+        """Reads a region that is a text or a list. Raises BadInput, with the setting, for what can't be."""
         if self.region not in ("auto", "none"):
-            given = self.region if isinstance(self.region, str) else ",".join(map(str, self.region))
+            corners = self.region if isinstance(self.region, str) else ",".join(map(str, self.region))
             try:
-                object.__setattr__(self, "region", parse_box(given))
+                object.__setattr__(self, "region", parse_box(corners))
             except ValueError as fault:
-                raise BadInput(f"--region: {fault}, or auto, or none") from fault
+                raise BadInput(f"{fault}, or auto, or none", field="region") from fault
         if not 0 < self.keep <= 1:
-            raise BadInput(f"--keep {self.keep}: must be above 0 and at most 1")
+            raise BadInput("must be above 0 and at most 1", field="keep", value=self.keep)
         if self.tokens is not None and self.tokens < 1:
-            raise BadInput(f"--tokens {self.tokens}: must be at least 1")
-        if self.share_budget and self.method.one_picture:
+            raise BadInput("must be at least 1", field="tokens", value=self.tokens)
+        if self.share_budget and self.method.single_image:
             raise BadInput(
-                f"--share-budget: not with --method {self.method.name}, which splits the budget of one image"
+                f"not with `method={self.method.name}`, which splits the budget of one image", field="share_budget"
             )
         if self.localizer_template and "{question}" not in self.localizer_template:
-            raise BadInput("--localizer-template: needs {question}, where the question goes")
+            raise BadInput("needs {question}, where the question goes", field="localizer_template")
         if self.query is not None and not self.query.strip():
-            raise BadInput("--query: is empty; give a text, or leave it out to take the question")
-        for flag, text in (("--query", self.query), ("--localizer-template", self.localizer_template)):
-            check_text(text or "", flag)
+            raise BadInput("is empty; give a text, or leave it out to take the question", field="query")
+        check_text(self.query or "", "`query`")
+        check_text(self.localizer_template, "`localizer_template`")
         if self.positions not in POSITIONS:
-            raise BadInput(f"--positions {self.positions}: not one of {', '.join(POSITIONS)}")
-        if self.ilp is not None and self.ilp != "region":
+            raise BadInput(f"not one of {', '.join(POSITIONS)}", field="positions", value=self.positions)
+        self._check_ilp()
+        self._check_plc()
+
+    def _check_ilp(self) -> None:
+        """Reads a share that is a text. Raises BadInput for what can't stay inside the language model."""
+        if self.ilp is None and self.ilp_layer is not None:
+            raise BadInput("only with `ilp`, which says what stays", field="ilp_layer")
+        if self.ilp is None:
+            return
+        if self.ilp != "region":
             try:
                 share = float(self.ilp)
             except ValueError as fault:
-                raise BadInput(f"--ilp {self.ilp}: neither region nor a share") from fault
+                raise BadInput("neither region nor a share", field="ilp", value=self.ilp) from fault
             if not 0 < share <= 1:
-                raise BadInput(f"--ilp {self.ilp}: must be above 0 and at most 1, or region")
+                raise BadInput("must be above 0 and at most 1, or region", field="ilp", value=self.ilp)
             object.__setattr__(self, "ilp", share)
-        if self.ilp is not None and self.method.inner:
-            raise BadInput(f"--ilp: not with --method {self.method.name}, which prunes there by itself")
-        if self.ilp is None and self.ilp_layer is not None:
-            raise BadInput("--ilp-layer: only with --ilp, which says what stays")
+        if self.method.inner:
+            raise BadInput(f"not with `method={self.method.name}`, which prunes there by itself", field="ilp")
+
+    def _check_plc(self) -> None:
+        """Raises BadInput for a compression that can't be, or that this pruning leaves no place for."""
         if self.plc not in PLC:
-            raise BadInput(f"--plc {self.plc}: not one of {', '.join(PLC)}")
+            raise BadInput(f"not one of {', '.join(PLC)}", field="plc", value=self.plc)
         if self.plc != "off" and self.method.inner:
-            raise BadInput(f"--plc: not with --method {self.method.name}, which prunes inside the language model alone")
-        for flag, ratio in (("--inside-ratio", self.inside_ratio), ("--outside-ratio", self.outside_ratio)):
+            raise BadInput(
+                f"not with `method={self.method.name}`, which prunes inside the language model alone", field="plc"
+            )
+        for name in ("inside_ratio", "outside_ratio"):
+            ratio = getattr(self, name)
             if ratio is None:
                 continue
             if not (ratio >= 1 and isfinite(ratio)):
-                raise BadInput(f"{flag} {ratio}: must be at least 1, in visual tokens per row")
+                raise BadInput("must be at least 1, in visual tokens per kept one", field=name, value=ratio)
             if self.plc == "off":
-                raise BadInput(f"{flag}: only with --plc pool or --plc trained")
+                raise BadInput("only with `plc=pool` or `plc=trained`", field=name)
             if self.share_budget or self.region == "none" or not self.method.takes_region:
-                raise BadInput(f"{flag}: needs a region; leave out what takes it away")
+                raise BadInput("needs a region; leave out what takes it away", field=name)
         if self.inside_ratio and self.outside_ratio and self.inside_ratio > self.outside_ratio:
-            raise BadInput(f"--inside-ratio {self.inside_ratio}: must not be above --outside-ratio")
+            raise BadInput("must not be above `outside_ratio`", field="inside_ratio", value=self.inside_ratio)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "Pruning":
+        """The pruning that options of the command line name, with `_` for `-`: from there, a file or a request.
+
+        options  settings of this class, where `method` is a name; `method_option`, options of the method, as a mapping
+                 or as texts NAME=VALUE; `literal`, GridPrune as published; and options of the method by their own
+                 names. Values may be texts, as on a command line. None is as if it were left out
+
+        Raises BadInput, with the option, for a name that there is not, and a value of no use.
+        """
+        named = {name: value for name, value in options.items() if value is not None}
+        # 1. the method, with its options
+        method = named.pop("method", DEFAULT_METHOD)
+        literal = _read("literal", named.pop("literal", False), bool)
+        pairs = named.pop("method_option", {})
+        chosen = dict(pairs) if isinstance(pairs, Mapping) else parse_pairs(pairs, "method_option")
+        if not isinstance(method, str) or method not in METHODS:
+            raise BadInput(f"unknown method {method!r}: choose from {', '.join(METHODS)}", field="method", value=method)
+        for name in named.keys() & {option.name for option in fields(METHODS[method])}:
+            if name in chosen:
+                raise BadInput(f"given twice, also as `{name}`", field="method_option", value=name)
+            chosen[name] = _from_text(named.pop(name))
+        # 2. settings of methods with a region, before their values
+        region, localizer = named.get("region", "auto"), named.get("localizer", RELEVANCE)
+        _check_region(method, literal, named)
+        if localizer != RELEVANCE and (not METHODS[method].takes_region or literal or region != "auto"):
+            raise BadInput(
+                f"only for `method={DEFAULT_METHOD}` with `region=auto`, and not `literal`",
+                field="localizer",
+                value=localizer,
+            )
+        if named.get("localizer_template") and localizer == RELEVANCE:
+            raise BadInput("only with a `localizer` that is a model", field="localizer_template")
+        # 3. the values
+        kinds = {setting.name: setting.type for setting in fields(cls) if setting.name != "method"}
+        if unknown := sorted(named.keys() - kinds.keys()):
+            known = [*kinds, "method", "method_option", "literal", *(option.name for option in fields(METHODS[method]))]
+            reason = f"neither a setting of pruning nor an option of the method {method}; there are {', '.join(known)}"
+            raise BadInput(reason, field=unknown[0])
+        settings = {name: _read(name, value, kinds[name]) for name, value in named.items()}
+        try:
+            chooser = make_method(method, **(LITERAL if literal else {}) | chosen)
+        except ValueError as fault:
+            raise BadInput(str(fault), field="method", value=method) from fault
+        return cls(method=chooser, **settings | ({"region": "none"} if literal else {}))
 
     @property
     def needs_relevance(self) -> bool:
@@ -114,7 +178,7 @@ class Pruning:
         if self.tokens is None:
             return max(1, int(self.keep * full + 0.5))
         if self.tokens > full:
-            raise BadInput(f"--tokens {self.tokens}: the image has {full} visual tokens")
+            raise BadInput(f"the image has {full} visual tokens", field="tokens", value=self.tokens)
         return self.tokens
 
     def heeds_region(self, images: int) -> bool:
@@ -137,3 +201,54 @@ class Request:
     pruning: Pruning = field(default_factory=Pruning)
     system: str | None = None
     template: str | None = None
+
+
+def parse_pairs(pairs: Iterable[str], setting: str) -> dict[str, Any]:
+    """Options that are texts NAME=VALUE. Raises BadInput, with the setting that they are of, where one is not."""
+    options = {}
+    for pair in pairs:
+        name, equals, value = str(pair).partition("=")
+        if not equals:
+            raise BadInput("not NAME=VALUE", field=setting, value=pair)
+        options[name] = _from_text(value)
+    return options
+
+
+def _from_text(value: Any) -> Any:
+    """What a text says as JSON; one that is no JSON is itself, and so is what is no text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _check_region(method: str, literal: bool, named: Mapping[str, Any]) -> None:
+    """Raises BadInput for settings of a region that this method does not have."""
+    region = named.get("region", "none")
+    if not METHODS[method].takes_region and (literal or region != "none"):
+        raise BadInput(
+            f"only for `method={DEFAULT_METHOD}`, not for {method}", field="literal" if literal else "region"
+        )
+    if literal and region != "none":
+        raise BadInput("not with `literal`, since GridPrune as published has no region", field="region")
+
+
+def _read(name: str, value: Any, kind: Any) -> Any:
+    """A value, or the text of one, as a setting of type `kind` holds it. Raises BadInput where that can't be."""
+    kinds = get_args(kind) or (kind,)
+    wanted = next(one for one in (str, bool, int, float) if one in kinds)
+    if wanted is str:
+        others = (int, float) if float in kinds else (list, tuple) if len(kinds) > 1 else ()
+        if isinstance(value, bool) or not isinstance(value, (str, *others)):
+            raise BadInput("must be a text", field=name, value=value)
+        return value  # what it may say, the setting itself checks
+    try:
+        number = float(value) if wanted is float else _from_text(value)
+    except (ValueError, TypeError):
+        number = None
+    if isinstance(value, bool) != (wanted is bool and not isinstance(value, str)) or not isinstance(number, wanted):
+        names = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise BadInput(f"must be {names[wanted]}", field=name, value=value)
+    return number

@@ -15,6 +15,7 @@ from gridprune_cli.cache.quantize import Packed
 from gridprune_cli.contents import MAX_NUMBERS, check_encoded, check_pruned, check_range, views_of
 from gridprune_cli.errors import BadInput
 from gridprune_cli.images import Source
+from gridprune_cli.pruning.methods import RULES
 from gridprune_cli.pruning.schedule import LayerSchedule
 from gridprune_cli.pruning.signals import Box, View
 
@@ -281,7 +282,7 @@ class PrunedSet:
         check_pruned(header, loaded)
         return cls(
             **({"relevance": None} | loaded),
-            schedule=LayerSchedule.from_json(header["schedule"]) if header["schedule"] else None,
+            schedule=LayerSchedule.from_json(header["schedule"], RULES) if header["schedule"] else None,
             **{name: header[name] for name in _PRUNED_TEXT},
             plc=header["plc"],
             relevance_source=header["relevance_source"],

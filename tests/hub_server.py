@@ -95,12 +95,12 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             return self._fail(401, "RepoNotFound")  # as the hub does, who says not which private ones there are
         kind, revision, *rest = parts[2:] or ["revision", "main"]
-        found = repository.find(revision)
-        if found is None:
+        snapshot = repository.find(revision)
+        if snapshot is None:
             return self._fail(404, "RevisionNotFound")
         if repository.gated and not (api and kind == "revision"):
             return self._fail(403, "GatedRepo")
-        sha, folder = found
+        sha, folder = snapshot
         if api:
             listing = [_describe(file, folder) for file in sorted(folder.rglob("*")) if file.is_file()]
             return self._json(listing if kind == "tree" else {"id": "/".join(parts[:2]), "sha": sha, "siblings": []})

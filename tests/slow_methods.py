@@ -152,12 +152,15 @@ def softmax(values, temperature):
 
 
 def mmtok(signals, k, method):
-    words, rows, vision_features = (
-        part.tolist() for part in (signals.question_embeds, signals.image_embeds, signals.vision_features)
+    question_embeds, rows, vision_features = (
+        vectors.tolist() for vectors in (signals.question_embeds, signals.image_embeds, signals.vision_features)
     )
     covered = [
-        [value / len(words) for value in softmax([cosine(word, row) for row in rows], method.text_temperature)]
-        for word in words
+        [
+            value / len(question_embeds)
+            for value in softmax([cosine(word, row) for row in rows], method.text_temperature)
+        ]
+        for word in question_embeds
     ]
     covered += [
         [
@@ -188,9 +191,9 @@ def holov(signals, k, method):
             members = {}
             for place, token in enumerate(tokens):
                 row, col = divmod(place, view.cols)
-                part = (row * min(4, view.rows) // view.rows, col * min(4, view.cols) // view.cols)
-                members.setdefault(part, []).append(token)
-            crops += [members[part] for part in sorted(members)]
+                crop = (row * min(4, view.rows) // view.rows, col * min(4, view.cols) // view.cols)
+                members.setdefault(crop, []).append(token)
+            crops += [members[crop] for crop in sorted(members)]
     crops = [crop for crop in crops if crop]
     weights = [sum(saliency[i] for i in crop) / len(crop) for crop in crops]
     budgets = [0] * len(crops)
@@ -218,7 +221,7 @@ def hired(signals, k, method):
     if len(signals.views) == 1 or not bases:
         return top_saliency(signals, k, method)
     base = signals.views[bases[0]]
-    own = list(range(starts[bases[0]], starts[bases[0]] + base.rows * base.cols))
+    base_tokens = list(range(starts[bases[0]], starts[bases[0]] + base.rows * base.cols))
     tiles = []  # (tokens, left, top, right, bottom)
     for n, view in enumerate(signals.views):
         if n == bases[0]:
@@ -232,10 +235,10 @@ def hired(signals, k, method):
                 tokens = [starts[n] + r * view.cols + c for r in range(r0, r1) for c in range(c0, c1)]
                 width, height = (x1 - x0) / view.cols, (y1 - y0) / view.rows
                 tiles.append((tokens, x0 + c0 * width, y0 + r0 * height, x0 + c1 * width, y0 + r1 * height))
-    leading = sorted(own, key=lambda i: (-saliency[i], i))[: int((1 - method.base_share) * len(own))]
+    leading = sorted(base_tokens, key=lambda i: (-saliency[i], i))[: int((1 - method.base_share) * len(base_tokens))]
     counts = []
     for _, left, top, right, bottom in tiles:
-        centres = [divmod(i - own[0], base.cols) for i in leading]
+        centres = [divmod(i - base_tokens[0], base.cols) for i in leading]
         counts.append(
             sum(
                 left <= (c + 0.5) / base.cols + 1e-9 < right and top <= (r + 0.5) / base.rows + 1e-9 < bottom
@@ -243,9 +246,9 @@ def hired(signals, k, method):
             )
         )
     room = sum(len(tile[0]) for tile in tiles)
-    quota = max(min(math.floor(method.base_share * k + 0.5), len(own)), k - room)
+    quota = max(min(math.floor(method.base_share * k + 0.5), len(base_tokens)), k - room)
     budgets = shared(counts, [len(tile[0]) for tile in tiles], k - quota)
-    kept = sorted(own, key=lambda i: (-saliency[i], i))[:quota]
+    kept = sorted(base_tokens, key=lambda i: (-saliency[i], i))[:quota]
     for (tokens, *_), budget in zip(tiles, budgets, strict=True):
         kept += sorted(tokens, key=lambda i: (-saliency[i], i))[:budget]
     return sorted(kept)
@@ -292,13 +295,13 @@ def cdpruner(signals, k, method):
     kept = []
     while len(kept) < k:
         free = set(range(len(outside))) - set(kept)
-        part = {i: math.fsum(x * x for x in outside[i]) for i in free}
-        score = {i: quality[i] ** 2 * part[i] for i in free if part[i] > 1e-6}
+        squares = {i: math.fsum(x * x for x in outside[i]) for i in free}
+        score = {i: quality[i] ** 2 * squares[i] for i in free if squares[i] > 1e-6}
         if not score:
             order = [i for i in ranked(relevance) if i in free]
             return sorted(kept + order[: k - len(kept)])
         token = first_best(score, score.get, max(score.values()))
-        axis = [x / math.sqrt(part[token]) for x in outside[token]]
+        axis = [x / math.sqrt(squares[token]) for x in outside[token]]
         for row in outside:
             along = math.fsum(x * y for x, y in zip(row, axis, strict=True))
             row[:] = [x - along * y for x, y in zip(row, axis, strict=True)]
@@ -306,13 +309,15 @@ def cdpruner(signals, k, method):
     return sorted(kept)
 
 
-# Rules inside the language model: each takes (sight, k, rule), and gives the sorted kept places among the n
+# Rules inside the language model: each takes (layer_signals, k, rule), and gives the sorted kept places among the n
 
 
-def duplication(sight, k, rule):
+def duplication(layer_signals, k, rule):
     """DART: pivots by the sums of their keys, then for each in turn what is least like it."""
-    sums, text_sums = ([math.fsum(map(abs, key)) for key in keys.tolist()] for keys in (sight.keys, sight.text_keys))
-    hidden_states, text_hidden_states = sight.hidden_states.tolist(), sight.text_hidden_states.tolist()
+    sums, text_sums = (
+        [math.fsum(map(abs, key)) for key in keys.tolist()] for keys in (layer_signals.keys, layer_signals.text_keys)
+    )
+    hidden_states, text_hidden_states = layer_signals.hidden_states.tolist(), layer_signals.text_hidden_states.tolist()
     kept = ranked(sums)[: min(rule.visual_pivots, k)]
     pivots = [hidden_states[i] for i in kept] + [text_hidden_states[t] for t in ranked(text_sums)[: rule.text_pivots]]
     left = k - len(kept)
@@ -324,15 +329,15 @@ def duplication(sight, k, rule):
     return sorted(kept)
 
 
-def suppression(sight, k, rule):
+def suppression(layer_signals, k, rule):
     """AdaptPrune: soft non-maximum suppression."""
     place = {}
-    for number, view in enumerate(sight.views):
+    for number, view in enumerate(layer_signals.views):
         place |= {len(place) + i: (number, *divmod(i, view.cols)) for i in range(view.rows * view.cols)}
-    keys, scores = sight.keys.tolist(), []
-    for token, attention in zip(sight.tokens.tolist(), sight.attention.tolist(), strict=True):
+    keys, scores = layer_signals.keys.tolist(), []
+    for token, attention in zip(layer_signals.tokens.tolist(), layer_signals.attention.tolist(), strict=True):
         number, *at = place[token]
-        sides = (sight.views[number].rows, sight.views[number].cols)
+        sides = (layer_signals.views[number].rows, layer_signals.views[number].cols)
         off = sum((2 * x / (side - 1) - 1) ** 2 if side > 1 else 0.0 for x, side in zip(at, sides, strict=True))
         scores.append(attention * math.exp(-off / (2 * rule.centre**2)))
     kept = []
@@ -340,12 +345,12 @@ def suppression(sight, k, rule):
         free = [i for i in range(len(scores)) if i not in kept]
         best = first_best(free, scores.__getitem__, max(scores[i] for i in free))
         kept.append(best)
-        view, *at = place[int(sight.tokens[best])]
+        view, *at = place[int(layer_signals.tokens[best])]
         for i in free:
-            other, *there = place[int(sight.tokens[i])]
+            other, *there = place[int(layer_signals.tokens[i])]
             distance = math.dist(at, there)
             if other == view and distance <= rule.radius + EQUAL:
-                near = math.exp(-(distance**2) / (2 * rule.spread**2))
+                near = math.exp(-(distance**2) / (2 * rule.sigma**2))
                 scores[i] *= 1 - near * math.exp(-((1 - cosine(keys[i], keys[best])) ** 2) / (2 * rule.likeness**2))
     return sorted(kept)
 

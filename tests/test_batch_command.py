@@ -38,16 +38,16 @@ def records(text):
 
 def test_answers_come_in_order_and_are_those_of_ask(run, folder):
     code, out, err = run("batch", folder / "questions.jsonl", "--keep", "0.25", "--batch-size", "4")
-    made, given = records(out), records((folder / "questions.jsonl").read_text())
-    assert code == 0 and len(made) == 15 and "15 questions, 10 of images encoded already" in err
-    for line, asked in zip(made, given, strict=True):
+    results, questions = records(out), records((folder / "questions.jsonl").read_text())
+    assert code == 0 and len(results) == 15 and "15 questions, 10 of images encoded already" in err
+    for line, asked in zip(results, questions, strict=True):
         assert (line["image"], line["question"]) == (asked["image"], asked["question"])
         assert line["id"] == asked.get("id", line["id"]) and line["id"]
         assert line.get("extra") == ({"answers": ["red"], "n": asked["n"]} if "id" in asked else None)
         assert line["tokens"]["kept"] == (8 if "keep" in asked else 4)
-    for line, asked in list(zip(made, given, strict=True))[2:10]:
-        keep = str(asked.get("keep", 0.25))
-        single = json.loads(run("ask", folder / asked["image"], asked["question"], "--keep", keep, "--json")[1])
+    for line, asked in list(zip(results, questions, strict=True))[2:10]:
+        share = str(asked.get("keep", 0.25))
+        single = json.loads(run("ask", folder / asked["image"], asked["question"], "--keep", share, "--json")[1])
         for name in set(single) - {"image", "cache", "ms"}:
             assert line[name] == single[name], name
 
@@ -93,10 +93,10 @@ def faulty(folder):
 
 def test_what_fails_is_a_line_and_the_rest_goes_on(run, folder, faulty):
     code, out, err = run("batch", faulty)
-    made = records(out)
-    failed = [line for line in made if "error" in line]
-    assert code == 3 and len(made) == 20 and len(failed) == 5
-    assert [made.index(line) for line in failed] == [1, 2, 8, 9, 10]
+    results = records(out)
+    failed = [line for line in results if "error" in line]
+    assert code == 3 and len(results) == 20 and len(failed) == 5
+    assert [results.index(line) for line in failed] == [1, 2, 8, 9, 10]
     assert all(line["error_type"] == "BadInput" and line["id"] and "answer" not in line for line in failed)
     assert f"{faulty}:3: not JSON" in failed[0]["error"]  # the second line is blank
     assert failed[1] | {"error": ""} == {
@@ -111,8 +111,15 @@ def test_what_fails_is_a_line_and_the_rest_goes_on(run, folder, faulty):
     assert err.count("warning: ") == 6 and "5 lines failed" in err
     for number in (3, 4, 10, 11, 12):  # whatever is wrong with it, a line is named
         assert err.count(f"warning: {faulty}:{number}: ") == 1
-    good = [line for line in made if "answer" in line]
+    good = [line for line in results if "answer" in line]
     assert good == records(run("batch", folder / "questions.jsonl")[1])
+
+
+def test_errors_in_results_name_options_as_on_stderr(run, folder):
+    code, out, err = run("batch", folder / "questions.jsonl", "--tokens", "99")
+    errors = [line["error"] for line in records(out) if "error" in line]  # a line's own share goes before
+    assert code == 3 and set(errors) == {"--tokens 99: the image has 16 visual tokens"}
+    assert f"warning: {folder / 'questions.jsonl'}:1: {errors[0]}\n" in err
 
 
 def test_fail_fast_ends_at_the_first_and_resume_goes_on_there(run, folder, faulty):
@@ -147,9 +154,9 @@ def test_failed_lines_can_be_done_again(run, folder, faulty):
     out.write_text("\n".join(good) + "\n")
     (folder / "bad.png").write_bytes((folder / "4.png").read_bytes())
     assert run("batch", faulty, "--resume", out)[0] == 3
-    made = out.read_text().splitlines()
-    assert made[:15] == good and len(made) == 20
-    assert [json.loads(line)["id"] for line in made[15:] if '"answer"' in line] == ["b"]
+    written = out.read_text().splitlines()
+    assert written[:15] == good and len(written) == 20
+    assert [json.loads(line)["id"] for line in written[15:] if '"answer"' in line] == ["b"]
 
 
 def test_results_are_not_written_over(run, folder):
@@ -181,8 +188,8 @@ def test_a_full_disk_is_told(run, folder):
 def test_shards_share_the_work(run, folder):
     whole = run("batch", folder / "questions.jsonl")[1].splitlines()
     parts = [run("batch", folder / "questions.jsonl", "--shard", f"{i}/3")[1].splitlines() for i in range(3)]
-    assert sorted(line for part in parts for line in part) == sorted(whole)
-    images = [{json.loads(line)["image"] for line in part} for part in parts]
+    assert sorted(line for shard in parts for line in shard) == sorted(whole)
+    images = [{json.loads(line)["image"] for line in shard} for shard in parts]
     assert sum(map(len, images)) == 5  # the questions about an image stay together
     encoded = [run("encode", folder, "--shard", f"{i}/3", "--json")[1] for i in range(3)]
     names = [record["image"] for text in encoded for record in records(text)]
@@ -202,11 +209,11 @@ def test_pruned_sets_in_bulk_answer_as_batch_does(run, folder, faulty):
     assert run("prune", "--batch", faulty, "-o", out)[0] == 2
     out.mkdir()
     code, printed, err = run("prune", "--batch", faulty, "-o", out, "--json")
-    made = records(printed)
-    assert code == 3 and len(made) == 20 and "5 lines failed" in err
-    files = [Path(line["file"]) for line in made if "file" in line]
+    results = records(printed)
+    assert code == 3 and len(results) == 20 and "5 lines failed" in err
+    files = [Path(line["file"]) for line in results if "file" in line]
     assert len(set(files)) == 15 and out / "1%2F3.safetensors" in files
-    assert all(line["bytes"] == Path(line["file"]).stat().st_size for line in made if "file" in line)
+    assert all(line["bytes"] == Path(line["file"]).stat().st_size for line in results if "file" in line)
     code, printed, _ = run("generate", *files, "--json", "--batch-size", "4")
     answers = {record["file"]: record["answer"] for record in records(printed)}
     assert code == 0 and list(answers) == list(map(str, files))
@@ -242,10 +249,10 @@ def test_ids_that_make_bad_names_of_files_fail_alone_and_none_is_hidden(run, fol
     out = folder / "out"
     out.mkdir()
     code, printed, err = run("prune", "--batch", folder / "q.jsonl", "-o", out, "--json")
-    made = records(printed)
-    assert code == 3 and ["file" in record for record in made] == [True, False, False, True, True, True, True]
+    results = records(printed)
+    assert code == 3 and ["file" in record for record in results] == [True, False, False, True, True, True, True]
     assert "q.jsonl:2: id takes 300 characters" in err and "q.jsonl:3: id takes 0" in err
-    assert sorted(out.glob("[!.]*.safetensors")) == sorted(Path(line["file"]) for line in made if "file" in line)
+    assert sorted(out.glob("[!.]*.safetensors")) == sorted(Path(line["file"]) for line in results if "file" in line)
     assert (out / "%2E%2F0.png.safetensors").exists() and (out / "%2Ex.safetensors").exists()
 
 
@@ -298,10 +305,10 @@ def test_memory_that_runs_out_is_a_notice(run, folder, monkeypatch):
     expected = run("batch", folder / "questions.jsonl")[1]
     generate = LlavaForConditionalGeneration.generate
 
-    def small(self, **given):
-        if len(given["input_ids"]) > 4:
+    def small(self, **inputs):
+        if len(inputs["input_ids"]) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return generate(self, **given)
+        return generate(self, **inputs)
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "generate", small)
     code, out, err = run("batch", folder / "questions.jsonl", "--batch-size", "8")
@@ -313,10 +320,10 @@ def test_progress_is_told_now_and_then(run, folder, monkeypatch):
 
     monkeypatch.setattr(output, "_EVERY", 0.0)
     err = run("batch", folder / "questions.jsonl")[2]
-    told = [line for line in err.splitlines() if line.startswith("answering: ")]
-    assert len(told) == 15
+    progress = [line for line in err.splitlines() if line.startswith("answering: ")]
+    assert len(progress) == 15
     pattern = r"answering: 7 of 15, [\d.]+ questions/s, [\d.]+ images/s, \d hits, \d+ s left"
-    assert re.fullmatch(pattern, told[6])
+    assert re.fullmatch(pattern, progress[6])
     err = run("encode", folder)[2]
     assert re.search(r"^encoding: 5 of 5, [\d.]+ images/s, 5 hits, 0 s left$", err, re.MULTILINE)
     assert "answering" not in run("batch", folder / "questions.jsonl", "-q")[2]

@@ -14,9 +14,9 @@ from gridprune_cli.pruning.budget import allocate, softmax_shares
 def exact_shares(weights, caps, k):
     """Proportional shares; what full zones can't take is shared out again among the rest, until nothing overflows."""
     shares = [Fraction(0)] * len(caps)
-    for heavy in (True, False):
-        open_ = [j for j in range(len(caps)) if (weights[j] > 0) == heavy]
-        weight = {j: Fraction(weights[j]) if heavy else Fraction(1) for j in open_}
+    for weighted in (True, False):
+        open_ = [j for j in range(len(caps)) if (weights[j] > 0) == weighted]
+        weight = {j: Fraction(weights[j]) if weighted else Fraction(1) for j in open_}
         left = min(k, sum(caps[j] for j in open_))
         k -= left
         while open_:

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from gridprune_cli.cache.layout import SCHEMA
 from gridprune_cli.cache.store import Store, entry_key
 from gridprune_cli.cli import output
 from gridprune_cli.cli.cache import app
+from gridprune_cli.cli.describe import describe
 from gridprune_cli.errors import BadInput, GridpruneError
 
 MODELS = ["models/llava", "scenes"]
@@ -22,7 +24,8 @@ ENCODERS = [{"family": "llava", "checkpoint": "aa" * 32}, {"family": "scenes", "
 
 
 def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    with output.notices_on_stderr():
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def done(*arguments: object) -> Result:
@@ -83,8 +86,8 @@ def test_ls_shows_one_line_per_entry_the_last_used_last(keys: list[str]) -> None
     ],
 )
 def test_ls_sorts_and_limits_alike_as_text_and_json(keys: list[str], arguments: list[str], order: list[int]) -> None:
-    rows = done("ls", *arguments).stdout.splitlines()[1:]
-    assert [row.split()[0] for row in rows] == [keys[number][:12] for number in order]
+    lines = done("ls", *arguments).stdout.splitlines()[1:]
+    assert [row.split()[0] for row in lines] == [keys[number][:12] for number in order]
     lines = [json.loads(line) for line in done("ls", "--json", *arguments).stdout.splitlines()]
     assert [line["key"] for line in lines] == [keys[number] for number in order]
 
@@ -209,7 +212,7 @@ def test_a_pipe_in_an_entry_s_place_is_seen_by_every_command(keys: list[str], st
 @pytest.mark.parametrize("arguments", [["--max-size", "much"], ["--older-than", "7"]])
 def test_gc_refuses_what_it_cannot_read(keys: list[str], store: Store, arguments: list[str]) -> None:
     result = call("gc", *arguments)
-    assert isinstance(result.exception, BadInput) and arguments[0] in str(result.exception)
+    assert isinstance(result.exception, BadInput) and arguments[0] in describe(result.exception)
     assert len(list(store.entries())) == 4
 
 
@@ -223,7 +226,7 @@ def test_rm_removes_all_or_none(keys: list[str], store: Store) -> None:
 
 def test_clear_needs_a_yes(keys: list[str], store: Store) -> None:
     result = call("clear")
-    assert isinstance(result.exception, BadInput) and "--yes" in str(result.exception)
+    assert isinstance(result.exception, BadInput) and "--yes" in describe(result.exception)
     assert len(list(store.entries())) == 4
     assert "4 entries" in done("clear", "--yes").stderr
     assert not list(store.entries())
@@ -261,7 +264,7 @@ def test_no_command_touches_an_artefact_in_the_cache_folder(keys: list[str], sto
 
 def test_help_has_an_example_for_each_command() -> None:
     for command in ("dir", "ls", "info", "verify", "gc", "rm", "clear"):
-        assert "Example: " in done(command, "--help").stdout
+        assert " Examples:\n\n   " in done(command, "--help").stdout
     assert call().exit_code == 2
 
 
@@ -281,15 +284,18 @@ def test_no_command_imports_a_tensor_library(keys: list[str], store: Store) -> N
 
 def test_notices_and_warnings_go_to_stderr_and_quiet_silences_notices(capfd: pytest.CaptureFixture[str]) -> None:
     try:
-        for quiet in (False, True):
-            output.set_quiet(quiet)
-            output.say("two\nlines")
-            output.warn("careful")
-            with output.progress("working", 3) as step:
-                step()
+        with output.notices_on_stderr():
+            for quiet in (False, True):
+                output.set_quiet(quiet)
+                output.say("two\nlines")
+                output.warn("careful")
+                logging.getLogger("gridprune_cli.somewhere").warning("take `positions=compact`")
+                with output.progress("working", 3) as step:
+                    step()
     finally:
         output.set_quiet(False)
-    assert capfd.readouterr() == ("", "two\\nlines\nwarning: careful\nwarning: careful\n")
+    warnings = "warning: careful\nwarning: take --positions compact\n"
+    assert capfd.readouterr() == ("", "two\\nlines\n" + 2 * warnings)
 
 
 def test_json_is_one_line_whatever_the_name(capfd: pytest.CaptureFixture[str]) -> None:

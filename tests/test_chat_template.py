@@ -96,13 +96,13 @@ def test_a_fork_gets_a_process_of_its_own():
 def test_the_model_is_named(tmp_path):
     folder = write_checkpoint("llava", tmp_path / "tiny")
     family = Pipeline(str(folder)).family
-    refused = f"^the chat template of {folder} can't be used .*{{}}.*; give a --prompt-template$"
+    refused = f"^the chat template of {folder} can't be used .*{{}}.*; give a `template`$"
     for template, reason in (("{{ 'x' * 10**10 }}", "it takes more than"), ({"default": "{{ x.y.z }}"}, "undefined")):
         family.processor.chat_template = template
         with pytest.raises(BadInput, match=refused.format(reason)):
             family.write_prompt("what?", [])
     family.processor.chat_template = ["no", "text"]
-    with pytest.raises(BadInput, match="tiny has no chat template; give a --prompt-template"):
+    with pytest.raises(BadInput, match="tiny has no chat template; give a `template`"):
         family.write_prompt("what?", [])
 
 

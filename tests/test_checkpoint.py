@@ -21,7 +21,7 @@ from gridprune_cli.cache.store import Store, open_store
 from gridprune_cli.cli import options
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.selector import find_relevance
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import checkpoint, find, hub, identity, open_model
@@ -55,17 +55,17 @@ def test_a_hub_name_answers_like_its_folder(hub_cache, tiny_llava, noise):
     pipeline = Pipeline("some/tiny-llava", dtype="float32", clip=str(tiny_llava / "clip"))
     local = Pipeline(str(tiny_llava), dtype="float32")
     picture = noise((100, 80))
-    made, expected = (p.prune(p.encoder.encode([picture])[0], "What colour is the star?") for p in (pipeline, local))
-    assert made.kept.tolist() == expected.kept.tolist() and made.model == "some/tiny-llava"
-    assert pipeline.generate(made, max_new_tokens=4) == local.generate(expected, max_new_tokens=4)
+    pruned, expected = (p.prune(p.encoder.encode([picture])[0], "What colour is the star?") for p in (pipeline, local))
+    assert pruned.kept.tolist() == expected.kept.tolist() and pruned.model == "some/tiny-llava"
+    assert pipeline.generate(pruned, max_new_tokens=4) == local.generate(expected, max_new_tokens=4)
 
 
 def test_a_folder_comes_before_a_hub_name(hub_cache, tiny_llava, tmp_path, monkeypatch):
     put(hub_cache, "some/tiny-llava", tiny_llava)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_llava, tmp_path / "some" / "tiny-llava")
-    found = find("some/tiny-llava")
-    assert found.commit is None and found.folder == Path("some/tiny-llava")
+    checkpoint = find("some/tiny-llava")
+    assert checkpoint.commit is None and checkpoint.folder == Path("some/tiny-llava")
 
 
 def test_revisions(hub_cache, tiny_llava):
@@ -75,7 +75,7 @@ def test_revisions(hub_cache, tiny_llava):
     assert find("some/llava", "v2") == find("some/llava@v2") == find("some/llava@v2", "v2")
     assert find("some/llava", "v2").name == "some/llava@v2"  # what a pruned set is generated with later
     assert find("some/llava", OTHER).commit == OTHER
-    with pytest.raises(BadInput, match=r"--revision v1: --model some/llava@v2 names another"):
+    with pytest.raises(BadInput, match=r"revision=v1: `model=some/llava@v2` names another"):
         find("some/llava@v2", "v1")
     for model in ("scenes", str(tiny_llava)):
         with pytest.raises(BadInput, match="only models from the hub have revisions"):
@@ -126,7 +126,7 @@ def test_only_what_holds_no_code_is_fetched(monkeypatch, hub_cache, tiny_llava):
 
 
 @pytest.mark.parametrize(
-    ("said", "stored"),
+    ("settings", "stored"),
     [
         ({"dtype": "bfloat16"}, "bfloat16"),
         ({"torch_dtype": "float16", "text_config": {"dtype": "float32"}}, "float16"),
@@ -134,18 +134,18 @@ def test_only_what_holds_no_code_is_fetched(monkeypatch, hub_cache, tiny_llava):
         ({}, "float32"),
     ],
 )
-def test_the_dtype_of_a_checkpoint(said, stored, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"} | said))
+def test_the_dtype_of_a_checkpoint(settings, stored, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"} | settings))
     assert find(str(tmp_path)).stored == stored
 
 
 def test_the_options_of_the_commands_reach_the_model(hub_cache, tiny_llava):
     put(hub_cache, "some/llava", tiny_llava, OTHER, "v2")
-    made = options.pipeline("some/llava", revision="v2", clip=str(tiny_llava / "clip"))
-    assert (made.model, made.family.checkpoint.commit) == ("some/llava@v2", OTHER)
-    assert made.family.clip and made.family.clip.folder == tiny_llava / "clip"
-    assert made.family.checkpoint.store is made.store
-    assert Pipeline(made.model).family.checkpoint.commit == OTHER  # as `generate` opens it
+    pipeline = options.pipeline("some/llava@v2", clip=str(tiny_llava / "clip"))
+    assert (pipeline.model, pipeline.family.checkpoint.commit) == ("some/llava@v2", OTHER)
+    assert pipeline.family.clip and pipeline.family.clip.folder == tiny_llava / "clip"
+    assert pipeline.family.checkpoint.store is pipeline.store
+    assert Pipeline(pipeline.model).family.checkpoint.commit == OTHER  # as `generate` opens it
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ FAILURES = {
 @pytest.mark.parametrize("call", ["hf_hub_download", "snapshot_download"])
 @pytest.mark.parametrize("case", FAILURES)
 def test_failures_are_one_line_that_says_what_to_do(case, call, monkeypatch, hub_cache, tiny_llava):
-    fault, code, words = FAILURES[case]
+    fault, code, reason = FAILURES[case]
     put(hub_cache, "some/llava", tiny_llava, ref="v9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", case not in ("network",))
     if call == "snapshot_download":
@@ -183,10 +183,10 @@ def test_failures_are_one_line_that_says_what_to_do(case, call, monkeypatch, hub
         raise fault
 
     monkeypatch.setattr(hub, call, fail)
-    words = words.replace("v9", SHA) if call == "snapshot_download" else words
-    with pytest.raises(GridpruneError, match=rf"^--model some/llava: .*{words}") as told:
+    reason = reason.replace("v9", SHA) if call == "snapshot_download" else reason
+    with pytest.raises(GridpruneError, match=rf"^model=some/llava: .*{reason}") as caught:
         open_model("some/llava", "auto", "cpu", revision="v9")
-    assert told.value.exit_code == code and "\n" not in str(told.value)
+    assert caught.value.exit_code == code and "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system has no SIGPIPE")
@@ -211,7 +211,7 @@ def find_snapshot(cache: Path) -> Path:
 
 
 def test_offline_and_not_in_the_cache(hub_cache):
-    with pytest.raises(BadInput, match=r"--model some/llava: no such folder, .*HF_HUB_OFFLINE"):
+    with pytest.raises(BadInput, match=r"model=some/llava: no such folder, .*HF_HUB_OFFLINE"):
         find("some/llava")
     with pytest.raises(BadInput, match="no name that the hub could have"):
         find("some/..llava")
@@ -234,7 +234,7 @@ def test_missing_weights_are_told_at_once(tiny_llava, tmp_path):
 def test_an_adapter_is_not_left_out_in_silence(tiny_llava, tmp_path):
     folder = shutil.copytree(tiny_llava, tmp_path / "llava")
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(BadInput, match=r"--model .*llava: has an adapter .* merge it into the weights"):
+    with pytest.raises(BadInput, match=r"model=.*llava: has an adapter .* merge it into the weights"):
         Pipeline(str(folder))
 
 
@@ -258,12 +258,12 @@ def test_pickled_weights_are_fetched_where_a_repository_has_no_others(weights, m
                 (snapshot / file).write_text(json.dumps(content))
 
     monkeypatch.setattr(hub, "snapshot_download", download)
-    found = find("some/llava").complete()
+    checkpoint = find("some/llava").complete()
     there = {path.name for path in snapshot.iterdir() if path.name in files}
     assert there == set(files) - {"training_args.bin", "optimizer.bin", "model.pt", "pytorch_model_fsdp.bin"} - (
         {"pytorch_model.bin"} if weights == "safetensors" else set()
     )
-    assert found.folder == snapshot
+    assert checkpoint.folder == snapshot
 
 
 # ---- the CLIP of a tower ---------------------------------------------------------------------------------------------
@@ -313,19 +313,19 @@ def test_words_are_taken_where_asked_for_or_where_there_is_nothing_else(tiny_lla
         assert family.relevance_source == {"source": "words", "model": None}
     other = str(write_checkpoint("qwen2_vl", tmp_path / "qwen"))
     assert isinstance(Pipeline(other).family.relevance, WordRelevance)
-    with pytest.raises(BadInput, match=r"^--relevance clip: the tower of .* is no CLIP; use --relevance words"):
+    with pytest.raises(BadInput, match=r"^relevance=clip: the tower of .* is no CLIP; use `relevance=words`"):
         Pipeline(other, relevance="clip")
-    with pytest.raises(BadInput, match=r"^--clip .*: not with --relevance words"):
+    with pytest.raises(BadInput, match=r"^clip=.*: not with `relevance=words`"):
         Pipeline(str(alone), clip=str(tiny_llava / "clip"), relevance="words")
-    with pytest.raises(BadInput, match=r"^--relevance both: not one of auto, clip, words"):
+    with pytest.raises(BadInput, match=r"^relevance=both: not one of auto, clip, words"):
         Pipeline(str(alone), relevance="both")
 
 
 def test_a_clip_that_nobody_knows_is_not_swapped_for_words(alone):
     for relevance in ("auto", "clip"):
         pipeline = Pipeline(str(alone), relevance=relevance)
-        find_relevance(pipeline.family, Pruning(keep=1.0, method=make("uniform")))  # needs none
-        with pytest.raises(BadInput, match=r"which CLIP .* is not known; name it as --clip, or take --relevance words"):
+        find_relevance(pipeline.family, Pruning(keep=1.0, method=make_method("uniform")))  # needs none
+        with pytest.raises(BadInput, match=r"which CLIP .* is not known; name it as `clip`, or take `relevance=words`"):
             find_relevance(pipeline.family, Pruning())
     config = json.loads((alone / "config.json").read_text())
     del config["vision_config"]  # then it is a CLIP's, as transformers reads it
@@ -334,21 +334,21 @@ def test_a_clip_that_nobody_knows_is_not_swapped_for_words(alone):
 
 
 def test_states_do_not_depend_on_the_clip(tiny_llava, alone):
-    keys = {Pipeline(str(alone), clip=clip).key(PHOTO) for clip in (None, str(tiny_llava / "clip"))}
-    assert keys == {Pipeline(str(tiny_llava)).key(PHOTO)}
+    keys = {Pipeline(str(alone), clip=clip).encoder.key(PHOTO) for clip in (None, str(tiny_llava / "clip"))}
+    assert keys == {Pipeline(str(tiny_llava)).encoder.key(PHOTO)}
 
 
 def test_what_is_no_clip_of_this_tower(tiny_llava, alone, tmp_path, noise):
     with pytest.raises(BadInput, match="no CLIP with a text tower"):
         Pipeline(str(tiny_llava), clip=str(tiny_llava))
-    with pytest.raises(BadInput, match=r"^--clip .*nowhere: no folder"):
+    with pytest.raises(BadInput, match=r"^clip=.*nowhere: no folder"):
         Pipeline(str(tiny_llava), clip=str(tmp_path / "nowhere"))
     pipeline = Pipeline(str(tiny_llava), dtype="float32")
     vision_features = pipeline.encoder.encode([noise((60, 60))])[0].vision_features
-    with pytest.raises(BadInput, match=r"rows of 32, the model's of 31; name the CLIP"):
+    with pytest.raises(BadInput, match=r"gives 32 numbers per patch, the model's 31; name the CLIP"):
         pipeline.family.relevance(vision_features[:, 1:], "What?")
     edit(alone, model_type="siglip_vision_model")
-    with pytest.raises(BadInput, match=r"the tower of .* is no CLIP; leave --clip out"):
+    with pytest.raises(BadInput, match=r"the tower of .* is no CLIP; leave `clip` out"):
         find_clip(find(str(alone)), str(tiny_llava / "clip"))
 
 
@@ -376,7 +376,7 @@ def test_the_known_clip_is_taken_from_the_hubs_cache_unless_it_is_not_whole(cach
     if cached in ("pickled", "whole"):
         assert find_clip(find(str(alone))).identity == f"hub:{KNOWN}@{SHA}"
     else:
-        remedies = r"HF_HUB_OFFLINE forbids to fetch it; .* --clip FOLDER, or take --relevance words$"
+        remedies = r"HF_HUB_OFFLINE forbids to fetch it; .* name a copy as `clip`, or take `relevance=words`$"
         with pytest.raises(BadInput, match=rf"^the CLIP {KNOWN}: .*{remedies}"):
             find_clip(find(str(alone)))
 
@@ -393,7 +393,7 @@ def test_the_known_clip_is_fetched_where_relevance_is_needed(known, tiny_llava, 
     monkeypatch.setattr(hub, "locate", locate)
     monkeypatch.setattr(hub, "fetch", lambda name, *_, **__: calls.append(name))
     pipeline = Pipeline(str(alone), dtype="float32")
-    find_relevance(pipeline.family, Pruning(keep=1.0, method=make("uniform")))
+    find_relevance(pipeline.family, Pruning(keep=1.0, method=make_method("uniform")))
     assert calls == []
     find_relevance(pipeline.family, Pruning())
     assert calls == [(KNOWN, True), (KNOWN, False), KNOWN]
@@ -422,9 +422,9 @@ def test_a_known_clip_that_cannot_be_fetched_is_told_with_both_remedies(fault, c
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "hf_hub_download", fail)
-    with pytest.raises(GridpruneError, match=r"--clip FOLDER, or take --relevance words$") as told:
+    with pytest.raises(GridpruneError, match=r"`clip`, or take `relevance=words`$") as caught:
         find_clip(find(str(alone)))
-    assert told.value.exit_code == code and "\n" not in str(told.value)
+    assert caught.value.exit_code == code and "\n" not in str(caught.value)
 
 
 # ---- identities ------------------------------------------------------------------------------------------------------
@@ -584,8 +584,8 @@ def test_damaged_settings_are_bad_input(tiny_llava, tmp_path, name):
 def test_an_attention_that_a_config_names_is_not_fetched(tiny_llava, tmp_path):
     copy = shutil.copytree(tiny_llava, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
-    for part in (config, config["text_config"], config["vision_config"]):
-        part["attn_implementation"] = part["_attn_implementation"] = "someone/kernel"
+    for section in (config, config["text_config"], config["vision_config"]):
+        section["attn_implementation"] = section["_attn_implementation"] = "someone/kernel"
     (copy / "config.json").write_text(json.dumps(config))
     model = open_model(str(copy), "float32", "cpu").load("language")
     assert "kernel" not in str(model.config.get_text_config()._attn_implementation)

@@ -42,9 +42,9 @@ def slow_cells(views, kept, within):
 @given(pruned())
 def test_cells_are_the_nearest_anchors_outside(case):
     views, kept, within, _ = case
-    found = cells(views, kept, within)
-    assert found.tolist() == slow_cells(views, kept.tolist(), within.tolist())
-    assert found[kept].tolist() == list(range(len(kept)))  # exactly K rows, in the order of the anchors
+    cell = cells(views, kept, within)
+    assert cell.tolist() == slow_cells(views, kept.tolist(), within.tolist())
+    assert cell[kept].tolist() == list(range(len(kept)))  # exactly K rows, in the order of the anchors
 
 
 @given(pruned())
@@ -54,11 +54,11 @@ def test_weights_of_a_cell_sum_to_one_and_follow_saliency(case):
     weight = cell_weights(cell, saliency, len(kept))
     assert (weight >= 0).all() and (weight[cell < 0] == 0).all()
     for j in range(len(kept)):
-        own = cell == j
-        assert float(weight[own].sum()) == pytest.approx(1)
-        total = float(saliency[own].sum())
-        expected = saliency[own] / total if total else torch.full((int(own.sum()),), 1 / int(own.sum()))
-        assert weight[own].tolist() == pytest.approx(expected.tolist())
+        members = cell == j
+        assert float(weight[members].sum()) == pytest.approx(1)
+        total = float(saliency[members].sum())
+        expected = saliency[members] / total if total else torch.full((int(members.sum()),), 1 / int(members.sum()))
+        assert weight[members].tolist() == pytest.approx(expected.tolist())
 
 
 @given(pruned())
@@ -70,8 +70,8 @@ def test_rows_are_the_means_of_their_cells(case):
     rows = pool(vision_features, cell, weight, len(kept))
     assert rows.dtype == vision_features.dtype
     for j, anchor in enumerate(kept.tolist()):
-        own = [i for i in range(len(within)) if cell[i] == j]
-        expected = sum(vision_features[i].double() * float(weight[i]) for i in own)
+        members = [i for i in range(len(within)) if cell[i] == j]
+        expected = sum(vision_features[i].double() * float(weight[i]) for i in members)
         assert rows[j].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
         if within[anchor]:
             assert torch.equal(rows[j], vision_features[anchor])  # inside, kept tokens stay as they are
@@ -84,7 +84,7 @@ def test_with_everything_kept_nothing_changes():
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("arguments", "expected"),
     [
         ((28, 40, 256, 2.0, None), (28, 20 / 28)),  # 40 / 2 rows inside, the rest outside
         ((28, 40, 256, None, 36.0), (28, 22 / 28)),  # 216 / 36 rows outside, the rest inside
@@ -96,8 +96,8 @@ def test_with_everything_kept_nothing_changes():
         ((28, 3, 256, 9.0, 300.0), (2, 0.5)),  # one row at least where there are tokens
     ],
 )
-def test_ratios_give_the_budget(given, expected):
-    k, share = ratio_budget(*given)
+def test_ratios_give_the_budget(arguments, expected):
+    k, share = ratio_budget(*arguments)
     assert (k, share) == (expected[0], pytest.approx(expected[1]))
 
 

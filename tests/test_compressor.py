@@ -31,8 +31,8 @@ def trained():
 
 
 def test_untrained_it_gives_back_what_pooling_gave():
-    given = inputs()
-    assert torch.equal(Compressor(WIDTH)(*given), given[3])
+    arguments = inputs()
+    assert torch.equal(Compressor(WIDTH)(*arguments), arguments[3])
 
 
 @torch.no_grad()
@@ -52,24 +52,24 @@ def test_a_row_looks_at_its_own_side_alone(trained):
 @torch.no_grad()
 def test_it_is_attention_written_out(trained):
     vision_features, relevance, within, pooled, inside = inputs(batch=1)
-    found = trained(vision_features, relevance, within, pooled, inside)[0]
+    features = trained(vision_features, relevance, within, pooled, inside)[0]
     heads, outside = 2, 0
     tokens = torch.cat([trained.norm_tokens(vision_features[0]), 10 * relevance[0][:, None]], 1)
-    told = trained.tell(tokens)
+    projected = trained.tell(tokens)
     for j in range(pooled.shape[1]):
         asked = trained.ask(trained.norm_rows(pooled[0, j]))
         if not inside[0, j]:
             asked = asked + trained.queries[outside % QUERIES]
             outside += 1
-        own = (within[0] == inside[0, j]).nonzero()[:, 0]
+        members = (within[0] == inside[0, j]).nonzero()[:, 0]
         parts = []
         for h in range(heads):
             cut = slice(h * WIDTH // heads, (h + 1) * WIDTH // heads)
-            key, value = told[own][:, :WIDTH][:, cut], told[own][:, WIDTH:][:, cut]
+            key, value = projected[members][:, :WIDTH][:, cut], projected[members][:, WIDTH:][:, cut]
             parts.append((key @ asked[cut] * (WIDTH // heads) ** -0.5).softmax(0) @ value)
         row = pooled[0, j] + trained.out(torch.cat(parts))
         row = row + trained.narrow(torch.nn.functional.gelu(trained.wide(trained.norm_out(row))))
-        assert torch.allclose(found[j], row, atol=1e-4)
+        assert torch.allclose(features[j], row, atol=1e-4)
 
 
 def test_it_comes_back_from_disk_in_16_bit(trained, tmp_path):

@@ -19,7 +19,7 @@ def write(text: str | bytes) -> Path:
     return path
 
 
-def test_flag_before_variable_before_config_before_nothing(monkeypatch):
+def test_option_before_variable_before_config_before_nothing(monkeypatch):
     assert choose_model() == ModelChoice(None, "default")
     path = write('model = "of/config"\n')
     assert choose_model() == ModelChoice("of/config", str(path))
@@ -28,7 +28,7 @@ def test_flag_before_variable_before_config_before_nothing(monkeypatch):
     monkeypatch.setenv("GRIDPRUNE_MODEL", "of/variable")
     assert choose_model() == ModelChoice("of/variable", "GRIDPRUNE_MODEL")
     assert choose_model("of/variable") == ModelChoice("of/variable", "GRIDPRUNE_MODEL")
-    assert choose_model("of/flag") == ModelChoice("of/flag", "--model")
+    assert choose_model("of/option") == ModelChoice("of/option", "model")
 
 
 def test_where_the_file_lies(monkeypatch, tmp_path):
@@ -52,7 +52,7 @@ def test_a_name_comes_back_as_it_was_written(name):
 
 
 def test_what_else_stands_in_the_file_stays(tmp_path):
-    other = '# mine\nkeep = 0.2\n{}[table]\nmodel = "not this one"\n'
+    other = '# my own\nkeep = 0.2\n{}[table]\nmodel = "not this one"\n'
     path = write(other.format('model = "a/b" # so far\n'))
     remember_model("c/d")
     assert path.read_text() == other.format('model = "c/d"\n')
@@ -62,7 +62,7 @@ def test_what_else_stands_in_the_file_stays(tmp_path):
 
 def test_a_key_is_not_put_into_a_table():
     path = write('[table]\nmodel = "not this one"\n')
-    with pytest.raises(BadInput, match=f"{path}: `model` can't be changed without harm"):
+    with pytest.raises(BadInput, match=f"{path}: its model can't be changed without harm"):
         remember_model("a/b")
     assert path.read_text() == '[table]\nmodel = "not this one"\n'
     path = write("[table]\nother = 1\n")
@@ -80,14 +80,14 @@ def test_a_link_is_written_through(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reason"),
     [("model = a/b\n", "no TOML"), (b"model = '\xff'\n", "no UTF-8"), ('model = "a"\nmodel = "b"\n', "no TOML")],
 )
-def test_a_broken_file_is_named_and_left_alone(text, told):
+def test_a_broken_file_is_named_and_left_alone(text, reason):
     path = write(text)
     before = path.read_bytes()
     for call in (choose_model, lambda: remember_model("a/b"), lambda: remember_model(None)):
-        with pytest.raises(BadInput, match=f"{path}: .*{told}.*; mend it, or remove it"):
+        with pytest.raises(BadInput, match=f"{path}: .*{reason}.*; mend it, or remove it"):
             call()
     assert path.read_bytes() == before
     assert choose_model("a/b").model == "a/b"  # for which it is not read
@@ -112,6 +112,22 @@ def test_a_file_that_cannot_be_written_or_read(tmp_path, monkeypatch):
     assert choose_model().model is None
     with pytest.raises(GridpruneError, match="can't be made"):
         remember_model("a/b")
+
+
+@pytest.mark.parametrize(
+    ("origin", "line"),
+    [
+        ("model", "model=a/b: no such model"),
+        ("default", "model=a/b: no such model"),
+        ("GRIDPRUNE_MODEL", "GRIDPRUNE_MODEL a/b: no such model"),
+        ("/home/me/config.toml", "/home/me/config.toml: model a/b: no such model"),
+    ],
+)
+def test_an_error_names_what_chose_the_model(origin, line):
+    blamed = ModelChoice("a/b", origin).blame(BadInput("no such model", field="model", value="a/b"))
+    assert str(blamed) == line and blamed.exit_code == 2
+    other = GridpruneError("no such dtype", field="dtype", value="x")
+    assert ModelChoice("a/b", origin).blame(other) is other
 
 
 # ---- as commands -----------------------------------------------------------------------------------------------------

@@ -39,9 +39,8 @@ def test_plain_transformers_loads_both():
         assert model.dtype == torch.bfloat16
         models.append(model)
     llava, clip = models
-    of_llava, of_clip = llava.model.vision_tower.state_dict(), clip.vision_model.state_dict()
-    assert of_llava.keys() == of_clip.keys()
-    assert all(torch.equal(of_llava[name], of_clip[name]) for name in of_llava)
+    ours, theirs = llava.model.vision_tower.state_dict(), clip.vision_model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert llava.config.vision_config.image_size == 224 and llava.config.vision_feature_layer == -2
 
 

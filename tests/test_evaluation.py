@@ -25,7 +25,7 @@ from gridprune_cli.evaluation.results import clustered_error, markdown, summaris
 from gridprune_cli.evaluation.run import FULL, Cell, Plan, Row, answers, place
 from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.questions import Reader
 from gridprune_cli.runners.local import Runner
 from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene
@@ -162,8 +162,8 @@ def test_methods_take_the_options_of_ask():
     ]
     assert {cell.pruning.keep for cell in cells} == {0.5, 0.25}  # all tokens are always there
     assert cells[0].pruning == Pruning(keep=0.5)
-    assert cells[1].pruning == Pruning(keep=0.5, method=make("gridprune", zone=2), region=(0, 1, 3, 4))
-    assert cells[3].pruning == Pruning(keep=0.5, method=make("random", seed=3), region=cells[3].pruning.region)
+    assert cells[1].pruning == Pruning(keep=0.5, method=make_method("gridprune", zone=2), region=(0, 1, 3, 4))
+    assert cells[3].pruning == Pruning(keep=0.5, method=make_method("random", seed=3), region=cells[3].pruning.region)
 
 
 def test_a_keep_of_1_is_asked_for_where_it_is_not_all_tokens():
@@ -191,6 +191,8 @@ def test_commas_in_quotes_divide_no_methods():
     [
         ("gridprune --query 'what", "0.5", "--methods gridprune --query 'what: can't be read.*No closing quotation"),
         ("gridprune --literal --region auto", "0.5", "--methods gridprune --literal --region auto: --region"),
+        ("fastv --layer", "0.5", "--methods fastv --layer: --layer needs a value"),
+        ("fastv 2", "0.5", "--methods fastv 2: shares go to eval's own --keep, and a method is named first"),
         ("sharpest", "0.5", "--methods sharpest: .*unknown method"),
         ("fastervlm --keep 0.3", "0.5", "--methods fastervlm --keep 0.3: shares go to eval's own --keep"),
         ("", "0.5", "--methods: names none"),
@@ -249,7 +251,8 @@ def test_each_image_is_encoded_once_and_every_answer_can_be_made_again(tiny, que
         options = dict(line["options"])
         assert options.pop("query") is None
         settings = {name: options.pop(name) for name in [f.name for f in fields(Pruning)] if name in options}
-        pruning = Pruning(keep=line["keep"], method=make(line["method"], **options), query=line["question"], **settings)
+        method = make_method(line["method"], **options)
+        pruning = Pruning(keep=line["keep"], method=method, query=line["question"], **settings)
         asked = f"{line['question']}\nAnswer with a word."
         answer = tiny.ask(questions.parent / line["image"], asked, pruning, max_new_tokens=3)
         assert answer.text == line["answer"], line

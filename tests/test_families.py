@@ -15,9 +15,7 @@ from transformers import ProcessorMixin
 
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import METHODS
-from gridprune_cli.pruning.methods import make as make_method
-from gridprune_cli.pruning.methods.base import InnerMethod
+from gridprune_cli.pruning.methods import METHODS, make_method
 from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm import FAMILIES
@@ -53,8 +51,12 @@ def pruned_set(folder, pictures, pruning):
 
 def transformers_answer(family, pictures):
     """Ids of the 24 tokens that transformers' own `generate` answers."""
-    given = inputs(family, pictures)
-    return family[1].generate(**given, max_new_tokens=24, do_sample=False)[0, given["input_ids"].shape[1] :].tolist()
+    model_inputs = inputs(family, pictures)
+    return (
+        family[1]
+        .generate(**model_inputs, max_new_tokens=24, do_sample=False)[0, model_inputs["input_ids"].shape[1] :]
+        .tolist()
+    )
 
 
 def logits(pipeline, pruned):
@@ -109,7 +111,9 @@ def test_answers_by_command(family, noise, command, load_once, tmp_path):
         assert answer["answer"] == processor.tokenizer.decode(expected) and len(expected) == 24
         assert len(answer["answer"].replace(" ", "")) == 24
         assert answer["tokens"]["kept"] == answer["tokens"]["full"]
-        again = "miss" if Pipeline(str(folder)).family.together else "hit"  # the first picture, now one of two
+        again = (
+            "miss" if Pipeline(str(folder)).family.encodes_multi_image else "hit"
+        )  # the first picture, now one of two
         assert answer["cache"] == ("miss" if count == 1 else [again, "miss"])
         saved, less = tmp_path / f"{count}.safetensors", ask(*paths[:count], keep=0.3)
         assert 0 < less["tokens"]["kept"] < less["tokens"]["full"]
@@ -140,10 +144,10 @@ def test_answers_depend_on_picture_place_and_question(family, noise):
     }
     if pruned.position_ids.dim() == 2:
         sets["rows as columns"] = replace(pruned, position_ids=pruned.position_ids[[0, 2, 1]])
-    found = {name: logits(pipeline, made) for name, made in sets.items()}
-    for one, two in combinations(found, 2):
-        assert not torch.allclose(found[one], found[two], atol=1e-2), (one, two)
-    answers = {name: generate(pipeline.family, [made], 24)[0].ids for name, made in sets.items()}
+    logits_of = {name: logits(pipeline, pruned) for name, pruned in sets.items()}
+    for one, two in combinations(logits_of, 2):
+        assert not torch.allclose(logits_of[one], logits_of[two], atol=1e-2), (one, two)
+    answers = {name: generate(pipeline.family, [pruned], 24)[0].ids for name, pruned in sets.items()}
     swapped = answers.pop("two pictures the other way round")
     assert answers.pop("two pictures") != swapped
     whole = answers.pop("as it is")
@@ -157,15 +161,15 @@ def test_pruned_equals_masked(family, noise, positions, count, share):
     """Dropping tokens gives the logits of a model that holds them all and may not look at them."""
     folder, whole, _ = family
     pictures = [noise((100, 80)), noise((210, 70), seed=1)][-count:]
-    given = inputs(family, pictures)
+    model_inputs = inputs(family, pictures)
     pruning = Pruning(keep=0.3, positions=positions, share_budget=share)
     pipeline, images, pruned = pruned_set(folder, pictures, pruning)
     stays, first = [], 0
     for image in images:
-        mine = {int(i) - first for i in pruned.kept if first <= i < first + image.count}
-        stays += slowly(image.placeholder_map.tolist(), mine)
+        kept = {int(i) - first for i in pruned.kept if first <= i < first + image.count}
+        stays += slowly(image.placeholder_map.tolist(), kept)
         first += image.count
-    ids = given["input_ids"]
+    ids = model_inputs["input_ids"]
     mask = torch.ones_like(ids)
     mask[ids == pipeline.family.image_token] = torch.tensor(stays).long()
     assert 0 < int(mask.sum()) < ids.shape[1]
@@ -173,15 +177,17 @@ def test_pruned_equals_masked(family, noise, positions, count, share):
         places = (mask.cumsum(-1) - 1).clamp(min=0)
     elif hasattr(whole.model, "get_rope_index"):
         kinds = (ids == pipeline.family.image_token).int()
-        places = whole.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=given["image_grid_thw"])[0]
+        places = whole.model.get_rope_index(
+            ids, mm_token_type_ids=kinds, image_grid_thw=model_inputs["image_grid_thw"]
+        )[0]
     else:
         places = torch.arange(ids.shape[1])[None]
     with torch.no_grad():
-        expected = whole(**(given | {"attention_mask": mask, "position_ids": places})).logits[0, -1]
-        full = whole(**given).logits[0, -1]
-    found = logits(pipeline, pruned)
-    assert torch.allclose(found, expected, atol=1e-4)
-    assert not torch.allclose(found, full, atol=1e-3)  # the dropped tokens did matter
+        expected = whole(**(model_inputs | {"attention_mask": mask, "position_ids": places})).logits[0, -1]
+        full = whole(**model_inputs).logits[0, -1]
+    actual = logits(pipeline, pruned)
+    assert torch.allclose(actual, expected, atol=1e-4)
+    assert not torch.allclose(actual, full, atol=1e-3)  # the dropped tokens did matter
 
 
 def test_batched_answers_equal_single_ones(family, noise):
@@ -192,7 +198,7 @@ def test_batched_answers_equal_single_ones(family, noise):
     sets = [pipeline.prune(image, QUESTION, Pruning(keep=keep)) for image, keep in zip(images, keeps, strict=True)]
     sets.append(pipeline.prune(images[:2], QUESTION, Pruning(keep=0.4)))
     together = generate(pipeline.family, sets, 8)
-    assert [made.ids for made in together] == [generate(pipeline.family, [one], 8)[0].ids for one in sets]
+    assert [generated.ids for generated in together] == [generate(pipeline.family, [one], 8)[0].ids for one in sets]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -230,7 +236,11 @@ def test_parts_need_no_weights_but_their_own(family, noise, tmp_path, method):
         halves[name] = shutil.copytree(folder, tmp_path / name)
         for path in halves[name].glob("*.safetensors"):
             weights = load_file(path)
-            keep = {k: v for k, v in weights.items() if any(part in k for part in vision) == wanted or "newline" in k}
+            keep = {
+                k: v
+                for k, v in weights.items()
+                if any(name_part in k for name_part in vision) == wanted or "newline" in k
+            }
             assert 0 < len(keep) < len(weights)
             save_file(keep, path, {"format": "pt"})
     encoded = Pipeline(str(halves["vision"]), dtype="float32").encoder.encode([picture])[0]
@@ -245,7 +255,7 @@ def test_every_method_runs(family, noise):
     folder, _, _ = family
     pipeline = open_pipeline(folder)
     images = [pipeline.encoder.encode([noise(size)])[0] for size in ((210, 70), (31, 29))]
-    for name in (name for name, kind in METHODS.items() if not issubclass(kind, InnerMethod)):
+    for name in (name for name, kind in METHODS.items() if not kind.inner):
         for image in images:
             pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.4, method=make_method(name)))
             assert len(pruned.kept) == int(0.4 * image.count + 0.5) and bool((pruned.kept.diff() > 0).all())
@@ -263,8 +273,8 @@ def test_bfloat16(family, noise):
     whole = load_reference(folder, torch.bfloat16)
     with torch.no_grad():
         expected = whole(**inputs(family, [picture])).logits[0, -1].float()
-    found = logits(pipeline, pipeline.prune(encoded, QUESTION, Pruning(keep=1.0))).float()
-    assert (found - expected).abs().max() < 2**-5 * expected.abs().max()  # bfloat16 has 8 bits
+    actual = logits(pipeline, pipeline.prune(encoded, QUESTION, Pruning(keep=1.0))).float()
+    assert (actual - expected).abs().max() < 2**-5 * expected.abs().max()  # bfloat16 has 8 bits
     assert len(generate(pipeline.family, [pipeline.prune(encoded, QUESTION, Pruning(keep=0.5))], 4)[0].ids) == 4
 
 
@@ -281,9 +291,9 @@ def test_a_language_model_over_several_places(family, noise, monkeypatch):
         monkeypatch.setattr("transformers.integrations.accelerate.get_balanced_memory", lambda *_, p=places, **__: p)
         pipeline = Pipeline(str(folder), dtype="float32", device="map")
         pipeline.family.load("tower", "projector", "language")
-        made = pipeline.prune([pipeline.encoder.encode([p], several=True)[0] for p in pictures], QUESTION, pruning)
-        assert torch.equal(made.image_embeds, expected.image_embeds) and torch.equal(made.kept, expected.kept)
-        assert generate(pipeline.family, [made], 12)[0].ids == answer
+        pruned = pipeline.prune([pipeline.encoder.encode([p], several=True)[0] for p in pictures], QUESTION, pruning)
+        assert torch.equal(pruned.image_embeds, expected.image_embeds) and torch.equal(pruned.kept, expected.kept)
+        assert generate(pipeline.family, [pruned], 12)[0].ids == answer
         used = set(getattr(pipeline.family.load("language"), "hf_device_map", {"": "cpu"}).values())
         assert used == ({"cpu"} if room > size else {"cpu", "disk"})
         assert not hasattr(pipeline.family.load("tower"), "hf_device_map")

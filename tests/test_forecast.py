@@ -131,9 +131,9 @@ def test_more_than_the_limit_holds_is_refused_before_anything_is_done(scenes, co
     for dry in ((), ("--dry-run",)):
         code, out, err = command("encode", scenes, "--cache-limit", 3 * size, *dry)
         assert code == 1 and err.count("\n") == 1 and bool(out) == bool(dry)
-        assert "--cache-limit 5" in err and "0 for none, or --store float8" in err
+        assert "--cache-limit 5" in err and "0 for none, or --cache-dtype float8" in err
         assert not list(tmp_path.rglob("*.safetensors"))
-    assert command("encode", scenes, "--cache-limit", 3 * size, "--store", "float8")[0] == 0
+    assert command("encode", scenes, "--cache-limit", 3 * size, "--cache-dtype", "float8")[0] == 0
     assert command("encode", scenes, "--cache-limit", 0)[0] == 0
 
 
@@ -150,8 +150,8 @@ def test_more_than_the_disk_has_is_refused_but_not_what_is_there(scenes, command
     monkeypatch.setattr(module, "free_bytes", lambda folder: 2 * size)
     code, _, err = command("encode", scenes)
     assert code == 1 and err.startswith(f"gridprune: {tmp_path / 'cache'}: about ") and err.count("\n") == 1
-    assert "name another --cache-dir, or --store float8" in err
-    assert "--store" not in command("encode", scenes, "--store", "int8")[2]
+    assert "name another --cache-dir, or --cache-dtype float8" in err
+    assert "--cache-dtype" not in command("encode", scenes, "--cache-dtype", "int8")[2]
     assert command("encode", scenes / "0.png", scenes / "1.png")[0] == 0
     assert command("encode", scenes)[0] == 0
     monkeypatch.setattr(module, "free_bytes", lambda folder: 0)

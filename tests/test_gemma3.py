@@ -29,8 +29,10 @@ def pipeline(folder):
 def test_the_model_is_told_which_tokens_are_an_images(folder, pipeline, noise):
     """Image tokens alone; the processor says the same of the prompt. What fills a batch up is no image's."""
     picture = noise((100, 80))
-    given = inputs(pipeline.family.processor, [picture.image], QUESTION)
-    assert torch.equal(pipeline.family.extras(given["input_ids"])["token_type_ids"], given["token_type_ids"])
+    model_inputs = inputs(pipeline.family.processor, [picture.image], QUESTION)
+    assert torch.equal(
+        pipeline.family.extras(model_inputs["input_ids"])["token_type_ids"], model_inputs["token_type_ids"]
+    )
     image = pipeline.family.image_token
     kinds = pipeline.family.extras(torch.tensor([[PAD, PAD, BOS, image, image, 9]]))["token_type_ids"]
     assert kinds.tolist() == [[0, 0, 0, 1, 1, 0]]
@@ -50,8 +52,10 @@ def test_keep_everything_is_generate_beyond_the_sliding_window(folder, tmp_path,
     (short / "config.json").write_text(json.dumps(config))
     whole = Gemma3ForConditionalGeneration.from_pretrained(short, dtype=torch.float32).eval()
     pipeline, picture = Pipeline(str(short), dtype="float32"), noise((100, 80))
-    given = inputs(pipeline.family.processor, [picture.image], QUESTION)
-    assert given["input_ids"].shape[1] > 2 * 12
-    expected = whole.generate(**given, max_new_tokens=24, do_sample=False)[0, given["input_ids"].shape[1] :]
+    model_inputs = inputs(pipeline.family.processor, [picture.image], QUESTION)
+    assert model_inputs["input_ids"].shape[1] > 2 * 12
+    expected = whole.generate(**model_inputs, max_new_tokens=24, do_sample=False)[
+        0, model_inputs["input_ids"].shape[1] :
+    ]
     pruned = pipeline.prune(pipeline.encoder.encode([picture])[0], QUESTION, Pruning(keep=1.0))
     assert generate(pipeline.family, [pruned], 24)[0].ids == tuple(expected.tolist())

@@ -141,17 +141,17 @@ def test_ctrl_c_ends_a_download_and_the_next_one_fetches_the_rest(hub, start, as
 
 
 @pytest.mark.parametrize(
-    ("model", "exit_code", "words"),
+    ("model", "exit_code", "reason"),
     [
         ("some/gated", 2, "needs a licence accepted; do so at"),
         ("some/missing", 2, "no such folder, and no such model on the hub; check the name"),
-        ("some/model@v9", 2, "no branch, tag or commit v9; check --revision"),
+        ("some/model@v9", 2, "no branch, tag or commit v9; check its name"),
     ],
 )
-def test_what_can_not_be_fetched_is_one_line(hub, here, command, checkpoint, model, exit_code, words):
+def test_what_can_not_be_fetched_is_one_line(hub, here, command, checkpoint, model, exit_code, reason):
     hub.repositories["some/gated"] = Repository({"main": checkpoint}, gated=True)
     code, out, err = command("ask", "image.png", QUESTION, "--model", model)
-    assert (code, out) == (exit_code, "") and words in err and err.count("\n") == 1
+    assert (code, out) == (exit_code, "") and reason in err and err.count("\n") == 1
 
 
 def test_the_revision_named_is_fetched(hub, checkpoint, here, tmp_path):

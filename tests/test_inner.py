@@ -14,11 +14,19 @@ from tiny_families import write_checkpoint
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate, prompts
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import RULES
-from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods import RULES, make_method
 from gridprune_cli.pruning.methods.sparsevlm import RatedAttention
 from gridprune_cli.pruning.region import inside
-from gridprune_cli.pruning.schedule import Attention, OwnAttention, Region, RegionAttention, Rule, Sight, Stage, plan
+from gridprune_cli.pruning.schedule import (
+    Attention,
+    LayerSignals,
+    OwnAttention,
+    Region,
+    RegionAttention,
+    Rule,
+    Stage,
+    plan,
+)
 from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm import FAMILIES
@@ -172,7 +180,7 @@ def test_region_equals_hiding_what_is_outside(pipeline, attention, noise, which,
 def test_two_images_have_regions_of_their_own(pipeline, noise):
     pruning = Pruning(keep=0.6, region=WITHIN, ilp="region", ilp_layer=last(pipeline))
     pruned = prune(pipeline, [noise((100, 80)), noise((60, 90), seed=1)], pruning)
-    assert len(pruned.schedule.stages[0].keep) == 2
+    assert len(pruned.schedule.stages[0].budgets) == 2
     check(pipeline, pruned, {last(pipeline): within(pruned)})
 
 
@@ -235,7 +243,7 @@ def test_pyramiddrop_ranks_by_the_layer_ahead(pipeline, attention, noise):
     (stage,) = pruned.schedule.stages
     pruned = replace(pruned, schedule=replace(pruned.schedule, stages=(replace(stage, rule=OwnAttention()),)))
     row = eager_rows(pipeline, replace(pruned, schedule=None), layer)
-    check(pipeline, pruned, {layer: highest(pipeline, pruned, row, stage.keep[0])})
+    check(pipeline, pruned, {layer: highest(pipeline, pruned, row, stage.budgets[0])})
 
 
 @dataclass(frozen=True)
@@ -254,12 +262,12 @@ class Whole:
         before = model.config.get_text_config()._attn_implementation
         model.set_attn_implementation({"text_config": "eager"})
         ids, mask, positions = prompts(pipeline.family, [pruned])
-        text, found = model.get_submodule(pipeline.family.text_model), {}
+        text, recorded = model.get_submodule(pipeline.family.text_model), {}
         hooks = [
-            text.layers[0].register_forward_pre_hook(lambda m, a: found.update(first=a[0][0])),
-            text.layers[layer].register_forward_pre_hook(lambda m, a: found.update(hidden_states=a[0][0])),
-            text.layers[layer].self_attn.k_proj.register_forward_hook(lambda m, a, out: found.update(keys=out[0])),
-            text.layers[layer - 1].self_attn.register_forward_hook(lambda m, a, out: found.update(rows=out[1][0])),
+            text.layers[0].register_forward_pre_hook(lambda m, a: recorded.update(first=a[0][0])),
+            text.layers[layer].register_forward_pre_hook(lambda m, a: recorded.update(hidden_states=a[0][0])),
+            text.layers[layer].self_attn.k_proj.register_forward_hook(lambda m, a, out: recorded.update(keys=out[0])),
+            text.layers[layer - 1].self_attn.register_forward_hook(lambda m, a, out: recorded.update(rows=out[1][0])),
         ]
         with torch.no_grad():
             out = model.generate(  # which PaliGemma's positions need: their size tells in keys
@@ -271,12 +279,12 @@ class Whole:
                 max_new_tokens=1,
                 return_dict_in_generate=True,
             )
-            hidden_states = text.norm(found["hidden_states"])
+            hidden_states = text.norm(recorded["hidden_states"])
         for hook in hooks:
             hook.remove()
         model.set_attn_implementation({"text_config": before})
         cached = out.past_key_values.layers[layer - 1].keys[0].transpose(0, 1).flatten(1)
-        return cls(found["first"], hidden_states, found["rows"].mean(0), cached, found["keys"])
+        return cls(recorded["first"], hidden_states, recorded["rows"].mean(0), cached, recorded["keys"])
 
 
 def places(pipeline, pruned):
@@ -293,7 +301,7 @@ def seen(pipeline, pruned, layer):
     dart = {"hidden_states": whole.hidden_states[at], "keys": whole.compared[at]}
     dart |= {"text_hidden_states": whole.hidden_states[text], "text_keys": whole.compared[text]}
     adaptprune = {"attention": whole.attention[-1, at].double(), "keys": whole.projected[at]}
-    return {"dart": Sight(**common, **dart), "adaptprune": Sight(**common, **adaptprune)}
+    return {"dart": LayerSignals(**common, **dart), "adaptprune": LayerSignals(**common, **adaptprune)}
 
 
 @pytest.mark.parametrize(("name", "written_out"), [("dart", slow.duplication), ("adaptprune", slow.suppression)])
@@ -301,7 +309,7 @@ def test_rules_that_look_at_keys_see_those_of_the_model(pipeline, attention, noi
     layer = last(pipeline)
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method(name, layer=layer)))
     (stage,) = pruned.schedule.stages
-    (k,) = stage.keep
+    (k,) = stage.budgets
     assert k == int(0.3 * pruned.count + 0.5)
     stays = set(written_out(seen(pipeline, pruned, layer)[name], k, stage.rule))
     assert len(stays) == k
@@ -323,8 +331,8 @@ def test_sparsevlm_asks_the_raters(pipeline, attention, noise):
     """One stage, positions kept, and one behind another: the score against eager attention."""
     first, layer = pipeline.family.first_inner, last(pipeline)
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method("sparsevlm")))
-    assert pruned.schedule.stages[-1].keep == (int(0.3 * pruned.count + 0.5),)
-    k = pruned.schedule.stages[-1].keep[0]
+    assert pruned.schedule.stages[-1].budgets == (int(0.3 * pruned.count + 0.5),)
+    k = pruned.schedule.stages[-1].budgets[0]
     at, text = places(pipeline, pruned)
     whole = Whole.run(pipeline, pruned, layer)
     rates = torch.tensor(slow.raters(whole.embeddings[at], whole.embeddings[text]))
@@ -349,7 +357,7 @@ class Odd(Rule):
 
     name: ClassVar[str] = "odd"
 
-    def pick(self, sight, k):
+    def select(self, signals, k):
         return torch.arange(1, 2 * k, 2)
 
 
@@ -439,30 +447,30 @@ def test_a_batch_answers_as_its_prompts_do_alone(pipeline, attention, noise):
     for pruning in (prunings[0], *prunings[6:9]):
         sets.append(prune(pipeline, [noise((100, 80)), noise((60, 90), 1)], pruning))
     ids, logits, _ = run(pipeline, sets)
-    for own_ids, own, pruned in zip(ids, logits, sets, strict=True):
+    for own_ids, prompt_logits, pruned in zip(ids, logits, sets, strict=True):
         alone_ids, alone, _ = run(pipeline, [pruned])
         assert torch.equal(own_ids, alone_ids[0])
-        assert (own - alone[0]).abs().max() <= 1e-4
+        assert (prompt_logits - alone[0]).abs().max() <= 1e-4
     for pair in ([sets[0], sets[0]], [sets[0], replace(sets[0], schedule=None)]):  # prompts of one length, no padding
         assert torch.equal(run(pipeline, pair)[0], torch.cat([run(pipeline, [one])[0] for one in pair]))
 
 
 def test_beams_prune_alike(pipeline, noise):
     pruned = prune(pipeline, [noise((100, 80))], Pruning(keep=0.8, ilp=0.3, ilp_layer=last(pipeline)))
-    (made,) = generate(pipeline.family, [pruned], NEW, num_beams=3)
+    (generated,) = generate(pipeline.family, [pruned], NEW, num_beams=3)
     row = eager_rows(pipeline, replace(pruned, schedule=None), last(pipeline) - 1)
     stays = highest(pipeline, pruned, row, pruned.schedule.tokens[-1], within(pruned))
     with Hidden(pipeline, {last(pipeline): places_gone(pipeline, pruned, stays)}):
         (expected,) = generate(pipeline.family, [replace(pruned, schedule=None)], NEW, num_beams=3)
-    assert made.ids == expected.ids
+    assert generated.ids == expected.ids
 
 
 def test_layers_at_which_nothing_can_leave(pipeline, noise):
     encoded = pipeline.encoder.encode([noise((100, 80))])
     for layer in (pipeline.family.first_inner - 1, pipeline.family.depth, -1):
-        with pytest.raises(BadInput, match=f"--ilp-layer {layer}: .*layers {pipeline.family.first_inner} to"):
+        with pytest.raises(BadInput, match=f"ilp_layer={layer}: .*layers {pipeline.family.first_inner} to"):
             pipeline.prune(encoded, QUESTION, Pruning(ilp=0.1, ilp_layer=layer))
-    with pytest.raises(BadInput, match="--layer 9"):
+    with pytest.raises(BadInput, match="layer=9"):
         pipeline.prune(encoded, QUESTION, Pruning(method=make_method("fastv", layer=9)))
 
 
@@ -490,15 +498,15 @@ def test_a_sliding_window_reaches_no_further(tmp_path, noise, window, kind):
 
 def test_keys_beyond_a_sliding_window_are_seen(tmp_path, noise, monkeypatch):
     """The first layer's keys are the same however far it looks; its cache holds no more of them than it does."""
-    found = []
+    recorded = []
 
     @dataclass(frozen=True)
     class Curious(Rule):
         name: ClassVar[str] = "curious"
         keys: ClassVar[int | None] = -1
 
-        def pick(self, sight, k):
-            found.append((sight.keys, sight.text_keys))
+        def select(self, signals, k):
+            recorded.append((signals.keys, signals.text_keys))
             return torch.arange(k)
 
     monkeypatch.setitem(RULES, "curious", Curious)
@@ -510,7 +518,7 @@ def test_keys_beyond_a_sliding_window_are_seen(tmp_path, noise, monkeypatch):
         pipeline = Pipeline(str(folder), dtype="float32")
         pruned = prune(pipeline, [noise((100, 80))], Pruning(keep=1.0, ilp=0.5, ilp_layer=1))
         run(pipeline, [staged(pruned, [Stage(1, Curious(), (4,))], 4)])
-    (short, short_text), (whole, whole_text) = found
+    (short, short_text), (whole, whole_text) = recorded
     assert len(whole) == pruned.count > 6 and len(whole_text)
     assert torch.equal(short, whole) and torch.equal(short_text, whole_text)
 
@@ -530,33 +538,33 @@ def test_a_rule_sees_what_is_there(llava, noise, monkeypatch):
         attention: ClassVar[int | None] = -1
         hidden_states: ClassVar[bool] = True
 
-        def pick(self, sight, k):
-            seen.append(sight)
+        def select(self, signals, k):
+            seen.append(signals)
             return torch.arange(k)
 
     monkeypatch.setitem(RULES, "curious", Curious)
     pruned = prune(llava, [noise((100, 80))], Pruning(tokens=9, region=WITHIN, ilp=0.3))
     pruned = staged(pruned, [Stage(2, Curious(), (4,))], 3)
     run(llava, [pruned])
-    (sight,) = seen
-    assert torch.equal(sight.tokens, pruned.kept)
-    assert {int(token) for token in sight.tokens[sight.within]} == within(pruned)
+    (layer_signals,) = seen
+    assert torch.equal(layer_signals.tokens, pruned.kept)
+    assert {int(token) for token in layer_signals.tokens[layer_signals.within]} == within(pruned)
     at = (pruned.input_ids == llava.family.image_token).nonzero()[:, 0]
     row = eager_rows(llava, replace(pruned, schedule=None), 1)
-    assert torch.allclose(sight.attention, row[at].double(), atol=1e-6)
+    assert torch.allclose(layer_signals.attention, row[at].double(), atol=1e-6)
     hidden_states = []
     text = llava.family.load("language").get_submodule(llava.family.text_model)
     handle = text.layers[2].register_forward_pre_hook(lambda m, a, k: hidden_states.append(a[0]), with_kwargs=True)
     eager_rows(llava, replace(pruned, schedule=None), 1)
     handle.remove()
-    assert torch.allclose(sight.hidden_states, text.norm(hidden_states[0][0, at]), atol=1e-5)
-    assert sight.keys is None and sight.views == pruned.images[0].views
+    assert torch.allclose(layer_signals.hidden_states, text.norm(hidden_states[0][0, at]), atol=1e-5)
+    assert layer_signals.keys is None and layer_signals.views == pruned.images[0].views
 
 
 def test_what_generate_must_not_do(llava, noise):
     pruned = prune(llava, [noise((100, 80))], Pruning(ilp=0.1))
     for options in ({"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}):
-        with pytest.raises(BadInput, match="--generation"):
+        with pytest.raises(BadInput, match="generation"):
             generate(llava.family, [pruned], 4, **options)
     model = llava.family.load("language")
     config = model.config.get_text_config()
@@ -585,25 +593,25 @@ def test_attention_that_is_not_finite_is_told(llava, noise, tmp_path):
 def test_settings_that_make_no_sense(llava, noise):
     encoded = llava.encoder.encode([noise((100, 80))])
     for values, message in (
-        ({"ilp": 0.0}, "--ilp 0.0: must be above 0"),
-        ({"ilp": 1.5}, "--ilp 1.5: must be above 0"),
-        ({"ilp": "here"}, "--ilp here: neither region nor a share"),
-        ({"ilp_layer": 2}, "--ilp-layer: only with --ilp"),
-        ({"ilp": 0.1, "method": make_method("fastv")}, "--ilp: not with --method fastv"),
+        ({"ilp": 0.0}, "ilp.0.0: must be above 0"),
+        ({"ilp": 1.5}, "ilp.1.5: must be above 0"),
+        ({"ilp": "here"}, "ilp.here: neither region nor a share"),
+        ({"ilp_layer": 2}, "ilp.layer: only with .*ilp"),
+        ({"ilp": 0.1, "method": make_method("fastv")}, "ilp: not with .*method.fastv"),
     ):
         with pytest.raises(BadInput, match=message):
             Pruning(**values)
-    with pytest.raises(BadInput, match="--ilp region: there is no region"):
+    with pytest.raises(BadInput, match="ilp=region: there is no region"):
         llava.prune(encoded, QUESTION, Pruning(ilp="region", region="none"))
-    with pytest.raises(BadInput, match="--ilp region: there is no region"):
+    with pytest.raises(BadInput, match="ilp=region: there is no region"):
         llava.prune(encoded * 2, QUESTION, Pruning(ilp="region", share_budget=True))
 
 
 def test_a_shared_budget_is_one_inside_too(llava, noise):
     pictures = [noise((100, 80)), noise((60, 90), 1)]
-    own = prune(llava, pictures, Pruning(keep=0.5, ilp=0.2))
+    separate = prune(llava, pictures, Pruning(keep=0.5, ilp=0.2))
     shared = prune(llava, pictures, Pruning(keep=0.5, ilp=0.2, share_budget=True))
-    assert own.schedule.stages[0].keep == (3, 3) and shared.schedule.stages[0].keep == (6,)
+    assert separate.schedule.stages[0].budgets == (3, 3) and shared.schedule.stages[0].budgets == (6,)
     check(
         llava,
         shared,
@@ -613,8 +621,8 @@ def test_a_shared_budget_is_one_inside_too(llava, noise):
 
 def test_budgets_are_no_larger_than_what_is_there():
     stages = [Stage(1, Region(), (9, 2)), Stage(3, RegionAttention(), (4, 4)), Stage(3, Attention(), (3, 3))]
-    made = plan(stages, [6, 5], 5)
-    assert [stage.keep for stage in made.stages] == [(6, 2), (3, 2)]
-    assert made.tokens == (11, 8, 8, 5, 5)
-    assert str(made) == "8 from layer 1 on, 5 from layer 3 on"
-    assert type(made).from_json(json.loads(json.dumps(made.to_json()))) == made
+    schedule = plan(stages, [6, 5], 5)
+    assert [stage.budgets for stage in schedule.stages] == [(6, 2), (3, 2)]
+    assert schedule.tokens == (11, 8, 8, 5, 5)
+    assert str(schedule) == "8 from layer 1 on, 5 from layer 3 on"
+    assert type(schedule).from_json(json.loads(json.dumps(schedule.to_json())), RULES) == schedule

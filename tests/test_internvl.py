@@ -110,7 +110,7 @@ def check_places(family, embed, size):
                 row, col = divmod(token, view.cols)
                 x = left + (right - left) * (col + 0.5) / view.cols  # the token's middle, in fractions
                 y = top + (bottom - top) * (row + 0.5) / view.rows
-                half = [max(1, side * part / 4) for side, part in zip(size, cell(view), strict=True)]
+                half = [max(1, side * extent / 4) for side, extent in zip(size, cell(view), strict=True)]
                 x0, y0 = round(x * size[0] - half[0]), round(y * size[1] - half[1])
                 after = before.copy()
                 after.paste((255, 0, 0), (x0, y0, x0 + round(2 * half[0]), y0 + round(2 * half[1])))

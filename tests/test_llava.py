@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, CLIPModel, LlavaForConditionalGeneration
 
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning
 
 QUESTIONS = ("What colour is the star?", "How many red circles are there?", "Where is the object with K?")
@@ -80,7 +80,7 @@ def test_batched_answers_equal_single_ones(tiny_llava, noise):
         for image, question, keep in zip(encoded * 2, [*QUESTIONS, "Read the star."], (0.1, 1.0, 0.5, 0.3), strict=True)
     ]
     together = generate(pipeline.family, sets, 12)
-    assert [made.ids for made in together] == [generate(pipeline.family, [one], 12)[0].ids for one in sets]
+    assert [generated.ids for generated in together] == [generate(pipeline.family, [one], 12)[0].ids for one in sets]
 
 
 def test_signals_equal_an_eager_reference(tiny_llava, reference, picture):
@@ -110,10 +110,10 @@ def test_a_long_question_is_read_to_its_end(tiny_llava, noise, monkeypatch, capl
     pipeline.family.relevance.tokenizer.model_max_length = 12
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     vision_features = pipeline.encoder.encode([noise((224, 224))])[0].vision_features
-    words = "red star blue cross green circle white square left right"  # ten, what the text tower takes at once
-    first, second = words, "What colour is the star?"
+    question = "red star blue cross green circle white square left right"  # ten, what the text tower takes at once
+    first, second = question, "What colour is the star?"
     both = pipeline.family.relevance(vision_features, f"{first} {second}")
-    pieces = [pipeline.family.relevance(vision_features, part) for part in (first, second)]
+    pieces = [pipeline.family.relevance(vision_features, piece) for piece in (first, second)]
     assert torch.allclose(both, torch.stack(pieces).mean(0), atol=1e-6)
     assert not caplog.records  # nobody is told that it was too long
 
@@ -173,7 +173,7 @@ def test_bfloat16_runs(tiny_llava, noise):
     pipeline = Pipeline(str(tiny_llava), dtype="bfloat16")
     encoded = pipeline.encoder.encode([noise((224, 224))])[0]
     assert encoded.vision_features.dtype == torch.bfloat16
-    pruned = pipeline.prune(encoded, QUESTIONS[0], Pruning(tokens=3, method=make("fastervlm")))
+    pruned = pipeline.prune(encoded, QUESTIONS[0], Pruning(tokens=3, method=make_method("fastervlm")))
     assert len(generate(pipeline.family, [pruned], 5)[0].ids) == 5
 
 

@@ -130,8 +130,8 @@ def test_signals_equal_an_eager_reference(tiny, noise, size, shape, box):
     assert torch.allclose(encoded.saliency, packed(saliency)[:, 0], atol=1e-6)
 
     clip = CLIPModel.from_pretrained(tiny.folder / "clip", dtype=torch.float32).eval()
-    words = AutoTokenizer.from_pretrained(tiny.folder / "clip")
-    ids = [words.bos_token_id, *words(QUESTION, add_special_tokens=False).input_ids, words.eos_token_id]
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder / "clip")
+    ids = [tokenizer.bos_token_id, *tokenizer(QUESTION, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     with torch.no_grad():
         text = clip.get_text_features(torch.tensor([ids])).pooler_output
         patches = clip.visual_projection(clip.vision_model.post_layernorm(packed(vision_features)))
@@ -139,29 +139,29 @@ def test_signals_equal_an_eager_reference(tiny, noise, size, shape, box):
     assert torch.allclose(relevance, torch.cosine_similarity(patches, text), atol=1e-5)
 
 
-def check_rows(tiny, picture):
-    """Rows and separators are those that the model itself makes of the picture. Gives the encoded image back."""
+def check_embeds(tiny, picture):
+    """Embeds and separators are those that the model itself makes of the picture. Gives the encoded image back."""
     inputs = tiny.pipeline.family.processor.image_processor([picture.image], return_tensors="pt")
     with torch.no_grad():
         expected = tiny.whole.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output[0]
     encoded = tiny.pipeline.encoder.encode([picture])[0]
-    (rows,) = project(tiny.pipeline.family, [(encoded.vision_features, encoded.placeholder_map)])
-    assert rows.shape == expected.shape
-    assert torch.allclose(rows, expected, atol=1e-4)
+    (embeds,) = project(tiny.pipeline.family, [(encoded.vision_features, encoded.placeholder_map)])
+    assert embeds.shape == expected.shape
+    assert torch.allclose(embeds, expected, atol=1e-4)
     newlines = (expected == tiny.whole.model.image_newline).all(1)
     assert torch.equal(encoded.placeholder_map < 0, newlines)
     return encoded
 
 
 @pytest.mark.parametrize("size", [(112, 112), (210, 70), (100, 70), (60, 200), (31, 29)])
-def test_rows_and_newlines_are_the_models_own(tiny, noise, size):
-    encoded = check_rows(tiny, noise(size))
+def test_embeds_and_newlines_are_the_models_own(tiny, noise, size):
+    encoded = check_embeds(tiny, noise(size))
     assert int((encoded.placeholder_map < 0).sum()) == encoded.views[1].rows
 
 
 def test_a_line_of_a_picture_has_no_mosaic(tiny, noise):
     """Cutting the padding off in whole patches leaves nothing of it."""
-    encoded = check_rows(tiny, noise((400, 4)))
+    encoded = check_embeds(tiny, noise((400, 4)))
     assert len(encoded.views) == 1 and (encoded.placeholder_map >= 0).all()
 
 

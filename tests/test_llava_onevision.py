@@ -6,13 +6,13 @@ from itertools import product
 
 import pytest
 import torch
-from test_llava_next import QUESTION, SIDE, check_rows, check_spots, mosaic, open_tiny, seen
+from test_llava_next import QUESTION, SIDE, check_embeds, check_spots, mosaic, open_tiny, seen
 
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.evaluation.data import read_jsonl
 from gridprune_cli.evaluation.run import Cell, Plan, answers
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning, Request
 
 TILES = 2  # mosaics of much more than so many are shrunk to about as many
@@ -81,16 +81,18 @@ def test_signals_equal_an_eager_reference(tiny, noise, size, shape, grid, box):
     encoded = tiny.pipeline.encoder.encode([picture])[0]
     assert torch.allclose(encoded.vision_features, packed(rows), atol=1e-4)
     assert torch.allclose(encoded.saliency, packed(saliency)[:, 0], atol=1e-6)
-    words = tiny.pipeline.family.processor.tokenizer(QUESTION, add_special_tokens=False, return_tensors="pt").input_ids
+    question_embeds = tiny.pipeline.family.processor.tokenizer(
+        QUESTION, add_special_tokens=False, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
-        words = tiny.whole.get_input_embeddings()(words[0])
-    expected = torch.cosine_similarity(packed(rows)[:, None], words[None], dim=-1).mean(1)
+        question_embeds = tiny.whole.get_input_embeddings()(question_embeds[0])
+    expected = torch.cosine_similarity(packed(rows)[:, None], question_embeds[None], dim=-1).mean(1)
     assert torch.allclose(tiny.pipeline.family.relevance(encoded.vision_features, QUESTION), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(100, 50), (224, 224), (210, 70), (60, 200), (31, 29), (900, 4)])
-def test_rows_and_newlines_are_the_models_own(tiny, noise, size):
-    check_rows(tiny, noise(size))
+def test_embeds_and_newlines_are_the_models_own(tiny, noise, size):
+    check_embeds(tiny, noise(size))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_one_of_several_is_a_base_view_of_the_padded_picture(tiny, noise, size, 
     vision_features, attention = seen(tiny.whole, pixels[:, 0], -1)
     with torch.no_grad():
         rows = tiny.whole.model.multi_modal_projector(vision_features)
-    encoded = tiny.pipeline.encode(pictures, several=True)
+    encoded = tiny.pipeline.encoder.encode(pictures, several=True)
     for n, one in enumerate(encoded):
         assert [(view.rows, view.cols) for view in one.views] == [(SIDE, SIDE)]
         assert one.placeholder_map.tolist() == [*range(SIDE * SIDE), -1]  # and the newline
@@ -147,7 +149,7 @@ def test_an_evaluation_asks_of_one_image_and_of_several_as_ask_does(tiny, noise,
     lines = [{"image": image, "question": QUESTION, "answers": ["yes"], "id": n} for n, image in enumerate(images)]
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = read_jsonl(tmp_path / "lines.jsonl")
-    pruning = Pruning(keep=0.5, method=make("uniform"))
+    pruning = Pruning(keep=0.5, method=make_method("uniform"))
     plan = Plan(data, (Cell("uniform", pruning),), max_new_tokens=4)
     results = [line for batch in answers(tiny.pipeline, plan, {}) for line in batch if line["cell"] == "uniform"]
     assert len(results) == 2

@@ -14,7 +14,7 @@ import pytest
 
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.runners.local import Runner
 from gridprune_cli.scenes.scene import draw, make_scene
 from gridprune_cli.settings import Pruning
@@ -100,7 +100,7 @@ def test_answers_are_those_of_the_pipeline(plugin, documents, tiny_llava):
     answers = model.generate_until(requests_of(model, documents, kwargs))
     pipeline = Pipeline(str(tiny_llava))
     for n, document in enumerate(documents):
-        pruning = Pruning(keep=0.5, method=make("gridprune", zone=2), region="none", query=document["question"])
+        pruning = Pruning(keep=0.5, method=make_method("gridprune", zone=2), region="none", query=document["question"])
         asked = f"{document['question']}\nAnswer the question using a single word or phrase."
         whole = pipeline.ask(document["image"], asked, pruning, max_new_tokens=3 if n < 4 else 2).text
         assert answers[n] == whole.partition("\n\n")[0]
@@ -129,7 +129,7 @@ def test_relevance_sees_the_first_line_or_all(plugin, documents, tiny_llava, mon
 
 def test_a_clip_that_is_missing_is_told_at_once_and_words_can_be_asked_for(plugin, tiny_llava, tmp_path):
     bare = shutil.copytree(tiny_llava, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
-    with pytest.raises(BadInput, match="take --relevance words"):
+    with pytest.raises(BadInput, match="take `relevance=words`"):
         plugin.GridpruneModel(pretrained=str(bare))
     assert plugin.GridpruneModel(pretrained=str(bare), relevance="words").pipeline.family.relevance_by_words
 

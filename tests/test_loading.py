@@ -33,10 +33,10 @@ def load(folder, without):
 )
 def test_a_part_has_the_weights_of_the_whole(tiny_llava, without, there, gone):
     whole = LlavaForConditionalGeneration.from_pretrained(tiny_llava, dtype=torch.float32).state_dict()
-    part = load(tiny_llava, without).state_dict()
-    assert part and all(torch.equal(value, whole[name]) for name, value in part.items())
-    assert any(there in name for name in part)
-    assert not any(gone in name for name in part)
+    loaded = load(tiny_llava, without).state_dict()
+    assert loaded and all(torch.equal(value, whole[name]) for name, value in loaded.items())
+    assert any(there in name for name in loaded)
+    assert not any(gone in name for name in loaded)
 
 
 def test_parts_need_no_weights_but_their_own(tiny_llava, tmp_path):
@@ -60,11 +60,11 @@ def test_sharded_checkpoints(tiny_llava, tmp_path):
     index = {}
     for shard, tower in enumerate((True, False)):
         name = f"model-{shard + 1:05}-of-00002.safetensors"
-        part = {k: v for k, v in weights.items() if ("vision_tower" in k) == tower}
-        save_file(part, folder / name, {"format": "pt"})
-        index |= dict.fromkeys(part, name)
+        loaded = {k: v for k, v in weights.items() if ("vision_tower" in k) == tower}
+        save_file(loaded, folder / name, {"format": "pt"})
+        index |= dict.fromkeys(loaded, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    part = load(folder, TOWER).state_dict()
-    assert any("language_model" in name for name in part)
+    loaded = load(folder, TOWER).state_dict()
+    assert any("language_model" in name for name in loaded)
     with safe_open(folder / "model-00001-of-00002.safetensors", "pt") as file:
         assert all("vision_tower" in key for key in file.keys())  # noqa: SIM118  (it is no dict)

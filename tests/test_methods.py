@@ -10,12 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gridprune_cli.pruning.methods import METHODS, RULES, make
-from gridprune_cli.pruning.methods.base import InnerMethod
+from gridprune_cli.pruning.methods import METHODS, RULES, make_method
+from gridprune_cli.pruning.methods.base import Method
 from gridprune_cli.pruning.methods.gridprune import LITERAL, SALIENCY_SCALES, GridPrune, region_quotas
 from gridprune_cli.pruning.methods.uniform import lattice
-from gridprune_cli.pruning.schedule import Sight, plan
+from gridprune_cli.pruning.schedule import LayerSignals, plan
 from gridprune_cli.pruning.signals import Signals, View
+
+
+def select(method, signals, k):
+    return method.select_batch([signals], [k])[0]
+
 
 # (method, options, the same written out; None where tests of its own below check it)
 MATRIX = [
@@ -49,7 +54,7 @@ MATRIX = [
     ("random", {}, None),
     ("random", {"seed": 7}, None),
 ]
-OUTER = [name for name, method in METHODS.items() if not issubclass(method, InnerMethod)]
+OUTER = [name for name, method in METHODS.items() if not method.inner]
 TILES = tuple(View(5, 5, (x, y, x + 0.5, y + 0.5)) for y in (0.0, 0.5) for x in (0.0, 0.5))
 MOSAIC = View(6, 9, (-0.02, 0.0, 1.02, 1.0))
 LAYOUTS = [(View(8, 8),), (View(1, 17),), (View(13, 1),), (View(7, 11),), (View(1, 1),), (View(5, 5), *TILES)]
@@ -103,6 +108,32 @@ def test_the_matrix_has_every_method():
     assert {name for name, _, _ in MATRIX} == set(OUTER)
     assert set(METHODS) - set(OUTER) == {"fastv", "pyramiddrop", "sparsevlm", "dart", "adaptprune", "vtw"}
     assert all(method.name == name for name, method in METHODS.items())
+    # from which help and completion take the names, without torch
+    assert all(method.__module__.rpartition(".")[2].replace("_", "-") == name for name, method in METHODS.items())
+
+
+def test_a_method_is_a_score_or_a_selection_of_its_own():
+    class Last(Method):
+        name = "last"
+
+        def score(self, signals):
+            return torch.arange(signals.count) // 2
+
+    class Nothing(Method):
+        name = "nothing"
+
+    nine, four = Signals((View(3, 3),)), Signals((View(2, 2),))
+    kept = Last().select_batch([nine, four, nine], [4, 4, 1])
+    assert [indices.tolist() for indices in kept] == [[4, 6, 7, 8], [0, 1, 2, 3], [8]]
+    assert Nothing().select_batch([four], [4])[0].tolist() == [0, 1, 2, 3]  # nothing to choose
+    with pytest.raises(NotImplementedError, match="Nothing implements none of score, select"):
+        Nothing().select_batch([nine], [4])
+
+
+def test_options_are_checked_where_they_are_changed():
+    assert make_method("gridprune", zone=3).with_options(region_share=0.7) == GridPrune(zone=3, region_share=0.7)
+    with pytest.raises(ValueError, match="region_share must be from 0 to 1"):
+        GridPrune().with_options(region_share=2.0)
 
 
 each = pytest.mark.parametrize(("name", "options"), [(name, options) for name, options, _ in MATRIX])
@@ -113,12 +144,12 @@ each = pytest.mark.parametrize(("name", "options"), [(name, options) for name, o
 @given(problems())
 def test_exactly_k_sorted_unique_in_range_and_the_same_again(name, options, problem):
     signals, k = problem
-    method = make(name, **options)
-    kept = method.select(signals, k)
+    method = make_method(name, **options)
+    kept = select(method, signals, k)
     assert kept.dtype == torch.int64 and kept.shape == (k,)
     assert bool((kept.diff() > 0).all())
     assert int(kept[0]) >= 0 and int(kept[-1]) < signals.count
-    assert torch.equal(kept, method.select(signals, k))
+    assert torch.equal(kept, select(method, signals, k))
 
 
 @pytest.mark.parametrize(("name", "options", "written_out"), [row for row in MATRIX if row[2]])
@@ -126,22 +157,24 @@ def test_exactly_k_sorted_unique_in_range_and_the_same_again(name, options, prob
 @given(problems())
 def test_each_is_what_its_formula_says(name, options, written_out, problem):
     signals, k = problem
-    method = make(name, **options)
+    method = make_method(name, **options)
     if k < signals.count:
-        assert method.select(signals, k).tolist() == written_out(signals, k, method)
+        assert select(method, signals, k).tolist() == written_out(signals, k, method)
 
 
 @each
 @settings(deadline=None, max_examples=10)
-@given(made=st.lists(problems(), min_size=1, max_size=6))
-def test_many_questions_are_selected_for_as_each_is_alone(name, options, made):
+@given(cases=st.lists(problems(), min_size=1, max_size=6))
+def test_many_questions_are_selected_for_as_each_is_alone(name, options, cases):
     """Of the same views and of others, with a region and without, some of which keep everything."""
-    method = make(name, **options)
-    made += [(replace(signals, region=region), signals.count) for signals, _ in made for region in (None, (1, 1, 5, 4))]
-    made += [(replace(signals, region=(1, 1, 5, 4)), k) for signals, k in made]
-    signals, ks = zip(*made, strict=True)
-    for kept, own, k in zip(method.select_each(signals, ks), signals, ks, strict=True):
-        assert torch.equal(kept, method.select(own, k))
+    method = make_method(name, **options)
+    cases += [
+        (replace(signals, region=region), signals.count) for signals, _ in cases for region in (None, (1, 1, 5, 4))
+    ]
+    cases += [(replace(signals, region=(1, 1, 5, 4)), k) for signals, k in cases]
+    signals, ks = zip(*cases, strict=True)
+    for kept, image_signals, k in zip(method.select_batch(signals, ks), signals, ks, strict=True):
+        assert torch.equal(kept, select(method, image_signals, k))
 
 
 @each
@@ -149,45 +182,45 @@ def test_all_tokens_stay_where_k_is_n(name, options):
     """Even without signals: nothing has to be computed to keep everything."""
     for views in LAYOUTS:
         signals = Signals(views)
-        assert make(name, **options).select(signals, signals.count).tolist() == list(range(signals.count))
+        assert select(make_method(name, **options), signals, signals.count).tolist() == list(range(signals.count))
 
 
 @each
 @pytest.mark.parametrize("k", [0, -1, 65])
 def test_k_out_of_range_is_an_error(name, options, k):
     with pytest.raises(ValueError, match="keep 1 to 64"):
-        make(name, **options).select(Signals((View(8, 8),), torch.zeros(64), torch.zeros(64)), k)
+        select(make_method(name, **options), Signals((View(8, 8),), torch.zeros(64), torch.zeros(64)), k)
 
 
 @pytest.mark.parametrize("name", OUTER)
 def test_a_method_needs_what_it_requires_and_no_more(name):
-    method, views = make(name), (View(3, 3),)
+    method, views = make_method(name), (View(3, 3),)
     known = {signal: torch.rand(*((9, 5) if signal in VECTORS else (9,))) for signal in method.requires}
-    assert len(method.select(Signals(views, **known), 4)) == 4
+    assert len(select(method, Signals(views, **known), 4)) == 4
     for missing in method.requires:
         with pytest.raises(ValueError, match=missing):
-            method.select(Signals(views, **{**known, missing: None}), 4)
+            select(method, Signals(views, **{**known, missing: None}), 4)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(OUTER)))
 def test_inner_methods_give_the_language_model_everything(name):
     signals = Signals((View(3, 3),))
-    assert make(name).select(signals, 2).tolist() == list(range(9))
+    assert select(make_method(name), signals, 2).tolist() == list(range(9))
     with pytest.raises(ValueError, match="keep 1 to 9"):
-        make(name).select(signals, 10)
+        select(make_method(name), signals, 10)
 
 
 def test_fastv_is_one_stage():
-    (stage,) = make("fastv").stages([576, 100], [288, 50], range(1, 32))
-    assert (stage.layer, stage.keep, stage.rule.name, stage.positions) == (2, (288, 50), "attention", "original")
-    assert make("fastv", layer=3).stages([9], [9], range(1, 4))[0].layer == 3
-    assert not any(make(name).stages([9], [9], range(1, 4)) for name in OUTER)
+    (stage,) = make_method("fastv").stages([576, 100], [288, 50], range(1, 32))
+    assert (stage.layer, stage.budgets, stage.rule.name, stage.positions) == (2, (288, 50), "attention", "original")
+    assert make_method("fastv", layer=3).stages([9], [9], range(1, 4))[0].layer == 3
+    assert not any(make_method(name).stages([9], [9], range(1, 4)) for name in OUTER)
 
 
 def test_pyramiddrop_halves_three_times_as_published():
     """576 tokens in 32 layers: 288 from layer 8, 144 from 16, 72 from 24 on; 270 in the mean, as the paper has it."""
-    stages = make("pyramiddrop").stages([576], [72], range(1, 32))
-    assert [(stage.layer, stage.keep) for stage in stages] == [(8, (288,)), (16, (144,)), (24, (72,))]
+    stages = make_method("pyramiddrop").stages([576], [72], range(1, 32))
+    assert [(stage.layer, stage.budgets) for stage in stages] == [(8, (288,)), (16, (144,)), (24, (72,))]
     assert {(stage.rule.name, stage.positions) for stage in stages} == {("own-attention", "compact")}
     assert sum(plan(stages, [576], 32).tokens) / 32 == 270
 
@@ -196,8 +229,8 @@ def test_pyramiddrop_halves_three_times_as_published():
 @given(st.integers(1, 3000), st.floats(0, 1), st.integers(2, 80), st.integers(1, 3))
 def test_pyramiddrop_ends_with_k_and_never_grows(count, share, depth, first):
     k = max(1, round(share * count))
-    stages = make("pyramiddrop").stages([count], [k], range(min(first, depth - 1), depth))
-    layers, left = [stage.layer for stage in stages], [stage.keep[0] for stage in stages]
+    stages = make_method("pyramiddrop").stages([count], [k], range(min(first, depth - 1), depth))
+    layers, left = [stage.layer for stage in stages], [stage.budgets[0] for stage in stages]
     assert left[-1] == k and left == sorted(left, reverse=True) and left[0] <= count
     assert layers == sorted(layers) and min(first, depth - 1) <= layers[0] and layers[-1] < depth
     for number, keep in enumerate(left, 1):
@@ -207,17 +240,17 @@ def test_pyramiddrop_ends_with_k_and_never_grows(count, share, depth, first):
 def test_dart_and_adaptprune_are_one_stage_each():
     for name, rule, options in (
         ("dart", "duplication", {"visual_pivots": 2, "text_pivots": 0}),
-        ("adaptprune", "suppression", {"centre": 2.0, "radius": 3.0, "spread": 0.7, "likeness": 0.2}),
+        ("adaptprune", "suppression", {"centre": 2.0, "radius": 3.0, "sigma": 0.7, "likeness": 0.2}),
     ):
-        (stage,) = make(name).stages([576, 100], [64, 9], range(1, 32))
-        assert (stage.layer, stage.keep, stage.rule, stage.positions) == (2, (64, 9), RULES[rule](), "original")
-        (stage,) = make(name, layer=5, **options).stages([576], [64], range(1, 32))
+        (stage,) = make_method(name).stages([576, 100], [64, 9], range(1, 32))
+        assert (stage.layer, stage.budgets, stage.rule, stage.positions) == (2, (64, 9), RULES[rule](), "original")
+        (stage,) = make_method(name, layer=5, **options).stages([576], [64], range(1, 32))
         assert (stage.layer, stage.rule) == (5, RULES[rule](**options))
 
 
 def test_sparsevlm_has_three_stages_behind_layers_2_6_and_15_of_32():
-    stages = make("sparsevlm").stages([576], [72], range(1, 32))
-    assert [(stage.layer, stage.keep) for stage in stages] == [(3, (288,)), (7, (144,)), (16, (72,))]
+    stages = make_method("sparsevlm").stages([576], [72], range(1, 32))
+    assert [(stage.layer, stage.budgets) for stage in stages] == [(3, (288,)), (7, (144,)), (16, (72,))]
     assert {(stage.rule.name, stage.positions) for stage in stages} == {("rated-attention", "compact")}
 
 
@@ -225,20 +258,21 @@ def test_sparsevlm_has_three_stages_behind_layers_2_6_and_15_of_32():
 @given(st.integers(1, 800), st.floats(0, 1), st.integers(3, 80), st.integers(1, 3))
 def test_sparsevlm_counts_what_is_left_or_the_mean(count, share, depth, first):
     k, layers = max(1, round(share * count)), range(min(first, depth - 1), depth)
-    stages = make("sparsevlm").stages([count], [k], layers)
-    assert stages[-1].keep == (k,) and all(stage.layer in layers for stage in stages)
-    stages = make("sparsevlm", count="mean").stages([count], [k], layers)
+    stages = make_method("sparsevlm").stages([count], [k], layers)
+    assert stages[-1].budgets == (k,) and all(stage.layer in layers for stage in stages)
+    stages = make_method("sparsevlm", count="mean").stages([count], [k], layers)
 
     def mean(stages):
         return sum(plan(stages, [count], depth).tokens) / depth
 
     others = [
-        make("sparsevlm").stages([count], [last], layers) for last in (stages[-1].keep[0] - 1, stages[-1].keep[0] + 1)
+        make_method("sparsevlm").stages([count], [last], layers)
+        for last in (stages[-1].budgets[0] - 1, stages[-1].budgets[0] + 1)
     ]
-    assert 1 <= stages[-1].keep[0] <= k
-    if stages[-1].keep[0] > 1:
+    assert 1 <= stages[-1].budgets[0] <= k
+    if stages[-1].budgets[0] > 1:
         assert abs(mean(stages) - k) <= abs(mean(others[0]) - k)
-    if stages[-1].keep[0] < k:
+    if stages[-1].budgets[0] < k:
         assert abs(mean(stages) - k) <= abs(mean(others[1]) - k)
 
 
@@ -247,17 +281,17 @@ def test_sparsevlm_counts_what_is_left_or_the_mean(count, share, depth, first):
     [([576], [64], 4), ([576], [270], 15), ([576], [1], 1), ([576], [575], 31), ([576, 100], [64, 100], 8)],
 )
 def test_vtw_leaves_where_the_mean_is_nearest_to_k(counts, budgets, layer):
-    (stage,) = make("vtw").stages(counts, budgets, range(1, 32))
+    (stage,) = make_method("vtw").stages(counts, budgets, range(1, 32))
     assert (stage.layer, stage.rule.name, stage.positions) == (layer, "withdrawal", "original")
-    assert stage.keep == (0,) * len(counts)
-    assert stage.rule.pick(Sight(torch.arange(9), torch.zeros(9, dtype=torch.bool)), 0).tolist() == []
+    assert stage.budgets == (0,) * len(counts)
+    assert stage.rule.select(LayerSignals(torch.arange(9), torch.zeros(9, dtype=torch.bool)), 0).tolist() == []
     means = {n: abs(sum(counts) * n / 32 - sum(budgets)) for n in range(1, 32)}
     assert means[layer] == min(means.values())
 
 
 def test_vtw_by_its_layer_and_with_all_tokens():
-    assert [stage.layer for stage in make("vtw", layer=15).stages([9], [9], range(1, 32))] == [15]
-    assert make("vtw").stages([9, 4], [9, 4], range(1, 32)) == ()
+    assert [stage.layer for stage in make_method("vtw", layer=15).stages([9], [9], range(1, 32))] == [15]
+    assert make_method("vtw").stages([9, 4], [9, 4], range(1, 32)) == ()
 
 
 # (rule, options, the same written out)
@@ -266,9 +300,9 @@ RULE_MATRIX = [
     ("duplication", {"visual_pivots": 1, "text_pivots": 0}, slow.duplication),
     ("duplication", {"visual_pivots": 7, "text_pivots": 2}, slow.duplication),
     ("suppression", {}, slow.suppression),
-    ("suppression", {"centre": 0.3, "radius": 2.3, "spread": 4.0, "likeness": 0.8}, slow.suppression),
+    ("suppression", {"centre": 0.3, "radius": 2.3, "sigma": 4.0, "likeness": 0.8}, slow.suppression),
     ("suppression", {"radius": 0.0}, slow.suppression),
-    ("attention", {}, lambda sight, k, rule: sorted(slow.ranked(sight.attention.tolist())[:k])),
+    ("attention", {}, lambda layer_signals, k, rule: sorted(slow.ranked(layer_signals.attention.tolist())[:k])),
 ]
 
 
@@ -279,7 +313,7 @@ def sights(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     tokens = (torch.rand(signals.count, generator=generator) < draw(st.sampled_from([0.6, 1.0]))).nonzero()[:, 0]
     text = torch.randn(draw(st.integers(0, 5)), 12, generator=generator).to(signals.image_embeds.dtype)
-    sight = Sight(
+    layer_signals = LayerSignals(
         tokens,
         torch.zeros(len(tokens), dtype=torch.bool),
         signals.views,
@@ -289,21 +323,21 @@ def sights(draw):
         text_hidden_states=text[:, :7],
         text_keys=text[:, 7:],
     )
-    return sight, draw(st.integers(0, len(tokens)))
+    return layer_signals, draw(st.integers(0, len(tokens)))
 
 
 @pytest.mark.parametrize(("name", "options", "written_out"), RULE_MATRIX)
 @settings(deadline=None, max_examples=60)
 @given(sights())
 def test_each_rule_is_what_its_formula_says(name, options, written_out, problem):
-    sight, k = problem
+    layer_signals, k = problem
     rule = RULES[name](**options)
-    kept = rule.pick(sight, k)
+    kept = rule.select(layer_signals, k)
     assert kept.dtype == torch.int64 and kept.shape == (k,) and bool((kept.diff() > 0).all())
-    assert k == 0 or (int(kept[0]) >= 0 and int(kept[-1]) < len(sight.tokens))
-    assert torch.equal(kept, rule.pick(sight, k))
-    assert kept.tolist() == written_out(sight, k, rule)
-    assert rule.pick(sight, len(sight.tokens)).tolist() == list(range(len(sight.tokens)))
+    assert k == 0 or (int(kept[0]) >= 0 and int(kept[-1]) < len(layer_signals.tokens))
+    assert torch.equal(kept, rule.select(layer_signals, k))
+    assert kept.tolist() == written_out(layer_signals, k, rule)
+    assert rule.select(layer_signals, len(layer_signals.tokens)).tolist() == list(range(len(layer_signals.tokens)))
 
 
 @settings(deadline=None, max_examples=60)
@@ -323,29 +357,35 @@ def test_adaptprune_spreads_what_attention_would_keep_in_one_place():
     """Two bright spots, of which attention alone keeps the one; with unlike keys it does here, too."""
     attention = torch.full((12, 12), 0.001, dtype=torch.float64)
     attention[5:7, 5:7], attention[2, 9] = 0.1, 0.08
-    sight = Sight(torch.arange(144), torch.zeros(144, dtype=torch.bool), (View(12, 12),), attention.flatten())
-    alike, unlike = replace(sight, keys=torch.ones(144, 8)), replace(sight, keys=torch.eye(144))
-    assert RULES["suppression"]().pick(alike, 2).tolist() == [2 * 12 + 9, 5 * 12 + 5]
-    assert RULES["suppression"]().pick(unlike, 4).tolist() == [65, 66, 77, 78]
+    layer_signals = LayerSignals(
+        torch.arange(144), torch.zeros(144, dtype=torch.bool), (View(12, 12),), attention.flatten()
+    )
+    alike, unlike = replace(layer_signals, keys=torch.ones(144, 8)), replace(layer_signals, keys=torch.eye(144))
+    assert RULES["suppression"]().select(alike, 2).tolist() == [2 * 12 + 9, 5 * 12 + 5]
+    assert RULES["suppression"]().select(unlike, 4).tolist() == [65, 66, 77, 78]
 
 
 def test_rules_pick_by_attention():
     within = torch.tensor([False, True, False, True, False])
-    sight = Sight(torch.arange(5), within, attention=torch.tensor([0.4, 0.1, 0.2, 0.0, 0.2]))
-    assert RULES["attention"]().pick(sight, 2).tolist() == [0, 2]
-    assert RULES["own-attention"]().pick(sight, 0).tolist() == []
-    assert RULES["region"]().pick(sight, 2).tolist() == [1, 3]
-    assert [RULES["region-attention"]().pick(sight, k).tolist() for k in (1, 2, 4)] == [[1], [1, 3], [0, 1, 2, 3]]
+    layer_signals = LayerSignals(torch.arange(5), within, attention=torch.tensor([0.4, 0.1, 0.2, 0.0, 0.2]))
+    assert RULES["attention"]().select(layer_signals, 2).tolist() == [0, 2]
+    assert RULES["own-attention"]().select(layer_signals, 0).tolist() == []
+    assert RULES["region"]().select(layer_signals, 2).tolist() == [1, 3]
+    assert [RULES["region-attention"]().select(layer_signals, k).tolist() for k in (1, 2, 4)] == [
+        [1],
+        [1, 3],
+        [0, 1, 2, 3],
+    ]
     assert {rule.name for rule in RULES.values()} == set(RULES)
 
 
 def test_unknown_names_and_options_name_the_known_ones():
     with pytest.raises(ValueError, match=r"'grid'.*gridprune.*uniform"):
-        make("grid")
+        make_method("grid")
     with pytest.raises(ValueError, match=r"'size'.*zone, alpha"):
-        make("gridprune", size=3)
+        make_method("gridprune", size=3)
     with pytest.raises(ValueError, match=r"'alpha'.*none"):
-        make("uniform", alpha=0.2)
+        make_method("uniform", alpha=0.2)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +409,7 @@ def test_unknown_names_and_options_name_the_known_ones():
         ("adaptprune", "centre", 0.0),
         ("adaptprune", "radius", -1.0),
         ("adaptprune", "radius", math.inf),
-        ("adaptprune", "spread", math.nan),
+        ("adaptprune", "sigma", math.nan),
         ("adaptprune", "likeness", 0.0),
         ("sparsevlm", "count", "first"),
         ("vtw", "layer", -1),
@@ -396,7 +436,7 @@ def test_unknown_names_and_options_name_the_known_ones():
 )
 def test_options_out_of_range_are_errors(name, option, value):
     with pytest.raises(ValueError, match=option):
-        make(name, **{option: value})
+        make_method(name, **{option: value})
 
 
 EQUIVARIANT = ("topk-relevance", "fastervlm", "vispruner", "divprune", "scope", "cdpruner", "mmtok", "trim")
@@ -407,11 +447,15 @@ EQUIVARIANT = ("topk-relevance", "fastervlm", "vispruner", "divprune", "scope", 
 def test_the_order_of_tokens_does_not_matter(name, k):
     generator = torch.Generator().manual_seed(k)
     relevance, saliency = torch.rand(2, 60, generator=generator, dtype=torch.float64)
-    vision_features, rows, words = (torch.randn(n, 50, generator=generator, dtype=torch.float64) for n in (60, 60, 3))
+    vision_features, rows, question_embeds = (
+        torch.randn(n, 50, generator=generator, dtype=torch.float64) for n in (60, 60, 3)
+    )
     order = torch.randperm(60, generator=generator)
-    here = Signals((View(6, 10),), relevance, saliency, None, vision_features, rows, words)
-    there = Signals((View(10, 6),), relevance[order], saliency[order], None, vision_features[order], rows[order], words)
-    assert torch.equal(order[make(name).select(there, k)].sort().values, make(name).select(here, k))
+    here = Signals((View(6, 10),), relevance, saliency, None, vision_features, rows, question_embeds)
+    there = Signals(
+        (View(10, 6),), relevance[order], saliency[order], None, vision_features[order], rows[order], question_embeds
+    )
+    assert torch.equal(order[select(make_method(name), there, k)].sort().values, select(make_method(name), here, k))
 
 
 @settings(deadline=None, max_examples=60)
@@ -421,14 +465,14 @@ def test_what_is_merged(problem, data):
     method, written_out = data.draw(
         st.sampled_from(
             [
-                (make("visionzip"), slow.visionzip_weights),
-                (make("visionzip", merge_by="sum", contextual_share=0.5), slow.visionzip_weights),
-                (make("trim"), slow.trim_weights),
-                (make("trim", mean_token=False), slow.trim_weights),
+                (make_method("visionzip"), slow.visionzip_weights),
+                (make_method("visionzip", merge_by="sum", contextual_share=0.5), slow.visionzip_weights),
+                (make_method("trim"), slow.trim_weights),
+                (make_method("trim", mean_token=False), slow.trim_weights),
             ]
         )
     )
-    kept = method.select(signals, k)
+    kept = select(method, signals, k)
     weights = method.merge(signals, kept)
     if k == signals.count:
         assert weights is None
@@ -445,7 +489,7 @@ def test_what_is_merged(problem, data):
 def test_all_others_merge_nothing(name):
     vectors = {signal: torch.rand(9, 5) for signal in VECTORS}
     signals = Signals((View(3, 3),), torch.rand(9), torch.rand(9), **vectors)
-    assert make(name).merge(signals, make(name).select(signals, 4)) is None
+    assert make_method(name).merge(signals, select(make_method(name), signals, 4)) is None
 
 
 @pytest.mark.parametrize("name", VECTORS)
@@ -457,7 +501,7 @@ def test_vectors_that_are_none(name):
     ):
         with pytest.raises(ValueError, match=f"{name} has .*{message}"):
             Signals((View(3, 3),), **{name: bad})
-    if name != "words":
+    if name != "question_embeds":
         with pytest.raises(ValueError, match="9 tokens"):
             Signals((View(3, 3),), **{name: torch.rand(8, 2)})
 
@@ -546,7 +590,7 @@ def test_gridprune_is_what_the_formulas_say(data):
         relevance_sign=data.draw(st.sampled_from([1, -1])),
     )
     k = data.draw(st.integers(1, count - 1))
-    assert method.select(signals, k).tolist() == slow_gridprune(signals, k, method)
+    assert select(method, signals, k).tolist() == slow_gridprune(signals, k, method)
 
 
 def test_relevant_zones_keep_more_the_colder_the_more():
@@ -557,7 +601,7 @@ def test_relevant_zones_keep_more_the_colder_the_more():
     for options in (LITERAL, {"temperature": 0.1}, {"temperature": 0.01}):
         method = GridPrune(**options)
         index, zones = method.zones(signals)
-        budgets.append(torch.bincount(index[method.select(signals, 16)], minlength=zones.count).tolist())
+        budgets.append(torch.bincount(index[select(method, signals, 16)], minlength=zones.count).tolist())
     assert budgets == [[5, 4, 4, 3], [14, 1, 1, 0], [16, 0, 0, 0]]
 
 
@@ -588,7 +632,7 @@ def test_random_draws_every_token_alike_and_leaves_the_global_generator_alone():
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    draws = torch.cat([make("random", seed=seed).select(signals, 5) for seed in range(800)])
+    draws = torch.cat([select(make_method("random", seed=seed), signals, 5) for seed in range(800)])
     assert torch.equal(torch.rand(1), expected)
     counts = torch.bincount(draws, minlength=20)  # 200 expected each, standard deviation 12
     assert int(counts.min()) > 140 and int(counts.max()) < 260
@@ -624,15 +668,15 @@ def best_lattice_radius(rows, cols, k):
 def test_uniform_covers_the_grid_as_well_as_a_lattice(rows, cols, ks):
     """Or, where that leaves single tokens out, at least so that each of them has a kept neighbour."""
     for k in ks:
-        kept = make("uniform").select(Signals((View(rows, cols),)), k).tolist()
+        kept = select(make_method("uniform"), Signals((View(rows, cols),)), k).tolist()
         assert covering_radius(rows, cols, kept) <= max(best_lattice_radius(rows, cols, k), math.sqrt(2)) + 1e-9
 
 
 def test_uniform_by_eye():
-    assert make("uniform").select(Signals((View(24, 24),)), 64).tolist() == [
+    assert select(make_method("uniform"), Signals((View(24, 24),)), 64).tolist() == [
         row * 24 + col for row in range(1, 24, 3) for col in range(1, 24, 3)
     ]
-    rows = torch.bincount(make("uniform").select(Signals((View(16, 16),)), 28) // 16, minlength=16)
+    rows = torch.bincount(select(make_method("uniform"), Signals((View(16, 16),)), 28) // 16, minlength=16)
     assert rows.tolist() == [0, 5, 0, 0, 6, 0, 0, 0, 5, 0, 0, 6, 0, 0, 6, 0]
 
 
@@ -647,4 +691,4 @@ def test_a_lattice_has_exactly_k_tokens(rows, cols, data):
 
 def test_uniform_splits_k_over_views_by_size():
     signals = Signals((View(2, 2), View(4, 4)))
-    assert torch.bincount((make("uniform").select(signals, 10) >= 4).long()).tolist() == [2, 8]
+    assert torch.bincount((select(make_method("uniform"), signals, 10) >= 4).long()).tolist() == [2, 8]

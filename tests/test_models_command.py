@@ -45,17 +45,17 @@ def test_what_is_in_the_hubs_cache_is_listed(command, hub_cache, tiny_llava, tmp
     data = put(hub_cache, "some/data", tmp_path / "gguf").parents[1]
     data.rename(data.with_name("datasets--some--data"))
 
-    found, err = listed(command)
+    models, err = listed(command)
     assert err == ""
     names = ("bert", "clip", "gguf", "llava", "llava@v2", "nameless", "pickled", "sharded")
-    assert list(found) == [f"some/{name}" for name in names]
-    assert found["some/llava"] == found["some/llava@v2"] | {"cached": "some/llava"}
+    assert list(models) == [f"some/{name}" for name in names]
+    assert models["some/llava"] == models["some/llava@v2"] | {"cached": "some/llava"}
     size = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
-    assert found["some/llava"]["bytes"] == size and found["some/gguf"]["bytes"] == 2
-    families = {name.removeprefix("some/"): line["family"] for name, line in found.items()}
+    assert models["some/llava"]["bytes"] == size and models["some/gguf"]["bytes"] == 2
+    families = {name.removeprefix("some/"): line["family"] for name, line in models.items()}
     assert [families[name] for name in ("llava", "clip", "bert", "gguf")] == ["llava", "clip", "bert", None]
-    assert [name for name, line in found.items() if line["usable"]] == ["some/llava", "some/llava@v2"]
-    assert found["some/llava"]["reason"] is None
+    assert [name for name, line in models.items() if line["usable"]] == ["some/llava", "some/llava@v2"]
+    assert models["some/llava"]["reason"] is None
     reasons = {
         "clip": "for relevance alone",
         "bert": "model type 'bert' is not supported",
@@ -65,12 +65,12 @@ def test_what_is_in_the_hubs_cache_is_listed(command, hub_cache, tiny_llava, tmp
         "gguf": "no config.json",
     }
     for name, reason in reasons.items():
-        assert reason in found[f"some/{name}"]["reason"], name
+        assert reason in models[f"some/{name}"]["reason"], name
 
     code, out, _ = command("models")
-    rows = [line.split() for line in out.split("\n\n")[1].splitlines()[1:]]
-    assert code == 0 and [row[0] for row in rows] == list(found)
-    assert [row[4].strip(":") for row in rows] == ["yes" if line["usable"] else "no" for line in found.values()]
+    lines = [line.split() for line in out.split("\n\n")[1].splitlines()[1:]]
+    assert code == 0 and [row[0] for row in lines] == list(models)
+    assert [row[4].strip(":") for row in lines] == ["yes" if line["usable"] else "no" for line in models.values()]
 
 
 def test_a_snapshot_without_a_branch_goes_by_its_commit(hub_cache, tiny_llava, command):
@@ -85,8 +85,8 @@ def test_a_cache_that_is_missing_or_damaged_is_survived(command, hub_cache, tiny
     put(hub_cache, "some/llava", tiny_llava)
     (put(hub_cache, "some/torn", tiny_llava) / "config.json").write_bytes(b"{\xff")
     (hub_cache / "models--some--empty").mkdir()
-    found, err = listed(command)
-    assert list(found) == ["some/llava", "some/torn"] and "can't be read" in found["some/torn"]["reason"]
+    models, err = listed(command)
+    assert list(models) == ["some/llava", "some/torn"] and "can't be read" in models["some/torn"]["reason"]
     assert err.startswith("warning: ") and err.count("\n") == 1 and "models--some--empty" in err
     (tmp_path / "file").write_text("")
     for other in (tmp_path / "gone", tmp_path / "file"):
@@ -126,7 +126,7 @@ def test_a_default_is_remembered_and_forgotten(command, hub_cache, tiny_llava, n
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "reason"),
     [
         ("nowhere", "models default nowhere: no folder with a config.json"),
         ("bert", "models default bert: model type 'bert' is not supported"),
@@ -136,7 +136,7 @@ def test_a_default_is_remembered_and_forgotten(command, hub_cache, tiny_llava, n
         ("some/awq", "models default some/awq: quantised as AWQ, which is supported on GPUs alone"),
     ],
 )
-def test_what_can_not_be_used_is_not_remembered(command, hub_cache, tmp_path, monkeypatch, name, told):
+def test_what_can_not_be_used_is_not_remembered(command, hub_cache, tmp_path, monkeypatch, name, reason):
     monkeypatch.chdir(tmp_path)
     put(hub_cache, "some/bert", configured(tmp_path / "bert", model_type="bert"))
     configured(tmp_path / "weightless", model_type="llava")
@@ -144,7 +144,7 @@ def test_what_can_not_be_used_is_not_remembered(command, hub_cache, tmp_path, mo
     settings = {"quantization_config": {"quant_method": "awq"}}
     put(hub_cache, "some/awq", configured(tmp_path / "awq", model_type="llava", **settings))
     code, out, err = command("models", "default", name)
-    assert (code, out) == (2, "") and told in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and reason in err and err.count("\n") == 1
     assert not config_path().exists()
 
 

@@ -13,7 +13,7 @@ from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import METHODS, make
+from gridprune_cli.pruning.methods import METHODS, make_method
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.settings import Pruning, Request
@@ -117,7 +117,7 @@ def test_a_broken_entry_is_encoded_again(pipeline, image):
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_a_pruned_set_from_disk_answers_the_same(pipeline, image, method, positions):
     encoded, _ = pipeline.encode(image)
-    pruned = pipeline.prune(encoded, QUESTION, Pruning(keep=0.4, method=make(method), positions=positions))
+    pruned = pipeline.prune(encoded, QUESTION, Pruning(keep=0.4, method=make_method(method), positions=positions))
     again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
     inner = pruned.schedule is not None
     assert len(pruned.kept) == len(pruned.image_embeds) == (16 if inner else 6)
@@ -130,7 +130,7 @@ def test_a_pruned_set_from_disk_answers_the_same(pipeline, image, method, positi
 @pytest.mark.parametrize("share", [False, True])
 def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share):
     images = [pipeline.encoder.encode([noise((224, 224), seed)])[0] for seed in range(count)]
-    method = make("visionzip", contextual_share=0.5)
+    method = make_method("visionzip", contextual_share=0.5)
     pruned = pipeline.prune(images, QUESTION, Pruning(tokens=6, method=method, share_budget=share))
     groups = [images] if share else [[image] for image in images]
     expected, first = [], 0
@@ -140,7 +140,7 @@ def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share
         signals = Signals(
             views, saliency=torch.cat([image.saliency for image in group]), vision_features=vision_features
         )
-        kept = method.select(signals, 6)
+        kept = method.select_batch([signals], [6])[0]
         weights = method.merge(signals, kept).to_dense()
         assert (weights > 0).sum(1).max() > 1
         assert torch.equal(pruned.kept[first // len(vision_features) * 6 :][:6], kept + first)
@@ -153,11 +153,13 @@ def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share
 def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, method, monkeypatch):
     encoded, _ = pipeline.encode(image)
     computed = []
-    method = make(method)
+    method = make_method(method)
     monkeypatch.setattr(
-        type(method), "_pick_each", lambda self, signals, ks: computed.extend(signals) or [torch.arange(k) for k in ks]
+        type(method),
+        "select_alike",
+        lambda self, signals, ks: computed.extend(signals) or [torch.arange(k) for k in ks],
     )
-    monkeypatch.setattr(type(method), "_merge", lambda self, signals, kept: None)
+    monkeypatch.setattr(type(method), "merge_weights", lambda self, signals, kept: None)
     pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=method))
     (signals,) = computed
     known = {
@@ -170,8 +172,8 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
 
 
 def test_one_budget_for_several_images_is_nothing_that_hired_could_split():
-    with pytest.raises(BadInput, match="--share-budget: not with --method hired"):
-        Pruning(method=make("hired"), share_budget=True)
+    with pytest.raises(BadInput, match="share_budget: not with `method=hired`"):
+        Pruning(method=make_method("hired"), share_budget=True)
 
 
 def test_positions(pipeline, image):
@@ -187,7 +189,9 @@ def test_positions(pipeline, image):
 
 def test_zone_budgets_add_up(pipeline, image):
     encoded, _ = pipeline.encode(image)
-    zones = pipeline.prune(encoded, QUESTION, Pruning(tokens=7, method=make("gridprune", zone=2))).images[0].zones
+    zones = (
+        pipeline.prune(encoded, QUESTION, Pruning(tokens=7, method=make_method("gridprune", zone=2))).images[0].zones
+    )
     assert (zones["rows"], zones["cols"], len(zones["budgets"]), sum(zones["budgets"])) == (2, 2, 4, 7)
 
 
@@ -247,9 +251,9 @@ def test_models_that_cannot_be_used(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(BadInput, match="model type 'bert' is not supported"):
         Pipeline(str(tmp_path))
-    with pytest.raises(BadInput, match="--dtype"):
+    with pytest.raises(BadInput, match="dtype=int8"):
         Pipeline(dtype="int8")
-    with pytest.raises(BadInput, match="--device"):
+    with pytest.raises(BadInput, match="device=abacus"):
         Pipeline(device="abacus")
 
 
@@ -261,7 +265,7 @@ def test_a_set_says_what_its_relevance_came_from(pipeline, image, tiny_llava):
         (pipeline, Pruning(), clip),
         (pipeline, Pruning(plc="pool"), clip),
         (by_words, Pruning(), {"source": "words", "model": None}),
-        (pipeline, Pruning(method=make("uniform")), None),
+        (pipeline, Pruning(method=make_method("uniform")), None),
     ):
         pruned = asking.prune(encoded, QUESTION, pruning)
         assert pruned.to_json()["relevance"] == expected
@@ -282,7 +286,7 @@ def test_a_sign_that_turns_relevance_round_as_published_is_a_remark(
     method, options, relevance, turned, tiny_llava, image
 ):
     pipeline = Pipeline(str(tiny_llava), dtype="float32", relevance=relevance)
-    pruning = Pruning(method=make(method, **options))
+    pruning = Pruning(method=make_method(method, **options))
     assert remarks(pipeline.family, pruning) == ()  # nothing was pruned
     pruned = pipeline.ask(image, QUESTION, pruning, max_new_tokens=1).pruned
     expected = (f"{method} turns CLIP's relevance round, as published; its option relevance_sign=1 takes it as it is",)
@@ -293,12 +297,12 @@ def test_a_sign_that_turns_relevance_round_as_published_is_a_remark(
 def test_a_clip_that_is_not_there_is_told_before_anything_is_loaded(tiny_llava, tmp_path, image):
     folder = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
     pipeline = Pipeline(str(folder), dtype="float32")
-    with pytest.raises(BadInput, match="--relevance words"):
+    with pytest.raises(BadInput, match="relevance=words"):
         pipeline.ask(image, QUESTION)
-    with pytest.raises(BadInput, match="--relevance words"):
+    with pytest.raises(BadInput, match="relevance=words"):
         list(pipeline.runner().answer([Request((image,), QUESTION, Pruning())]))
     assert pipeline.family._loaded == {}
-    whole = Pruning(keep=1.0, method=make("uniform"))
+    whole = Pruning(keep=1.0, method=make_method("uniform"))
     assert len(pipeline.ask(image, QUESTION, whole, max_new_tokens=1).pruned.kept) == 16
 
 
@@ -316,7 +320,7 @@ def test_a_model_without_a_text_tower_uses_its_own_words(tiny_llava, tmp_path, i
     expected = torch.cosine_similarity(rows[:, None], by_words[None], dim=-1).mean(1)
     assert torch.allclose(pruned.relevance, expected, atol=1e-5)
     # so relevance is not turned round
-    pruned = pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=make("trim")))
+    pruned = pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=make_method("trim")))
     assert pruned.kept.tolist() == sorted(expected.topk(3).indices.tolist())
 
 
@@ -332,9 +336,9 @@ def test_many_questions_are_pruned_for_as_each_is_alone(pipeline, image, tmp_pat
         Request((a, b), "Which is larger?", Pruning(keep=0.3)),
         Request((a, b), "Which is larger?", Pruning(tokens=9, share_budget=True, positions="compact")),
         Request((b,), "Where?", Pruning(tokens=5, region=(0, 0, 3, 3), query="star", ilp=0.1)),
-        Request((a,), QUESTION, Pruning(tokens=5, method=make("visionzip"))),
+        Request((a,), QUESTION, Pruning(tokens=5, method=make_method("visionzip"))),
         Request((a,), QUESTION, Pruning(plc="pool", inside_ratio=2, outside_ratio=4)),
-        Request((a,), QUESTION, Pruning(keep=1.0, method=make("uniform"))),
+        Request((a,), QUESTION, Pruning(keep=1.0, method=make_method("uniform"))),
     ]
     for system, template in ((None, None), ("red", None), (None, "{image} {question} ")):
         prompt = {"system": system, "template": template}

@@ -37,20 +37,20 @@ def test_the_dtype_on_a_gpu(able, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
     placed = place("auto", "auto", EMBEDDED)
-    assert (placed.device, placed.dtype, placed.spread) == ("cuda", dtype, False)
+    assert (placed.device, placed.dtype, placed.sharded) == ("cuda", dtype, False)
 
 
 def test_map_needs_accelerate(monkeypatch):
     monkeypatch.setattr(placement, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"^--device map: needs accelerate; install it with `pip install accelerate`$"):
+    with pytest.raises(BadInput, match=r"^device=map: needs accelerate; install it with `pip install accelerate`$"):
         place("map", "auto", "some/model")
     monkeypatch.setattr(placement, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert place("map", "float32", "some/model").device == "cuda"
-    assert place("map", "float32", "some/model").spread
+    assert place("map", "float32", "some/model").sharded
 
 
-@pytest.mark.parametrize(("where", "dtype", "words"), [("abacus", "auto", "--device"), ("cpu", "int4", "--dtype int4")])
-def test_what_is_not_there_is_named(where, dtype, words):
-    with pytest.raises(BadInput, match=f"^{words}"):
+@pytest.mark.parametrize(("where", "dtype", "named"), [("abacus", "auto", "device"), ("cpu", "int4", "dtype=int4")])
+def test_what_is_not_there_is_named(where, dtype, named):
+    with pytest.raises(BadInput, match=f"^{named}"):
         place(where, dtype, "some/model")

@@ -7,7 +7,7 @@ from tiny_families import open_pipeline
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.pruning.region import inside
 from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import PrunedSet
@@ -57,11 +57,11 @@ def test_rows_of_a_set_are_means_of_their_cells(pipeline, noise, count, region):
         assert torch.equal(getattr(plain, name), getattr(pooled, name))
     expected, first = [], 0
     for image, origin in zip(images, pooled.images, strict=True):
-        tokens = [int(i) - first for i in pooled.kept if first <= i < first + image.count]
-        assert len(tokens) == int(0.3 * image.count + 0.5)
+        kept = [int(i) - first for i in pooled.kept if first <= i < first + image.count]
+        assert len(kept) == int(0.3 * image.count + 0.5)
         vision_features = image.vision_features.clone()
-        vision_features[tokens] = slow_states(image, tokens, origin.region)
-        stays = [slot for slot in image.placeholder_map.tolist() if slot in tokens]
+        vision_features[kept] = slow_states(image, kept, origin.region)
+        stays = [slot for slot in image.placeholder_map.tolist() if slot in kept]
         expected.append(pipeline.family.project(vision_features[stays]))
         first += image.count
     placeholder_map = torch.cat([image.placeholder_map for image in images])
@@ -113,21 +113,21 @@ def test_ratios_split_the_budget(llava, noise):
     assert kept(tokens=5, outside_ratio=12.0) == (4, 1, {"inside": 1.0, "outside": 12.0})
     assert kept(tokens=5, inside_ratio=1.0, outside_ratio=3.0) == (4, 4, {"inside": 1.0, "outside": 3.0})
     assert kept(tokens=8, inside_ratio=4.0) == (2, 6, {"inside": 2.0, "outside": 2.0})  # never more than outside
-    tokens = {"inside": pytest.approx(4 / 3, abs=0.01), "outside": 6.0}  # the method's own split
-    assert kept(tokens=5) == (3, 2, tokens)
+    by_method = {"inside": pytest.approx(4 / 3, abs=0.01), "outside": 6.0}  # the method's own split
+    assert kept(tokens=5) == (3, 2, by_method)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"plc": "some"}, "--plc some: not one of off, pool, trained"),
-        ({"inside_ratio": 2.0}, "--inside-ratio: only with --plc"),
-        ({"plc": "pool", "outside_ratio": 0.5}, "--outside-ratio 0.5: must be at least 1"),
-        ({"plc": "pool", "outside_ratio": float("nan")}, "--outside-ratio nan: must be at least 1"),
-        ({"plc": "pool", "inside_ratio": 4.0, "outside_ratio": 2.0}, "must not be above --outside-ratio"),
-        ({"plc": "pool", "inside_ratio": 2.0, "region": "none"}, "--inside-ratio: needs a region"),
-        ({"plc": "pool", "inside_ratio": 2.0, "share_budget": True}, "--inside-ratio: needs a region"),
-        ({"plc": "pool", "inside_ratio": 2.0, "method": make_method("fastervlm")}, "--inside-ratio: needs a region"),
+        ({"plc": "some"}, "plc.some: not one of off, pool, trained"),
+        ({"inside_ratio": 2.0}, "inside.ratio: only with .*plc"),
+        ({"plc": "pool", "outside_ratio": 0.5}, "outside.ratio.0.5: must be at least 1"),
+        ({"plc": "pool", "outside_ratio": float("nan")}, "outside.ratio.nan: must be at least 1"),
+        ({"plc": "pool", "inside_ratio": 4.0, "outside_ratio": 2.0}, "must not be above .*outside.ratio"),
+        ({"plc": "pool", "inside_ratio": 2.0, "region": "none"}, "inside.ratio: needs a region"),
+        ({"plc": "pool", "inside_ratio": 2.0, "share_budget": True}, "inside.ratio: needs a region"),
+        ({"plc": "pool", "inside_ratio": 2.0, "method": make_method("fastervlm")}, "inside.ratio: needs a region"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, message):
@@ -137,12 +137,12 @@ def test_settings_that_do_not_go_together(settings, message):
 
 def test_a_model_without_a_compressor(llava, noise, tmp_path):
     image = llava.encoder.encode([noise((100, 80))])[0]
-    with pytest.raises(BadInput, match=r"--plc trained: .* has no compressor\.safetensors; use --plc pool") as caught:
+    with pytest.raises(BadInput, match=r"plc=trained: .* has no compressor\.safetensors; use `plc=pool`") as caught:
         llava.prune(image, QUESTION, Pruning(plc="trained"))
     assert "\n" not in str(caught.value)
     path = tmp_path / "a.png"
     noise((50, 50)).image.save(path)
-    with pytest.raises(BadInput, match="--plc trained"):
+    with pytest.raises(BadInput, match="plc=trained"):
         llava.ask(path, QUESTION, Pruning(plc="trained"))
     assert set(llava.family._loaded) == {"tower"}  # it was told before more was loaded
 
@@ -190,5 +190,5 @@ def test_a_set_of_an_older_schema_is_refused_with_what_to_do(llava, noise):
 
     header, tensors = files.decode(llava.prune(llava.encoder.encode([noise((100, 80))])[0], QUESTION).to_bytes())
     header = {k: v for k, v in header.items() if k not in ("plc", "tensors", "digest")} | {"schema": 1}
-    with pytest.raises(BadInput, match=r"^x: .*its schema is 1, and this version reads 3.*`gridprune prune`$"):
+    with pytest.raises(BadInput, match=r"^x: its schema is 1, and this version reads 3; prune again, with .*$"):
         PrunedSet.from_bytes(files.encode(tensors, header), "x")

@@ -60,7 +60,8 @@ def test_readme_begins_with_two_commands_to_paste():
     assert run.startswith("pip install -c constraints.txt -e . && gridprune ask sample_images/")
     install, *checks = check.split(" && ")
     assert install == "pip install -c constraints.txt -e '.[test]'"
-    assert all(line in (ROOT / ".ci" / "run").read_text("utf-8").splitlines() for line in checks)
+    script = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
+    assert set(checks) <= {line.removesuffix(" &") for line in script}
 
 
 def test_the_map_is_that_of_the_tree():

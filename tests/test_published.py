@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, ProcessorMixin
 
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import FAMILIES
 

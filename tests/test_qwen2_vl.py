@@ -11,7 +11,7 @@ from transformers.vision_utils import get_vision_window_index
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.settings import Pruning
 
@@ -36,7 +36,7 @@ def test_signals_equal_an_eager_reference(kind, noise, monkeypatch, size):
     name, folder = kind
     picture = noise(SIZES[size])
     family = Pipeline(str(folder), dtype="float32").family
-    (found,) = family.encode([picture.image])
+    (encoding,) = family.encode([picture.image])
     model = plain(folder, attn_implementation="eager")
     visual = model.model.visual
     module = import_module(f"transformers.models.{name}.modeling_{name}")
@@ -52,17 +52,17 @@ def test_signals_equal_an_eager_reference(kind, noise, monkeypatch, size):
     inputs = family.process(picture.image)[0]
     with torch.no_grad():
         out = model.model.get_image_features(**inputs)
-    assert torch.allclose(found.vision_features[:, :64], out.pooler_output[0], atol=1e-5)
+    assert torch.allclose(encoding.vision_features[:, :64], out.pooler_output[0], atol=1e-5)
     (weights,) = seen  # one call: the block looks at the whole picture
-    assert weights.shape[2:] == (4 * len(found.saliency),) * 2
-    order = range(len(found.saliency))
+    assert weights.shape[2:] == (4 * len(encoding.saliency),) * 2
+    order = range(len(encoding.saliency))
     if name == "qwen2_5_vl":
         order = get_vision_window_index(inputs["image_grid_thw"], 2, 56, 14)[0].tolist()
         assert size in ("tiny", "tall") or order != sorted(order)
-    expected = torch.empty(len(found.saliency))
+    expected = torch.empty(len(encoding.saliency))
     for place, token in enumerate(order):
         expected[token] = weights[0, :, :, 4 * place : 4 * place + 4].mean()
-    assert torch.allclose(found.saliency, expected, atol=1e-6)
+    assert torch.allclose(encoding.saliency, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", ["square", "wide", "tall", "large"])
@@ -91,11 +91,11 @@ def test_positions_are_those_of_transformers(kind, noise, names):
     images = pipeline.encoder.encode([noise(SIZES[name]) for name in names])
     fresh = Pipeline(str(folder), dtype="float32")
     ids = fresh.family.write_prompt(QUESTION, images)
-    found = fresh.family.positions(ids, images)
+    positions = fresh.family.positions(ids, images)
     grids = torch.tensor([[1, 2 * view.rows, 2 * view.cols] for image in images for view in image.views])
     kinds = (ids == fresh.family.image_token).int()[None]
     expected = plain(folder).model.get_rope_index(ids[None], mm_token_type_ids=kinds, image_grid_thw=grids)[0]
-    assert torch.equal(found, expected[:, 0])
+    assert torch.equal(positions, expected[:, 0])
     pruned = fresh.prune(images, QUESTION, Pruning(keep=0.4, method=make_method("fastervlm")))
     assert pruned.position_ids.shape == (3, len(pruned.input_ids))
     assert not fresh.family._loaded
@@ -105,8 +105,8 @@ def test_positions_of_images_side_by_side(kind):
     family = Pipeline(str(kind[1]), dtype="float32").family
     image, views = family.image_token, (View(1, 2), View(2, 1))
     ids = torch.tensor([5, image, image, image, image, 6, 7])
-    found = family.positions(ids, [SimpleNamespace(views=(view,)) for view in views])
-    assert found.tolist() == [[0, 1, 1, 3, 3, 5, 6], [0, 1, 1, 3, 4, 5, 6], [0, 1, 2, 3, 3, 5, 6]]
+    positions = family.positions(ids, [SimpleNamespace(views=(view,)) for view in views])
+    assert positions.tolist() == [[0, 1, 1, 3, 3, 5, 6], [0, 1, 1, 3, 4, 5, 6], [0, 1, 2, 3, 3, 5, 6]]
 
 
 def test_one_batch_holds_both_kinds_of_positions(kind, noise):
@@ -119,15 +119,17 @@ def test_one_batch_holds_both_kinds_of_positions(kind, noise):
     ]
     assert [pruned.position_ids.dim() for pruned in sets] == [2, 1]
     together = generate(pipeline.family, sets, 6)
-    assert [made.ids for made in together] == [generate(pipeline.family, [one], 6)[0].ids for one in sets]
+    assert [generated.ids for generated in together] == [generate(pipeline.family, [one], 6)[0].ids for one in sets]
 
 
 def test_several_pictures_encode_as_single_ones(kind, noise):
     family = Pipeline(str(kind[1]), dtype="float32").family
     pictures = [noise(size, seed).image for seed, size in enumerate(SIZES.values())]
-    for picture, found in zip(pictures, family.encode(pictures), strict=True):
+    for picture, encoding in zip(pictures, family.encode(pictures), strict=True):
         (alone,) = family.encode([picture])
-        assert torch.equal(found.vision_features, alone.vision_features) and torch.equal(found.saliency, alone.saliency)
+        assert torch.equal(encoding.vision_features, alone.vision_features) and torch.equal(
+            encoding.saliency, alone.saliency
+        )
 
 
 def test_a_strip_is_refused(kind):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning
 
 QUESTION = "what colour is the left object?"
@@ -28,32 +28,34 @@ def encoded(folder, noise):
 
 def test_states_hold_features_and_deepstack_side_by_side(encoded):
     pipeline, image, out = encoded
-    own, *levels = pipeline.family.split(image.vision_features)
+    embeds, *levels = pipeline.family.split(image.vision_features)
     assert image.vision_features.shape == (image.count, 3 * 64)
-    assert torch.allclose(own, out.pooler_output[0], atol=1e-5)
+    assert torch.allclose(embeds, out.pooler_output[0], atol=1e-5)
     assert len(levels) == len(out.deepstack_features) == 2
-    for found, expected in zip(levels, out.deepstack_features, strict=True):
-        assert torch.allclose(found, expected[0], atol=1e-5)
+    for level, expected in zip(levels, out.deepstack_features, strict=True):
+        assert torch.allclose(level, expected[0], atol=1e-5)
 
 
 def test_kept_tokens_keep_their_deepstack(encoded):
     """Of two images, each level gives one block of rows per image, in the order of the tokens' own rows."""
     pipeline, image, out = encoded
     pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.4))
-    made = pipeline.family.features([pruned, pruned])
-    assert len(made.pooler_output) == 2 and [len(level) for level in made.deepstack_features] == [2, 2]
+    features = pipeline.family.features([pruned, pruned])
+    assert len(features.pooler_output) == 2 and [len(level) for level in features.deepstack_features] == [2, 2]
     for n in range(2):
-        assert torch.allclose(made.pooler_output[n], out.pooler_output[0][pruned.kept], atol=1e-5)
-        for found, expected in zip(made.deepstack_features, out.deepstack_features, strict=True):
-            assert torch.allclose(found[n], expected[0][pruned.kept], atol=1e-5)
+        assert torch.allclose(features.pooler_output[n], out.pooler_output[0][pruned.kept], atol=1e-5)
+        for level, expected in zip(features.deepstack_features, out.deepstack_features, strict=True):
+            assert torch.allclose(level[n], expected[0][pruned.kept], atol=1e-5)
 
 
 def test_relevance_is_of_the_tokens_own_rows(encoded):
     pipeline, image, out = encoded
     family = pipeline.family
     table = family.load("language").get_input_embeddings().weight
-    words = table[family.processor.tokenizer(QUESTION, add_special_tokens=False).input_ids]
-    expected = [torch.stack([torch.cosine_similarity(row, word, 0) for word in words]).mean() for row in out[1][0]]
+    question_embeds = table[family.processor.tokenizer(QUESTION, add_special_tokens=False).input_ids]
+    expected = [
+        torch.stack([torch.cosine_similarity(row, word, 0) for word in question_embeds]).mean() for row in out[1][0]
+    ]
     assert torch.allclose(family.relevance(image.vision_features, QUESTION), torch.stack(expected), atol=1e-5)
 
 

@@ -314,7 +314,7 @@ def test_without_ray_a_line_says_what_to_install(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (("--engine", "spark"), "--engine spark: not one of local, ray"),
         (("--workers", "2"), "--workers: only with --engine ray"),
@@ -329,7 +329,7 @@ def test_options_that_do_not_fit(run, tmp_path, name, arguments, message):
 
 def test_a_device_that_workers_cannot_have_is_refused(pipeline, pictures, monkeypatch):
     monkeypatch.setattr(ray_runner, "find_spec", lambda name: True)
-    pipeline.family.spread = True
+    pipeline.family.sharded = True
     with pytest.raises(BadInput, match="a worker has one device"):
         list(Ray().encode(pipeline.runner(), pictures))
     assert list(Ray().answer(pipeline.runner(), [])) == []  # nothing to do, and no Ray for it
@@ -339,7 +339,7 @@ def test_a_clip_that_is_missing_is_told_before_ray_starts(tiny_llava, tmp_path, 
     monkeypatch.setattr(ray_runner, "find_spec", lambda name: True)
     monkeypatch.setattr(Ray, "_run", lambda *_: pytest.fail("started"))
     bare = shutil.copytree(tiny_llava, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
-    with pytest.raises(BadInput, match="take --relevance words"):
+    with pytest.raises(BadInput, match="take `relevance=words`"):
         Ray().answer(Pipeline(str(bare)).runner(), [Request(("0.png",), "What?")])
 
 

@@ -83,9 +83,9 @@ def test_maps_are_searched_each_by_itself(views):
     maps = torch.rand(9, count, generator=torch.Generator().manual_seed(3))
     maps[4] = 0.1  # a flat one among them
     maps[5] = (maps[5] > 0.9).float()
-    found = contextual_regions(maps, views)
-    assert found == [contextual_region(own, views) for own in maps]
-    assert torch.equal(inside_each(views, found), torch.stack([inside(views, box) for box in found]))
+    regions = contextual_regions(maps, views)
+    assert regions == [contextual_region(relevance, views) for relevance in maps]
+    assert torch.equal(inside_each(views, regions), torch.stack([inside(views, box) for box in regions]))
 
 
 @settings(max_examples=30, deadline=None)

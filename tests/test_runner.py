@@ -384,7 +384,7 @@ def test_what_fails_fails_alone(pipeline, pictures, tmp_path):
     replies = list(pipeline.runner(notice=silent).answer(questions, max_new_tokens=2))
     assert [isinstance(reply, Reply) for reply in replies] == [True, False, False, False, False, False, True]
     assert all(isinstance(reply, BadInput) for reply in replies[1:6])
-    assert "gone.png" in str(replies[2]) and "--tokens 99" in str(replies[5])
+    assert "gone.png" in str(replies[2]) and "tokens=99" in str(replies[5])
 
 
 def test_several_answers_to_a_question_are_refused_not_given_to_others(pipeline, pictures):

@@ -32,11 +32,11 @@ def test_each_zone_keeps_its_best(problem, dtype):
 
 @settings(deadline=None)
 @given(st.lists(problems(), min_size=1, max_size=5))
-def test_rows_keep_their_best_each_by_itself(made):
-    count = min(len(score) for score, _, _ in made)
-    score, zone = (torch.tensor([row[i][:count] for row in made]) for i in (0, 1))
-    sizes = torch.stack([torch.bincount(own, minlength=7) for own in zone])
-    budgets = torch.minimum(sizes, torch.tensor([row[2] for row in made]))
+def test_rows_keep_their_best_each_by_itself(cases):
+    count = min(len(score) for score, _, _ in cases)
+    score, zone = (torch.tensor([row[i][:count] for row in cases]) for i in (0, 1))
+    sizes = torch.stack([torch.bincount(row_zones, minlength=7) for row_zones in zone])
+    budgets = torch.minimum(sizes, torch.tensor([row[2] for row in cases]))
     for stays, *row in zip(best_by_zone(score, zone, budgets), score, zone, budgets, strict=True):
         assert torch.equal(stays.nonzero()[:, 0], top_by_zone(*row))
 

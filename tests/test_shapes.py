@@ -27,8 +27,8 @@ def shrunk(name):
     """The shape with the same pictures and as many tokens, in small matrices."""
     shape = SHAPES[name]
     config = copy.deepcopy(shape.config)
-    for part, values in SMALL.items():
-        config[part] |= values
+    for section, values in SMALL.items():
+        config[section] |= values
     if "rope_parameters" in config["text_config"]:
         config["text_config"]["rope_parameters"]["mrope_section"] = [2, 3, 3]
         config["vision_config"] |= {"depth": 3, "num_heads": 4, "out_hidden_size": 64, "fullatt_block_indexes": [1]}
@@ -48,17 +48,17 @@ def test_shapes_are_as_large_as_published(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens", "separators", "words"),
+    ("name", "tokens", "separators", "text_tokens"),
     [("llava-1.5-7b", 576, 0, 8), ("llava-next-7b", 2880, 48, 37), ("qwen2.5-vl-7b", 576, 0, 20)],
 )
-def test_a_shape_answers(name, tokens, separators, words):
+def test_a_shape_answers(name, tokens, separators, text_tokens):
     family = build(shrunk(name), torch.float32, "cpu", layers=2)
     pipeline = Pipeline(family)
-    (image,) = pipeline.encoder.encode([sample_scene(pipeline.model)])
+    image, _ = pipeline.encode(sample_scene(pipeline.model))
     assert image.count == tokens and torch.isfinite(image.saliency).all()
     pruned = pipeline.prune(image, "What is it?", Pruning(keep=1.0))
     assert len(pruned.image_embeds) == tokens + separators
-    assert len(pruned.input_ids) - len(pruned.image_embeds) == words
+    assert len(pruned.input_ids) - len(pruned.image_embeds) == text_tokens
     assert isinstance(pipeline.generate(pipeline.prune(image, "What is it?", Pruning()), max_new_tokens=3), str)
     model = family.load("language")
     assert len(model.model.language_model.layers) == 2
@@ -73,10 +73,10 @@ def test_rows_of_a_matrix_differ():
 
 
 def test_bad_shapes():
-    with pytest.raises(BadInput, match=r"--shape llava: not one of llava-1\.5-7b"):
+    with pytest.raises(BadInput, match=r"shape=llava: not one of llava-1\.5-7b"):
         find_shape("llava")
     for layers in (0, 4):
-        with pytest.raises(BadInput, match=f"--layers {layers}: .* has 1 to 3"):
+        with pytest.raises(BadInput, match=f"layers={layers}: .* has 1 to 3"):
             build(shrunk("llava-1.5-7b"), torch.float32, "cpu", layers)
-    with pytest.raises(BadInput, match=r"GB of weights, but .* take --dtype bfloat16, or fewer --layers"):
+    with pytest.raises(BadInput, match=r"GB of weights, but .* take `dtype=bfloat16`, or fewer `layers`"):
         shapes._check_room(1 << 60, "cpu")

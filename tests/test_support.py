@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -14,7 +16,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.settings import Pruning
-from gridprune_cli.vlm import FAMILIES, find_supported, hub, support
+from gridprune_cli.vlm import FAMILIES, family_class, find_supported, hub, support
 from gridprune_cli.vlm.support import FORMATS, Format, quantization, unsupported
 
 CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_vision_model"}
@@ -67,7 +69,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_supported_is_refused_before_its_weights_are_fetched(case, tmp_path, monkeypatch, command):
-    config, words, works = REFUSED[case]
+    config, reason, works = REFUSED[case]
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(hub, "hf_hub_download", lambda *args, **options: str(tmp_path / "config.json"))
     monkeypatch.setattr(hub, "snapshot_download", lambda *args, **options: pytest.fail("fetched"))
@@ -76,7 +78,7 @@ def test_what_is_not_supported_is_refused_before_its_weights_are_fetched(case, t
         code, out, err = command(*arguments, "--model", "some/model")
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert err.startswith("gridprune: --model some/model: ") and works in err
-        assert re.search(words, err)
+        assert re.search(reason, err)
 
 
 def test_what_families_have_is_supported():
@@ -85,6 +87,19 @@ def test_what_families_have_is_supported():
         assert unsupported({"model_type": family} | strategy) == ""
     assert unsupported({"model_type": "llava", "vision_config": SIGLIP, "vision_feature_select_strategy": "full"}) == ""
     assert unsupported({"model_type": "gemma3", "mm_tokens_per_image": 256}) == ""
+
+
+def test_a_family_is_an_entry_and_a_class_that_fit():
+    for kind, entry in FAMILIES.items():
+        adapter = family_class(kind)
+        assert entry.model_type == kind == adapter.model_class.config_class.model_type
+        assert ("CLIP" in entry.needs) == ("clip_vision_model" in entry.towers)
+
+
+def test_what_is_known_of_families_needs_no_torch():
+    imports = "import sys, gridprune_cli.vlm.support, gridprune_cli.vlm.cached"
+    code = f"{imports}; print({{'torch', 'transformers'}} & {{*sys.modules}})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 # ---- quantised -------------------------------------------------------------------------------------------------------
@@ -108,18 +123,18 @@ def test_what_a_format_lacks():
     assert Format("X", {"typer": "typer"}).lacks("cpu") == ""
 
 
-@pytest.mark.parametrize(("method", "words"), [("awq", "on GPUs alone"), ("bitsandbytes", "pip install bitsandbytes")])
-def test_what_is_lacking_is_told_before_weights_are_fetched(method, words, tmp_path, monkeypatch, command):
+@pytest.mark.parametrize(("method", "reason"), [("awq", "on GPUs alone"), ("bitsandbytes", "pip install bitsandbytes")])
+def test_what_is_lacking_is_told_before_weights_are_fetched(method, reason, tmp_path, monkeypatch, command):
     config = {"model_type": "llava", "dtype": "float16", "quantization_config": {"quant_method": method}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(support, "find_spec", lambda name: None if name == method else object())
     monkeypatch.setattr(hub, "hf_hub_download", lambda *args, **options: str(tmp_path / "config.json"))
     monkeypatch.setattr(hub, "snapshot_download", lambda *args, **options: pytest.fail("fetched"))
     code, out, err = command("ask", tmp_path / "a.png", QUESTION, "--model", "some/model", "--device", "cpu")
-    assert (code, out, err.count("\n")) == (2, "", 1) and words in err and "quantised as" in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and reason in err and "quantised as" in err
 
 
-def made(family, kind, tmp_path, dtype=torch.float32):
+def quantised_checkpoint(family, kind, tmp_path, dtype=torch.float32):
     """A quantised tiny checkpoint: (folder, whole model of plain transformers, its processor)."""
     for package in FORMATS[kind.partition(" ")[0]].packages.values():
         if find_spec(package) is None:
@@ -134,28 +149,34 @@ def made(family, kind, tmp_path, dtype=torch.float32):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_checkpoint_answers_as_in_transformers(family, kind, tmp_path, noise):
-    tiny, picture = made(family, kind, tmp_path), noise((100, 80))
-    given = inputs(tiny, [picture])
-    expected = tiny[1].generate(**given, max_new_tokens=12, do_sample=False)[0, given["input_ids"].shape[1] :].tolist()
+    tiny, picture = quantised_checkpoint(family, kind, tmp_path), noise((100, 80))
+    model_inputs = inputs(tiny, [picture])
+    expected = (
+        tiny[1]
+        .generate(**model_inputs, max_new_tokens=12, do_sample=False)[0, model_inputs["input_ids"].shape[1] :]
+        .tolist()
+    )
     plain = type(tiny[1]).from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
     pipeline = Pipeline(str(tiny[0]))
     assert pipeline.family.dtype == torch.float32
     pruned = pipeline.prune(pipeline.encoder.encode([picture])[0], QUESTION, Pruning(keep=1.0))
     assert list(generate(pipeline.family, [pruned], 12)[0].ids) == expected
     with torch.no_grad():
-        exact, found = plain(**given).logits[0, -1], logits(pipeline, pruned)
-    assert not torch.allclose(found, exact, atol=1e-3)  # it is quantised
-    assert torch.cosine_similarity(found, exact, dim=0) > 0.8  # and yet the same model
+        exact, actual = plain(**model_inputs).logits[0, -1], logits(pipeline, pruned)
+    assert not torch.allclose(actual, exact, atol=1e-3)  # it is quantised
+    assert torch.cosine_similarity(actual, exact, dim=0) > 0.8  # and yet the same model
 
 
 def test_a_quantised_checkpoint_computes_as_it_is_stored(tmp_path, noise, command):
-    tiny, picture = made("llava", "fp8", tmp_path, torch.bfloat16), noise((100, 80))
+    tiny, picture = quantised_checkpoint("llava", "fp8", tmp_path, torch.bfloat16), noise((100, 80))
     with torch.no_grad():
         expected = tiny[1](**inputs(tiny, [picture])).logits[0, -1].float()
     pipeline = Pipeline(str(tiny[0]))
     assert pipeline.family.dtype == torch.bfloat16
-    found = logits(pipeline, pipeline.prune(pipeline.encoder.encode([picture])[0], QUESTION, Pruning(keep=1.0))).float()
-    assert (found - expected).abs().max() < 2**-5 * expected.abs().max()
+    actual = logits(
+        pipeline, pipeline.prune(pipeline.encoder.encode([picture])[0], QUESTION, Pruning(keep=1.0))
+    ).float()
+    assert (actual - expected).abs().max() < 2**-5 * expected.abs().max()
     picture.image.save(tmp_path / "a.png")
     code, out, err = command("ask", tmp_path / "a.png", QUESTION, "--model", tiny[0], "--dtype", "float32")
     assert (code, out, err.count("\n")) == (2, "", 1)

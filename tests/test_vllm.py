@@ -19,16 +19,19 @@ from tiny_families import load_reference, open_pipeline
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
-from gridprune_cli.integrations.vllm import NOT_VLLM, VLLM, to_vllm
+from gridprune_cli.integrations.vllm import to_vllm
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make as make_method
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning
-from gridprune_cli.vlm import FAMILIES
+from gridprune_cli.vlm import FAMILIES, family_class
 
 QUESTION = "what colour is the left object?"
 SIZES = [(100, 100), (210, 70)]
 COMPACT = Pruning(keep=0.4, positions="compact")
 PAGE = Path(__file__).parents[1] / "docs" / "vllm.md"
+
+
+VLLM = ("llava", "llava_next", "llava_onevision")
 
 
 @pytest.fixture(scope="module", params=VLLM)
@@ -195,12 +198,13 @@ def test_inner_pruning_is_refused(llava, noise, pruning):
 
 
 def test_every_family_goes_or_is_refused_with_a_reason(llava, noise):
-    assert set(VLLM).isdisjoint(NOT_VLLM) and {*VLLM, *NOT_VLLM} == set(FAMILIES)
+    reasons = {kind: family_class(kind).vllm for kind in FAMILIES}
+    assert [kind for kind, reason in reasons.items() if not reason] == [*VLLM]
     (image,) = llava.encoder.encode([noise((100, 80))])
     pruned = llava.prune(image, QUESTION, COMPACT)
-    for kind, reason in NOT_VLLM.items():
-        stranger = SimpleNamespace(checkpoint=SimpleNamespace(family=kind))
-        with pytest.raises(BadInput, match=re.escape(f"model type {kind} can't go to vLLM: {reason}")):
+    for kind in reasons.keys() - VLLM:
+        stranger = SimpleNamespace(checkpoint=SimpleNamespace(family=kind), vllm=reasons[kind])
+        with pytest.raises(BadInput, match=re.escape(f"model type {kind} can't go to vLLM: {reasons[kind]}; use `gri")):
             to_vllm(stranger, pruned)
 
 

@@ -9,7 +9,7 @@ from gridprune_cli.vlm.word_relevance import keywords
 
 
 @pytest.mark.parametrize(
-    ("question", "words"),
+    ("question", "expected"),
     [
         ("What colour is the star?", "colour star"),
         ("How many red circles are there, left of A?", "many red circles left A"),
@@ -19,8 +19,8 @@ from gridprune_cli.vlm.word_relevance import keywords
         ("...", "..."),
     ],
 )
-def test_keywords(question, words):
-    assert keywords(question) == words
+def test_keywords(question, expected):
+    assert keywords(question) == expected
 
 
 def test_vectors_are_the_language_models_embeddings(tiny_llava):

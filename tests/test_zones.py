@@ -39,9 +39,9 @@ def test_zones_are_no_larger_than_asked_and_differ_by_one_at_most(views, height,
     _, zones = zone_index(views, (height, width))
     for number, (view, grid) in enumerate(zip(views, zones.grids, strict=True)):
         assert grid == (-(-view.rows // height), -(-view.cols // width))
-        mine = [rectangle[1:] for rectangle in zones.rectangles() if rectangle[0] == number]
-        heights = {bottom - top for top, _, bottom, _ in mine}
-        widths = {right - left for _, left, _, right in mine}
+        of_view = [rectangle[1:] for rectangle in zones.rectangles() if rectangle[0] == number]
+        heights = {bottom - top for top, _, bottom, _ in of_view}
+        widths = {right - left for _, left, _, right in of_view}
         assert max(heights) <= height and max(heights) - min(heights) <= 1
         assert max(widths) <= width and max(widths) - min(widths) <= 1
 

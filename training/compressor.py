@@ -57,7 +57,7 @@ class Compression(nn.Module):
         chosen, pooled, within = [], [], []
         for b, cosines in enumerate(relevance.cpu()):
             region = contextual_region(cosines, view)
-            kept = method.select(Signals(view, cosines, saliency[b], region), k)
+            kept = method.select_batch([Signals(view, cosines, saliency[b], region)], [k])[0]
             within.append(inside(view, region))
             cell = cells(view, kept, within[-1])
             pooled.append(pool_features(vision_features[b].cpu(), cell, cell_weights(cell, saliency[b], k), k))

@@ -16,7 +16,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Source, load_image
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.runners.batches import Stopwatch
 from gridprune_cli.scenes.scene import SAMPLES, SIZE, draw, make_scene
 from gridprune_cli.selector import find_relevance
@@ -183,7 +183,7 @@ def measure(
         step()
 
     image = replace(image, source=source)  # a localiser sees the picture anew
-    whole = Pruning(keep=1.0, method=make("uniform"), positions=pruning.positions)
+    whole = Pruning(keep=1.0, method=make_method("uniform"), positions=pruning.positions)
     rounds = []
     for turn in range(repeat + 1):
         fresh = replace(pruning, query=f"{pruning.query or question} {turn}")

@@ -6,34 +6,26 @@ import signal
 import sys
 import threading
 from importlib.metadata import version as version_of
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from gridprune_cli.cli import cache, models
 from gridprune_cli.cli.ask import ask
 from gridprune_cli.cli.batch import batch
 from gridprune_cli.cli.bench import bench
+from gridprune_cli.cli.command import ModelCommand
+from gridprune_cli.cli.describe import describe
 from gridprune_cli.cli.encode import encode
 from gridprune_cli.cli.env import env
 from gridprune_cli.cli.evaluate import evaluate
 from gridprune_cli.cli.export import export
 from gridprune_cli.cli.generate import generate
-from gridprune_cli.cli.output import DataStream, only_data_on_stdout, set_quiet, to_null
+from gridprune_cli.cli.output import DataStream, notices_on_stderr, set_quiet, to_null
 from gridprune_cli.cli.prune import prune
 from gridprune_cli.cli.show import show
 from gridprune_cli.errors import DOWNLOAD, GridpruneError
 from gridprune_cli.text import printable
-
-
-class _Command(TyperCommand):
-    """A command that runs models. Its help is printed before it is invoked."""
-
-    def invoke(self, ctx: Any) -> Any:
-        with only_data_on_stdout():
-            return super().invoke(ctx)
-
 
 app = typer.Typer(
     name="gridprune",
@@ -42,15 +34,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (ask, batch, encode, prune, generate, export, show, bench, env):
-    app.command(epilog=getattr(command, "examples", None), cls=_Command)(command)
-app.command("eval", epilog=evaluate.examples, cls=_Command)(evaluate)  # type: ignore[attr-defined]
+for command in (ask, batch, encode, prune, generate, export, show, bench, evaluate, env):
+    name = "eval" if command is evaluate else None  # as a function, `eval` would hide Python's
+    app.command(name, epilog=getattr(command, "examples", None), cls=ModelCommand)(command)
 app.add_typer(models.app, name="models")
 app.add_typer(cache.app, name="cache")
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"gridprune {version_of('gridprune')}")
         raise typer.Exit
 
@@ -68,7 +60,7 @@ _UsageError = typer.BadParameter.__mro__[1]  # of what the command line itself c
 
 
 def main() -> None:
-    """Runs the command line. Whatever goes wrong is told in one line; `GRIDPRUNE_DEBUG=1` shows where it came from."""
+    """Runs the command line. Whatever goes wrong ends with one line; `GRIDPRUNE_DEBUG=1` shows where it came from."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader that has left, as `head` does, ends us quietly
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a script has it ignored
@@ -80,7 +72,8 @@ def main() -> None:
     try:
         if sys.stdout is None:  # known before anything is done, whatever the command would print
             raise GridpruneError("stdout is closed; send it somewhere, as to /dev/null")
-        code = app(prog_name="gridprune", standalone_mode=False)
+        with notices_on_stderr():
+            code = app(prog_name="gridprune", standalone_mode=False)
         sys.stdout.flush()
         _leave(code)
     except (KeyboardInterrupt, typer.Abort):
@@ -88,7 +81,7 @@ def main() -> None:
     except Exception as fault:
         if debug:
             raise
-        sys.exit(_tell(fault))
+        sys.exit(_report(fault))
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -127,13 +120,13 @@ def _leave(code: int | None) -> None:
     sys.exit(code)
 
 
-def _tell(fault: Exception) -> int:
+def _report(fault: Exception) -> int:
     """Prints one line about a failure, and gives the exit code."""
     code, text = 1, str(fault)
     if isinstance(fault, GridpruneError):
-        code = fault.exit_code
+        code, text = fault.exit_code, describe(fault)
     elif isinstance(fault, _UsageError):
-        code, text = 2, fault.format_message()  # type: ignore[attr-defined]
+        code, text = 2, fault.format_message().replace(": Value error, ", ": ")  # type: ignore[attr-defined]
         context = getattr(fault, "ctx", None)
         if text and context:
             text = f"{text.rstrip('.')}; see `{context.command_path} --help`"

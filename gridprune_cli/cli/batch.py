@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gridprune_cli.cli import options
+from gridprune_cli.cli.command import examples
+from gridprune_cli.cli.describe import describe, error_fields
 from gridprune_cli.cli.output import check_target, lines_to, progress, say, set_quiet, warn
 from gridprune_cli.errors import BadInput, GridpruneError
 
@@ -22,10 +24,17 @@ if TYPE_CHECKING:
 
 WINDOW = 16  # batches of questions that are looked at together, to find those of one image and of like length
 
-FailFast = Annotated[bool, typer.Option("--fail-fast", help="End at the first line that fails.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Questions that are answered at once; halved if memory runs out.")]
+FailFast = Annotated[bool, options.option("End at the first line that fails.", options.WORK, "--fail-fast")]
+BatchSize = Annotated[
+    int, options.option("Questions that are answered at once; halved if memory runs out.", options.WORK, min=1)
+]
 
 
+@examples(
+    "gridprune batch questions.jsonl -o answers.jsonl",
+    "gridprune batch questions.jsonl --resume answers.jsonl",
+    "jq -c ... | gridprune batch - | jq -r .answer",
+)
 @options.takes(
     pipeline=options.pipeline,
     engine=options.engine,
@@ -56,7 +65,6 @@ def batch(
     fail_fast: FailFast = False,
     shard: options.Shard = None,
     batch_size: BatchSize = 32,
-    max_new_tokens: options.MaxNewTokens = 128,
     quiet: options.Quiet = False,
 ) -> None:
     """Answer many questions, a line of JSON each; results come as lines in the same order.
@@ -75,8 +83,8 @@ def batch(
 
     def answers(requests: list["Request"]) -> "Iterator[Reply | GridpruneError]":
         if engine:
-            return engine.answer(runner, requests, max_new_tokens=max_new_tokens, **generation)
-        return runner.answer(requests, max_new_tokens=max_new_tokens, **generation)
+            return engine.answer(runner, requests, **generation)
+        return runner.answer(requests, **generation)
 
     try:
         with pipeline, lines_to(resume or output) as write, progress("answering", reader.count()) as step:
@@ -99,13 +107,14 @@ def batch(
 def check_results(output: Path | None, resume: Path | None, file: str) -> None:
     """Raises BadInput where results can't go to where they are to go, before any work is done for them."""
     if output and resume and output != resume:
-        raise BadInput(f"--resume {resume}: is where results go, so leave --output {output} out")
-    check_target(resume or output, "--resume" if resume else "--output")
+        raise BadInput(f"is where results go, so leave --output {output} out", field="resume", value=resume)
+    check_target(resume or output, "resume" if resume else "output")
     target = resume or output
     if target and file != "-" and target.exists() and os.path.exists(file) and os.path.samefile(target, file):
-        raise BadInput(f"{target}: holds the questions; name another file for the results")
+        raise BadInput("holds the questions; name another file for the results", place=str(target))
     if output and not resume and output.is_file() and output.stat().st_size:
-        raise BadInput(f"--output {output}: has something in it; go on with it as --resume {output}, or remove it")
+        reason = f"has something in it; go on with it as --resume {output}, or remove it"
+        raise BadInput(reason, field="output", value=output)
 
 
 def work(
@@ -118,7 +127,7 @@ def work(
     from gridprune_cli.questions import windows
     from gridprune_cli.settings import Request
 
-    told: set[str] = set()  # a note that fits many images is made once
+    noted: set[str] = set()  # a note that fits many images is printed once
     for window in windows(reader, most, lambda item: item.size) if most else [list(reader)]:
         requests = [
             Request(
@@ -134,28 +143,28 @@ def work(
         for item in window:
             result = next(outcomes) if item.fault is None else BadInput(item.fault)
             if isinstance(result, GridpruneError):
-                tell(item, result, fail_fast)
+                report(item, result, fail_fast)
             else:
                 for name, note in result.image_notes:
-                    if note not in told:
+                    if note not in noted:
                         say(f"{name}: {note}")
-                        told.add(note)
+                        noted.add(note)
             yield item, result
 
 
-def tell(item: "Item", fault: GridpruneError, fail_fast: bool) -> None:
-    """Says which line failed, and how. Raises it instead where that is the end."""
-    told = fault if item.fault else type(fault)(f"{item.place}: {fault}")
+def report(item: "Item", error: GridpruneError, fail_fast: bool) -> None:
+    """Prints which line failed, and how. Raises it instead where that is the end."""
+    placed = error if item.fault else error.at(item.place)
     if fail_fast:
-        raise told from fault
-    warn(str(told))
+        raise placed from error
+    warn(describe(placed))
 
 
 def line(item: "Item", result: "Reply | GridpruneError") -> dict[str, Any]:
     """The line of a result. It says nothing of when and how fast it was made: made again, it is the same."""
     extra = {"extra": item.extra} if item.extra else {}
     if isinstance(result, GridpruneError):
-        return item.echo() | {"error": str(result), "error_type": type(result).__name__} | extra
+        return item.echo() | error_fields(result) | extra
     return {"id": item.id} | result.record | item.echo() | {"answer": result.text} | extra
 
 
@@ -185,9 +194,3 @@ class Tally:
     def summary(self, skipped: int) -> str:
         before = f", {skipped} done before" if skipped else ""
         return f"{self.done} questions{before}, {self.hits} of images encoded already, {self.status().split(',')[0]}"
-
-
-batch.examples = (  # type: ignore[attr-defined]
-    "Examples: `gridprune batch questions.jsonl -o answers.jsonl`, "
-    "`gridprune batch questions.jsonl --resume answers.jsonl`, `jq -c ... | gridprune batch - | jq -r .answer`"
-)

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gridprune_cli import choices
 from gridprune_cli.cli import options
+from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.output import emit_json, progress, put, say, set_quiet, size, table
 from gridprune_cli.errors import BadInput
 from gridprune_cli.text import printable
@@ -15,54 +17,44 @@ if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.settings import Pruning
 
-_SHAPE = (
-    "Random weights in a published shape, instead of a model: llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b or "
-    "qwen2.5-vl-3b."
-)
-
 
 def subject(
     model: options.Model = None,
-    shape: Annotated[str | None, typer.Option(help=_SHAPE, rich_help_panel="Model and cache")] = None,
-    layers: Annotated[
-        int | None,
-        typer.Option(help="Only the first N layers of the shape's language model.", rich_help_panel="Model and cache"),
+    shape: Annotated[
+        choices.Shape | None, options.option("Random weights in a published shape, instead of a model.", options.MODEL)
     ] = None,
-    revision: options.Revision = None,
+    layers: Annotated[
+        int | None, options.option("Only the first N layers of the shape's language model.", options.MODEL)
+    ] = None,
     clip: options.Clip = None,
     relevance: options.Relevance = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
 ) -> Callable[[], "Pipeline"]:
     """Opens what is measured; nothing comes from the cache. A shape goes before a model, whatever names that."""
-    from gridprune_cli.config import choose_model
-    from gridprune_cli.pipeline import Pipeline
+    from gridprune_cli.opening import open_pipeline
 
     if shape is None:
         if layers is not None:
-            raise BadInput("--layers: only with --shape; a checkpoint has the layers that it has")
-        choice = choose_model(model)
-        return lambda: Pipeline(
-            choice.model,
-            revision=revision,
-            clip=clip,
-            relevance=relevance,
-            device=device,
-            dtype=dtype,
-            flag=choice.flag,
-        )
-    for flag, value in (("--revision", revision), ("--clip", clip)):
-        if value is not None:
-            raise BadInput(f"{flag} {value}: not with --shape, which has no checkpoint")
+            raise BadInput("only with --shape; a checkpoint has the layers that it has", field="layers")
+        checkpoint = {"model": model, "clip": clip, "relevance": relevance, "device": device, "dtype": dtype}
+        return lambda: open_pipeline(checkpoint | {"no_cache": True})
+    if clip is not None:
+        raise BadInput("not with --shape, which has no checkpoint", field="clip", value=clip)
     if device == "map":
-        raise BadInput("--device map: not with --shape, whose random weights lie on one device")
+        raise BadInput("not with --shape, whose random weights lie on one device", field="device", value=device)
+    from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.vlm.placement import place
     from gridprune_cli.vlm.shapes import build, find_shape
 
-    placed, found = place(device, dtype, shape), find_shape(shape)
-    return lambda: Pipeline(build(found, placed.dtype, placed.device, layers, relevance))
+    placed, published = place(device, dtype, shape), find_shape(shape)
+    return lambda: Pipeline(build(published, placed.dtype, placed.device, layers, relevance))
 
 
+@examples(
+    "gridprune bench --keep 0.11",
+    "gridprune bench photo.jpg --shape llava-1.5-7b --layers 8 --dtype bfloat16 --keep 0.111",
+)
 @options.takes(opened=subject, pruning=options.pruning)
 def bench(
     opened: Callable[[], "Pipeline"],
@@ -71,8 +63,10 @@ def bench(
         str | None, typer.Argument(metavar="IMAGE", help="Image file.", show_default="a drawn scene")
     ] = None,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")] = "What is left of the star?",
-    repeat: Annotated[int, typer.Option(min=1, help="How often each answer is measured, after a first time.")] = 5,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate, no more and no fewer.")] = 16,
+    repeat: Annotated[
+        int, options.option("How often each answer is measured, after a first time.", options.WORK, min=1)
+    ] = 5,
+    new_tokens: Annotated[int, options.option("Tokens to generate, no more and no fewer.", options.WORK, min=2)] = 16,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -104,16 +98,17 @@ def bench(
         "dtype": str(pipeline.family.dtype).removeprefix("torch."),
     }
     if json:
-        asked = {"image": picture.name, "question": question, "method": pruning.method.name}
+        question_and_method = {"image": picture.name, "question": question, "method": pruning.method.name}
         of_relevance = {
             "relevance": relevance_source(pipeline.family, pruning),
             "notes": list(remarks(pipeline.family, pruning)),
         }
-        emit_json(place | asked | of_relevance | {"repeat": repeat, "new_tokens": new_tokens} | report.to_json())
+        counts = {"repeat": repeat, "new_tokens": new_tokens}
+        emit_json(place | question_and_method | of_relevance | counts | report.to_json())
         return
     where = place["device"] if device.startswith("cuda") else f"{device}, {place['threads']} threads"
     put(printable(f"{pipeline.model}, {place['dtype']}, {where}; {picture.name}; medians of {repeat}, quartiles"))
-    table(("", "full ", "pruned ", "full / pruned"), _rows(report))
+    table(("", "full ", "pruned ", "full / pruned"), _lines(report))
     put(
         f"The prefill is {report.prefill.median:.2f} times faster with {report.flops:.2f} times fewer operations: "
         f"{report.achieved:.2f} of the ratio.\n"
@@ -123,7 +118,7 @@ def bench(
         say(note)
 
 
-def _rows(report: "Report") -> list[tuple[str, str, str, str]]:
+def _lines(report: "Report") -> list[tuple[str, str, str, str]]:
     full, pruned = report.full, report.pruned
 
     def counts(name: str, a: int, b: int, text: Any = "{:,}".format) -> tuple[str, str, str, str]:
@@ -133,17 +128,17 @@ def _rows(report: "Report") -> list[tuple[str, str, str, str]]:
         shown = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
         return name, f"{a.median:,.1f} ms", f"{b.median:,.1f} ms", shown
 
-    rows = [counts("visual tokens", full.tokens, pruned.tokens)]
+    lines = [counts("visual tokens", full.tokens, pruned.tokens)]
     if sum(pruned.inside) < pruned.tokens * len(pruned.inside):
         a, b = (sum(side.inside) / len(side.inside) for side in (full, pruned))
-        rows.append(("visual tokens, mean of the layers", f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}"))
-    rows.append(counts("tokens of the prompt", full.prompt, pruned.prompt))
+        lines.append(("visual tokens, mean of the layers", f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}"))
+    lines.append(counts("tokens of the prompt", full.prompt, pruned.prompt))
     if report.load is not None:
-        rows.append(("load", f"{report.load:,.1f} ms", f"{report.load:,.1f} ms", ""))
-    rows.append(times("encode", report.encode, report.encode, None))
+        lines.append(("load", f"{report.load:,.1f} ms", f"{report.load:,.1f} ms", ""))
+    lines.append(times("encode", report.encode, report.encode, None))
     if pruned.localize.median:
-        rows.append(times("localize", full.localize, pruned.localize, None))
-    rows += [
+        lines.append(times("localize", full.localize, pruned.localize, None))
+    lines += [
         times("select", full.select, pruned.select, None),
         times("prefill", full.prefill, pruned.prefill, report.prefill),
         times("decode, a token", full.decode, pruned.decode, report.decode),
@@ -152,11 +147,5 @@ def _rows(report: "Report") -> list[tuple[str, str, str, str]]:
         counts("keys and values", full.kv_bytes, pruned.kv_bytes, size),
     ]
     if full.peak_bytes and pruned.peak_bytes:
-        rows.append(counts("most memory held", full.peak_bytes, pruned.peak_bytes, size))
-    return rows
-
-
-bench.examples = (  # type: ignore[attr-defined]
-    "Examples: `gridprune bench --keep 0.11`, "
-    "`gridprune bench photo.jpg --shape llava-1.5-7b --layers 8 --dtype bfloat16 --keep 0.111`"
-)
+        lines.append(counts("most memory held", full.peak_bytes, pruned.peak_bytes, size))
+    return lines

@@ -13,6 +13,7 @@ import typer
 from gridprune_cli.cache.files import FileFault
 from gridprune_cli.cache.store import Entry, Removed, Store, open_store, parse_age, parse_size
 from gridprune_cli.cli import options, output
+from gridprune_cli.cli.command import Command
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.text import printable
 
@@ -21,13 +22,17 @@ BLOCK = 64  # lines of JSON that are written at once
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="See and tidy the encoded images on disk.")
 
 
-@app.command("dir", epilog="Example: `du -sh $(gridprune cache dir)`")
+def _command(example: str, name: str | None = None) -> Any:
+    return app.command(name, epilog=f"   {example}", cls=Command)
+
+
+@_command("du -sh $(gridprune cache dir)", name="dir")
 def show_dir(cache_dir: options.CacheDir = None) -> None:
     """Print the folder of the cache."""
     print(open_store(cache_dir).root)
 
 
-@app.command("ls", epilog="Example: `gridprune cache ls --sort size --limit 20`")
+@_command("gridprune cache ls --sort size --limit 20", name="ls")
 def list_entries(
     cache_dir: options.CacheDir = None,
     sort: Annotated[
@@ -40,9 +45,9 @@ def list_entries(
     entries: Iterable[Entry] = open_store(cache_dir).entries()
     if sort or limit or not json:
         entries = _ordered(entries, sort or "used", limit)
-    rows = map(_describe, entries)
+    records = map(_describe, entries)
     if json:
-        while block := list(islice(rows, BLOCK)):
+        while block := list(islice(records, BLOCK)):
             output.emit_json(*block)
         return
     now = time.time()
@@ -50,19 +55,19 @@ def list_entries(
         ("key", "tokens ", "size ", "used ", "model", "image"),
         (
             (
-                row["key"][:12],
-                str(row["tokens"] or "?"),
-                output.size(row["bytes"]),
-                output.age(now - row["used"]),
-                row["model"] or "?",
-                str(row["image"] or "(damaged: see `gridprune cache verify`)"),
+                record["key"][:12],
+                str(record["tokens"] or "?"),
+                output.size(record["bytes"]),
+                output.age(now - record["used"]),
+                record["model"] or "?",
+                str(record["image"] or "(damaged: see `gridprune cache verify`)"),
             )
-            for row in rows
+            for record in records
         ),
     )
 
 
-@app.command(epilog="Example: `gridprune cache info --json`")
+@_command("gridprune cache info --json")
 def info(cache_dir: options.CacheDir = None, json: options.Json = False) -> None:
     """Say how much is in the cache, and for which models."""
     store = open_store(cache_dir)
@@ -83,11 +88,11 @@ def info(cache_dir: options.CacheDir = None, json: options.Json = False) -> None
     limit = "no limit" if store.limit is None else f"limit {output.size(store.limit)}"
     print(printable(f"{store.root}: {entries} entries, {output.size(size)}, {limit}"))
     if models:
-        rows = [(model, encoder, str(count), output.size(total)) for model, encoder, count, total in models]
-        output.table(("model", "encoder", "entries ", "size "), rows)
+        lines = [(model, encoder, str(count), output.size(total)) for model, encoder, count, total in models]
+        output.table(("model", "encoder", "entries ", "size "), lines)
 
 
-@app.command(epilog="Example: `gridprune cache verify --delete`")
+@_command("gridprune cache verify --delete")
 def verify(
     cache_dir: options.CacheDir = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove what is broken.")] = False,
@@ -107,7 +112,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: `gridprune cache gc --max-size 5G --older-than 30d --dry-run`")
+@_command("gridprune cache gc --max-size 5G --older-than 30d --dry-run")
 def gc(
     cache_dir: options.CacheDir = None,
     max_size: Annotated[
@@ -119,15 +124,15 @@ def gc(
 ) -> None:
     """Remove the least recently used entries, files left by killed runs, and caches of earlier layouts."""
     store = open_store(cache_dir)
-    max_bytes = store.limit if max_size is None else parse_size(max_size, "--max-size") or None
-    seconds = None if older_than is None else parse_age(older_than, "--older-than")
+    max_bytes = store.limit if max_size is None else parse_size(max_size, "max_size") or None
+    seconds = None if older_than is None else parse_age(older_than, "older_than")
     removed = store.gc(max_bytes=max_bytes, older_than=seconds, dry_run=dry_run)
     _say_removed(removed, "would go" if dry_run else "removed")
     output.say(f"{removed.kept_entries} entries, {output.size(removed.kept_bytes)} kept")
     _check_stuck(removed, store)
 
 
-@app.command(epilog="Example: `gridprune cache rm 3fa9c1 77b2e0`")
+@_command("gridprune cache rm 3fa9c1 77b2e0")
 def rm(
     keys: Annotated[
         list[str], typer.Argument(metavar="KEY...", help="Four or more hex digits that a key starts with.")
@@ -136,13 +141,13 @@ def rm(
 ) -> None:
     """Remove entries by key; none is removed where one of the keys is wrong."""
     store = open_store(cache_dir)
-    found = {store.find(key).key for key in keys}
-    for key in sorted(found):
+    entries = {store.find(key).key for key in keys}
+    for key in sorted(entries):
         store.remove(key)
-    output.say(f"{len(found)} removed")
+    output.say(f"{len(entries)} removed")
 
 
-@app.command(epilog="Example: `gridprune cache clear --yes`")
+@_command("gridprune cache clear --yes")
 def clear(
     cache_dir: options.CacheDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
@@ -178,8 +183,8 @@ def _ordered(entries: Iterable[Entry], sort: str, limit: int | None) -> Iterator
 
 
 def _describe(entry: Entry) -> dict[str, Any]:
-    """One row of `ls`; of a broken entry, only what the file system knows."""
-    row: dict[str, Any] = {"key": entry.key, "bytes": entry.bytes, "used": entry.used}
+    """One line of `ls`; of a broken entry, only what the file system knows."""
+    record: dict[str, Any] = {"key": entry.key, "bytes": entry.bytes, "used": entry.used}
     kinds = {"name": str, "image": str, "model": str, "tokens": int}
     try:
         header = entry.header()
@@ -187,5 +192,5 @@ def _describe(entry: Entry) -> dict[str, Any]:
             raise FileFault("damaged: its header is none of an encoded image")
         image, sha256, model, tokens = (header[name] for name in kinds)
     except (FileFault, OSError, KeyError):
-        return row | dict.fromkeys(("image", "sha256", "model", "tokens"))
-    return row | {"image": image, "sha256": sha256, "model": model, "tokens": tokens}
+        return record | dict.fromkeys(("image", "sha256", "model", "tokens"))
+    return record | {"image": image, "sha256": sha256, "model": model, "tokens": tokens}

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gridprune_cli.cli import options
+from gridprune_cli.cli.command import examples
+from gridprune_cli.cli.describe import describe
 from gridprune_cli.cli.output import emit_json, progress, put, read_stdin, say, set_quiet, size, warn
 
 if TYPE_CHECKING:
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from gridprune_cli.runners.ray import Ray
 
 
+@examples(
+    "gridprune encode photos/",
+    "find . -name '*.jpg' | gridprune encode -",
+)
 @options.takes(pipeline=options.pipeline, engine=options.engine)
 def encode(
     paths: Annotated[
@@ -31,10 +37,13 @@ def encode(
     pipeline: "Pipeline",
     engine: "Ray | None",
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images that go through the tower at once; halved if memory runs out.")
+        int,
+        options.option("Images that go through the tower at once; halved if memory runs out.", options.WORK, min=1),
     ] = 16,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Encode again what is cached already.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    refresh: Annotated[bool, options.option("Encode again what is cached.", options.WORK, "--refresh")] = False,
+    dry_run: Annotated[
+        bool, options.option("Say what would be done; write nothing.", options.WORK, "--dry-run")
+    ] = False,
     shard: options.Shard = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -46,12 +55,12 @@ def encode(
 
     set_quiet(quiet)
     if pipeline.store is None:
-        raise BadInput("--no-cache: encode has nothing to do without a cache")
+        raise BadInput("encode has nothing to do without a cache", field="no_cache")
     if paths.count("-") > 1:
-        raise BadInput("-: stdin can be read once only")
+        raise BadInput("stdin can be read once only", place="-")
     listed = [name for path in paths for name in (_names() if path == "-" else [path])]
-    mine = options.in_shard(shard)
-    images = [image for image in find_images(listed) if mine is None or mine(str(image))]
+    in_shard = options.in_shard(shard)
+    images = [image for image in find_images(listed) if in_shard is None or in_shard(str(image))]
     if dry_run:
         pipeline.store.writable = False
     if dry_run or may_lack_room(pipeline.encoder, pipeline.store, images):
@@ -63,7 +72,7 @@ def encode(
     if dry_run:
         return
     done = hits = failed = size_of_new = 0
-    told: set[str] = set()  # a remark that fits many images is made once
+    noted: set[str] = set()  # a note that fits many images is printed once
     start = time.perf_counter()
     runner = pipeline.runner(images=batch_size, notice=say)
     encode_all = partial(engine.encode, runner) if engine else partial(runner.encode, store=True)
@@ -71,12 +80,12 @@ def encode(
         for name, result, hit in encode_all(images, refresh=refresh):
             if isinstance(result, GridpruneError):
                 failed += 1
-                warn(str(result))
-                line: dict[str, Any] = {"image": name, "error": str(result)}
+                warn(describe(result))
+                line: dict[str, Any] = {"image": name, "error": describe(result)}
             else:
-                for note in set(result.notes) - told:
+                for note in set(result.notes) - noted:
                     say(f"{name}: {note}")
-                    told.add(note)
+                    noted.add(note)
                 done, hits = done + 1, hits + hit
                 size_of_new += 0 if hit else result.nbytes
                 line = {"image": name, "key": result.key, "tokens": result.count, "cache": "hit" if hit else "miss"}
@@ -95,16 +104,19 @@ def check_room(expected: "Forecast", root: Path, storage: str) -> None:
     """Raises GridpruneError where what is to be written would not fit."""
     from gridprune_cli.errors import GridpruneError
 
-    smaller = ", or --store float8" if storage == "full" else ""
+    smaller = ", or `cache_dtype=float8`" if storage == "full" else ""
     if expected.limit is not None and expected.total > expected.limit:
         raise GridpruneError(
-            f"--cache-limit {size(expected.limit)}: the images take about {size(expected.total)} in the cache, so the "
-            f"last would push out the first; set a higher --cache-limit, 0 for none{smaller}"
+            f"the images take about {size(expected.total)} in the cache, so the last would push out the first; set a "
+            f"higher `cache_limit`, 0 for none{smaller}",
+            field="cache_limit",
+            value=size(expected.limit),
         )
     if expected.growth > expected.free:
         raise GridpruneError(
-            f"{root}: about {size(expected.growth)} are needed, but {size(expected.free)} are free on its disk; make "
-            f"room, or name another --cache-dir{smaller}"
+            f"about {size(expected.growth)} are needed, but {size(expected.free)} are free on its disk; make room, or "
+            f"name another `cache_dir`{smaller}",
+            place=str(root),
         )
 
 
@@ -121,8 +133,3 @@ def _print(expected: "Forecast", json: bool) -> None:
 def _names() -> list[str]:
     """The paths on stdin, a line each, whatever bytes their names are of."""
     return [os.fsdecode(line) for line in read_stdin("paths, one a line,").split(b"\n") if line.strip()]
-
-
-encode.examples = (  # type: ignore[attr-defined]
-    "Examples: `gridprune encode photos/`, `find . -name '*.jpg' | gridprune encode -`"
-)

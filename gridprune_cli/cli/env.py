@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.ask import ask
 from gridprune_cli.cli.output import emit_json, table
 
 
@@ -17,7 +16,10 @@ def env(
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> None:
-    """Print the settings in force and where each came from, versions, and device and dtype with the reason."""
+    """Print the settings in force and where each came from, versions, and device and dtype with the reason.
+
+    A variable sets each of them, too, as `GRIDPRUNE_KEEP` and `GRIDPRUNE_CACHE_DIR`.
+    """
     from gridprune_cli.cache import store
     from gridprune_cli.config import choose_model
     from gridprune_cli.vlm.checkpoint import EMBEDDED
@@ -27,25 +29,25 @@ def env(
     model = choice.model or EMBEDDED
     placed = place(_setting("DEVICE", "auto")[0], _setting("DTYPE", "auto")[0], model)
     root = str(store.open_store(cache_dir).root)
-    rows = [
+    settings = [
         ("model", model, choice.origin),
         ("relevance", *_setting("RELEVANCE", _default(options.pipeline, "relevance"))),
         ("keep", *_setting("KEEP", _default(options.pruning, "keep"))),
         ("method", *_setting("METHOD", _default(options.pruning, "method"))),
         ("plc", *_setting("PLC", _default(options.pruning, "plc"))),
-        ("max-new-tokens", *_setting("MAX_NEW_TOKENS", _default(ask, "max_new_tokens"))),
+        ("max-new-tokens", *_setting("MAX_NEW_TOKENS", _default(options.generation, "max_new_tokens"))),
         ("cache-dir", root, _origin_of_root(cache_dir)),
         ("cache-limit", *_setting("CACHE_LIMIT", store.DEFAULT_LIMIT)),
-        ("store", *_setting("STORE", _default(options.pipeline, "storage"))),
+        ("cache-dtype", *_setting("CACHE_DTYPE", _default(options.pipeline, "cache_dtype"))),
         ("device", placed.device, f"{_setting('DEVICE', '')[1]}: {placed.device_reason}"),
         ("dtype", str(placed.dtype).removeprefix("torch."), f"{_setting('DTYPE', '')[1]}: {placed.dtype_reason}"),
         ("python", platform.python_version(), "version"),
     ]
-    rows += [(name, version(name), "version") for name in ("gridprune", "torch", "transformers", "safetensors")]
+    settings += [(name, version(name), "version") for name in ("gridprune", "torch", "transformers", "safetensors")]
     if json:
-        emit_json({name: {"value": value, "from": origin} for name, value, origin in rows})
+        emit_json({name: {"value": value, "from": origin} for name, value, origin in settings})
     else:
-        table(("setting", "value", "from"), rows)
+        table(("setting", "value", "from"), settings)
 
 
 def _setting(name: str, default: str) -> tuple[str, str]:
@@ -58,9 +60,9 @@ def _default(function: Callable[..., Any], name: str) -> str:
     return str(inspect.signature(function).parameters[name].default)
 
 
-def _origin_of_root(given: Path | None) -> str:
+def _origin_of_root(cache_dir: Path | None) -> str:
     """The option and its variable arrive as one; else the folder follows from the XDG variable or the home folder."""
-    if given is not None:
+    if cache_dir is not None:
         variable = os.environ.get("GRIDPRUNE_CACHE_DIR")
-        return "GRIDPRUNE_CACHE_DIR" if variable and Path(variable) == given else "--cache-dir"
+        return "GRIDPRUNE_CACHE_DIR" if variable and Path(variable) == cache_dir else "--cache-dir"
     return "XDG_CACHE_HOME" if os.path.isabs(os.environ.get("XDG_CACHE_HOME", "")) else "default"

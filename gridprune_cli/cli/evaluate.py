@@ -2,14 +2,17 @@
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gridprune_cli import choices
 from gridprune_cli.cli import options
+from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.output import progress, put, say, set_quiet
-from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.errors import BadInput
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
     from gridprune_cli.settings import Pruning
 
 
+@examples(
+    "gridprune eval scenes:200 -o run",
+    "gridprune eval questions.jsonl -o run --methods 'gridprune, gridprune --region none, uniform' --keep 0.22,0.11",
+)
 @options.takes(pipeline=options.pipeline, prompt=options.prompt)
 def evaluate(
     data: Annotated[
@@ -39,50 +46,47 @@ def evaluate(
     prompt: dict[str, Any],
     methods: Annotated[
         list[str],
-        typer.Option(
-            help="Methods, commas between; each may have options of `ask`, as in 'gridprune --literal, fastervlm'.",
+        options.option(
+            "Methods, commas between; each may have options of `ask` and its own, as in 'gridprune --literal, random "
+            "--seed 3'.",
+            options.PRUNING,
         ),
     ] = ["gridprune, uniform, random"],  # noqa: B006
-    keep: Annotated[str, typer.Option(help="Shares of the tokens to keep, commas between.")] = "0.33,0.22,0.11,0.05",
-    metric: Annotated[str, typer.Option(help="exact, vqa, pope, relaxed or anls.")] = "exact",
+    keep: Annotated[
+        str, options.option("Shares of the tokens to keep, commas between.", options.PRUNING)
+    ] = "0.33,0.22,0.11,0.05",
+    metric: Annotated[choices.Metric, options.option("How answers are scored.", options.WORK)] = "exact",
     suffix: Annotated[
-        str, typer.Option(help="What follows each question in the prompt; relevance does not see it.")
+        str, options.option("What follows each question in the prompt; relevance does not see it.", options.PROMPT)
     ] = "",
     max_new_tokens: options.MaxNewTokens = 16,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions that are answered at once.")] = 16,
+    batch_size: Annotated[int, options.option("Questions that are answered at once.", options.WORK, min=1)] = 16,
     quiet: options.Quiet = False,
 ) -> None:
     """Compare methods at equal K on the same questions, with all tokens as the measure."""
     from gridprune_cli.builder import remarks
     from gridprune_cli.evaluation.data import open_data
-    from gridprune_cli.evaluation.metrics import METRICS
     from gridprune_cli.evaluation.run import Plan, fill, resume
 
     set_quiet(quiet)
-    if metric not in METRICS:
-        raise BadInput(f"--metric {metric}: not one of {', '.join(METRICS)}")
     cells = read_cells(methods, keep)
     plan = Plan(open_data(data), cells, metric, suffix, prompt, max_new_tokens, batch_size)
     with pipeline:
-        rows = resume(pipeline, plan, output)
-        if rows:
-            say(f"{output}: going on after {len(rows)} of {plan.count} answers")
+        answers = resume(pipeline, plan, output)
+        if answers:
+            say(f"{output}: going on after {len(answers)} of {plan.count} answers")
         for remark in dict.fromkeys(remark for cell in cells for remark in remarks(pipeline.family, cell.pruning)):
             say(remark)
         try:
-            with progress("answering", plan.count - len(rows)) as step:
-                fill(pipeline, plan, output, rows, step)
+            with progress("answering", plan.count - len(answers)) as step:
+                fill(pipeline, plan, output, answers, step)
         except KeyboardInterrupt:
-            say(f"stopped after {len(rows)} of {plan.count} answers; the same command goes on from there")
+            say(f"stopped after {len(answers)} of {plan.count} answers; the same command goes on from there")
             raise
-        _write(pipeline, plan, rows, output)
+        _write(pipeline, plan, answers, output)
 
 
-evaluate.examples = (  # type: ignore[attr-defined]
-    "Examples: `gridprune eval scenes:200 -o run`, "
-    "`gridprune eval questions.jsonl -o run --methods 'gridprune, gridprune --region none, uniform' --keep 0.22,0.11`"
-)
-
+_FLAGS = ("literal", "share_budget")  # options without a value
 
 # between two methods: a comma before a letter, outside of quotes; a region's box has commas, too
 _BETWEEN = re.compile(r""",\s*(?=[A-Za-z])(?=(?:[^"']|"[^"]*"|'[^']*')*$)""")
@@ -91,7 +95,7 @@ _BETWEEN = re.compile(r""",\s*(?=[A-Za-z])(?=(?:[^"']|"[^"]*"|'[^']*')*$)""")
 def read_cells(methods: list[str], keeps: str) -> tuple["Cell", ...]:
     """The cells of a table: every method at every keep. Raises BadInput for what names none.
 
-    A method is followed by its options just as `gridprune ask` takes them, and they are read by the same code.
+    A method is followed by options as `gridprune ask` takes them, and by those of its own.
     """
     from dataclasses import replace
 
@@ -102,20 +106,22 @@ def read_cells(methods: list[str], keeps: str) -> tuple["Cell", ...]:
         try:
             shares.append(float(text))
         except ValueError as fault:
-            raise BadInput(f"--keep {keeps}: {text.strip()!r} is no number; give shares, as in 0.22,0.11") from fault
-    found = []
+            reason = f"{text.strip()!r} is no number; give shares, as in 0.22,0.11"
+            raise BadInput(reason, field="keep", value=keeps) from fault
+    prunings = []
     for text in methods:
-        for given in _BETWEEN.split(text.strip().strip(",")):
+        for line in _BETWEEN.split(text.strip().strip(",")):
             try:
-                words = shlex.split(given)
+                arguments = shlex.split(line)
             except ValueError as fault:
-                raise BadInput(f"--methods {given}: can't be read as a shell would ({fault})") from fault
-            if not words:
-                raise BadInput("--methods: names none; `gridprune ask --help` lists them")
-            found.append((" ".join(words), _pruning(words)))
+                reason = f"can't be read as a shell would ({fault})"
+                raise BadInput(reason, field="methods", value=line) from fault
+            if not arguments:
+                raise BadInput("names none; `gridprune ask --help` lists them", field="methods")
+            prunings.append((" ".join(arguments), read_pruning(arguments)))
     # all tokens are part of every table, so a keep of 1 would mostly say it again
     return tuple(
-        Cell(name, replace(p, keep=share)) for share in shares for name, p in found if share != 1 or _says_more(p)
+        Cell(name, replace(p, keep=share)) for share in shares for name, p in prunings if share != 1 or _says_more(p)
     )
 
 
@@ -124,45 +130,53 @@ def _says_more(pruning: "Pruning") -> bool:
     inside = pruning.method.stages([1], [1], range(1, 2))
     return (
         pruning.ilp is not None
-        or any(stage.keep != (1,) for stage in inside)
+        or any(stage.budgets != (1,) for stage in inside)
         or bool(pruning.inside_ratio and pruning.outside_ratio)
         or pruning.positions != "original"
     )
 
 
-def _pruning(words: list[str]) -> "Pruning":
-    from typer.main import get_command
+def read_pruning(arguments: Sequence[str]) -> "Pruning":
+    """The pruning of a method's name and the options behind it, `--NAME VALUE` or `--NAME=VALUE`, or flags alone.
 
-    read: list[Pruning] = []
-    app = typer.Typer(add_completion=False)
+    Raises BadInput, with all of them, for what the method does not take.
+    """
+    from gridprune_cli.settings import Pruning
 
-    @app.command()
-    @options.takes(pruning=options.pruning)
-    def ask(pruning: "Pruning") -> None:
-        read.append(pruning)
-
-    if any(word.partition("=")[0] in ("--keep", "--tokens", "--method", "--help") for word in words):
-        raise BadInput(f"--methods {' '.join(words)}: shares go to eval's own --keep, and a method is named first")
+    method, *rest = arguments
+    settings: dict[str, Any] = {"method": method, "keep": 1.0}
     try:
-        get_command(app).main(["--keep", "1", "--method", *words], prog_name="gridprune ask", standalone_mode=False)
-    except GridpruneError as fault:
-        raise BadInput(f"--methods {' '.join(words)}: {fault}") from fault
-    return read[0]
+        while rest:
+            flag, equals, value = rest.pop(0).partition("=")
+            name = flag.removeprefix("--").replace("-", "_")
+            if not flag.startswith("--") or name in ("keep", "tokens", "method"):
+                raise BadInput("shares go to eval's own --keep, and a method is named first")
+            if not equals and name not in _FLAGS:
+                if not rest:
+                    raise BadInput(f"{flag} needs a value")
+                value = rest.pop(0)
+            if name == "method_option":
+                settings.setdefault(name, []).append(value)
+            else:
+                settings[name] = value if equals or name not in _FLAGS else True
+        return Pruning.from_options(settings)
+    except BadInput as fault:
+        raise fault.at(f"--methods {' '.join(arguments)}") from fault
 
 
-def _write(pipeline: "Pipeline", plan: "Plan", rows: "Rows", folder: Path) -> None:
+def _write(pipeline: "Pipeline", plan: "Plan", answers: "Rows", folder: Path) -> None:
     """The results, as JSON, Markdown and, where the extra is there, HTML; the table also to stdout."""
     import json
 
     from gridprune_cli.cache.files import write_atomic
-    from gridprune_cli.cli.show import figure_of
+    from gridprune_cli.cli.drawing import figure_of
     from gridprune_cli.evaluation import report
     from gridprune_cli.evaluation.results import markdown, summarise
     from gridprune_cli.evaluation.run import encode, prune
     from gridprune_cli.figure import draw
 
     runner = pipeline.runner(questions=plan.batch)
-    results = plan.settings(pipeline) | summarise(plan, rows)
+    results = plan.settings(pipeline) | summarise(plan, answers)
     table = markdown(results)
 
     def picture(cell: "Cell", item: "Item", answer: str) -> "Image.Image":
@@ -176,7 +190,7 @@ def _write(pipeline: "Pipeline", plan: "Plan", rows: "Rows", folder: Path) -> No
     if line := report.lacking():
         say(line)
     else:
-        page = report.html(plan, results, rows, picture)
+        page = report.html(plan, results, answers, picture)
         write_atomic(folder / "report.html", page.encode("utf-8", "backslashreplace"), sync=True)
     written = [name for name in ("results.json", "results.md", "report.html") if (folder / name).exists()]
     say(f"{folder}: {', '.join(written)}, and every answer in samples.jsonl")

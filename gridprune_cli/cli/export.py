@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gridprune_cli import choices
 from gridprune_cli.cli import options
+from gridprune_cli.cli.command import examples
+from gridprune_cli.cli.describe import about, describe, error_fields
 from gridprune_cli.cli.output import emit_json, say, set_quiet, size, warn
 from gridprune_cli.errors import BadInput, GridpruneError
 
@@ -15,12 +18,16 @@ if TYPE_CHECKING:
     from gridprune_cli.vlm.family import Family
 
 
+@examples(
+    'gridprune prune photo.jpg "What is it?" --tokens 64 --positions compact -o it.safetensors',
+    "gridprune export it.safetensors --to vllm -o requests/",
+)
 def export(
     files: Annotated[
         list[Path],
         typer.Argument(metavar="PRUNED...", help="Pruned sets, as `prune` writes them.", show_default=False),
     ],
-    to: Annotated[str, typer.Option(help="The engine: vllm.", show_default=False)],
+    to: Annotated[choices.ExportFormat, typer.Option(help="The engine.", show_default=False)],
     output: Annotated[
         Path,
         typer.Option(
@@ -37,43 +44,43 @@ def export(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write pruned sets in the form that a serving engine takes: rows in place of the image, and the prompt.
+    """Write pruned sets in the form that a serving engine takes: image embeds in place of the image, and the prompt.
 
     For vLLM: LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, pruned with --positions compact. Of several sets, one that
     can't be exported is named, and the rest goes on.
     """
     set_quiet(quiet)
-    if to != "vllm":
-        raise BadInput(f"--to {to}: not one of vllm")
     if not os.path.isdir(output):
-        raise BadInput(f"--output {output}: no folder; make it first")
+        raise BadInput("no folder; make it first", field="output", value=output)
     targets = [output / f"{path.stem}.vllm.safetensors" for path in files]
     times = Counter(targets)
     for path, target in zip(files, targets, strict=True):
         if times[target] > 1:
-            raise BadInput(f"{path}: another set has this name too, and one folder can't hold both; export it apart")
+            reason = "another set has this name too, and one folder can't hold both; export it apart"
+            raise BadInput(reason, place=str(path))
     families: dict[str, Family] = {}
-    failed, rows = 0, set()
+    failed = 0
+    lengths: set[int] = set()  # of the image embeds of each set
     for path, target in zip(files, targets, strict=True):
         try:
             line = _export(path, target, model, families)
         except GridpruneError as fault:
-            told = fault if str(path) in str(fault) else type(fault)(f"{path}: {fault}")
+            error = about(fault, path)
             if len(files) == 1:
-                raise told from fault
+                raise error from fault
             failed += 1
-            warn(str(told))
+            warn(describe(error))
             if json:
-                emit_json({"pruned": str(path), "error": str(told), "error_type": type(fault).__name__})
+                emit_json({"pruned": str(path)} | error_fields(error))
             continue
-        rows.add(line["shape"][1])
+        lengths.add(line["shape"][1])
         if json:
             emit_json(line)
-        say(f"{target}: {line['shape'][1]} rows for each image, {size(line['bytes'])}")
-    if len(rows) > 1:
+        say(f"{target}: {line['shape'][1]} image embeds for each image, {size(line['bytes'])}")
+    if len(lengths) > 1:
         warn(
-            f"these sets have from {min(rows)} to {max(rows)} rows for an image, and vLLM takes only equal ones at "
-            "once; docs/vllm.md says what to do"
+            f"these sets have from {min(lengths)} to {max(lengths)} image embeds for an image, and vLLM takes only "
+            "equal ones at once; docs/vllm.md says what to do"
         )
     if failed:
         warn(f"{failed} of {len(files)} could not be exported")
@@ -105,9 +112,3 @@ def _export(path: Path, target: Path, model: str | None, families: "dict[str, Fa
         "prompt": len(request.prompt_token_ids),
         "uuids": list(request.uuids),
     }
-
-
-export.examples = (  # type: ignore[attr-defined]
-    'Example: `gridprune prune photo.jpg "What is it?" --tokens 64 --positions compact -o it.safetensors`, '
-    "then `gridprune export it.safetensors --to vllm -o requests/`"
-)

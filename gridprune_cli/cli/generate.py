@@ -3,12 +3,14 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gridprune_cli.cache.files import MAX_BYTES
 from gridprune_cli.cli import options
+from gridprune_cli.cli.command import examples
+from gridprune_cli.cli.describe import about, describe, error_fields
 from gridprune_cli.cli.output import emit_json, emit_text, open_stdin, progress, say, set_quiet, warn
 from gridprune_cli.errors import BadInput, GridpruneError
 
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
 WINDOW = 128  # files that are held together, to find those of like length
 
 
+@examples(
+    "gridprune generate star.safetensors",
+    "gridprune generate pruned/*.safetensors --json",
+)
+@options.takes(generation=options.generation)
 def generate(
     files: Annotated[
         list[Path],
@@ -26,19 +33,20 @@ def generate(
             metavar="FILE...", help="Pruned sets, as `prune` writes them, or - for one on stdin.", show_default=False
         ),
     ],
+    generation: dict[str, Any],
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Model to answer with, where it lies elsewhere than when the set was made.",
+        options.option(
+            "Model to answer with, where it lies elsewhere than when the set was made.",
+            options.MODEL,
             show_default="the one that made the set",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(envvar="GRIDPRUNE_DEVICE", help=options.DEVICE)] = "auto",
-    dtype: Annotated[str, typer.Option(envvar="GRIDPRUNE_DTYPE", help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Sets that are answered at once; halved if memory runs out.")
+        int, options.option("Sets that are answered at once; halved if memory runs out.", options.WORK, min=1)
     ] = 32,
-    max_new_tokens: options.MaxNewTokens = 128,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -51,7 +59,7 @@ def generate(
 
     set_quiet(quiet)
     if files.count(Path("-")) > 1:
-        raise BadInput("-: stdin can be read once only")
+        raise BadInput("stdin can be read once only", place="-")
     runners: dict[str, Runner] = {}
 
     def runner_of(name: str) -> "Runner":
@@ -63,16 +71,16 @@ def generate(
     with progress("answering", len(files)) as step:
         for window in _windows(files):
             sets = [_load(path) for path in window]
-            answers = in_order(_answers(sets, model, runner_of, max_new_tokens))
+            answers = in_order(_answers(sets, model, runner_of, generation))
             for path, pruned, answer in zip(window, sets, answers, strict=True):
                 if isinstance(answer, GridpruneError):
                     if len(files) == 1:
                         raise answer
                     failed += 1
-                    told = answer if str(path) in str(answer) else f"{path}: {answer}"
-                    warn(str(told))
+                    error = about(answer, path)
+                    warn(describe(error))
                     if json:
-                        emit_json({"file": str(path), "error": str(told), "error_type": type(answer).__name__})
+                        emit_json({"file": str(path)} | error_fields(error))
                 elif json and not isinstance(pruned, GridpruneError):
                     emit_json(pruned.to_json() | {"file": str(path), "answer": answer})
                 else:
@@ -101,7 +109,7 @@ def _answers(
     sets: "Sequence[PrunedSet | GridpruneError]",
     model: str | None,
     runner_of: "Callable[[str], Runner]",
-    max_new_tokens: int,
+    generation: dict[str, Any],
 ) -> "Iterator[tuple[int, str | GridpruneError]]":
     """Index and answer of every set, model by model. A set that could not be read is its own answer."""
     groups: dict[str, list[tuple[int, PrunedSet]]] = {}
@@ -112,9 +120,9 @@ def _answers(
             groups.setdefault(model or pruned.model, []).append((index, pruned))
     for name, group in groups.items():
         try:
-            answers = runner_of(name).generate([pruned for _, pruned in group], max_new_tokens=max_new_tokens)
-            for at, answer in answers:
-                yield group[at][0], answer if isinstance(answer, GridpruneError) else answer.text
+            answers = runner_of(name).generate([pruned for _, pruned in group], **generation)
+            for place, answer in answers:
+                yield group[place][0], answer if isinstance(answer, GridpruneError) else answer.text
         except GridpruneError as fault:  # the model can't be opened or loaded
             for index, _ in group:
                 yield index, fault
@@ -127,8 +135,3 @@ def _load(path: Path) -> "PrunedSet | GridpruneError":
         return read_pruned(open_stdin("a pruned set"), "-") if str(path) == "-" else load_pruned(path)
     except GridpruneError as fault:
         return fault
-
-
-generate.examples = (  # type: ignore[attr-defined]
-    "Examples: `gridprune generate star.safetensors`, `gridprune generate pruned/*.safetensors --json`"
-)

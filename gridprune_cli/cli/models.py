@@ -6,25 +6,11 @@ from typing import Annotated
 import typer
 
 from gridprune_cli.cli import options
+from gridprune_cli.cli.command import Command
 from gridprune_cli.cli.output import emit_json, say, set_quiet, size, table, warn
-from gridprune_cli.errors import BadInput
+from gridprune_cli.errors import BadInput, GridpruneError
 
-_CLIP = "its CLIP, for relevance: fetched when needed, or found in FOLDER/clip, or named with --clip"
-_WORDS = "nothing else; relevance from the model's own words"
-_ROWS = (
-    ("scenes", "ships with the package", "nothing; knows its own synthetic scenes only"),
-    ("llava", "llava-hf/llava-1.5-7b-hf", _CLIP),
-    ("llava_next", "llava-hf/llava-v1.6-vicuna-7b-hf", _CLIP),
-    ("llava_onevision", "llava-hf/llava-onevision-qwen2-7b-ov-hf", _WORDS),
-    ("qwen2_vl", "Qwen/Qwen2-VL-7B-Instruct", _WORDS),
-    ("qwen2_5_vl", "Qwen/Qwen2.5-VL-7B-Instruct", _WORDS),
-    ("qwen3_vl", "Qwen/Qwen3-VL-8B-Instruct", _WORDS),
-    ("internvl", "OpenGVLab/InternVL3-8B-hf", _WORDS),
-    ("idefics3", "HuggingFaceM4/Idefics3-8B-Llama3", _WORDS),
-    ("smolvlm", "HuggingFaceTB/SmolVLM2-2.2B-Instruct", _WORDS),
-    ("gemma3", "google/gemma-3-4b-it", _WORDS),
-    ("paligemma", "google/paligemma2-3b-mix-448", _WORDS),
-)
+_SCENES = ("scenes", "ships with the package", "nothing; knows its own synthetic scenes only")
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
 
@@ -39,11 +25,13 @@ def models(context: typer.Context, json: options.Json = False) -> None:
     if context.invoked_subcommand is not None:
         return
     from gridprune_cli.vlm.cached import list_cached
+    from gridprune_cli.vlm.support import FAMILIES
 
+    families = [_SCENES, *((entry.model_type, entry.example, entry.needs) for entry in FAMILIES.values())]
     names = ("family", "example", "needs")
     cached, broken = list_cached()
     if json:
-        emit_json(*(dict(zip(names, row, strict=True)) for row in _ROWS))
+        emit_json(*(dict(zip(names, row, strict=True)) for row in families))
         for model in cached:
             emit_json(
                 {
@@ -55,7 +43,7 @@ def models(context: typer.Context, json: options.Json = False) -> None:
                 }
             )
     else:
-        table(names, _ROWS)
+        table(names, families)
         if cached:
             print()
             table(
@@ -66,7 +54,7 @@ def models(context: typer.Context, json: options.Json = False) -> None:
         warn(f"left out what can't be read in the hub's cache, {len(broken)} in all; the first: {broken[0]}")
 
 
-@app.command("default", epilog="Example: `gridprune models default HuggingFaceTB/SmolVLM-256M-Instruct`")
+@app.command("default", epilog="   gridprune models default HuggingFaceTB/SmolVLM-256M-Instruct", cls=Command)
 def default(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A folder or a hub name; scenes: none any more.")
@@ -78,7 +66,7 @@ def default(
 
     Of a model on the hub config.json is fetched to look at; the rest comes when it is first needed.
     """
-    from gridprune_cli.config import VARIABLE, choose_model, remember_model
+    from gridprune_cli.config import VARIABLE, ModelChoice, choose_model, remember_model
     from gridprune_cli.vlm.checkpoint import EMBEDDED
 
     set_quiet(quiet)
@@ -86,7 +74,10 @@ def default(
         path = remember_model(None)
         say(f"{path}: names no model any more; without --model, {EMBEDDED} answers about scenes, and nothing else")
     elif name is not None:
-        known, family = _check(name)
+        try:
+            known, family = _check(name)
+        except GridpruneError as fault:
+            raise ModelChoice(name, "models default").blame(fault) from fault
         path = remember_model(known)
         say(f"{path}: {known}, of family {family}, is the model where --model names none")
     choice = choose_model()
@@ -106,12 +97,11 @@ def _check(name: str) -> tuple[str, str]:
     from gridprune_cli.vlm import find_supported, quantization
     from gridprune_cli.vlm.placement import place
 
-    flag = "models default"
-    checkpoint = find_supported(name, flag=flag)
+    checkpoint = find_supported(name)
     stored = quantization(checkpoint.config)
     if stored and (lack := stored.lacks(place("auto", "auto", name).device)):
-        raise BadInput(f"{flag} {name}: {lack}")
+        raise BadInput(lack, field="model", value=name)
     if checkpoint.commit is None:
-        checkpoint.complete(flag)
+        checkpoint.complete()
         return os.path.abspath(checkpoint.folder), checkpoint.family
     return checkpoint.name, checkpoint.family

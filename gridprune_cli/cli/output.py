@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO, TypeVar
 
+from gridprune_cli.cli.describe import with_options
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.text import printable, to_json, visible
 
@@ -21,6 +23,34 @@ _EVERY = 30.0  # seconds between two lines of progress where there is no termina
 _quiet = False
 _data: TextIO | None = None  # where data goes while sys.stdout is kept from libraries
 
+_log = logging.getLogger("gridprune_cli")
+say, warn = _log.info, _log.warning  # one line on stderr; notices stay away where the command is quiet
+
+
+class _Notices(logging.Handler):
+    """Writes what the package logs to stderr, a line each: INFO as it is, WARNING and above as `warning: ...`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = record.levelno >= logging.WARNING
+        if warning or not _quiet:
+            line = printable(with_options(record.getMessage()))
+            print(f"warning: {line}" if warning else line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def notices_on_stderr() -> Iterator[None]:
+    """Has what the package logs, here and in its modules, written to stderr, and nowhere else."""
+    handler, level, propagate = _Notices(), _log.level, _log.propagate
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    _log.propagate = False  # some libraries write all that is logged to stderr, too
+    try:
+        yield
+    finally:
+        _log.removeHandler(handler)
+        _log.setLevel(level)
+        _log.propagate = propagate
+
 
 def set_quiet(quiet: bool) -> None:
     """Whether notices and progress are left out; warnings and errors stay."""
@@ -28,19 +58,8 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
-def say(message: str) -> None:
-    """One notice line on stderr."""
-    if not _quiet:
-        print(printable(message), file=sys.stderr, flush=True)
-
-
-def warn(message: str) -> None:
-    """One warning line on stderr."""
-    print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
-
-
 class DataStream(io.TextIOWrapper):
-    """A stream for data, whose failures, as of a full disk, are told from those of other files."""
+    """A stream for data, whose failures, as of a full disk, are known from those of other files."""
 
     def __init__(self, file: BinaryIO, encoding: str, line_buffering: bool = False):
         # a terminal without Unicode shows escapes
@@ -104,11 +123,11 @@ def only_data_on_stdout() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout, kept, _data = before, _data, None
-        if kept is not before:
-            os.dup2(kept.fileno(), before.fileno())
-            with suppress(OSError):  # told already where it was written
-                kept.close()
+        sys.stdout, data, _data = before, _data, None
+        if data is not before:
+            os.dup2(data.fileno(), before.fileno())
+            with suppress(OSError):  # reported already where it was written
+                data.close()
 
 
 def emit_json(*values: object) -> None:
@@ -197,7 +216,7 @@ def confirm(question: str, yes: bool) -> bool:
     if yes:
         return True
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise BadInput("--yes: pass it to go on without being asked; there is no terminal to ask at")
+        raise BadInput("pass it to go on without being asked; there is no terminal to ask at", field="yes")
     return typer.confirm(question, err=True)
 
 
@@ -212,7 +231,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[..., None
         yield lambda steps=1, status="": None
         return
     if not sys.stderr.isatty():
-        yield _spoken(description, total)
+        yield _progress_lines(description, total)
         return
     from rich.console import Console
     from rich.progress import Progress, TextColumn
@@ -225,21 +244,20 @@ def progress(description: str, total: int | None) -> Iterator[Callable[..., None
         yield lambda steps=1, status="": bar.update(task, advance=steps, status=status)
 
 
-def _spoken(description: str, total: int | None) -> Callable[..., None]:
-    start = told = time.monotonic()
+def _progress_lines(description: str, total: int | None) -> Callable[..., None]:
+    start = last_line = time.monotonic()
     done = 0
 
     def step(steps: int = 1, status: str = "") -> None:
-        nonlocal told, done
+        nonlocal last_line, done
         done += steps
         now = time.monotonic()
-        if now - told < _EVERY:
+        if now - last_line < _EVERY:
             return
-        told = now
-        parts = [f"{done} of {total}" if total else str(done), status]
-        if total:
-            parts.append(f"{age((total - done) * (now - start) / done)} left")
-        say(f"{description}: {', '.join(part for part in parts if part)}")
+        last_line = now
+        left = f"{age((total - done) * (now - start) / done)} left" if total else ""
+        counts = f"{done} of {total}" if total else str(done)
+        say(f"{description}: {', '.join(filter(None, (counts, status, left)))}")
 
     return step
 
@@ -262,20 +280,20 @@ def age(seconds: float) -> str:
     return f"{max(0, int(seconds))} s"
 
 
-def check_target(path: Path | None, option: str) -> None:
-    """Raises BadInput where a file can't be written to `path`, before any work is done for it."""
+def check_target(path: Path | None, setting: str) -> None:
+    """Raises BadInput, with the setting, where a file can't be written to `path`, before any work is done for it."""
     if path is None:
         return
     if os.path.isdir(path):
-        raise BadInput(f"{option} {path}: a folder; name a file in it")
+        raise BadInput("a folder; name a file in it", field=setting, value=path)
     try:
         path.lstat()
     except FileNotFoundError:
         pass
     except OSError as fault:  # the name is too long, a folder on the way can't be entered, ...
-        raise BadInput(f"{option} {path}: can't be written ({fault.strerror}); name another file") from fault
+        raise BadInput(f"can't be written ({fault.strerror}); name another file", field=setting, value=path) from fault
     if not os.path.isdir(path.parent):
-        raise BadInput(f"{option} {path}: there is no folder {path.parent}; make it first")
+        raise BadInput(f"there is no folder {path.parent}; make it first", field=setting, value=path)
 
 
 def read_stdin(what: str) -> bytes:
@@ -286,5 +304,5 @@ def read_stdin(what: str) -> bytes:
 def open_stdin(what: str) -> BinaryIO:
     """stdin, to be read. Raises BadInput where nobody has piped anything into it."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise BadInput(f"-: nothing is piped into stdin; give {what} there")
+        raise BadInput(f"nothing is piped into stdin; give {what} there", place="-")
     return sys.stdin.buffer

@@ -8,8 +8,10 @@ from urllib.parse import quote
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.ask import read_inputs
-from gridprune_cli.cli.batch import FailFast, Tally, tell, work
+from gridprune_cli.cli.batch import FailFast, Tally, report, work
+from gridprune_cli.cli.command import examples
+from gridprune_cli.cli.describe import error_fields
+from gridprune_cli.cli.inputs import read_inputs
 from gridprune_cli.cli.output import check_target, emit_json, progress, say, set_quiet, size, warn
 from gridprune_cli.errors import BadInput, GridpruneError
 
@@ -21,6 +23,10 @@ _LONGEST = 243  # characters of a file's name before .safetensors; file systems 
 _WINDOW = 128  # lines of --batch that are looked at together, to find those of one image
 
 
+@examples(
+    'gridprune prune street.png "Where is the star?" --keep 0.11 -o star.safetensors',
+    "gridprune prune --batch questions.jsonl -o pruned/",
+)
 @options.takes(pipeline=options.pipeline, pruning=options.pruning, prompt=options.prompt)
 def prune(
     output: Annotated[
@@ -57,17 +63,17 @@ def prune(
     set_quiet(quiet)
     if batch is not None:
         if images or question:
-            raise BadInput("--batch: images and questions come from its lines; leave the others out")
+            raise BadInput("images and questions come from its lines; leave the others out", field="batch")
         prune_lines(batch, output, pipeline, pruning, prompt, fail_fast, shard, json)
         return
     if fail_fast or shard:
-        raise BadInput(f"{'--fail-fast' if fail_fast else '--shard'}: only with --batch")
+        raise BadInput("only with --batch", field="fail_fast" if fail_fast else "shard")
     if not images or question is None:
         raise BadInput("name an image and a question, or --batch FILE; see `gridprune prune --help`")
-    check_target(output, "--output")
-    sources, asked = read_inputs(images, question)
+    check_target(output, "output")
+    sources, text = read_inputs(images, question)
     with pipeline:
-        result = pipeline.runner().prune_one(Request(tuple(sources), asked, pruning, **prompt))
+        result = pipeline.runner().prune_one(Request(tuple(sources), text, pruning, **prompt))
     pruned = result.pruned
     data = pruned.to_bytes()
     write_atomic(output, data, sync=True)
@@ -95,7 +101,7 @@ def prune_lines(
     from gridprune_cli.runners.batches import in_order
 
     if not os.path.isdir(folder):
-        raise BadInput(f"--output {folder}: with --batch, a folder; make it first")
+        raise BadInput("with --batch, a folder; make it first", field="output", value=folder)
     reader = Reader(file, in_shard=options.in_shard(shard))
     runner, tally = pipeline.runner(notice=say), Tally()
     written: set[Path] = set()
@@ -106,10 +112,10 @@ def prune_lines(
                 try:
                     path = _target(folder, item.id, written)
                 except BadInput as fault:
-                    tell(item, fault, fail_fast)
+                    report(item, fault, fail_fast)
                     result = fault
             if isinstance(result, GridpruneError):
-                line = item.echo() | {"error": str(result), "error_type": type(result).__name__}
+                line = item.echo() | error_fields(result)
             else:
                 data = result.pruned.to_bytes()
                 write_atomic(path, data, sync=False)
@@ -136,11 +142,5 @@ def _target(folder: Path, ident: Any, written: set[Path]) -> Path:
         raise BadInput(f"id takes {len(name)} characters in a file's name; give it one that takes 1 to {_LONGEST}")
     path = folder / f"{name}.safetensors"
     if path in written:
-        raise BadInput(f"{path}: two lines have this id; give each its own")
+        raise BadInput("two lines have this id; give each its own", place=str(path))
     return path
-
-
-prune.examples = (  # type: ignore[attr-defined]
-    'Examples: `gridprune prune street.png "Where is the star?" --keep 0.11 -o star.safetensors`, '
-    "`gridprune prune --batch questions.jsonl -o pruned/`"
-)

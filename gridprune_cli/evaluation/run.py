@@ -12,7 +12,7 @@ from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.evaluation.data import Data, Item, one_or_all
 from gridprune_cli.evaluation.metrics import METRICS
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.runners.batches import in_order, result_or_raise
 from gridprune_cli.runners.local import Runner
 from gridprune_cli.settings import Pruning, Request
@@ -43,7 +43,7 @@ class Cell:
         return replace(self, pruning=replace(self.pruning, method=seeded))
 
 
-FULL = Cell("all tokens", Pruning(keep=1.0, method=make("uniform"), region="none"))
+FULL = Cell("all tokens", Pruning(keep=1.0, method=make_method("uniform"), region="none"))
 """What all cells are compared with; part of every evaluation."""
 
 

@@ -19,24 +19,9 @@ from gridprune_cli.generation import check_model
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.family import Family
 
-VLLM = ("llava", "llava_next", "llava_onevision")
-_GRID = "vLLM counts its image tokens, and places them, by the picture's grid, which a pruned set no longer fills"
-_TILES = "vLLM counts its image tokens by the picture's size and takes no image embeds in its place"
-_AROUND = "vLLM takes image embeds for it, but writes more tokens around them, which this version does not allow for"
-NOT_VLLM = {  # family -> why not
-    "qwen2_vl": _GRID,
-    "qwen2_5_vl": _GRID,
-    "qwen3_vl": _GRID,
-    "internvl": _AROUND,
-    "idefics3": _TILES,
-    "smolvlm": _TILES,
-    "gemma3": "vLLM takes no image embeds in place of its pictures",
-    "paligemma": _AROUND,
-}
-
 
 @dataclass(frozen=True)
-class Request:
+class VllmRequest:
     """What vLLM's `LLM.generate` needs to answer from a pruned set of I images, with S image embeds of width H each.
 
     prompt_token_ids (P,)       the prompt, with one image token for each image
@@ -57,7 +42,7 @@ class Request:
         return save(tensors, {"vllm": canonical(header)})
 
 
-def to_vllm(family: Family, pruned: PrunedSet) -> Request:
+def to_vllm(family: Family, pruned: PrunedSet) -> VllmRequest:
     """The request that has vLLM answer as `generate` does. Loads no weights.
 
     vLLM caches an image's embeds by an id, and takes equal ids for equal embeds. What is kept of an image differs from
@@ -65,9 +50,9 @@ def to_vllm(family: Family, pruned: PrunedSet) -> Request:
 
     Raises BadInput where vLLM can't answer from the set as `generate` does, or the set was made for another model.
     """
-    kind = family.checkpoint.family
-    if kind not in VLLM:
-        raise BadInput(f"model type {kind} can't go to vLLM: {NOT_VLLM[kind]}; use `gridprune generate`")
+    if family.vllm:
+        kind = family.checkpoint.family
+        raise BadInput(f"model type {kind} can't go to vLLM: {family.vllm}; use `gridprune generate`")
     check_model(family, pruned)
     if pruned.schedule:
         raise BadInput(
@@ -90,7 +75,7 @@ def to_vllm(family: Family, pruned: PrunedSet) -> Request:
     first = torch.ones_like(ids, dtype=torch.bool)
     first[1:] = (ids[1:] != family.image_token) | (ids[:-1] != family.image_token)
     embeds = pruned.image_embeds.view(count, -1, pruned.image_embeds.shape[-1])
-    return Request(ids[first], embeds, tuple(map(_digest, embeds)), pruned.model, pruned.question)
+    return VllmRequest(ids[first], embeds, tuple(map(_digest, embeds)), pruned.model, pruned.question)
 
 
 def _digest(image_embeds: Tensor) -> str:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from gridprune_cli.pruning.similarity import GRAIN
+
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -34,13 +36,14 @@ def allocate(weights: Tensor, caps: Tensor, k: int | Tensor) -> Tensor:
     if not bool(((low >= 0) & (high < torch.inf)).all() and (caps >= 0).all()):
         raise ValueError("zones need finite weights and caps, none negative")
     weights = weights / high.clamp(min=_TINY)
-    weighty = weights > 1e-200  # so that cap / weight can't overflow
-    heavy = caps * weighty
-    held = heavy.sum(-1)
-    first = torch.minimum(k, held)
-    budgets = torch.where((k < held)[..., None], _split(weights, heavy, first), heavy)
+    # 1. zones that have weight; above 1e-200, so that cap / weight can't overflow
+    weighted_caps = caps * (weights > 1e-200)  # (..., Z)
+    capacity = weighted_caps.sum(-1)
+    first = torch.minimum(k, capacity)
+    budgets = torch.where((k < capacity)[..., None], _split(weights, weighted_caps, first), weighted_caps)
+    # 2. what they can't take goes to the others, all of them alike
     rest = k - first
-    return budgets + _split(torch.ones_like(weights), caps - heavy, rest) if bool(rest.any()) else budgets
+    return budgets + _split(torch.ones_like(weights), caps - weighted_caps, rest) if bool(rest.any()) else budgets
 
 
 def _split(weights: Tensor, caps: Tensor, k: Tensor) -> Tensor:
@@ -51,19 +54,20 @@ def _split(weights: Tensor, caps: Tensor, k: Tensor) -> Tensor:
     if bool(over.any()):
         shares = torch.where(over, torch.minimum(weights * _level(weights, caps, k), caps), shares)
     budgets = shares.long()
-    remainders = (shares - budgets).masked_fill(budgets >= caps, -1.0)
-    lucky = torch.arange(caps.shape[-1]) < (k - budgets.sum(-1))[..., None]
-    return budgets.scatter_add(-1, remainders.argsort(descending=True, stable=True), lucky.long())
+    # rounding noise must not decide between equal remainders, of which the first gets one more
+    remainders = ((shares - budgets) * GRAIN).round().masked_fill(budgets >= caps, -1.0)
+    one_more = torch.arange(caps.shape[-1]) < (k - budgets.sum(-1))[..., None]  # for the largest remainders
+    return budgets.scatter_add(-1, remainders.argsort(descending=True, stable=True), one_more.long())
 
 
 def _level(weights: Tensor, caps: Tensor, k: Tensor) -> Tensor:
-    """(..., 1) the level at which `min(cap, level * weight)` sums to k; one sort tells which zones are full by then."""
+    """(..., 1) the level at which `min(cap, level * weight)` sums to k: zones fill up in the order of cap / weight."""
     k = k[..., None]
     full_at, order = torch.where(caps > 0, caps / weights, 0.0).sort(stable=True)
-    held = caps.gather(-1, order).cumsum(-1)
+    taken = caps.gather(-1, order).cumsum(-1)
     weight_from = weights.gather(-1, order).flip(-1).cumsum(-1).flip(-1)
-    full = (held[..., :-1] + full_at[..., :-1] * weight_from[..., 1:] <= k).sum(-1, keepdim=True)
+    full = (taken[..., :-1] + full_at[..., :-1] * weight_from[..., 1:] <= k).sum(-1, keepdim=True)
     last = (full - 1).clamp(min=0)
     # Where the other zones weigh next to nothing, what is left for them rounds to 0; full zones stay full all the same.
-    beyond = torch.maximum((k - held.gather(-1, last)) / weight_from.gather(-1, full), full_at.gather(-1, last))
+    beyond = torch.maximum((k - taken.gather(-1, last)) / weight_from.gather(-1, full), full_at.gather(-1, last))
     return torch.where(full == 0, k / weight_from[..., :1], beyond)

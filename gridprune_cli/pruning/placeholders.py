@@ -1,18 +1,18 @@
-"""Slots: the image tokens of a prompt, and which of them stay when visual tokens go."""
+"""Placeholders: the image tokens of a prompt, and which of them stay when visual tokens are dropped."""
 
 import torch
 from torch import Tensor
 
-SEPARATOR = -1  # a slot that stands for no visual token: the newline behind a row of tiles
+SEPARATOR = -1  # in a placeholder map: stands for no visual token, as the newline behind a row of tiles
 
 
 def staying(placeholder_map: Tensor, kept: Tensor, count: int) -> Tensor:
-    """(S,) bool: which slots stay when of `count` visual tokens the `kept` (K,) ones do.
+    """(S,) bool: which placeholders stay when of `count` visual tokens the `kept` (K,) ones do.
 
-    slots (S,) holds each slot's visual token, or `SEPARATOR`. A separator stays where a token of its run does: the
-    slots between the separator before it, or the start, and itself. So a row of which nothing is kept leaves no
-    newline behind, but for the first behind a base view, whose tokens are part of its run; one of a row that never had
-    a token stays. Separators are no part of K.
+    placeholder_map (S,) holds each placeholder's visual token, or `SEPARATOR`. A separator closes the run of
+    placeholders behind the separator before it, or behind the start, and stays where a token of its run is kept. So a
+    row of tiles of which nothing is kept leaves no newline behind. The first row's run also has the tokens of the base
+    view before it. A separator whose run has no token at all stays. Separators are no part of K.
     """
     stays = torch.zeros(count, dtype=torch.bool)
     stays[kept] = True

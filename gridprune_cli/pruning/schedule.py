@@ -1,12 +1,12 @@
 """Pruning inside the language model: at which layer visual tokens leave the sequence, and by which rule.
 
 A *stage* is a layer, a rule and a budget. What a rule may look at is measured at that layer by
-`gridprune_cli.vlm.inner`; the rule itself is pure. A new rule is one class, here or beside the method that it is for,
-and one line in `RULES` of `gridprune_cli.pruning.methods`.
+`gridprune_cli.vlm.inner`; the rule itself is pure. A rule that a method needs stands in the method's file, and in the
+method's `rules`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -17,17 +17,19 @@ from gridprune_cli.pruning.signals import View
 
 
 @dataclass(frozen=True)
-class Sight:
-    """The visual tokens of one image, or of several that share a budget, at the input of a layer. n are still there.
+class LayerSignals:
+    """What a rule may look at: the visual tokens of one image, or of several that share a budget, at a layer's input.
 
-    tokens     (n,) int64, ascending: which of the prompt's N visual tokens they are
-    within     (n,) bool: whether inside the contextual region; false everywhere where there is no region
-    views      those of all images of the prompt, whose N tokens they have in turn
-    attention  (n,) float64, CPU: attention of the prompt's last token, or its raters, to each of them, softmax over all
-               that is still there, mean over heads; in the layer that the rule names, None where it names none
-    states     (n, D): their hidden states, None where the rule does not ask for them
-    keys       (n, C): their keys, likewise
-    text_states, text_keys  (m, D), (m, C): those of the prompt's text behind its last image, of which there may be none
+    Of the prompt's N visual tokens n are still there.
+
+    tokens         (n,) int64, ascending: which of the N they are
+    within         (n,) bool: whether inside the contextual region; false everywhere where there is no region
+    views          those of all images of the prompt, whose N tokens are numbered view by view
+    attention      (n,) float64, CPU: attention of the prompt's last token, or of its raters, to each token; softmax
+                   over all that is still in the sequence, mean over heads; None where the rule asks for no attention
+    hidden_states  (n, D), None where the rule does not ask for them
+    keys           (n, C), None where the rule does not ask for them
+    text_hidden_states, text_keys  (m, D), (m, C): those of the prompt's text behind its last image; m may be 0
     """
 
     tokens: Tensor
@@ -42,13 +44,13 @@ class Sight:
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """Which tokens stay. Fields are options.
+    """Which tokens stay at a stage. Fields are options.
 
-    attention  in which layer attention is measured: -1 the layer before the stage, 0 the stage's own, None in none
-    rated      whether attention is not the last token's, but the mean of those tokens that `raters` names
-    states     whether the rule looks at hidden states, after the norm that ends the language model
-    keys       which keys it looks at, all heads side by side: -1 those that the layer before compares with, 0 what the
-               stage's own layer projects, not yet turned by positions, None none
+    attention      in which layer attention is measured: -1 the layer before the stage, 0 the stage's own, None: in none
+    rated          whether attention is the mean over those text tokens that `raters` names, not the last token's
+    hidden_states  whether the rule looks at hidden states, after the norm that ends the language model
+    keys           which keys it looks at, all heads side by side: -1 those of the layer before, with their position
+                   embeddings, 0 what the stage's own layer projects, without them, None: none
     """
 
     name: ClassVar[str]
@@ -58,15 +60,16 @@ class Rule(ABC):
     keys: ClassVar[int | None] = None
 
     @abstractmethod
-    def pick(self, sight: Sight, k: int) -> Tensor:
-        """Indices among the n, (k,) int64, sorted, for 0 <= k <= n."""
+    def select(self, signals: LayerSignals, k: int) -> Tensor:
+        """The k of the n tokens that stay: sorted indices among the n, (k,) int64, for 0 <= k <= n."""
 
     def raters(self, visual: Tensor, text: Tensor) -> Tensor:
-        """(m,) bool: whose attention counts, of the text behind the last image, (m, D), as the first layer gets it.
+        """(m,) bool: the text tokens whose attention counts, for a rule that is `rated`.
 
-        `visual` (N, D) are the prompt's visual tokens there. Where none is named, the prompt's last token it is.
+        text (m, D) are the tokens behind the last image and visual (N, D) the visual tokens, as the first layer gets
+        them. Where the rule names no token, the attention of the prompt's last token is taken.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is rated, and names no raters")
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,9 @@ class Attention(Rule):
     name: ClassVar[str] = "attention"
     attention: ClassVar[int | None] = -1
 
-    def pick(self, sight: Sight, k: int) -> Tensor:
-        assert sight.attention is not None
-        return top(sight.attention, k)
+    def select(self, signals: LayerSignals, k: int) -> Tensor:
+        assert signals.attention is not None
+        return top(signals.attention, k)
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class Region(Rule):
 
     name: ClassVar[str] = "region"
 
-    def pick(self, sight: Sight, k: int) -> Tensor:
-        return sight.within.nonzero()[:, 0]
+    def select(self, signals: LayerSignals, k: int) -> Tensor:
+        return signals.within.nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
@@ -109,36 +112,34 @@ class RegionAttention(Rule):
     name: ClassVar[str] = "region-attention"
     attention: ClassVar[int | None] = -1
 
-    def pick(self, sight: Sight, k: int) -> Tensor:
-        assert sight.attention is not None
-        return top(sight.attention + 2 * sight.within, k)  # attention is at most 1
+    def select(self, signals: LayerSignals, k: int) -> Tensor:
+        assert signals.attention is not None
+        return top(signals.attention + 2 * signals.within, k)  # attention is at most 1
 
 
 @dataclass(frozen=True)
 class Stage:
-    """At the input of a layer, counted from 0, all but `keep` of the visual tokens leave.
+    """At the input of a layer, counted from 0, all but the budgets of the visual tokens leave.
 
-    keep       how many stay, of each image, or of all together where it holds one number only
+    budgets    how many stay of each image, or of all together where it holds one number only
     positions  "original": what stays keeps its positions; "compact": it is numbered on from 0 from this layer on
     """
 
     layer: int
     rule: Rule
-    keep: tuple[int, ...]
+    budgets: tuple[int, ...]
     positions: str = "original"
 
     def to_json(self) -> dict[str, Any]:
         rule = {"name": self.rule.name, **asdict(self.rule)}
-        return {"layer": self.layer, "rule": rule, "keep": list(self.keep), "positions": self.positions}
+        return {"layer": self.layer, "rule": rule, "keep": list(self.budgets), "positions": self.positions}
 
     @classmethod
-    def from_json(cls, parts: dict[str, Any]) -> "Stage":
-        """Raises KeyError or TypeError for what is no stage of this version."""
-        from gridprune_cli.pruning.methods import RULES  # which stands on this module
-
-        options = dict(parts["rule"])
-        rule = RULES[options.pop("name")](**options)
-        return cls(parts["layer"], rule, tuple(parts["keep"]), parts["positions"])
+    def from_json(cls, fields: dict[str, Any], rules: Mapping[str, type[Rule]]) -> "Stage":
+        """The inverse of `to_json`, with rules by their names. Raises KeyError or TypeError for what is no stage."""
+        options = dict(fields["rule"])
+        rule = rules[options.pop("name")](**options)
+        return cls(fields["layer"], rule, tuple(fields["keep"]), fields["positions"])
 
 
 @dataclass(frozen=True)
@@ -156,22 +157,23 @@ class LayerSchedule:
         return {"stages": [stage.to_json() for stage in self.stages], "tokens": list(self.tokens), "mean": mean}
 
     @classmethod
-    def from_json(cls, parts: dict[str, Any]) -> "LayerSchedule":
-        return cls(tuple(Stage.from_json(stage) for stage in parts["stages"]), tuple(parts["tokens"]))
+    def from_json(cls, fields: dict[str, Any], rules: Mapping[str, type[Rule]]) -> "LayerSchedule":
+        """The inverse of `to_json`. Raises as `Stage.from_json`."""
+        return cls(tuple(Stage.from_json(stage, rules) for stage in fields["stages"]), tuple(fields["tokens"]))
 
     def __str__(self) -> str:
-        return ", ".join(f"{sum(stage.keep)} from layer {stage.layer} on" for stage in self.stages)
+        return ", ".join(f"{sum(stage.budgets)} from layer {stage.layer} on" for stage in self.stages)
 
 
 def plan(stages: Sequence[Stage], present: Sequence[int], depth: int) -> LayerSchedule:
-    """Stages with budgets no larger than what is there, for `present` tokens per image (or in all) and `depth` layers.
+    """The schedule of stages, their budgets cut to the tokens that are still there.
 
-    `present` must be as long as every stage's `keep`, layers below `depth` and ascending; of stages at the same layer
-    the last one counts.
+    `present` are the tokens that the language model receives, per image or in all, as each stage's budgets are; `depth`
+    is its number of layers. Layers ascend and are below `depth`; of stages at the same layer the last one counts.
     """
-    there, tokens, planned = tuple(present), [sum(present)] * depth, []
+    left, tokens, planned = tuple(present), [sum(present)] * depth, []
     for stage in {stage.layer: stage for stage in stages}.values():
-        there = tuple(min(k, n) for k, n in zip(stage.keep, there, strict=True))
-        tokens[stage.layer :] = [sum(there)] * (depth - stage.layer)
-        planned.append(Stage(stage.layer, stage.rule, there, stage.positions))
+        left = tuple(min(k, n) for k, n in zip(stage.budgets, left, strict=True))
+        tokens[stage.layer :] = [sum(left)] * (depth - stage.layer)
+        planned.append(Stage(stage.layer, stage.rule, left, stage.positions))
     return LayerSchedule(tuple(planned), tuple(tokens))

@@ -10,7 +10,7 @@ Box = tuple[int, int, int, int]  # inclusive x0, y0, x1, y1 on CROP's 8 x 8 grid
 
 @dataclass(frozen=True)
 class View:
-    """One tile of an encoding: its grid, and the part of the picture that the grid covers.
+    """One tile of an encoding: its grid of rows x cols tokens, and the part of the picture that the grid covers.
 
     `box` is `(left, top, right, bottom)` in fractions of the picture; it leaves 0..1 where the tile was padded.
     """
@@ -28,13 +28,13 @@ class View:
 class Signals:
     """One image and one question, as a method sees them. N visual tokens: the views in turn, each row-major.
 
-    relevance  (N,)  how much a token has to do with the question, in -1..1
-    saliency   (N,)  how much the vision tower attends to it, >= 0
-    region           the contextual region, or None for none
-    states  (N, C)   the tower's states
-    rows    (N, D)   what the language model receives
-    words   (M, D)   the language model's rows of the question's words, without stop words
-    by_words         whether relevance is that of words, not CLIP's
+    relevance           (N,)    how much a token has to do with the question, in -1..1
+    saliency            (N,)    how much the vision tower attends to it, >= 0
+    region                      the contextual region, or None where there is none
+    vision_features     (N, C)  what the vision tower gave
+    image_embeds        (N, D)  what the language model receives
+    question_embeds     (M, D)  the language model's embeddings of the question's tokens, without stop words
+    relevance_by_words          whether relevance is that of words, not CLIP's
     """
 
     views: tuple[View, ...]

@@ -6,37 +6,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-GRAIN = 2.0**32  # values are rounded to multiples of its inverse
+GRAIN = 2.0**32  # values are rounded to multiples of its inverse: far above float64's noise of a sum, far below a tie
 
 
 def cosines(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """Cosines of rows `a` (A, C) with rows `b` (B, C), or with each other: (A, B) float64 on the CPU.
+    """Cosines of vectors `a` (A, C) with vectors `b` (B, C), or with each other: (A, B) float64 on the CPU.
 
-    A row of zeros has cosine 0 with every row. Values are rounded to multiples of 2^-32: what a matrix product's own
-    rounding adds depends on where a row stands in it, and must not decide between tokens that are equal.
+    A vector of zeros has cosine 0 with every vector. Values are rounded to multiples of 2^-32: the rounding noise of a
+    matrix product depends on where a vector stands in the matrix, and must not decide between equal tokens.
     """
     product = _gram(_unit(a)) if b is None else _unit(a) @ _unit(b).T
     return product.mul_(GRAIN).round_().div_(GRAIN).cpu()
 
 
-def _unit(rows: Tensor) -> Tensor:
-    """Rows of length 1 in float64."""
-    return normalize(precise(rows), dim=-1)
+def _unit(vectors: Tensor) -> Tensor:
+    """Vectors (n, C) brought to length 1, in float64."""
+    return normalize(precise(vectors), dim=-1)
 
 
-def precise(rows: Tensor) -> Tensor:
-    """Rows in float64, where they lie; on the CPU where their device has no float64."""
-    return (rows.cpu() if rows.device.type == "mps" else rows).double()
+def precise(vectors: Tensor) -> Tensor:
+    """Vectors in float64, on their own device; on the CPU where that has no float64."""
+    return (vectors.cpu() if vectors.device.type == "mps" else vectors).double()
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """`rows @ rows.T` in strips, up to the diagonal only: the rest is the same again."""
-    count = len(rows)
-    product = rows.new_empty(count, count)
+def _gram(vectors: Tensor) -> Tensor:
+    """`vectors @ vectors.T` (n, n), computed in strips up to the diagonal, since the rest mirrors them."""
+    count = len(vectors)
+    product = vectors.new_empty(count, count)
     height = max(128, -(-count // 4))
     for start in range(0, count, height):
         end = min(start + height, count)
-        strip = rows[start:end] @ rows[:end].T
+        strip = vectors[start:end] @ vectors[:end].T
         product[start:end, :end] = strip
         product[:end, start:end] = strip.T
     return product
@@ -64,10 +64,10 @@ def cover(likeness: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
         column = likeness[:, token]
         better = (column > best).nonzero()[:, 0]
         old, new = best[better], column[better]
-        rows = likeness.index_select(0, better)
-        torch.maximum(rows, old[:, None], out=rows)
-        torch.minimum(rows, new[:, None], out=rows)
-        gain -= rows.sum(0) - old.sum()
+        lost = likeness.index_select(0, better)  # what the other tokens no longer add
+        torch.maximum(lost, old[:, None], out=lost)
+        torch.minimum(lost, new[:, None], out=lost)
+        gain -= lost.sum(0) - old.sum()
         best[better] = new
     return order
 

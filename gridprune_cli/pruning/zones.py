@@ -16,7 +16,7 @@ class Zones:
     """How the views are cut. Zones are numbered row-major within a view, and on from one view to the next."""
 
     views: tuple[View, ...]
-    grids: tuple[tuple[int, int], ...]  # rows and columns of zones, per view
+    grids: tuple[tuple[int, int], ...]  # how many rows and columns of zones each view has
 
     @property
     def count(self) -> int:
@@ -46,12 +46,12 @@ def zone_index(views: tuple[View, ...], size: int | tuple[int, int]) -> tuple[Te
         raise ValueError(f"a zone is at least 1 token high and wide, not {height} x {width}")
     grids = tuple((-(-view.rows // height), -(-view.cols // width)) for view in views)
     zones = Zones(tuple(views), grids)
-    parts, first = [], 0
+    numbers, first = [], 0
     for view, (rows, cols) in zip(views, grids, strict=True):
         row, col = _zone_along(view.rows, rows), _zone_along(view.cols, cols)
-        parts.append((first + row[:, None] * cols + col).flatten())
+        numbers.append((first + row[:, None] * cols + col).flatten())
         first += rows * cols
-    return torch.cat(parts), zones
+    return torch.cat(numbers), zones
 
 
 def _borders(length: int, zones: int) -> list[tuple[int, int]]:

@@ -158,7 +158,7 @@ class ImageRunner:
                 del data  # preparing takes the most memory
         except Exception as error:
             return Reading(source, name, _named(name, as_error(error)))
-        if not (several and family.together):
+        if not (several and family.encodes_multi_image):
             family.prepare(picture.image)
         return Reading(source, name, picture)
 

@@ -116,7 +116,7 @@ class Runner:
             except GridpruneError as error:
                 yield index, error
                 continue
-            by_encoding.setdefault(self.family.together and len(request.images) > 1, []).append(index)
+            by_encoding.setdefault(self.family.encodes_multi_image and len(request.images) > 1, []).append(index)
         with self.stopwatch.measure("load"):
             self._load_signals([requests[index] for indices in by_encoding.values() for index in indices])
         # 3. images through the tower, and requests pruned as soon as theirs are there

@@ -112,7 +112,7 @@ class Ray:
         if not items:
             return
         device = runner.family.device
-        if runner.family.spread or device not in ("cpu", "cuda"):
+        if runner.family.sharded or device not in ("cpu", "cuda"):
             raise BadInput(
                 "with `engine=ray`, auto, cpu or cuda; a worker has one device", field="device", value=device
             )

@@ -1,5 +1,6 @@
 """The model families that this package knows, by the `model_type` of their config.json."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from gridprune_cli.errors import BadInput
@@ -12,16 +13,17 @@ if TYPE_CHECKING:
 
 
 def find_supported(
-    model: str, revision: str | None = None, *, flag: str = "--model", store: "Store | None" = None
+    model: str, revision: str | None = None, *, field: str = "model", store: "Store | None" = None
 ) -> Checkpoint:
     """The checkpoint of a name, as `find`. Raises BadInput also where config.json tells that it can't be used."""
-    checkpoint = find(model, revision, flag=flag, store=store)
+    checkpoint = find(model, revision, field=field, store=store)
     try:
         reason = unsupported(checkpoint.config)
     except (AttributeError, TypeError) as fault:  # a text where an object is meant, and the like
-        raise BadInput(f"{flag} {model}: config.json holds a value of the wrong kind ({fault}); mend it") from fault
+        reason = f"config.json holds a value of the wrong kind ({fault}); mend it"
+        raise BadInput(reason, field=field, value=model) from fault
     if reason:
-        raise BadInput(f"{flag} {model}: {reason}")
+        raise BadInput(reason, field=field, value=model)
     return checkpoint
 
 
@@ -34,39 +36,43 @@ def open_model(
     clip: str | None = None,
     relevance: str = "auto",
     store: "Store | None" = None,
-    flag: str = "--model",
+    field: str = "model",
 ) -> "Family":
     """The adapter of a model by name. A hub model is fetched where it is not here; nothing is loaded.
 
     A CLIP that is named is looked at, and fetched, before the model is; another one once relevance is needed. Raises
-    BadInput, naming the flag, for unknown names and what is not supported, and for a device, dtype or source of
-    relevance that can't be used, all by config.json; GridpruneError where the hub can't be asked.
+    BadInput, naming the setting `field`, for unknown names and what is not supported, and for a device, dtype or source
+    of relevance that can't be used, all by config.json; GridpruneError where the hub can't be asked.
     """
-    from importlib import import_module
-
     from gridprune_cli.vlm.placement import place
 
-    checkpoint = find_supported(model, revision, flag=flag, store=store)
+    checkpoint = find_supported(model, revision, field=field, store=store)
     format = quantization(checkpoint.config)
     if format and format.stored_dtype:
         if dtype not in ("auto", checkpoint.stored):
             raise BadInput(
-                f"--dtype {dtype}: {model} is quantised as {format.name}, and computes in {checkpoint.stored}, as its "
-                "other weights are stored; leave --dtype out"
+                f"{model} is quantised as {format.name}, and computes in {checkpoint.stored}, as its other weights are "
+                "stored; leave `dtype` out",
+                field="dtype",
+                value=dtype,
             )
         dtype = checkpoint.stored
     placed = place(device, dtype, model, checkpoint.stored)
     if format and (lack := format.lacks(placed.device.partition(":")[0])):
-        raise BadInput(f"{flag} {model}: {lack}")
-    module = import_module(f"gridprune_cli.vlm.{checkpoint.family}")
-    kind = getattr(module, FAMILIES[checkpoint.family])
-    family: Family = kind(checkpoint, placed.dtype, placed.device, spread=placed.spread, relevance=relevance)
+        raise BadInput(lack, field=field, value=model)
+    adapter = family_class(checkpoint.family)
+    family = adapter(checkpoint, placed.dtype, placed.device, sharded=placed.sharded, relevance=relevance)
     if clip:
         if relevance == "words":
-            raise BadInput(f"--clip {clip}: not with --relevance words; leave one of them out")
+            raise BadInput("not with `relevance=words`; leave one of them out", field="clip", value=clip)
         family.clip = find_clip(checkpoint, clip)
-    checkpoint.complete(flag)
+    checkpoint.complete(field)
     return family
 
 
-__all__ = ["FAMILIES", "Checkpoint", "find", "find_supported", "open_model"]
+def family_class(model_type: str) -> "type[Family]":
+    """The adapter of a family. Its module is imported only now, with the model's code in transformers."""
+    return getattr(import_module(f"gridprune_cli.vlm.{model_type}"), FAMILIES[model_type].adapter)
+
+
+__all__ = ["FAMILIES", "Checkpoint", "family_class", "find", "find_supported", "open_model"]

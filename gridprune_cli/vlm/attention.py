@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_watched"
-_SCORES = 1 << 26  # held at a time, 256 MiB: a batch of large pictures' squares of attention would not fit
+_MAX_SCORES = 1 << 26  # attention scores held at a time, 256 MiB: a batch of large pictures' would not fit
 
 
 def _watched(
@@ -26,24 +26,24 @@ def _watched(
     if record is not None:
         queries = query[:, :, :1] if module.gridprune_cls else query
         total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
-        step = max(1, _SCORES // (key.shape[0] * key.shape[1] * key.shape[2]))  # queries
+        step = max(1, _MAX_SCORES // (key.shape[0] * key.shape[1] * key.shape[2]))  # queries
         for start in range(0, queries.shape[2], step):
-            part = queries[:, :, start : start + step]
-            # a product of matrices with one row rounds by what else is in the batch; an image's entry must not
-            product = (part * key).sum(-1)[:, :, None] if module.gridprune_cls else part @ key.transpose(-1, -2)
+            chunk = queries[:, :, start : start + step]
+            # a matrix product with one row is rounded by what else is in the batch, which must not change an image's
+            product = (chunk * key).sum(-1)[:, :, None] if module.gridprune_cls else chunk @ key.transpose(-1, -2)
             scores = (product * kwargs["scaling"]).float()
             if attention_mask is not None:  # true where a query may look
-                scores = scores.masked_fill(~attention_mask[:, :, start : start + part.shape[2]], -torch.inf)
+                scores = scores.masked_fill(~attention_mask[:, :, start : start + chunk.shape[2]], -torch.inf)
             total += scores.softmax(-1).mean(1).sum(1)
         record.append(total / queries.shape[2])
-    rows: list[Tensor] | None = getattr(module, "gridprune_rows", None)
-    if rows is not None:
-        rows.append(_row(module, query, key, attention_mask, kwargs["scaling"]))
+    weighted: list[Tensor] | None = getattr(module, "gridprune_weighted", None)
+    if weighted is not None:
+        weighted.append(_weighted_attention(module, query, key, attention_mask, kwargs["scaling"]))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _row(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention of the watched queries to each key `(B, keys)`, float32, mean over heads; heads may share a key."""
+def _weighted_attention(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention of the weighted queries to each key `(B, keys)`, float32, mean over heads; heads may share a key."""
     places, count = module.gridprune_weight.any(0).nonzero()[:, 0], key.shape[2]
     queries = query[:, :, places].unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     scores = (queries @ key.transpose(-1, -2) * scaling).float().unflatten(2, (-1, len(places)))
@@ -51,12 +51,15 @@ def _row(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, scaling: 
         scores = scores.masked_fill(~mask[:, :, None, places], -torch.inf)
     elif module.is_causal:
         scores = scores.masked_fill(torch.arange(count, device=places.device) > places[:, None], -torch.inf)
-    return _weighed(scores.softmax(-1).mean((1, 2)), module.gridprune_weight[:, places])
+    return _weighted_sum(scores.softmax(-1).mean((1, 2)), module.gridprune_weight[:, places])
 
 
-def _weighed(rows: Tensor, weight: Tensor) -> Tensor:
-    """Sums of rows (B, r, keys) by weight (B, r). Rows of no weight don't count; of padding they are not finite."""
-    return (rows.masked_fill(weight[..., None] == 0, 0) * weight[..., None]).sum(1)
+def _weighted_sum(attention: Tensor, weight: Tensor) -> Tensor:
+    """Sums `(B, keys)` of the attention of queries `(B, q, keys)` by their weights `(B, q)`.
+
+    Queries of weight 0 don't count, also where their attention is not finite, as that of padding.
+    """
+    return (attention.masked_fill(weight[..., None] == 0, 0) * weight[..., None]).sum(1)
 
 
 AttentionInterface.register(NAME, _watched)
@@ -85,21 +88,21 @@ def watch_queries(attention: nn.Module, weight: Tensor) -> Iterator[list[Tensor]
     Summed over the queries of a prompt by `weight` `(B, queries)`, float32, on the device of the module. The language
     model must run with the attention implementation `NAME`, or eager.
     """
-    rows: list[Tensor] = []
+    record: list[Tensor] = []
     if attention.config._attn_implementation == "eager":  # type: ignore[union-attr]
 
         def read(_module: nn.Module, _args: Any, out: tuple[Tensor, Tensor]) -> None:
             places = weight.any(0).nonzero()[:, 0]
-            rows.append(_weighed(out[1][:, :, places].float().mean(1), weight[:, places]))
+            record.append(_weighted_sum(out[1][:, :, places].float().mean(1), weight[:, places]))
 
         handle = attention.register_forward_hook(read)
         try:
-            yield rows
+            yield record
         finally:
             handle.remove()
     else:
-        attention.gridprune_rows, attention.gridprune_weight = rows, weight  # type: ignore[assignment]
+        attention.gridprune_weighted, attention.gridprune_weight = record, weight  # type: ignore[assignment]
         try:
-            yield rows
+            yield record
         finally:
-            del attention.gridprune_rows, attention.gridprune_weight
+            del attention.gridprune_weighted, attention.gridprune_weight

@@ -14,10 +14,10 @@ from gridprune_cli.vlm.support import quantization, unsupported
 class CachedModel:
     """A snapshot of a hub model.
 
-    name    by which `--model` finds it
+    name    by which it is found as a `model`
     family  the model_type of its config.json, where it has one
     bytes   of its files
-    reason  why it can't be named after `--model`; empty where it can
+    reason  why it can't be used as a `model`; empty where it can
     """
 
     name: str
@@ -55,10 +55,10 @@ def _look_into(name: str, folder: Path, commit: str, size: int) -> CachedModel:
     except (OSError, ValueError, KeyError, TypeError):
         return CachedModel(name, None, size, "its config.json can't be read, or names no model_type")
     if family == "clip":
-        reason = "a CLIP, for relevance alone: name it after --clip"
+        reason = "a CLIP, for relevance alone: name it as `clip`"
     else:
         try:
-            reason = unsupported(checkpoint.config) or checkpoint._lacks()
+            reason = unsupported(checkpoint.config) or checkpoint.lacks()
             if not reason and (stored := quantization(checkpoint.config)):
                 from gridprune_cli.vlm.placement import place  # loads torch, which the others do without
 

@@ -78,8 +78,8 @@ class Checkpoint:
     def stored(self) -> str:
         """The dtype of its weights, as its config says; older ones call it `torch_dtype`, and some say it per part."""
         for config in (self.config, self.config.get("text_config") or {}):
-            if found := config.get("dtype") or config.get("torch_dtype"):
-                return found
+            if dtype := config.get("dtype") or config.get("torch_dtype"):
+                return dtype
         return "float32"
 
     @property
@@ -92,18 +92,22 @@ class Checkpoint:
         """Name and commit of a hub model, whose files never change; for a folder a digest of its files."""
         return f"hub:{self.repo}@{self.commit}" if self.commit else identify_folder(self.folder, self.store)
 
-    def complete(self, flag: str = "--model") -> "Checkpoint":
-        """Fetches what is missing of a hub model. Raises BadInput where there are no weights that may be read."""
+    def complete(self, field: str | None = "model") -> "Checkpoint":
+        """Fetches what is missing of a hub model. Raises BadInput where there are no weights that may be read.
+
+        `field` is the setting that named it, which errors name too; None where it was not named, as a known CLIP.
+        """
         if self.commit:
-            hub.fetch(self.repo, self.commit, flag, bars=bool(self._lacks()))
+            subject = _subject(self.repo, field)
+            hub.fetch(self.repo, self.commit, subject, bars=bool(self.lacks()))
             if not any(path.suffix == SAFE for path in weight_files(self.folder)):  # the repository has none
-                hub.fetch(self.repo, self.commit, flag, bars=bool(self._lacks()), patterns=hub.PICKLED)
-        if lacks := self._lacks():
-            raise BadInput(f"{flag} {self.name}: {lacks}")
+                hub.fetch(self.repo, self.commit, subject, bars=bool(self.lacks()), patterns=hub.PICKLED)
+        if lacks := self.lacks():
+            raise BadInput(lacks, **_subject(self.name, field))
         return self
 
-    def _lacks(self) -> str:
-        """What is wrong with the weights on disk."""
+    def lacks(self) -> str:
+        """What is wrong with the weights on disk; empty where nothing is."""
         if (self.folder / "adapter_config.json").is_file():
             return "has an adapter (adapter_config.json), and adapters are not applied; merge it into the weights first"
         paths = weight_files(self.folder)
@@ -118,11 +122,16 @@ class Checkpoint:
         return ""
 
 
-def find(model: str, revision: str | None = None, *, flag: str = "--model", store: "Store | None" = None) -> Checkpoint:
+def _subject(name: str, field: str | None) -> dict[str, str]:
+    """How an error names a checkpoint: by the setting that did, or as the CLIP that nobody named."""
+    return {"field": field, "value": name} if field else {"place": f"the CLIP {name}"}
+
+
+def find(model: str, revision: str | None = None, *, field: str = "model", store: "Store | None" = None) -> Checkpoint:
     """The checkpoint of a name: `scenes`, a folder, or a hub name, `owner/name` or `owner/name@revision`.
 
-    Of a hub model only config.json is fetched; `complete` fetches the rest. Raises BadInput, naming the flag, where
-    there is no such model, and GridpruneError where the hub can't be asked.
+    Of a hub model only config.json is fetched; `complete` fetches the rest. Raises BadInput, naming the setting
+    `field`, where there is no such model, and GridpruneError where the hub can't be asked.
     """
     embedded = {EMBEDDED: CHECKPOINT, EMBEDDED_LOCALIZER: LOCALIZER}.get(model)
     folder = embedded or Path(os.path.expanduser(model))
@@ -130,20 +139,22 @@ def find(model: str, revision: str | None = None, *, flag: str = "--model", stor
     commit = None
     if embedded is None and hub.is_name(repo) and not os.path.exists(folder):
         if revision and named and revision != named:
-            raise BadInput(f"--revision {revision}: {flag} {model} names another one")
+            raise BadInput(f"`{field}={model}` names another one", field="revision", value=revision)
         revision = revision or named or None
-        folder = hub.locate(repo, revision, flag)
+        folder = hub.locate(repo, revision, _subject(repo, field))
         model, commit = f"{repo}@{revision}" if revision else repo, folder.name
     elif revision:
-        raise BadInput(f"--revision {revision}: only models from the hub have revisions, {flag} {model} is a folder")
+        reason = f"only models from the hub have revisions, `{field}={model}` is a folder"
+        raise BadInput(reason, field="revision", value=revision)
     if not os.path.isfile(folder / "config.json"):
-        raise BadInput(f"{flag} {model}: no folder with a config.json; `gridprune models` lists what can be named")
+        reason = "no folder with a config.json; `gridprune models` lists what can be named"
+        raise BadInput(reason, field=field, value=model)
     try:
         checkpoint = Checkpoint(model, folder, commit, store)
         if not isinstance(checkpoint.config, dict) or not isinstance(checkpoint.family, str):
             raise ValueError("not an object with a text as model_type")
     except (ValueError, KeyError, RecursionError) as fault:
-        raise BadInput(f"{flag} {model}: config.json names no model_type ({fault})") from fault
+        raise BadInput(f"config.json names no model_type ({fault})", field=field, value=model) from fault
     return checkpoint
 
 
@@ -154,21 +165,22 @@ def find_clip(checkpoint: Checkpoint, named: str | None = None) -> Checkpoint:
     fetched where it is not here. Raises BadInput where there is none of these, or it can't be the tower's.
     """
     if checkpoint.clip_tower is None:
-        raise BadInput(f"--clip {named}: the tower of {checkpoint.name} is no CLIP; leave --clip out")
+        reason = f"the tower of {checkpoint.name} is no CLIP; leave `clip` out"
+        raise BadInput(reason, field="clip", value=named)
     if named:
-        clip = find(named, flag="--clip", store=checkpoint.store)
-        _check_clip(clip, checkpoint, f"--clip {named}")
-        return clip.complete("--clip")
+        clip = find(named, field="clip", store=checkpoint.store)
+        _check_clip(clip, checkpoint, _subject(named, "clip"))
+        return clip.complete("clip")
     if (checkpoint.folder / "clip" / "config.json").is_file():
         clip = Checkpoint(f"{checkpoint.name}/clip", checkpoint.folder / "clip", store=checkpoint.store)
-        _check_clip(clip, checkpoint, clip.name)
+        _check_clip(clip, checkpoint, {"place": clip.name})
         return clip.complete()
     tower = checkpoint.clip_tower.to_dict()
     repo = next((name for name, sizes in _KNOWN_TOWERS.items() if sizes.items() <= tower.items()), None)
     if repo is None:
         raise BadInput(
-            f"{checkpoint.name}: which CLIP its tower was taken from is not known; name it as --clip, or take "
-            "--relevance words"
+            "which CLIP its tower was taken from is not known; name it as `clip`, or take `relevance=words`",
+            place=checkpoint.name,
         )
     return _known_clip(repo)
 
@@ -176,28 +188,29 @@ def find_clip(checkpoint: Checkpoint, named: str | None = None) -> Checkpoint:
 def _known_clip(repo: str) -> Checkpoint:
     """A CLIP on the hub. What lies whole in the hub's cache is taken as it is, without asking whether it changed."""
     try:
-        folder = hub.locate(repo, None, "the CLIP", cached=True)
+        folder = hub.locate(repo, None, _subject(repo, None), cached=True)
         clip = Checkpoint(repo, folder, folder.name)
-        if not clip._lacks() and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        if not clip.lacks() and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             return clip
     except GridpruneError:  # not here yet
         pass
     try:
-        folder = hub.locate(repo, None, "the CLIP")
-        return Checkpoint(repo, folder, folder.name).complete("the CLIP")
+        folder = hub.locate(repo, None, _subject(repo, None))
+        return Checkpoint(repo, folder, folder.name).complete(None)
     except GridpruneError as fault:
         unreachable = isinstance(fault.__cause__, LocalEntryNotFoundError)
         kind = BadInput if unreachable else type(fault)
         raise kind(
-            f"{fault}; relevance comes from it: go online without HF_HUB_OFFLINE, name a copy as --clip FOLDER, or "
-            "take --relevance words"
+            f"{fault.reason}; relevance comes from it: go online without HF_HUB_OFFLINE, name a copy as `clip`, or "
+            "take `relevance=words`",
+            place=fault.place,
         ) from fault
 
 
-def _check_clip(clip: Checkpoint, checkpoint: Checkpoint, name: str) -> None:
-    """Raises BadInput, beginning with a name, where the tower of a model can't have been taken from a CLIP."""
+def _check_clip(clip: Checkpoint, checkpoint: Checkpoint, subject: dict[str, str]) -> None:
+    """Raises BadInput, about a subject, where the tower of a model can't have been taken from a CLIP."""
     if clip.family != "clip":
-        raise BadInput(f"{name}: model type {clip.family!r} is no CLIP with a text tower; name another")
+        raise BadInput(f"model type {clip.family!r} is no CLIP with a text tower; name another", **subject)
     from transformers import AutoConfig
 
     config, tower = AutoConfig.from_pretrained(clip.folder, local_files_only=True), checkpoint.clip_tower
@@ -209,6 +222,7 @@ def _check_clip(clip: Checkpoint, checkpoint: Checkpoint, name: str) -> None:
     for size, (its, needed) in pairs.items():
         if its != needed:
             raise BadInput(
-                f"{name}: can't be the CLIP of this tower: its {size} is {its}, that of {checkpoint.name} {needed}; "
-                "name the CLIP that the tower was taken from as --clip, or take --relevance words"
+                f"can't be the CLIP of this tower: its {size} is {its}, that of {checkpoint.name} {needed}; "
+                "name the CLIP that the tower was taken from as `clip`, or take `relevance=words`",
+                **subject,
             )

@@ -2,8 +2,8 @@
 
     r_i = cos( W_v LN_post(h_i), W_t t_EOS(Q) )
 
-h_i is the patch's penultimate-layer state, LN_post and W_v CLIP's own image head (GridPrune, arXiv 2511.10081;
-CLIP applies that head to the CLS token only).
+h_i is the patch's hidden state of the penultimate layer, LN_post and W_v CLIP's own image head (GridPrune, arXiv
+2511.10081; CLIP applies that head to the CLS token only).
 """
 
 from collections.abc import Iterable
@@ -21,9 +21,9 @@ from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.loading import load_part
 from gridprune_cli.vlm.weights import tensors
 
+_TEXTS = 8192  # questions whose vectors are held: 25 MB at 768 numbers each
+_BATCH = 64  # texts that the text tower reads at once
 # all of the vision tower but its last layer norm
-_TEXTS = 8192  # questions whose vectors are kept
-_BATCH = 64  # and that are read at once
 _WITHOUT = tuple(f"vision_model.{name}" for name in ("embeddings", "pre_layrnorm", "encoder"))
 # weights of a tower that are compared with its CLIP's: few, of its start and its middle, so that it costs no time
 _COMPARED = tuple(f"{n}.weight" for n in ("patch_embedding", "layers.0.self_attn.q_proj", "layers.{}.self_attn.q_proj"))
@@ -59,7 +59,7 @@ class ClipRelevance:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._texts: dict[str, Tensor] = {}
-        self._last: tuple[Tensor, Tensor] | None = None  # states, and their patches in CLIP's space
+        self._last: tuple[Tensor, Tensor] | None = None  # vision features, and their patches in CLIP's space
 
     @cached_property
     def model(self) -> Any:
@@ -75,29 +75,29 @@ class ClipRelevance:
 
     @torch.inference_mode()
     def __call__(self, vision_features: Tensor, question: str) -> Tensor:
-        """Cosines of patch states `(N, C)` with the question, `(N,)` float32 on the CPU.
+        """Cosines of patches' features `(N, C)` with the question, `(N,)` float32 on the CPU.
 
-        Raises BadInput where the states are no states of this CLIP's tower.
+        Raises BadInput where the features are not of the width of this CLIP's tower.
         """
-        if (
-            self._last is None or self._last[0] is not vision_features
-        ):  # an image is often asked about several times in a row
+        if self._last is None or self._last[0] is not vision_features:  # an image has often several questions in turn
             self._last = vision_features, self._patches(vision_features)
         return (self._last[1] @ self._text(question).T).mean(1).cpu()
 
     def _patches(self, vision_features: Tensor) -> Tensor:
-        """Unit vectors `(N, D)` of patch states."""
+        """Unit vectors `(N, D)` of patches' features, in CLIP's common space."""
         head = self.model.vision_model.post_layernorm
         if vision_features.shape[1] != len(head.weight):
             raise BadInput(
-                f"--clip {self.checkpoint.name}: its tower gives rows of {len(head.weight)}, the model's of "
-                f"{vision_features.shape[1]}; name the CLIP that the model's tower was taken from"
+                f"its tower gives {len(head.weight)} numbers per patch, the model's {vision_features.shape[1]}; name "
+                "the CLIP that the model's tower was taken from",
+                field="clip",
+                value=self.checkpoint.name,
             )
         patches = self.model.visual_projection(head(vision_features.to(self.device, self.dtype)))
         return normalize(patches.float(), dim=-1)
 
     def _text(self, question: str) -> Tensor:
-        """Unit vectors `(pieces, D)` of a question; kept, since one question is often asked of many images."""
+        """Unit vectors `(pieces, D)` of a question; cached, since one question is often asked of many images."""
         if question not in self._texts:
             self.read([question])
         return self._texts[question]
@@ -122,11 +122,11 @@ class ClipRelevance:
         vectors: dict[str, list[Tensor]] = {}
         for pieces in lengths.values():
             for start in range(0, len(pieces), _BATCH):
-                part = pieces[start : start + _BATCH]
-                ids = torch.tensor([piece for _, piece in part], device=self.device)
-                read = normalize(self.model.get_text_features(ids).pooler_output.float(), dim=-1)
-                for (question, _), vector in zip(part, read, strict=True):
+                batch = pieces[start : start + _BATCH]
+                ids = torch.tensor([piece for _, piece in batch], device=self.device)
+                embeds = normalize(self.model.get_text_features(ids).pooler_output.float(), dim=-1)
+                for (question, _), vector in zip(batch, embeds, strict=True):
                     vectors.setdefault(question, []).append(vector)
-        self._texts |= {question: torch.stack(own) for question, own in vectors.items()}
+        self._texts |= {question: torch.stack(of_pieces) for question, of_pieces in vectors.items()}
         for question in list(self._texts)[:-_TEXTS]:
             del self._texts[question]

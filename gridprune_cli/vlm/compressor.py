@@ -1,8 +1,8 @@
 """The trained compressor that a checkpoint may have beside it, after CROP's PLC (arXiv 2505.21233).
 
-It starts from the states that pooling gives and adds what it was trained to add: each row looks, by cross-attention, at
-all tokens of its own side of the region's border. Rows inside ask with their anchor's state; rows outside ask with a
-learnable query on top of it. CROP's layers and sizes are not public; these are ours.
+It starts from the features that pooling gives and adds what it was trained to add: each kept token looks, by
+cross-attention, at all tokens on its own side of the region's border. The query of a token inside comes from its pooled
+features; one outside has a learnable query on top of that. CROP's layers and sizes are not public; these are ours.
 """
 
 from pathlib import Path
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from gridprune_cli.errors import GridpruneError
 
 FILE = "compressor.safetensors"
-HEAD = 32  # width of an attention head
-QUERIES = 16
-_SPREAD = 10.0  # relevance is a cosine; times this it is about as large as a state's normed features
+HEAD = 32  # width of an attention head; with QUERIES ours, since CROP's are not public
+QUERIES = 16  # learnable ones
+_RELEVANCE_SCALE = 10.0  # relevance is a cosine; times this it is about as large as normed features are
 
 
 class Compressor(nn.Module):
     """One layer of cross-attention and one of a feed-forward network, each added to its input, `width` wide.
 
-    `width`, that of a state, is a multiple of 32, the width of an attention head.
+    `width`, that of vision features, is a multiple of 32, the width of an attention head.
 
     The last weights of both start as zero, so that an untrained compressor gives back what pooling gave.
     """
@@ -47,21 +47,21 @@ class Compressor(nn.Module):
     def forward(
         self, vision_features: Tensor, relevance: Tensor, within: Tensor, pooled: Tensor, inside: Tensor
     ) -> Tensor:
-        """States of the rows `(B, K, C)`.
+        """The features of the kept tokens, `(B, K, C)`.
 
-        states (B, N, C), relevance (B, N) and within (B, N) bool are of all tokens; pooled (B, K, C) are the rows'
-        states after pooling, and inside (B, K) bool tells which rows' anchors lie in the region. The j-th row outside
-        takes the j-th query, and starts again behind the last one.
+        vision_features (B, N, C), relevance (B, N) and within (B, N) bool are of all tokens; pooled (B, K, C) are those
+        of the kept tokens after pooling, and inside (B, K) bool tells which of these lie in the region. The j-th kept
+        token outside takes the j-th query, and the first again behind the last one.
         """
-        tokens = torch.cat([self.norm_tokens(vision_features), _SPREAD * relevance[..., None]], dim=-1)
+        tokens = torch.cat([self.norm_tokens(vision_features), _RELEVANCE_SCALE * relevance[..., None]], dim=-1)
         turn = ((~inside).long().cumsum(1) - 1).clamp(min=0) % QUERIES
-        asked = self.ask(self.norm_rows(pooled)) + self.queries[turn] * ~inside[..., None]
-        key, value = self.tell(tokens).chunk(2, dim=-1)
-        asked, key, value = (x.unflatten(-1, (-1, HEAD)).transpose(1, 2) for x in (asked, key, value))
+        query = self.ask(self.norm_rows(pooled)) + self.queries[turn] * ~inside[..., None]  # (B, K, C)
+        key, value = self.tell(tokens).chunk(2, dim=-1)  # (B, N, C)
+        query, key, value = (x.unflatten(-1, (-1, HEAD)).transpose(1, 2) for x in (query, key, value))
         same = (inside[:, :, None] == within[:, None])[:, None]  # (B, 1, K, N)
-        seen = F.scaled_dot_product_attention(asked, key, value, attn_mask=same)
-        rows = pooled + self.out(seen.transpose(1, 2).flatten(2))
-        return rows + self.narrow(F.gelu(self.wide(self.norm_out(rows))))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=same)
+        out = pooled + self.out(attended.transpose(1, 2).flatten(2))  # (B, K, C)
+        return out + self.narrow(F.gelu(self.wide(self.norm_out(out))))
 
 
 def save_compressor(compressor: Compressor, folder: Path) -> None:
@@ -78,5 +78,5 @@ def load_compressor(folder: Path) -> Compressor:
         compressor.load_state_dict(weights)
     except (OSError, SafetensorError, KeyError, RuntimeError) as fault:
         first = (str(fault).splitlines() or [""])[0]
-        raise GridpruneError(f"{folder / FILE}: can't be loaded ({first}); fetch it again") from fault
+        raise GridpruneError(f"can't be loaded ({first}); fetch it again", place=str(folder / FILE)) from fault
     return compressor.float().eval()

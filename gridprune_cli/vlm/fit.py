@@ -1,4 +1,4 @@
-"""Whether a pruned set fits a model: rows made for one language model mean nothing to another."""
+"""Whether a pruned set fits a model: image embeds made for one language model mean nothing to another."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         if not any(word in name for word in _ELSEWHERE)
     }
     if not samples:
-        raise GridpruneError(f"{checkpoint.folder}: no language model among its weights")
+        raise GridpruneError("no language model among its weights", place=str(checkpoint.folder))
     lines = [json.dumps(config, sort_keys=True), *(samples[name] for name in sorted(samples))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -1,6 +1,6 @@
 """Gemma 3: a SigLIP tower over the picture stretched to a square, its patches averaged to 16 x 16 visual tokens.
 
-The averages are what is stored: the rest of the projector works row by row, and its rows are longer.
+The averages are what is stored: the rest of the projector works token by token, and what it gives is wider.
 
 The tokens of an image see each other in both directions, so the model is told which they are. Most layers look back
 over a sliding window of the prompt as it is: where tokens were dropped it reaches further back than it did. So a pruned
@@ -23,6 +23,7 @@ from gridprune_cli.vlm.paligemma import PaliGemma
 class Gemma3(PaliGemma):
     model_class: ClassVar = Gemma3ForConditionalGeneration
     processor_class = Gemma3Processor
+    vllm = "vLLM takes no image embeds in place of its pictures"
 
     write_text = Family.write_text
 

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,18 +35,21 @@ def is_name(text: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", text, re.ASCII) is not None
 
 
-def locate(name: str, revision: str | None, flag: str, *, cached: bool = False) -> Path:
+def locate(name: str, revision: str | None, subject: Mapping[str, str], *, cached: bool = False) -> Path:
     """The snapshot's folder, named by its commit, with config.json in it; the rest may not be there yet.
 
-    `cached` looks in the hub's cache alone. Raises BadInput or GridpruneError, naming the flag, where there is none.
+    `cached` looks in the hub's cache alone. Raises BadInput or GridpruneError where there is none; `subject` says what
+    they are about, as arguments of theirs.
     """
-    with _told(name, revision, flag), _bars(False), _unbroken():
+    with _explained(name, revision, subject), _bars(False), _unbroken():
         return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=cached)).parent
 
 
-def fetch(name: str, commit: str, flag: str, *, bars: bool, patterns: tuple[str, ...] = PATTERNS) -> None:
+def fetch(
+    name: str, commit: str, subject: Mapping[str, str], *, bars: bool, patterns: tuple[str, ...] = PATTERNS
+) -> None:
     """Fetches what is missing of a snapshot. Raises as `locate` does."""
-    with _told(name, commit, flag), _bars(bars), _unbroken():
+    with _explained(name, commit, subject), _bars(bars), _unbroken():
         try:
             _stoppable(
                 lambda bar: snapshot_download(name, revision=commit, allow_patterns=list(patterns), tqdm_class=bar)
@@ -107,33 +110,36 @@ def _inode(stat: os.stat_result) -> tuple[int, int]:
 
 
 @contextmanager
-def _told(name: str, revision: str | None, flag: str) -> Iterator[None]:
+def _explained(name: str, revision: str | None, subject: Mapping[str, str]) -> Iterator[None]:
+    """Makes one line of what the client raises, about a subject."""
     try:
         yield
     except GatedRepoError as fault:
         raise BadInput(
-            f"{flag} {name}: needs a licence accepted; do so at {constants.ENDPOINT}/{name}, then log in with "
-            "`hf auth login` or set HF_TOKEN"
+            f"needs a licence accepted; do so at {constants.ENDPOINT}/{name}, then log in with `hf auth login` or set "
+            "HF_TOKEN",
+            **subject,
         ) from fault
     except RepositoryNotFoundError as fault:
         raise BadInput(
-            f"{flag} {name}: no such folder, and no such model on the hub; check the name, "
-            "or log in with `hf auth login` if it is private"
+            "no such folder, and no such model on the hub; check the name, or log in with `hf auth login` if it is "
+            "private",
+            **subject,
         ) from fault
     except RevisionNotFoundError as fault:
-        raise BadInput(f"{flag} {name}: no branch, tag or commit {revision}; check --revision") from fault
+        raise BadInput(f"no branch, tag or commit {revision}; check its name", **subject) from fault
     except LocalEntryNotFoundError as fault:
         kind, why = GridpruneError, "the hub can't be reached; check the network"
         if constants.HF_HUB_OFFLINE:
             kind, why = BadInput, "HF_HUB_OFFLINE forbids to fetch it"
-        raise kind(f"{flag} {name}: no such folder, not whole in the hub's cache, and {why}") from fault
+        raise kind(f"no such folder, not whole in the hub's cache, and {why}", **subject) from fault
     except EntryNotFoundError as fault:
-        raise BadInput(f"{flag} {name}: has no config.json on the hub; it is no model for transformers") from fault
+        raise BadInput("has no config.json on the hub; it is no model for transformers", **subject) from fault
     except HFValidationError as fault:
-        raise BadInput(f"{flag} {name}: no such folder, and no name that the hub could have; check it") from fault
+        raise BadInput("no such folder, and no name that the hub could have; check it", **subject) from fault
     except Exception as fault:  # of the network, the disk, the server: the client lets all sorts of them through
         reason = (str(fault).splitlines() or [""])[0] or type(fault).__name__
-        raise GridpruneError(f"{flag} {name}: can't be fetched from the hub ({reason}); try again") from fault
+        raise GridpruneError(f"can't be fetched from the hub ({reason}); try again", **subject) from fault
 
 
 @contextmanager

@@ -25,17 +25,18 @@ class Idefics3(InternVL):
     }
     text_model = "model.text_model"
     batched = False
+    vllm = "vLLM counts its image tokens by the picture's size and takes no image embeds in their place"
 
     @property
     def side(self) -> int:
         return self.config.scale_factor
 
     def count_placeholders(self, size: tuple[int, int]) -> int:
-        tiles, *_ = self.processor.image_processor.get_number_of_image_patches(*size[::-1], self._image_settings)
+        tiles, *_ = self.processor.image_processor.get_number_of_image_patches(*size[::-1], self.image_settings)
         return tiles * self.processor.image_seq_len
 
     def run_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch states `(T, P, C)` of tiles `(T, 3, H, W)`, and the attention that they receive `(T, P)`."""
+        """The patches' hidden states `(T, P, C)` for tiles `(T, 3, H, W)`, and attention received `(T, P)`."""
         tower = self.load("tower").model.vision_model
         with watch(tower.encoder.layers[-1].self_attn, cls=False) as record:
             vision_features = tower(pixels).last_hidden_state

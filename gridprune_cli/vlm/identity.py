@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gridprune_cli.cache.store import Store
 
 SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
-SETTLED = 2_000_000_000  # ns; file systems note times in ticks of up to two seconds
+SETTLED = 2_000_000_000  # ns; file systems note times in ticks of up to two seconds, those of FAT
 
 
 def identify_folder(folder: Path, store: "Store | None") -> str:
@@ -40,10 +40,10 @@ def identify_folder(folder: Path, store: "Store | None") -> str:
 
 def _state(folder: Path) -> list[tuple[str, int, int, int, int]]:
     """Name, inode, bytes, and times in ns of the last write and the last change, of each file by name."""
-    found = []
+    entries = []
     weights = weight_files(folder)
     for path in sorted(folder.iterdir()):
         if (path.suffix in SUFFIXES or path in weights) and path.is_file():
             status = path.stat()
-            found.append((path.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-    return found
+            entries.append((path.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return entries

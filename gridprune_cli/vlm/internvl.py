@@ -26,6 +26,7 @@ class InternVL(Family):
         "language": ("model.language_model", "lm_head"),
     }
     batched = True
+    vllm = "vLLM takes image embeds for it, but writes more tokens around them, which this version does not allow for"
 
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
         return [self._encode(picture) for picture in pictures]
@@ -36,8 +37,10 @@ class InternVL(Family):
         patches, attention = self.run_tower(inputs["pixel_values"].flatten(0, -4))
         vision_features = join(patches, self.side)
         saliency = join(attention[..., None], self.side).mean(-1).to(self.dtype)
-        rows, cols = self.grid(picture, inputs)
-        boxes = [(x / cols, y / rows, (x + 1) / cols, (y + 1) / rows) for y in range(rows) for x in range(cols)]
+        height, width = self.grid(picture, inputs)
+        boxes = [
+            (x / width, y / height, (x + 1) / width, (y + 1) / height) for y in range(height) for x in range(width)
+        ]
         across = round(vision_features.shape[1] ** 0.5)
         return Encoding(
             vision_features.flatten(0, 1).cpu(),
@@ -58,10 +61,10 @@ class InternVL(Family):
 
     def count_placeholders(self, size: tuple[int, int]) -> int:
         images = self.processor.image_processor
-        return images.get_number_of_image_patches(*size[::-1], self._image_settings) * self.processor.image_seq_length
+        return images.get_number_of_image_patches(*size[::-1], self.image_settings) * self.processor.image_seq_length
 
     def run_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch states `(T, P, C)` of tiles `(T, 3, H, W)`, and the CLS token's attention to them `(T, P)`."""
+        """The patches' hidden states `(T, P, C)` for tiles `(T, 3, H, W)`, and CLS' attention to them `(T, P)`."""
         model = self.load("tower")
         tower, layer = model.model.vision_tower, model.config.vision_feature_layer
         # hidden_states[i] is what layer i - 1 gave, so the attention is that of the layer whose output is used
@@ -72,21 +75,21 @@ class InternVL(Family):
         return hidden[:, 1:], torch.cat(record)[:, 1:]  # CLS is no visual token
 
     def grid(self, picture: Image, inputs: dict[str, Tensor]) -> tuple[int, int]:
-        """Rows and columns of the tiles beside the view of the whole; none where that view is all there is."""
+        """How many rows and columns of tiles there are beside the view of the whole; 0, 0 where there are none."""
         if inputs["num_patches"].item() == 1:
             return 0, 0
         settings = self.processor.image_processor
         tile = (settings.size["height"], settings.size["width"])
         fits = (settings.min_patches, settings.max_patches)
-        cols, rows = get_optimal_tiled_canvas((picture.height, picture.width), tile, *fits)
-        return rows, cols
+        width, height = get_optimal_tiled_canvas((picture.height, picture.width), tile, *fits)
+        return height, width
 
     @torch.inference_mode()
     def project(self, vision_features: Tensor) -> Tensor:
         return self.projector(self.load("projector").model)(vision_features.to(self.device, self.dtype)).cpu()
 
     def projector(self, model: Any) -> Any:
-        """The part of the model that makes rows of joined patches."""
+        """The sub-module that projects joined patches."""
         return model.multi_modal_projector
 
 

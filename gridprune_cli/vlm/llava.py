@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and its like: a CLIP or SigLIP tower, one square view, a projector that works row by row."""
+"""LLaVA-1.5 and its like: a CLIP or SigLIP tower, one square view, a projector that works token by token."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -16,6 +16,7 @@ from gridprune_cli.vlm.family import Encoding, Family
 class Llava(Family):
     model_class = LlavaForConditionalGeneration
     processor_class = LlavaProcessor
+    vllm = ""
     modules: ClassVar = {
         "tower": ("model.vision_tower",),
         "projector": ("model.multi_modal_projector",),
@@ -33,7 +34,7 @@ class Llava(Family):
             Encoding(
                 vision_features[i],
                 saliency[i],
-                (View(side, side, self._seen(picture)),),
+                (View(side, side, self._visible_box(picture)),),
                 torch.arange(side * side),
                 {"placeholder": placeholder},
             )
@@ -53,7 +54,7 @@ class Llava(Family):
         return [f"model.vision_tower.encoder.layers.{i}" for i in range(layer % (layers + 1), layers)]
 
     def run_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch states `(B, N, C)` of the layer that the projector reads, and the saliency `(B, N)` of that layer."""
+        """The patches' hidden states `(B, N, C)` in the layer that the projector reads, and their saliency `(B, N)`."""
         model = self.load("tower")
         tower, layer = model.model.vision_tower, model.config.vision_feature_layer
         cls = model.config.vision_feature_select_strategy == "default"
@@ -65,14 +66,14 @@ class Llava(Family):
         first = int(cls)  # CLS is no visual token
         return hidden[:, first:].cpu(), torch.cat(record)[:, first:].to(self.dtype).cpu()
 
-    def _seen(self, picture: Image) -> tuple[float, float, float, float]:
+    def _visible_box(self, picture: Image) -> tuple[float, float, float, float]:
         """The part of the picture that the processor's centre crop leaves, in fractions of the picture."""
         settings = self.processor.image_processor
         if not settings.do_center_crop or "shortest_edge" not in settings.size:
             return 0.0, 0.0, 1.0, 1.0
         scale = settings.size["shortest_edge"] / min(picture.size)
-        seen = (settings.crop_size["width"], settings.crop_size["height"])
-        half = [crop / (scale * side) / 2 for crop, side in zip(seen, picture.size, strict=True)]
+        crop_size = (settings.crop_size["width"], settings.crop_size["height"])
+        half = [crop / (scale * side) / 2 for crop, side in zip(crop_size, picture.size, strict=True)]
         return 0.5 - half[0], 0.5 - half[1], 0.5 + half[0], 0.5 + half[1]
 
     @torch.inference_mode()

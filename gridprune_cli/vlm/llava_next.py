@@ -19,7 +19,7 @@ from gridprune_cli.pruning.signals import View
 from gridprune_cli.vlm.family import Encoding, Family
 from gridprune_cli.vlm.llava import Llava
 
-_TILES = 8  # tiles at a time: the attention of a large picture's dozens would not fit
+_TILES = 8  # tiles at a time, to bound memory: attention of dozens of tiles at 577 x 577 each and 16 heads is GBs
 
 
 class LlavaNext(Llava):
@@ -37,16 +37,16 @@ class LlavaNext(Llava):
     ) -> Encoding:
         """The base view, which covers the part `box` of the picture, and the mosaic where there are tiles besides."""
         size = inputs["image_sizes"].cpu()  # (1, 2), height and width
-        parts = [self.run_tower(pixels) for pixels in inputs["pixel_values"][0].split(_TILES)]
-        vision_features, saliency = (torch.cat(part) for part in zip(*parts, strict=True))  # (T, N, C) and (T, N)
+        chunks = [self.run_tower(pixels) for pixels in inputs["pixel_values"][0].split(_TILES)]
+        vision_features, saliency = (torch.cat(values) for values in zip(*chunks, strict=True))  # (T, N, C) and (T, N)
         marks = self._pack(torch.zeros(*saliency.shape, 1), size)[:, 0]
         token = marks != SEPARATOR
-        rows = int((~token).sum())
-        cols = (int(token.sum()) - saliency.shape[1]) // rows if rows else 0
+        height = int((~token).sum())  # rows of the mosaic, each with a newline behind it
+        width = (int(token.sum()) - saliency.shape[1]) // height if height else 0
         side = round(saliency.shape[1] ** 0.5)
         views = [View(side, side, box)]
-        if cols:  # nothing is left between the padding of a picture that is hardly more than a line, or without tiles
-            views.append(View(rows, cols, self._mosaic(size[0], side)))
+        if width:  # nothing is left between the padding of a picture that is hardly more than a line, or without tiles
+            views.append(View(height, width, self._mosaic(size[0], side)))
         return Encoding(
             self._pack(self._stored(vision_features), size)[token].cpu(),
             self._pack(saliency[..., None], size)[token, 0],
@@ -56,11 +56,11 @@ class LlavaNext(Llava):
         )
 
     def _stored(self, vision_features: Tensor) -> Tensor:
-        """What is kept of tower states `(T, N, C)`."""
+        """What is stored of the tower's features `(T, N, C)`."""
         return vision_features
 
     def _pack(self, values: Tensor, size: Tensor) -> Tensor:
-        """Values of tiles `(T, N, C)` as the model packs them, `(S, C)`, with `SEPARATOR` in the newlines' rows."""
+        """Values of tiles `(T, N, C)` as the model packs them, `(S, C)`, with `SEPARATOR` for the newlines."""
         newline = torch.full(values.shape[-1:], float(SEPARATOR))
         packed, _ = self.load("tower").model.pack_image_features(
             [values], size, image_newline=newline, **self._packing()
@@ -79,13 +79,13 @@ class LlavaNext(Llava):
         tile = config.vision_config.image_size
         shape = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, tile)
         places = torch.meshgrid(*(torch.arange(n * side) for n in shape), indexing="ij")
-        seen = unpad_image(torch.stack(places), size)
+        visible = unpad_image(torch.stack(places), size)
         fit = tuple(n * tile for n in shape)
         blank = torch.empty(3, *size.tolist(), device="meta")
         ends = []
         for first, last, whole, inside in zip(
-            seen[:, 0, 0].tolist(),
-            seen[:, -1, -1].tolist(),
+            visible[:, 0, 0].tolist(),
+            visible[:, -1, -1].tolist(),
             fit,
             get_patch_output_size(blank, fit, ChannelDimension.FIRST),
             strict=True,

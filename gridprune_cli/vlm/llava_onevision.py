@@ -1,7 +1,7 @@
 """LLaVA-OneVision: LLaVA-NeXT's views over a SigLIP tower; the mosaic of a large picture is shrunk.
 
-Shrinking follows the projector and mixes tokens, so states are stored projected. Of several pictures in a prompt each
-has a base view alone, of the picture padded to a square, and one newline.
+Shrinking follows the projector and mixes tokens, so vision features are stored projected. Of several pictures in a
+prompt each has a base view alone, of the picture padded to a square, and one newline.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from gridprune_cli.vlm.llava_next import LlavaNext
 class LlavaOnevision(LlavaNext):
     model_class = LlavaOnevisionForConditionalGeneration
     processor_class = LlavaOnevisionProcessor
-    together = True
+    encodes_multi_image = True
 
     @property
     def width(self) -> int:
@@ -32,14 +32,16 @@ class LlavaOnevision(LlavaNext):
         return super().encode(pictures)
 
     @torch.inference_mode()
-    def encode_together(self, pictures: Sequence[Image]) -> list[Encoding]:
+    def encode_multi_image(self, pictures: Sequence[Image]) -> list[Encoding]:
         self.load("tower", "projector")
         return [self._encode_base(picture) for picture in pictures]
 
     def _encode_base(self, picture: Image) -> Encoding:
-        beside = PIL.new("RGB", (1, 1))  # with it, the processor sees one of several; what it makes of it is not used
-        data, (placeholder, _) = self.processor._process_images([[picture, beside]], **self._image_settings)
-        inputs = {name: value[:1] for name, value in self._place(data).items()}
+        beside = PIL.new(
+            "RGB", (1, 1)
+        )  # the processor takes the picture for one of several; what it gives for this is dropped
+        data, (placeholder, _) = self.processor._process_images([[picture, beside]], **self.image_settings)
+        inputs = {name: value[:1] for name, value in self.to_device(data).items()}
         return self._encode_tiles(inputs, placeholder, _square(*picture.size))
 
     def _stored(self, vision_features: Tensor) -> Tensor:

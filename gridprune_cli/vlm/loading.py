@@ -15,7 +15,7 @@ from transformers.utils import logging
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.vlm.weights import check_pickles
 
-getLogger("bitsandbytes").setLevel(ERROR)  # of every product of matrices in 8 bit it warns that it rounds
+getLogger("bitsandbytes").setLevel(ERROR)  # it warns of rounding at every matrix product in 8 bit
 
 
 def load_part(
@@ -51,23 +51,23 @@ def load_part(
         """What transformers builds a model within; the first is left last."""
         return [take_out(), *cls.get_init_context(*args, **kwargs)]
 
-    made: dict[str, Any] = {"__init__": build, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    made["get_init_context"] = classmethod(contexts)
+    members: dict[str, Any] = {"__init__": build, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    members["get_init_context"] = classmethod(contexts)
     if "lm_head" in without:
-        made["_tied_weights_keys"] = {}  # tied to a module that isn't there
-    part: Any = type(cls.__name__, (cls,), made)
+        members["_tied_weights_keys"] = {}  # tied to a module that isn't there
+    partial_class: Any = type(cls.__name__, (cls,), members)
     # a config may name an attention, which transformers would fetch and run as a kernel; None is its default instead
     options: dict[str, Any] = {"attn_implementation": None} | ({"device_map": "auto"} if device is None else {})
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # it reports the weights left out, which is the point
     logging.disable_progress_bar()
     try:
-        model, info = part.from_pretrained(
+        model, info = partial_class.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, local_files_only=True, weights_only=True, **options
         )
     except (OSError, ValueError, SafetensorError) as fault:
         first = (str(fault).splitlines() or [""])[0]
-        raise GridpruneError(f"{folder}: can't be loaded ({first})") from fault
+        raise GridpruneError(f"can't be loaded ({first})", place=str(folder)) from fault
     finally:
         logging.set_verbosity(before)
         if bars:
@@ -75,8 +75,9 @@ def load_part(
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise GridpruneError(
-            f"{folder}: {len(missing)} weights that {cls.__name__} needs are missing or of another shape "
-            f"(first: {missing[0]}); the checkpoint is incomplete, fetch it again"
+            f"{len(missing)} weights that {cls.__name__} needs are missing or of another shape "
+            f"(first: {missing[0]}); the checkpoint is incomplete, fetch it again",
+            place=str(folder),
         )
     if hook := getattr(model, "ct_decompress_hook", None):
         hook.remove()

@@ -1,4 +1,4 @@
-"""PaliGemma: a SigLIP tower over the picture stretched to a square, a projector that works row by row, no chat prompt.
+"""PaliGemma: a SigLIP tower over the picture stretched to a square, a token-wise projector, no chat prompt.
 
 All of a prompt is a prefix in which every token sees every other; only answers are causal. PaliGemma 2 counts a sliding
 window as Gemma 3 does, see `gemma3.py`; it matters for its largest pictures alone.
@@ -27,6 +27,7 @@ class PaliGemma(Family):
         "language": ("model.language_model", "lm_head"),
     }
     batched = True
+    vllm = "vLLM takes image embeds for it, but writes more tokens around them, which this version does not allow for"
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
@@ -56,7 +57,7 @@ class PaliGemma(Family):
     def write_text(self, question: str, images: int, system: str | None) -> str:
         """What the processor makes of a question: images come first, and the beginning of the text behind them."""
         if system:
-            raise BadInput("--system: this family takes no system message; put it into the question")
+            raise BadInput("this family takes no system message; put it into the question", field="system")
         return f"{self.prompt_token * images}{self.processor.tokenizer.bos_token}{question}\n"
 
     def extras(self, ids: Tensor) -> dict[str, Tensor]:

@@ -17,14 +17,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Placement:
     """A device and a dtype, each with the reason for it.
 
-    `spread` says whether the language model goes over all GPUs; the device is then that of everything else.
+    `sharded` says whether the language model goes over all GPUs; the device is then that of everything else.
     """
 
     device: str
     device_reason: str
     dtype: torch.dtype
     dtype_reason: str
-    spread: bool = False
+    sharded: bool = False
 
 
 def place(device: str, dtype: str, model: str, stored: str = "bfloat16") -> Placement:
@@ -32,12 +32,12 @@ def place(device: str, dtype: str, model: str, stored: str = "bfloat16") -> Plac
 
     The GPU where there is one, and bfloat16 on a GPU that has it. On a CPU bfloat16 where it measured faster (see
     `docs/families.md`) and the checkpoint is in 16 bit, else float32. `map` is as `auto`, with the language model
-    spread over all GPUs. Raises BadInput for a device that isn't there, a
-    dtype that isn't known, and for `map` without accelerate.
+    sharded over all GPUs. Raises BadInput for a device that isn't there, a dtype that isn't known, and for `map`
+    without accelerate.
     """
-    spread = device == "map"
-    if spread and find_spec("accelerate") is None:
-        raise BadInput("--device map: needs accelerate; install it with `pip install accelerate`")
+    sharded = device == "map"
+    if sharded and find_spec("accelerate") is None:
+        raise BadInput("needs accelerate; install it with `pip install accelerate`", field="device", value="map")
     if device in ("auto", "map"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         device_reason = "a CUDA device is there" if device == "cuda" else "no CUDA device is there"
@@ -46,14 +46,14 @@ def place(device: str, dtype: str, model: str, stored: str = "bfloat16") -> Plac
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as fault:
-            raise BadInput(f"--device {device}: not usable here; use --device cpu") from fault
+            raise BadInput("not usable here; use `device=cpu`", field="device", value=device) from fault
     if dtype == "auto":
         kind, dtype_reason = _auto(device, model, stored)
     elif dtype in DTYPES:
         kind, dtype_reason = DTYPES[dtype], "asked for"
     else:
-        raise BadInput(f"--dtype {dtype}: not one of auto, {', '.join(DTYPES)}")
-    return Placement(device, device_reason, kind, dtype_reason, spread)
+        raise BadInput(f"not one of auto, {', '.join(DTYPES)}", field="dtype", value=dtype)
+    return Placement(device, device_reason, kind, dtype_reason, sharded)
 
 
 def _auto(device: str, model: str, stored: str) -> tuple[torch.dtype, str]:

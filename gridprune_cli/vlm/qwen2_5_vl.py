@@ -17,7 +17,7 @@ class Qwen2_5VL(Qwen2VL):
     def _watched(self, tower: Any) -> Any:
         return tower.blocks[max(tower.fullatt_block_indexes)]
 
-    def _in_place(self, received: Tensor, view: View, tower: Any) -> Tensor:
+    def _row_major(self, received: Tensor, view: View, tower: Any) -> Tensor:
         side = tower.window_size // tower.spatial_merge_size // tower.patch_size  # of a window, in tokens
         index = torch.arange(view.count, device=received.device)
         window = index // view.cols // side * view.cols + index % view.cols // side

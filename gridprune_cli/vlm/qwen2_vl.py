@@ -28,6 +28,7 @@ class Qwen2VL(Family):
     }
 
     axes: ClassVar[int] = 3
+    vllm = "vLLM counts its image tokens, and places them, by the picture's grid, which a pruned set no longer fills"
 
     @property
     def width(self) -> int:
@@ -55,8 +56,8 @@ class Qwen2VL(Family):
             out = model.get_image_features(**inputs)
         received = record[0].view(view.count, merge * merge).mean(1)  # a token's patches follow one another
         return Encoding(
-            self._states(out).cpu(),
-            self._in_place(received, view, model.visual).to(self.dtype).cpu(),
+            self._vision_features(out).cpu(),
+            self._row_major(received, view, model.visual).to(self.dtype).cpu(),
             (view,),
             torch.arange(view.count),
             {"placeholder": placeholder},
@@ -66,11 +67,11 @@ class Qwen2VL(Family):
         """The block of the tower whose attention is saliency."""
         return tower.blocks[-1]
 
-    def _states(self, out: Any) -> Tensor:
-        """States `(N, C)` from what the tower gave for one picture."""
+    def _vision_features(self, out: Any) -> Tensor:
+        """Vision features `(N, C)` from what the tower gave for one picture."""
         return out.pooler_output[0]
 
-    def _in_place(self, received: Tensor, view: View, tower: Any) -> Tensor:
+    def _row_major(self, received: Tensor, view: View, tower: Any) -> Tensor:
         """Values `(N,)` in the tower's own order of tokens, row-major."""
         return received
 
@@ -78,17 +79,17 @@ class Qwen2VL(Family):
         """Position ids `(3, L)`. Text counts on in all axes; an image has one time, and its rows and columns count from
         there. What follows it begins behind its longer side."""
         places = torch.empty(3, len(ids), dtype=torch.long)
-        placeholder_map = (ids == self.image_token).nonzero()[:, 0].tolist()
-        token = place = seen = 0  # next token, its position, slots so far
+        placeholders = (ids == self.image_token).nonzero()[:, 0].tolist()
+        token = place = done = 0  # next token, its position, placeholders of the images before
         for image in images:
             (view,) = image.views
-            start, end = placeholder_map[seen], placeholder_map[seen] + view.count
+            start, end = placeholders[done], placeholders[done] + view.count
             places[:, token:start] = torch.arange(start - token) + place
             place += start - token
             index = torch.arange(view.count)
             places[:, start:end] = torch.stack([index * 0, index // view.cols, index % view.cols]) + place
             place += max(view.rows, view.cols)
-            token, seen = end, seen + view.count
+            token, done = end, done + view.count
         places[:, token:] = torch.arange(len(ids) - token) + place
         return places
 

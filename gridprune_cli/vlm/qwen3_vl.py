@@ -1,7 +1,7 @@
-"""Qwen3-VL: Qwen2-VL with deepstack, further rows per token from earlier blocks of the tower.
+"""Qwen3-VL: Qwen2-VL with deepstack, further features of each token from earlier blocks of the tower.
 
-The language model adds them to its own first layers. They travel with their token: a state is the token's row and its
-deepstack rows side by side, `(N, (1 + levels) * D)`.
+The language model adds them to the output of its first layers. They travel with their token: its vision features are
+its embedding and its deepstack features side by side, `(N, (1 + levels) * D)`.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Qwen3VL(Qwen2VL):
     model_class = Qwen3VLForConditionalGeneration
     processor_class = Qwen3VLProcessor
 
-    def _states(self, out: Any) -> Tensor:
+    def _vision_features(self, out: Any) -> Tensor:
         return torch.cat([out.pooler_output[0], *(level[0] for level in out.deepstack_features)], dim=1)
 
     @property
@@ -36,19 +36,19 @@ class Qwen3VL(Qwen2VL):
         return len(self.checkpoint.config["vision_config"]["deepstack_visual_indexes"])
 
     def split(self, vision_features: Tensor) -> tuple[Tensor, ...]:
-        """States `(N, (1 + levels) * D)` as the tokens' own rows and those of each level, `(N, D)` each."""
+        """Vision features `(N, (1 + levels) * D)` as the embeddings and the features of each level, `(N, D)` each."""
         return vision_features.chunk(1 + self._levels, dim=1)
 
     @property
     def first_inner(self) -> int:
-        """Deepstack rows are added behind the first layers, for every token that was there at the start."""
+        """Deepstack features are added behind the first layers, for every token that was there at the start."""
         return self._levels
 
     def text_embeds(self, vision_features: Tensor) -> Tensor:
-        """Without the deepstack rows, which never stand where words do."""
+        """Without the deepstack features, which never stand where text embeddings do."""
         return self.split(vision_features)[0]
 
     def features(self, batch: Sequence[PrunedSet]) -> Any:
         images = [self.split(pruned.image_embeds.to(self.device, self.dtype)) for pruned in batch]
-        rows, *levels = (list(parts) for parts in zip(*images, strict=True))
-        return BaseModelOutputWithDeepstackFeatures(pooler_output=rows, deepstack_features=levels)
+        embeds, *levels = (list(features) for features in zip(*images, strict=True))
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=embeds, deepstack_features=levels)

@@ -23,12 +23,13 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.vlm.attention import NAME
 from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.clip import ClipRelevance
-from gridprune_cli.vlm.family import PARTS, Family
+from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.llava import Llava
 from gridprune_cli.vlm.llava_next import LlavaNext
+from gridprune_cli.vlm.parts import PARTS
 from gridprune_cli.vlm.qwen2_5_vl import Qwen2_5VL
 
-_SPREAD = 0.02  # of the weights
+_STD = 0.02  # of the weights: transformers' own `initializer_range`
 _BLOCK = 1_000_003  # random values that are repeated; a prime, so that no two rows of a matrix are the same
 
 
@@ -219,7 +220,7 @@ SHAPES = {
 def find_shape(name: str) -> Shape:
     """Raises BadInput for a name that isn't in `SHAPES`."""
     if name not in SHAPES:
-        raise BadInput(f"--shape {name}: not one of {', '.join(SHAPES)}")
+        raise BadInput(f"not one of {', '.join(SHAPES)}", field="shape", value=name)
     return SHAPES[name]
 
 
@@ -229,7 +230,7 @@ def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = No
     Raises BadInput where it has fewer layers, or is larger than the memory that is free.
     """
     if layers is not None and not 1 <= layers <= shape.layers:
-        raise BadInput(f"--layers {layers}: {shape.source} has 1 to {shape.layers}")
+        raise BadInput(f"{shape.source} has 1 to {shape.layers}", field="layers", value=layers)
     count = layers or shape.layers
     name = f"{shape.source} (random weights, {count} of {shape.layers} layers)"
     with TemporaryDirectory() as temporary:
@@ -257,13 +258,13 @@ def _random(kind: Any, folder: Path, dtype: torch.dtype, device: str) -> Any:
     _check_room(size * dtype.itemsize, device)
     with torch.device(device), no_init_weights():
         model: nn.Module = kind._from_config(config, dtype=dtype)
-    noise = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).mul(_SPREAD).to(device, dtype)
+    noise = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).mul(_STD).to(device, dtype)
     for path, parameter in model.named_parameters():
         if parameter.dim() == 1 and path.endswith(".weight"):  # of a norm
             parameter.data.fill_(1)
             continue
-        for part in parameter.data.view(-1).split(_BLOCK):
-            part.copy_(noise[: len(part)])
+        for block in parameter.data.view(-1).split(_BLOCK):
+            block.copy_(noise[: len(block)])
     return model.eval()
 
 
@@ -278,27 +279,28 @@ def _check_room(size: int, device: str) -> None:
         free = next(int(s.split()[1]) << 10 for s in status.read_text().splitlines() if s.startswith("MemAvailable"))
     if size > free:
         raise BadInput(
-            f"--shape: {size / 1e9:.1f} GB of weights, but {free / 1e9:.1f} GB of memory are free; "
-            "take --dtype bfloat16, or fewer --layers"
+            f"{size / 1e9:.1f} GB of weights, but {free / 1e9:.1f} GB of memory are free; "
+            "take `dtype=bfloat16`, or fewer `layers`",
+            field="shape",
         )
 
 
 def _write(shape: Shape, layers: int, folder: Path) -> None:
     """Config, processor and tokenizer as a checkpoint has them."""
-    words = _tokenizer(shape)
-    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokenizer = _tokenizer(shape)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = shape.config["text_config"] | special | {"num_hidden_layers": layers}
-    ids = {name: words.convert_tokens_to_ids(token) for name, token in shape.tokens.items()}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in shape.tokens.items()}
     kind = dict(shape.config)
     AutoConfig.for_model(kind.pop("model_type"), **kind | ids | {"text_config": text}).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(shape.pictures), "utf-8")
     (folder / "processor_config.json").write_text(json.dumps(shape.processor), "utf-8")
-    words.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     if shape.clip:
         kind = dict(shape.clip)
         text = kind["text_config"] | special
         AutoConfig.for_model(kind.pop("model_type"), **kind | {"text_config": text}).save_pretrained(folder / "clip")
-        words.save_pretrained(folder / "clip")
+        tokenizer.save_pretrained(folder / "clip")
 
 
 def _tokenizer(shape: Shape) -> PreTrainedTokenizerFast:

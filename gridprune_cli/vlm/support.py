@@ -1,46 +1,61 @@
 """Which checkpoints can be used, by config.json alone: before a byte of weights is fetched, and without torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-# model_type -> class of the module of that name
-FAMILIES = {
-    "llava": "Llava",
-    "llava_next": "LlavaNext",
-    "llava_onevision": "LlavaOnevision",
-    "qwen2_vl": "Qwen2VL",
-    "qwen2_5_vl": "Qwen2_5VL",
-    "qwen3_vl": "Qwen3VL",
-    "internvl": "InternVL",
-    "idefics3": "Idefics3",
-    "smolvlm": "SmolVLM",
-    "gemma3": "Gemma3",
-    "paligemma": "PaliGemma",
-}
-
 _CLIP, _SIGLIP = "clip_vision_model", "siglip_vision_model"
-# of families that can be put together with several vision towers: tower -> the strategy that picks its patches.
-# `default` drops the first of them, which is the CLS token in a CLIP, and none in a SigLIP. The first is transformers'
-# default.
-_TOWERS = {
-    "llava": {_CLIP: "default", _SIGLIP: "full"},
-    "llava_next": {_CLIP: "default"},
-    "llava_onevision": {_SIGLIP: "full"},
-}
-_EXAMPLES = {
-    "llava": "llava-hf/llava-1.5-7b-hf",
-    "llava_next": "llava-hf/llava-v1.6-vicuna-7b-hf",
-    "llava_onevision": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
-    "internvl": "OpenGVLab/InternVL3-8B-hf",
+
+
+@dataclass(frozen=True)
+class FamilyEntry:
+    """What is known of a model family before anything of it is loaded.
+
+    model_type  of its config.json, and the name of the module here that has its adapter
+    adapter     the adapter's class in that module
+    example     a checkpoint on the hub
+    towers      for families that can be put together with several vision towers: the model_type of each that is
+                supported -> the strategy that picks its patches. `default` drops the first of them, which is the CLS
+                token in a CLIP, and none in a SigLIP. The first tower is transformers' default.
+    """
+
+    model_type: str
+    adapter: str
+    example: str
+    towers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> str:
+        """What its relevance needs beside the checkpoint, in words."""
+        if _CLIP in self.towers:
+            return "its CLIP, for relevance: fetched when needed, or found in FOLDER/clip, or named as `clip`"
+        return "nothing else; relevance from the model's own words"
+
+
+# by model_type; a new family is one file here, and one line in this table
+FAMILIES = {
+    entry.model_type: entry
+    for entry in (
+        FamilyEntry("llava", "Llava", "llava-hf/llava-1.5-7b-hf", {_CLIP: "default", _SIGLIP: "full"}),
+        FamilyEntry("llava_next", "LlavaNext", "llava-hf/llava-v1.6-vicuna-7b-hf", {_CLIP: "default"}),
+        FamilyEntry("llava_onevision", "LlavaOnevision", "llava-hf/llava-onevision-qwen2-7b-ov-hf", {_SIGLIP: "full"}),
+        FamilyEntry("qwen2_vl", "Qwen2VL", "Qwen/Qwen2-VL-7B-Instruct"),
+        FamilyEntry("qwen2_5_vl", "Qwen2_5VL", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        FamilyEntry("qwen3_vl", "Qwen3VL", "Qwen/Qwen3-VL-8B-Instruct"),
+        FamilyEntry("internvl", "InternVL", "OpenGVLab/InternVL3-8B-hf"),
+        FamilyEntry("idefics3", "Idefics3", "HuggingFaceM4/Idefics3-8B-Llama3"),
+        FamilyEntry("smolvlm", "SmolVLM", "HuggingFaceTB/SmolVLM2-2.2B-Instruct"),
+        FamilyEntry("gemma3", "Gemma3", "google/gemma-3-4b-it"),
+        FamilyEntry("paligemma", "PaliGemma", "google/paligemma2-3b-mix-448"),
+    )
 }
 # original layouts of families, which transformers does not read: model_type -> a conversion
 _CONVERTED = {
-    "internvl_chat": _EXAMPLES["internvl"],
-    "llava_llama": _EXAMPLES["llava"],
+    "internvl_chat": FAMILIES["internvl"].example,
+    "llava_llama": FAMILIES["llava"].example,
     "llava_mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
-    "llava_qwen": _EXAMPLES["llava_onevision"],
+    "llava_qwen": FAMILIES["llava_onevision"].example,
 }
 
 
@@ -99,19 +114,18 @@ def unsupported(config: Mapping[str, Any]) -> str:
         )
     if kind not in FAMILIES:
         return f"model type {kind!r} is not supported (supported: {', '.join(sorted(FAMILIES))})"
+    another = f"name another, such as {FAMILIES[kind].example}"
     if isinstance(layers := config.get("vision_feature_layer"), list):
-        return f"features of several layers of the tower ({layers}) are not supported; name another{_such(kind)}"
-    if kind in _TOWERS:
-        towers = _TOWERS[kind]
+        return f"features of several layers of the tower ({layers}) are not supported; {another}"
+    if towers := FAMILIES[kind].towers:
         tower = (config.get("vision_config") or {}).get("model_type") or next(iter(towers))
         if tower not in towers:
-            known = ", ".join(towers)
-            return f"a vision tower {tower!r} is not supported (supported: {known}); name another{_such(kind)}"
+            return f"a vision tower {tower!r} is not supported (supported: {', '.join(towers)}); {another}"
         strategy = config.get("vision_feature_select_strategy", next(iter(towers.values())))
         if strategy != towers[tower]:
             return (
                 f"vision_feature_select_strategy {strategy!r} is not supported for a {tower} "
-                f"(supported: {towers[tower]}); name another{_such(kind)}"
+                f"(supported: {towers[tower]}); {another}"
             )
     method = _method(config)
     if method is not None and method not in FORMATS:
@@ -126,20 +140,16 @@ def quantization(config: Mapping[str, Any]) -> Format | None:
 
 
 def _method(config: Mapping[str, Any]) -> str | None:
-    for part in (config, config.get("text_config") or {}):
-        if settings := part.get("quantization_config"):
+    for section in (config, config.get("text_config") or {}):
+        if settings := section.get("quantization_config"):
             in_bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")  # older ones name no method
             return settings.get("quant_method") or ("bitsandbytes" if in_bits else "unknown")
     return None
-
-
-def _such(family: str) -> str:
-    return f", such as {_EXAMPLES[family]}" if family in _EXAMPLES else ""
 
 
 def _conversion(config: Mapping[str, Any]) -> str:
     """The name of a converted checkpoint like the one in an original layout."""
     kind = config["model_type"]
     if kind in ("llava", "llava_llama") and str(config.get("image_aspect_ratio")).startswith("anyres"):
-        return _EXAMPLES["llava_next"]
-    return _CONVERTED.get(kind) or _EXAMPLES.get(kind, _EXAMPLES["llava"])
+        return FAMILIES["llava_next"].example
+    return _CONVERTED.get(kind) or FAMILIES.get(kind, FAMILIES["llava"]).example

@@ -30,9 +30,11 @@ def weight_files(folder: Path) -> list[Path]:
                 shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
                 elsewhere = [shard for shard in shards if os.path.basename(shard) != shard]
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as fault:
-                raise BadInput(f"{index}: can't be read; fetch it again") from fault
+                raise BadInput("can't be read; fetch it again", place=str(index)) from fault
             if elsewhere:
-                raise BadInput(f"{index}: names {elsewhere[0][:80]!r}, which is no file of this folder; fetch it again")
+                raise BadInput(
+                    f"names {elsewhere[0][:80]!r}, which is no file of this folder; fetch it again", place=str(index)
+                )
             return [folder / shard for shard in shards]
     return []
 
@@ -68,6 +70,7 @@ def check_pickles(folder: Path) -> None:
             raise
         except Exception as fault:  # a damaged pickle can make it fail in any way
             raise BadInput(
-                f"{path}: can't be read as pickled tensors alone: it is damaged, or holds code, which is never run; "
-                "name a copy with safetensors"
+                "can't be read as pickled tensors alone: it is damaged, or holds code, which is never run; "
+                "name a copy with safetensors",
+                place=str(path),
             ) from fault

@@ -267,7 +267,7 @@ def run_text(random: Random) -> str:
 def run_signals(random: Random) -> str:
     import torch
 
-    from gridprune_cli.pruning.methods import METHODS, make
+    from gridprune_cli.pruning.methods import METHODS, make_method
     from gridprune_cli.pruning.signals import Signals, View
 
     views = tuple(
@@ -305,15 +305,15 @@ def run_signals(random: Random) -> str:
     k = random.randint(1, count)
     name = random.choice(list(METHODS))
     try:
-        method = make(name)
-        kept = method.select(signals, k)
+        method = make_method(name)
+        kept = method.select_batch([signals], [k])[0]
     except ValueError as fault:
         assert str(fault), name
         return "refused"
     expected = count if "stages" in vars(type(method)) else k
     assert kept.dtype == torch.int64 and len(kept) == expected, (name, k, len(kept))
     assert torch.equal(kept, kept.unique()) and int(kept[0]) >= 0 and int(kept[-1]) < count, (name, kept)
-    assert torch.equal(kept, make(name).select(signals, k)), name
+    assert torch.equal(kept, make_method(name).select_batch([signals], [k])[0]), name
     weights = method.merge(signals, kept)
     assert weights is None or bool(torch.isfinite(weights.to_dense()).all()), name
     return "chosen"

@@ -135,14 +135,14 @@ def _write_tokenizer(data: dict[str, Any], folder: Path) -> dict[str, int]:
     vocabulary = {token: number for number, token in enumerate([*special, *letters])}
     named = {name: settings.get(name) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
     build = {"LlamaTokenizer": LlamaTokenizer, "GemmaTokenizer": GemmaTokenizer}.get(kind, Qwen2Tokenizer)
-    words = build(vocab=vocabulary, merges=[], **{name: token for name, token in named.items() if token})
-    words.add_tokens([token for token in special if token], special_tokens=True)
+    tokenizer = build(vocab=vocabulary, merges=[], **{name: token for name, token in named.items() if token})
+    tokenizer.add_tokens([token for token in special if token], special_tokens=True)
     if settings.get("add_bos_token"):
         first = settings["bos_token"]
-        words.backend_tokenizer.post_processor = TemplateProcessing(
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{first} $A", special_tokens=[(first, vocabulary[first])]
         )
-    words.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     added = {str(vocabulary[token]): {"content": token, "special": True} for token in tokens.values()}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": added}))
     return vocabulary

@@ -9,7 +9,7 @@ from transformers import (
     InternVLProcessor,
 )
 
-from gridprune_cli.vlm.family import _without_video
+from gridprune_cli.vlm.parts import without_video
 from tiny_families import BOS, CHATML, EOS, PAD, VOCAB, build_tokenizer, save, wake
 
 
@@ -32,7 +32,7 @@ def write(folder: Path, layer: int = -1) -> Path:
     wake(model, embeddings=0.03)
     sizes = {"size": {"height": 56, "width": 56}, "min_patches": 1, "max_patches": 6}
     images = GotOcr2ImageProcessor(**sizes, crop_to_patches=False)  # as published; the processor tiles all the same
-    processor = _without_video(InternVLProcessor)(
+    processor = without_video(InternVLProcessor)(
         image_processor=images, tokenizer=tokenizer, video_processor=None, image_seq_length=4
     )
     return save(folder, model, processor, CHATML.replace("IMAGE", "<IMG_CONTEXT>\n"))

@@ -12,7 +12,7 @@ from transformers import (
     LlavaOnevisionProcessor,
 )
 
-from gridprune_cli.vlm.family import _without_video
+from gridprune_cli.vlm.parts import without_video
 from tiny_families import BOS, CHATML, EOS, PAD, VOCAB, build_tokenizer, save, wake
 
 PINPOINTS = [[56 * tall, 56 * wide] for tall in range(1, 5) for wide in range(1, 5)]  # height, width
@@ -36,7 +36,7 @@ def write(folder: Path) -> Path:
     )
     wake(model, embeddings=0.3)
     images = LlavaOnevisionImageProcessor(size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS)
-    processor = _without_video(LlavaOnevisionProcessor)(
+    processor = without_video(LlavaOnevisionProcessor)(
         image_processor=images,
         tokenizer=tokenizer,
         video_processor=None,

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
-from gridprune_cli.vlm.family import _without_video
+from gridprune_cli.vlm.parts import without_video
 from tiny_families import BOS, CHATML, EOS, PAD, VOCAB, build_tokenizer, save, wake
 
 SPECIAL = ("vision_start", "vision_end", "image_pad", "video_pad", "im_start", "im_end")
@@ -44,7 +44,7 @@ def write_qwen(
     images = Qwen2VLImageProcessorPil(
         patch_size=vision["patch_size"], size={"shortest_edge": 4 * side**2, "longest_edge": 40 * side**2}
     )
-    processor = _without_video(processor_class)(image_processor=images, tokenizer=tokenizer, video_processor=None)
+    processor = without_video(processor_class)(image_processor=images, tokenizer=tokenizer, video_processor=None)
     return save(folder, model, processor, CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"))
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMImageProcessor
 
-from gridprune_cli.vlm.family import _without_video
+from gridprune_cli.vlm.parts import without_video
 from gridprune_cli.vlm.smolvlm import SmolVLM
 from tiny_families import CHAT, build_tokenizer, save, wake
 from tiny_families.idefics3 import SIZES, SPECIAL, settings
@@ -17,5 +17,5 @@ def write(folder: Path) -> Path:
     )
     wake(model, embeddings=0.03)
     images = SmolVLMImageProcessor(**SIZES)
-    processor = _without_video(SmolVLM.processor_class)(images, tokenizer, None, image_seq_len=4)
+    processor = without_video(SmolVLM.processor_class)(images, tokenizer, None, image_seq_len=4)
     return save(folder, model, processor, CHAT.replace("IMAGE", "<image>"))

@@ -1,70 +1,101 @@
-"""What every pruning method is: options, the signals it needs, and a rule that picks tokens."""
+"""What every pruning method is: its options, the signals that it needs, and how it selects tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import floor
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.schedule import Stage
+from gridprune_cli.pruning.schedule import Rule, Stage
+from gridprune_cli.pruning.select import top
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.zones import Zones
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A method's options. `requires` names the signals that it looks at.
+    """A pruning method. The fields of a sub-class are its options.
 
-    one_picture   whether it splits the budget of a single picture, so that several can't share one
-    takes_region  whether it keeps more of what lies in the contextual region
-    inner         whether it keeps all tokens here and drops them inside the language model, by `stages`
+    A method implements `score`, and keeps the K tokens of the highest score; or `select`, where it chooses otherwise;
+    or `select_alike`, where it is faster on many questions at once. One that merges tokens implements `merge_weights`.
+    Callers use `select_batch` and `merge`, which do the checks.
+
+    name          what `--method` takes; its file is called so, with `_` for `-`
+    requires      the fields of `Signals` that it looks at; no others are computed
+    single_image  whether it splits the budget of one image over its views, so that images can't share a budget
+    takes_region  whether it keeps more tokens inside the contextual region
+    inner         whether it prunes inside the language model, by its `stages`, and gives it all tokens
+    rules         the rules of its stages, so that a schedule can be read from a file, where rules go by their names
     """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
-    one_picture: ClassVar[bool] = False
+    single_image: ClassVar[bool] = False
     takes_region: ClassVar[bool] = False
     inner: ClassVar[bool] = False
+    rules: ClassVar[tuple[type[Rule], ...]] = ()
+    relevance_sign = 1  # what relevance is multiplied with; an option of some methods, see `signed_relevance`
 
     def to_json(self) -> dict[str, Any]:
         """Its name and options."""
         return {"name": self.name} | {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def select(self, signals: Signals, k: int) -> Tensor:
-        """Kept: sorted unique indices, (k,) int64 on the CPU. All tokens where k is N, whatever the signals.
+    def with_options(self, **options: Any) -> Self:
+        """The same method with other values for some of its options. Raises ValueError for values out of range."""
+        return replace(self, **options)
 
-        Raises ValueError where k is not in 1..N, or a signal that the method requires was not computed.
+    # ---- for callers -------------------------------------------------------------------------------------------------
+
+    def select_batch(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:
+        """For each of several questions the K tokens to keep: sorted unique indices (K,), int64 on the CPU.
+
+        Where K is N all tokens stay, whatever the signals. Raises ValueError where a K is not in 1..N, or a signal that
+        the method requires was not computed.
         """
-        return self.select_each([signals], [k])[0]
-
-    def select_each(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:
-        """`select` for each of several questions."""
-        for own, k in zip(signals, ks, strict=True):
-            if not 1 <= k <= own.count:
-                raise ValueError(f"can't keep {k} of {own.count} visual tokens: keep 1 to {own.count}")
-        some = [n for n, own in enumerate(signals) if ks[n] < own.count]
-        picked = iter(self._pick_each([signals[n] for n in some], [ks[n] for n in some]))
-        return [next(picked) if k < own.count else torch.arange(k) for own, k in zip(signals, ks, strict=True)]
-
-    def _pick_each(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:
-        """`_pick` for each; for methods that can do several at once."""
-        return [self._pick(own, k) for own, k in zip(signals, ks, strict=True)]
-
-    @abstractmethod
-    def _pick(self, signals: Signals, k: int) -> Tensor:
-        """`select` for 1 <= k < N."""
+        # 1. every K must be possible
+        for image_signals, k in zip(signals, ks, strict=True):
+            if not 1 <= k <= image_signals.count:
+                raise ValueError(
+                    f"can't keep {k} of {image_signals.count} visual tokens: keep 1 to {image_signals.count}"
+                )
+        # 2. nothing has to be computed where everything stays
+        kept = [torch.arange(k) for k in ks]
+        # 3. the others, those in one call whose signals can be stacked
+        alike: dict[tuple[Any, bool], list[int]] = {}
+        for n, image_signals in enumerate(signals):
+            if ks[n] < image_signals.count:
+                alike.setdefault((image_signals.views, image_signals.region is None), []).append(n)
+        for group in alike.values():
+            selected = self.select_alike([signals[n] for n in group], [ks[n] for n in group])
+            for n, indices in zip(group, selected, strict=True):
+                kept[n] = indices
+        return kept
 
     def merge(self, signals: Signals, kept: Tensor) -> Tensor | None:
-        """What `select` gave as kept (K,) is made of: sparse weights (K, N) of the tokens' states, float32 on the CPU.
+        """What the kept tokens (K,) that `select_batch` gave are made of, for a method that merges others into them.
 
-        None where every kept token is itself alone.
+        Sparse weights (K, N) of all tokens' vision features, float32 on the CPU; None where nothing is merged.
         """
-        return None if len(kept) == signals.count else self._merge(signals, kept)
+        return None if len(kept) == signals.count else self.merge_weights(signals, kept)
 
-    def _merge(self, signals: Signals, kept: Tensor) -> Tensor | None:
+    # ---- for methods -------------------------------------------------------------------------------------------------
+
+    def score(self, signals: Signals) -> Tensor:
+        """(N,) float64 on the CPU: the K tokens of the highest score are kept, ties to the lower index."""
+        raise NotImplementedError(f"{type(self).__name__} implements none of score, select and select_alike")
+
+    def select(self, signals: Signals, k: int) -> Tensor:
+        """The k tokens to keep: sorted unique indices (k,), int64 on the CPU. Called for 1 <= k < N only."""
+        return top(self.score(signals), k)
+
+    def select_alike(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:
+        """`select` for several questions about images of the same views, all with a region or all without."""
+        return [self.select(image_signals, k) for image_signals, k in zip(signals, ks, strict=True)]
+
+    def merge_weights(self, signals: Signals, kept: Tensor) -> Tensor | None:
         """`merge` for K < N."""
         return None
 
@@ -73,7 +104,7 @@ class Method(ABC):
         return None
 
     def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
-        """What leaves inside the language model, for methods that are `inner`: nothing here."""
+        """Which tokens leave at which layer of the language model: none, for a method that is not `inner`."""
         return ()
 
 
@@ -83,8 +114,8 @@ class InnerMethod(Method):
 
     inner: ClassVar[bool] = True
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
-        """All of them."""
+    def select(self, signals: Signals, k: int) -> Tensor:
+        """All N of them, whatever k."""
         return torch.arange(signals.count)
 
     @abstractmethod
@@ -95,10 +126,10 @@ class InnerMethod(Method):
         """
 
 
-def dwindling(count: int, k: int, stages: int) -> tuple[int, ...]:
+def geometric_counts(count: int, k: int, stages: int) -> tuple[int, ...]:
     """How many of `count` tokens are there after each stage, where the same share stays at each and `k` in the end."""
-    left = [max(k, floor(count * (k / count) ** (stage / stages) + 0.5)) for stage in range(1, stages)]
-    return (*left, k)
+    before_last = [max(k, floor(count * (k / count) ** (stage / stages) + 0.5)) for stage in range(1, stages)]
+    return (*before_last, k)
 
 
 def values(signals: Signals, name: str) -> Tensor:
@@ -111,11 +142,18 @@ def signed_relevance(signals: Signals, sign: int) -> Tensor:
     return values(signals, "relevance") * (sign or (1 if signals.relevance_by_words else -1))
 
 
-def weights(kept: Tensor, own: Tensor, rest: Tensor, into: Tensor, share: Tensor, count: int) -> Tensor:
-    """Sparse weights (K, N): `own` (K,) of the kept tokens, and `share` (R,) of `rest` (R,) in places `into` (R,)."""
-    places = torch.stack([torch.cat([torch.arange(len(kept)), into]), torch.cat([kept, rest])])
-    shares = torch.cat([own, share]).float()
-    return torch.sparse_coo_tensor(places, shares, (len(kept), count), check_invariants=False).coalesce()
+def merge_matrix(
+    kept: Tensor, kept_weight: Tensor, merged: Tensor, target: Tensor, merged_weight: Tensor, count: int
+) -> Tensor:
+    """Sparse weights (K, N) for N = `count` tokens, of which the R `merged` (R,) go into the kept ones.
+
+    kept (K,) and merged (R,) are indices among the N tokens, target (R,) places in `kept`. A kept token has
+    `kept_weight` (K,) of itself, and `merged_weight` (R,) of the tokens that are merged into it.
+    """
+    places = torch.cat([torch.arange(len(kept)), target])
+    indices = torch.stack([places, torch.cat([kept, merged])])  # (2, K + R)
+    weights = torch.cat([kept_weight, merged_weight]).float()
+    return torch.sparse_coo_tensor(indices, weights, (len(kept), count), check_invariants=False).coalesce()
 
 
 def check_sign(sign: int) -> None:

@@ -16,7 +16,7 @@ _INDEPENDENT = 1e-6  # squared part of a unit row outside of what was taken: bel
 
 @dataclass(frozen=True)
 class CDPruner(Method):
-    """Greedy maximum of det(L) over the tokens taken.
+    """The tokens that are relevant and unlike each other: the greedy maximum of det(L) over the tokens taken.
 
         q_i  = (r'_i - min r' + 1e-6) / (max r' - min r')        r' relevance times its sign
         L_ij = q_i * cos(x_i, x_j) * q_j
@@ -35,11 +35,11 @@ class CDPruner(Method):
     relevance_sign: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the sign is none."""
+        """Raises ValueError where the sign is not 1, -1 or 0."""
         if self.relevance_sign not in (1, -1, 0):
             raise ValueError(f"relevance_sign must be 1, -1 or 0, not {self.relevance_sign}")
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
+    def select(self, signals: Signals, k: int) -> Tensor:
         relevance = signed_relevance(signals, self.relevance_sign)
         low, high = relevance.aminmax()
         quality = (relevance - low + 1e-6) / (high - low) if bool(high > low) else torch.ones_like(relevance)

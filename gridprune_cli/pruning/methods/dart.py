@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.methods.base import InnerMethod
-from gridprune_cli.pruning.schedule import Rule, Sight, Stage
+from gridprune_cli.pruning.schedule import LayerSignals, Rule, Stage
 from gridprune_cli.pruning.similarity import cosines
 
 
 @dataclass(frozen=True)
 class Duplication(Rule):
-    """Visual pivots, and what is least like each of them and of the text's pivots.
+    """Visual pivots, and the tokens that are least like each of them and of the text's pivots.
 
     Pivots are the tokens with the largest sum of |key|, visual_pivots of the visual ones and text_pivots of the text.
     In turn, the visual ones first and each kind by its sum, a pivot p takes the visual tokens i, not yet taken, with
@@ -34,18 +34,18 @@ class Duplication(Rule):
             if getattr(self, option) < least:
                 raise ValueError(f"{option} must be at least {least}, not {getattr(self, option)}")
 
-    def pick(self, sight: Sight, k: int) -> Tensor:
-        assert sight.keys is not None and sight.hidden_states is not None
-        assert sight.text_keys is not None and sight.text_hidden_states is not None
-        visual = _largest(sight.keys, min(self.visual_pivots, k))
-        text = _largest(sight.text_keys, min(self.text_pivots, len(sight.text_keys)))
-        stays = torch.zeros(len(sight.tokens), dtype=torch.bool)
+    def select(self, signals: LayerSignals, k: int) -> Tensor:
+        assert signals.keys is not None and signals.hidden_states is not None
+        assert signals.text_keys is not None and signals.text_hidden_states is not None
+        visual = _largest(signals.keys, min(self.visual_pivots, k))
+        text = _largest(signals.text_keys, min(self.text_pivots, len(signals.text_keys)))
+        stays = torch.zeros(len(signals.tokens), dtype=torch.bool)
         stays[visual] = True
-        pivots = torch.cat([sight.hidden_states[visual], sight.text_hidden_states[text]])
-        each, more = divmod(k - len(visual), max(1, len(pivots)))
-        for number, likeness in enumerate(cosines(pivots, sight.hidden_states)):
+        pivots = torch.cat([signals.hidden_states[visual], signals.text_hidden_states[text]])
+        quota, longer = divmod(k - len(visual), max(1, len(pivots)))
+        for number, likeness in enumerate(cosines(pivots, signals.hidden_states)):
             least = likeness.masked_fill(stays, torch.inf).argsort(stable=True)
-            stays[least[: each + (number < more)]] = True
+            stays[least[: quota + (number < longer)]] = True
         return stays.nonzero()[:, 0]
 
 
@@ -57,16 +57,17 @@ def _largest(keys: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Dart(InnerMethod):
-    """From layer `layer` on, K tokens by `Duplication`, with the keys and the states that the layer before gave.
+    """From layer `layer` on, a few pivots and what is least like them, K tokens in all, by `Duplication`.
 
-    Keys are those that it compares with, so with their positions; states are normed as behind the last layer. What
-    stays keeps its positions. All this as in the published code.
+    Keys and hidden states are those that the layer before gave: keys with their position embeddings, hidden states
+    normed as behind the last layer. What stays keeps its positions. All this is as in the published code.
 
     Departures: exactly K stay. The published code keeps its visual pivots beside what it counts, and rounds down what
     each pivot takes: its 128 are 4 + 8 * 16, K = 132 here. Its order of pivots is that of a Python set.
     """
 
     name: ClassVar[str] = "dart"
+    rules: ClassVar[tuple[type[Rule], ...]] = (Duplication,)
     layer: int = 2
     visual_pivots: int = 4
     text_pivots: int = 4

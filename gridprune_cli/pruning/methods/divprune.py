@@ -13,7 +13,7 @@ from gridprune_cli.pruning.similarity import cosines
 
 @dataclass(frozen=True)
 class DivPrune(Method):
-    """Greedy max-min diversity of rows; the question has no say.
+    """Greedy max-min diversity of image embeds; the question has no say.
 
         d_ij = 1 - cos(x_i, x_j)
         first argmax_i min_{j != i} d_ij, then again and again argmax_i min_{s taken} d_is
@@ -25,7 +25,7 @@ class DivPrune(Method):
     name: ClassVar[str] = "divprune"
     requires: ClassVar[frozenset[str]] = frozenset({"image_embeds"})
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
+    def select(self, signals: Signals, k: int) -> Tensor:
         distance = 1 - cosines(signals.need("image_embeds"))
         distance.fill_diagonal_(torch.inf)
         nearest = distance.amin(1)

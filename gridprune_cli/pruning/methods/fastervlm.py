@@ -6,7 +6,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from gridprune_cli.pruning.methods.base import Method, values
-from gridprune_cli.pruning.select import top
 from gridprune_cli.pruning.signals import Signals
 
 
@@ -20,5 +19,5 @@ class FasterVLM(Method):
     name: ClassVar[str] = "fastervlm"
     requires: ClassVar[frozenset[str]] = frozenset({"saliency"})
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
-        return top(values(signals, "saliency"), k)
+    def score(self, signals: Signals) -> Tensor:
+        return values(signals, "saliency")

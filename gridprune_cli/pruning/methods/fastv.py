@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gridprune_cli.pruning.methods.base import InnerMethod
-from gridprune_cli.pruning.schedule import Attention, Stage
+from gridprune_cli.pruning.schedule import Attention, Rule, Stage
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class FastV(InnerMethod):
     """
 
     name: ClassVar[str] = "fastv"
+    rules: ClassVar[tuple[type[Rule], ...]] = (Attention,)
     layer: int = 2
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from gridprune_cli.pruning.budget import allocate, softmax_shares
 from gridprune_cli.pruning.methods.base import Method, check_sign, values
 from gridprune_cli.pruning.region import inside_each
 from gridprune_cli.pruning.select import best_by_zone
-from gridprune_cli.pruning.signals import Signals, View
+from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.zones import Zones, zone_index
 
 SALIENCY_SCALES = ("minmax", "max", "rank", "none")
@@ -31,6 +31,8 @@ class GridPrune(Method):
     saliency_scale  how saliency is brought to 0..1: "minmax", "max", "rank" or "none"
     region_share    share of K for the contextual region, 0..1, where the signals have one
     relevance_sign  1, or -1 where low relevance marks what the question is about
+
+    The paper publishes no values; the defaults were chosen by `python -m benchmarks.sweeps`, see docs/results.md.
     """
 
     name: ClassVar[str] = "gridprune"
@@ -60,38 +62,32 @@ class GridPrune(Method):
         """Each token's zone, (N,) int64, and the zones."""
         return zone_index(signals.views, self.zone)
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
-        return self._together([signals], [k])[0]
+    def select(self, signals: Signals, k: int) -> Tensor:
+        return self.select_alike([signals], [k])[0]
 
-    def _pick_each(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:
-        alike: dict[tuple[tuple[View, ...], bool], list[int]] = {}
-        for n, own in enumerate(signals):
-            alike.setdefault((own.views, own.region is None), []).append(n)
-        kept: dict[int, Tensor] = {}
-        for group in alike.values():
-            kept |= zip(group, self._together([signals[n] for n in group], [ks[n] for n in group]), strict=True)
-        return [kept[n] for n in range(len(signals))]
-
-    def _together(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:
-        """`_pick` for B questions about images of the same views, all of them with a region, or none."""
-        first = signals[0]
-        relevance = torch.stack([values(own, "relevance") for own in signals]) * self.relevance_sign  # (B, N)
-        saliency = scaled(torch.stack([values(own, "saliency") for own in signals]), self.saliency_scale)
-        score = (1 - self.alpha) * (relevance + 1) / 2 + self.alpha * saliency
-        part, zones = self.zones(first)
-        part, quotas = part.expand(len(signals), -1), [[k] for k in ks]
+    def select_alike(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:
+        # B questions about images of the same N tokens
+        first, count = signals[0], len(signals)
+        # 1. scores
+        relevance = torch.stack([values(each, "relevance") for each in signals]) * self.relevance_sign  # (B, N)
+        saliency = scaled(torch.stack([values(each, "saliency") for each in signals]), self.saliency_scale)  # (B, N)
+        score = (1 - self.alpha) * (relevance + 1) / 2 + self.alpha * saliency  # (B, N)
+        # 2. each token's zone; a region cuts every zone in two, the half outside numbered behind all zones
+        zone, zones = self.zones(first)  # (N,)
+        zone, quotas = zone.expand(count, -1), [[k] for k in ks]  # (B, N), (B, 1)
         if first.region is not None:
-            # The region cuts every zone into a part inside, which keeps the zone's number, and a part outside.
-            within = inside_each(first.views, [own.region for own in signals if own.region])
-            part = part + zones.count * ~within
+            within = inside_each(first.views, [each.region for each in signals if each.region])  # (B, N)
+            zone = zone + zones.count * ~within
             sizes = within.sum(1).tolist()
             quotas = [region_quotas(k, n, first.count, self.region_share) for k, n in zip(ks, sizes, strict=True)]
-        none = relevance.new_zeros(len(signals), len(quotas[0]) * zones.count)
-        caps = none.long().scatter_add(1, part, torch.ones_like(part))
-        means = (none.scatter_add(1, part, relevance) / caps.clamp(min=1)).unflatten(1, (-1, zones.count))
-        caps = caps.unflatten(1, (-1, zones.count))  # (B, 1 or 2, Z)
-        budgets = allocate(softmax_shares(means, caps, self.temperature), caps, torch.tensor(quotas))
-        stays = best_by_zone(score, part, budgets.flatten(1))
+        # 3. budgets, inside and outside by themselves, from the zones' mean relevance; H = 1, or 2 with a region
+        zeros = relevance.new_zeros(count, len(quotas[0]) * zones.count)  # (B, H * Z)
+        caps = zeros.long().scatter_add(1, zone, torch.ones_like(zone))
+        means = (zeros.scatter_add(1, zone, relevance) / caps.clamp(min=1)).unflatten(1, (-1, zones.count))
+        caps = caps.unflatten(1, (-1, zones.count))  # (B, H, Z)
+        budgets = allocate(softmax_shares(means, caps, self.temperature), caps, torch.tensor(quotas))  # (B, H, Z)
+        # 4. the best of each zone
+        stays = best_by_zone(score, zone, budgets.flatten(1))  # (B, N)
         return list(stays.nonzero()[:, 1].split(list(ks)))
 
 

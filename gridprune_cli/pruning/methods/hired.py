@@ -13,12 +13,12 @@ from gridprune_cli.pruning.select import top, top_by_zone
 from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.pruning.zones import zone_index
 
-_WHOLE = (0.0, 0.0, 1.0, 1.0)
+_WHOLE = (0.0, 0.0, 1.0, 1.0)  # the box of a view of the whole picture
 
 
 @dataclass(frozen=True)
 class HiRED(Method):
-    """Splits K over the views of one picture; each part keeps its top by saliency. The question has no say.
+    """Splits K over the views of one picture; each view or tile keeps its top by saliency. The question has no say.
 
     The base view, which shows the whole picture, gets `base_share` of K, and the tiles the rest in proportion to how
     many of the base view's top floor((1 - base_share) * N_base) tokens by saliency lie in them. A mosaic, which has all
@@ -27,15 +27,15 @@ class HiRED(Method):
 
     base_share  0 to 1; the published alpha
 
-    Departures: the published split looks at the attention of CLS in the tower's first layer, of which nothing is kept;
-    this one takes the saliency that is also used to select. Tiles are cut out of the picture, where the published code
-    cuts runs out of the flat sequence of the base view's tokens. Budgets sum to K, by largest remainders, and what a
-    part can't take goes to the others. Newlines stay by the rule for all methods; the published code drops them.
+    Departures: the published split looks at the attention of CLS in the tower's first layer, which is not stored; this
+    one takes the saliency that is also used to select. Tiles are cut out of the picture, where the published code cuts
+    runs out of the flat sequence of the base view's tokens. Budgets sum to K, by largest remainders, and what a tile
+    can't take goes to the others. Newlines stay by the rule for all methods; the published code drops them.
     """
 
     name: ClassVar[str] = "hired"
     requires: ClassVar[frozenset[str]] = frozenset({"saliency"})
-    one_picture: ClassVar[bool] = True
+    single_image: ClassVar[bool] = True
     base_share: float = 0.5
 
     def __post_init__(self) -> None:
@@ -43,29 +43,29 @@ class HiRED(Method):
         if not 0 <= self.base_share <= 1:
             raise ValueError(f"base_share must be from 0 to 1, not {self.base_share}")
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
+    def select(self, signals: Signals, k: int) -> Tensor:
         saliency, views = values(signals, "saliency"), signals.views
         whole = [n for n, view in enumerate(views) if view.box == _WHOLE]
         if len(views) == 1 or not whole:
             return top(saliency, k)
         base = views[whole[0]]
-        parts: list[Tensor] = []
+        indices: list[Tensor] = []  # of each view's tokens: 0 for the base view, then tiles from 1 on
         boxes: list[tuple[float, float, float, float]] = []
         for n, view in enumerate(views):
             if n == whole[0]:
-                parts.append(torch.zeros(view.count, dtype=torch.long))
+                indices.append(torch.zeros(view.count, dtype=torch.long))
                 continue
             tile, zones = zone_index((view,), (base.rows, base.cols))
-            parts.append(1 + len(boxes) + tile)
+            indices.append(1 + len(boxes) + tile)
             boxes += [_box(view, *sides) for _, *sides in zones.rectangles()]
-        part = torch.cat(parts)
-        caps = torch.bincount(part)
-        leading = top(saliency[part == 0], int((1 - self.base_share) * base.count))
-        counts = _inside(base, leading, torch.tensor(boxes, dtype=torch.float64))
-        own = min(floor(self.base_share * k + 0.5), base.count)
-        own = max(own, k - int(caps[1:].sum()))
-        budgets = torch.cat([torch.tensor([own]), allocate(counts, caps[1:], k - own)])
-        return top_by_zone(saliency, part, budgets)
+        tile_of = torch.cat(indices)  # (N,)
+        caps = torch.bincount(tile_of)
+        leading = top(saliency[tile_of == 0], int((1 - self.base_share) * base.count))
+        counts = _count_in_boxes(base, leading, torch.tensor(boxes, dtype=torch.float64))
+        base_budget = min(floor(self.base_share * k + 0.5), base.count)
+        base_budget = max(base_budget, k - int(caps[1:].sum()))
+        budgets = torch.cat([torch.tensor([base_budget]), allocate(counts, caps[1:], k - base_budget)])
+        return top_by_zone(saliency, tile_of, budgets)
 
 
 def _box(view: View, above: int, left: int, below: int, right: int) -> tuple[float, float, float, float]:
@@ -75,7 +75,7 @@ def _box(view: View, above: int, left: int, below: int, right: int) -> tuple[flo
     return x + left * across, y + above * down, x + right * across, y + below * down
 
 
-def _inside(base: View, tokens: Tensor, boxes: Tensor) -> Tensor:
+def _count_in_boxes(base: View, tokens: Tensor, boxes: Tensor) -> Tensor:
     """(T,) how many of a base view's tokens have their centre in each of the boxes (T, 4)."""
     x = (tokens % base.cols + 0.5) / base.cols + 1e-9  # a centre on a border belongs to the tile behind it
     y = (tokens // base.cols + 0.5) / base.rows + 1e-9

@@ -10,13 +10,13 @@ from gridprune_cli.pruning.methods.base import Method, values
 from gridprune_cli.pruning.select import top_by_zone
 from gridprune_cli.pruning.signals import Signals, View
 
-_SIDE = 4  # 4 x 4 crops, or 16 runs
+_SIDE = 4  # 4 x 4 crops, as many as the 16 runs of the published code
 CROPS = ("grid", "runs")
 
 
 @dataclass(frozen=True)
 class HoloV(Method):
-    """Crop p keeps its top k_p by saliency; the question has no say.
+    """A budget per crop by its mean saliency, and the top of each crop by saliency; the question has no say.
 
         w_p = mean of A over crop p, divided by the sum of the means of all crops
         k_p = floor(w_p * K), and one more each for the crops of the highest w_p until they sum to K
@@ -40,7 +40,7 @@ class HoloV(Method):
         if self.crops not in CROPS:
             raise ValueError(f"crops must be one of {', '.join(CROPS)}, not {self.crops}")
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
+    def select(self, signals: Signals, k: int) -> Tensor:
         saliency = values(signals, "saliency")
         cut = _grid if self.crops == "grid" else _runs
         crop = torch.cat([_SIDE * _SIDE * n + cut(view) for n, view in enumerate(signals.views)])

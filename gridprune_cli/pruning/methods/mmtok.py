@@ -42,9 +42,9 @@ class MMTok(Method):
             if not (getattr(self, option) > 0 and isfinite(getattr(self, option))):
                 raise ValueError(f"{option} must be above 0, not {getattr(self, option)}")
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
+    def select(self, signals: Signals, k: int) -> Tensor:
         to_words = cosines(signals.need("question_embeds"), signals.need("image_embeds"))
         to_tokens = cosines(signals.need("vision_features"))
-        words = torch.softmax(to_words / self.text_temperature, dim=1) / len(to_words)
-        tokens = torch.softmax(to_tokens / self.vision_temperature, dim=1) / len(to_tokens)
-        return cover(torch.cat([words, self.alpha * tokens]), k).sort().values
+        word_cover = torch.softmax(to_words / self.text_temperature, dim=1) / len(to_words)
+        token_cover = torch.softmax(to_tokens / self.vision_temperature, dim=1) / len(to_tokens)
+        return cover(torch.cat([word_cover, self.alpha * token_cover]), k).sort().values

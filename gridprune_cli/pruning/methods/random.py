@@ -22,6 +22,6 @@ class Random(Method):
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must be from -2^63 to 2^63 - 1, not {self.seed}")
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
+    def select(self, signals: Signals, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randperm(signals.count, generator=generator)[:k].sort().values

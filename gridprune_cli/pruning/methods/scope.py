@@ -32,6 +32,6 @@ class Scope(Method):
         if not (self.alpha >= 0 and isfinite(self.alpha)):
             raise ValueError(f"alpha must be 0 or more, not {self.alpha}")
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
+    def select(self, signals: Signals, k: int) -> Tensor:
         weight = values(signals, "saliency") ** self.alpha
         return cover(cosines(signals.need("vision_features")), k, weight).sort().values

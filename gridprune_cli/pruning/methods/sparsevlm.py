@@ -1,4 +1,4 @@
-"""SparseVLM (arXiv 2410.04417): the words that the image speaks to say which of its tokens are needed."""
+"""SparseVLM (arXiv 2410.04417): attention of the text tokens that the image is most like, inside the language model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.methods.base import InnerMethod, dwindling
-from gridprune_cli.pruning.schedule import Attention, Stage
+from gridprune_cli.pruning.methods.base import InnerMethod, geometric_counts
+from gridprune_cli.pruning.schedule import Attention, Rule, Stage
 from gridprune_cli.pruning.similarity import precise
 
-DEPTHS = (3 / 32, 7 / 32, 16 / 32)  # behind the layers 2, 6 and 15 of 32
+DEPTHS = (3 / 32, 7 / 32, 16 / 32)  # of the layers: the published stages behind the layers 2, 6 and 15 of 32
 COUNTS = ("last", "mean")
 
 
@@ -32,13 +32,13 @@ class RatedAttention(Attention):
 
     def raters(self, visual: Tensor, text: Tensor) -> Tensor:
         likeness = (precise(visual) @ precise(text).T).softmax(1).mean(0).cpu()
-        rates = likeness > likeness.mean() + 1e-9  # what rounding makes of equal ones must not decide
+        rates = likeness > likeness.mean() + 1e-9  # rounding noise must not decide between equal tokens
         return rates if bool(rates.any()) else torch.ones_like(rates)
 
 
 @dataclass(frozen=True)
 class SparseVLM(InnerMethod):
-    """Three stages, at 3, 7 and 16 of 32 layers; those stay that the raters attend to most, mean over heads.
+    """Three stages, at 3, 7 and 16 of 32 layers; what stays is what the raters attend to most, mean over heads.
 
     The text that may rate is what stands behind the last image, chosen once. Layers are rounded to the nearest. What
     stays is numbered on from 0, as in the published code for the paper (v1.5).
@@ -53,6 +53,7 @@ class SparseVLM(InnerMethod):
     """
 
     name: ClassVar[str] = "sparsevlm"
+    rules: ClassVar[tuple[type[Rule], ...]] = (RatedAttention,)
     count: str = "last"
 
     def __post_init__(self) -> None:
@@ -61,24 +62,27 @@ class SparseVLM(InnerMethod):
             raise ValueError(f"count must be one of {', '.join(COUNTS)}, not {self.count}")
 
     def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
-        at = [max(layers.start, floor(share * layers.stop + 0.5)) for share in DEPTHS]
-        left = []
+        stage_layers = [max(layers.start, floor(share * layers.stop + 0.5)) for share in DEPTHS]
+        counts_after = []
         for n, k in zip(counts, budgets, strict=True):
-            last = k if self.count == "last" else _last(n, k, [*at, layers.stop])
-            left.append(dwindling(n, last, len(DEPTHS)))
-        keeps = zip(*left, strict=True)
-        return tuple(Stage(layer, RatedAttention(), keep, "compact") for layer, keep in zip(at, keeps, strict=True))
+            last = k if self.count == "last" else _last(n, k, [*stage_layers, layers.stop])
+            counts_after.append(geometric_counts(n, last, len(DEPTHS)))
+        stage_budgets = zip(*counts_after, strict=True)  # of all images, per stage
+        return tuple(
+            Stage(layer, RatedAttention(), stage, "compact")
+            for layer, stage in zip(stage_layers, stage_budgets, strict=True)
+        )
 
 
 def _last(count: int, k: int, ends: Sequence[int]) -> int:
     """How many of `count` tokens to leave in the end, so that the mean over layers is nearest to `k`.
 
-    A stage stands at each of the layers `ends` but the last, which is how many layers there are.
+    `ends` are the layers at which a stage stands, and the number of layers.
     """
-    parts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
-    def miss(last: int) -> float:
-        tokens = (count, *dwindling(count, last, len(parts) - 1))
-        return abs(sum(n * layers for n, layers in zip(tokens, parts, strict=True)) / ends[-1] - k)
+    def distance(last: int) -> float:
+        tokens = (count, *geometric_counts(count, last, len(lengths) - 1))
+        return abs(sum(n * layers for n, layers in zip(tokens, lengths, strict=True)) / ends[-1] - k)
 
-    return min(range(1, k + 1), key=miss)
+    return min(range(1, k + 1), key=distance)

@@ -6,7 +6,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from gridprune_cli.pruning.methods.base import Method, check_sign, values
-from gridprune_cli.pruning.select import top
 from gridprune_cli.pruning.signals import Signals
 
 
@@ -21,5 +20,5 @@ class TopKRelevance(Method):
     def __post_init__(self) -> None:
         check_sign(self.relevance_sign)
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
-        return top(values(signals, "relevance") * self.relevance_sign, k)
+    def score(self, signals: Signals) -> Tensor:
+        return values(signals, "relevance") * self.relevance_sign

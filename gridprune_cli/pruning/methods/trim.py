@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.methods.base import Method, signed_relevance, weights
+from gridprune_cli.pruning.methods.base import Method, merge_matrix, signed_relevance
 from gridprune_cli.pruning.select import top
 from gridprune_cli.pruning.signals import Signals
 
@@ -29,22 +29,22 @@ class Trim(Method):
     mean_token: bool = True
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the sign is none."""
+        """Raises ValueError where the sign is not 1, -1 or 0."""
         if self.relevance_sign not in (1, -1, 0):
             raise ValueError(f"relevance_sign must be 1, -1 or 0, not {self.relevance_sign}")
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
-        return top(signed_relevance(signals, self.relevance_sign), k)
+    def score(self, signals: Signals) -> Tensor:
+        return signed_relevance(signals, self.relevance_sign)
 
-    def _merge(self, signals: Signals, kept: Tensor) -> Tensor | None:
+    def merge_weights(self, signals: Signals, kept: Tensor) -> Tensor | None:
         if not self.mean_token or len(kept) == 1:
             return None
-        alone = top(signed_relevance(signals, self.relevance_sign), len(kept) - 1)
+        alone = top(self.score(signals), len(kept) - 1)
         place = (~torch.isin(kept, alone)).nonzero()[0]
         dropped = torch.ones(signals.count, dtype=torch.bool)
         dropped[kept] = False
         rest = dropped.nonzero()[:, 0]
-        share = torch.full(rest.shape, 1 / (len(rest) + 1))
-        own = torch.ones(len(kept))
-        own[place] = 1 / (len(rest) + 1)
-        return weights(kept, own, rest, place.expand(len(rest)), share, signals.count)
+        rest_weight = torch.full(rest.shape, 1 / (len(rest) + 1))
+        kept_weight = torch.ones(len(kept))
+        kept_weight[place] = 1 / (len(rest) + 1)
+        return merge_matrix(kept, kept_weight, rest, place.expand(len(rest)), rest_weight, signals.count)

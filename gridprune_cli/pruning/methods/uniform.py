@@ -17,23 +17,23 @@ class Uniform(Method):
 
     name: ClassVar[str] = "uniform"
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
+    def select(self, signals: Signals, k: int) -> Tensor:
         counts = torch.tensor([view.count for view in signals.views])
-        parts, first = [], 0
+        kept, first = [], 0
         for view, budget in zip(signals.views, allocate(counts, counts, k).tolist(), strict=True):
-            parts.append(first + lattice(view.rows, view.cols, budget))
+            kept.append(first + lattice(view.rows, view.cols, budget))
             first += view.count
-        return torch.cat(parts)
+        return torch.cat(kept)
 
 
-def lattice(rows: int, cols: int, k: int) -> Tensor:
-    """Sorted indices, (k,) int64, of k tokens spread over a rows x cols grid. 0 <= k <= rows * cols."""
+def lattice(height: int, width: int, k: int) -> Tensor:
+    """Sorted indices, (k,) int64, of k evenly spaced tokens of a height x width grid. 0 <= k <= height * width."""
     if k == 0:
         return torch.arange(0)
-    lines = min(range(-(-k // cols), min(rows, k) + 1), key=lambda m: (rows / m) ** 2 + (cols / (k // m)) ** 2)
+    lines = min(range(-(-k // width), min(height, k) + 1), key=lambda m: (height / m) ** 2 + (width / (k // m)) ** 2)
     t = torch.arange(k)
     line = ((t + 1) * lines - 1) // k  # lines hold k // lines tokens or one more, the longer ones evenly among them
     start, end = line * k // lines, (line + 1) * k // lines
-    row = (2 * line + 1) * rows // (2 * lines)
-    col = (2 * (t - start) + 1) * cols // (2 * (end - start))
-    return row * cols + col
+    row = (2 * line + 1) * height // (2 * lines)
+    col = (2 * (t - start) + 1) * width // (2 * (end - start))
+    return row * width + col

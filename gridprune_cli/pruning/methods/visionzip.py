@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.methods.base import Method, values, weights
+from gridprune_cli.pruning.methods.base import Method, merge_matrix, values
 from gridprune_cli.pruning.select import top
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.similarity import cosines
@@ -26,10 +26,10 @@ class VisionZip(Method):
     merge             "mean": of the contextual token and what joins it, all alike. "sum": as the published code has
                       it, the contextual token plus the mean of what joins it, which about doubles its length
 
-    Departures: likeness is the cosine of states, where the published one is that of the attention keys of their layer,
-    which are not kept. CLS is no visual token here; the published code counts it as one dominant token. Contextual
-    tokens stay in their places, not behind all others. The tokens of all views compete for one K; the published code
-    gives each tile the same.
+    Departures: likeness is the cosine of vision features, where the published one is that of the attention keys of
+    their layer, which are not stored. CLS is no visual token here; the published code counts it as one dominant token.
+    Contextual tokens stay in their places, not behind all others. The tokens of all views compete for one K; the
+    published code gives each tile the same.
     """
 
     name: ClassVar[str] = "visionzip"
@@ -44,7 +44,7 @@ class VisionZip(Method):
         if self.merge_by not in MERGES:
             raise ValueError(f"merge_by must be one of {', '.join(MERGES)}, not {self.merge_by}")
 
-    def _parts(self, signals: Signals, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, signals: Signals, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Indices of the dominant tokens, the contextual ones, and what is left, each sorted."""
         contextual = floor(self.contextual_share * k + 0.5)
         dominant = top(values(signals, "saliency"), k - contextual)
@@ -55,13 +55,13 @@ class VisionZip(Method):
         others[targets] = False
         return dominant, targets, others.nonzero()[:, 0]
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
-        signals.need("vision_features")  # told now, not when merging
-        dominant, targets, _ = self._parts(signals, k)
+    def select(self, signals: Signals, k: int) -> Tensor:
+        signals.need("vision_features")  # that it is missing shows here, not when merging
+        dominant, targets, _ = self._split(signals, k)
         return torch.cat([dominant, targets]).sort().values
 
-    def _merge(self, signals: Signals, kept: Tensor) -> Tensor | None:
-        _, targets, rest = self._parts(signals, len(kept))
+    def merge_weights(self, signals: Signals, kept: Tensor) -> Tensor | None:
+        _, targets, rest = self._split(signals, len(kept))
         if not len(targets):
             return None
         vision_features = signals.need("vision_features")
@@ -69,7 +69,7 @@ class VisionZip(Method):
         joined = torch.bincount(nearest, minlength=len(targets))
         share = 1 / (joined + 1) if self.merge_by == "mean" else 1 / joined.clamp(min=1)
         place = torch.searchsorted(kept, targets)
-        own = torch.ones(len(kept))
+        kept_weight = torch.ones(len(kept))
         if self.merge_by == "mean":
-            own[place] = share
-        return weights(kept, own, rest, place[nearest], share[nearest], signals.count)
+            kept_weight[place] = share
+        return merge_matrix(kept, kept_weight, rest, place[nearest], share[nearest], signals.count)

@@ -39,7 +39,7 @@ class VisPruner(Method):
         if self.step < 1:
             raise ValueError(f"step must be at least 1, not {self.step}")
 
-    def _pick(self, signals: Signals, k: int) -> Tensor:
+    def select(self, signals: Signals, k: int) -> Tensor:
         by_saliency = values(signals, "saliency").argsort(descending=True, stable=True)
         important = int(self.important_share * k)
         likeness = cosines(signals.need("vision_features"))

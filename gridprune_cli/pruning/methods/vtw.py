@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.methods.base import InnerMethod
-from gridprune_cli.pruning.schedule import Rule, Sight, Stage
+from gridprune_cli.pruning.schedule import LayerSignals, Rule, Stage
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Withdrawal(Rule):
 
     name: ClassVar[str] = "withdrawal"
 
-    def pick(self, sight: Sight, k: int) -> Tensor:
+    def select(self, signals: LayerSignals, k: int) -> Tensor:
         return torch.arange(0)
 
 
@@ -28,15 +28,15 @@ class VTW(InnerMethod):
 
     layer  that layer, as the published 15 of 32; K has no say then. 0: the layer that K asks for, by its mean
 
-    K is no number of kept tokens here, since all are kept first and none in the end. With `layer` 0 it is how many
-    visual tokens a layer has in the mean: they leave at layer L * K / N of L, rounded, or the nearest at which tokens
-    can leave; images with budgets of their own leave together. Where K is N, none leaves.
+    With `layer` 0, K is how many visual tokens a layer has in the mean: they leave at layer L * K / N of L, rounded, or
+    the nearest at which tokens can leave; images with budgets of their own leave together. Where K is N, none leaves.
 
     Departure: the published code looks for the earliest layer that hardly changes what the model says about some sample
     prompts; this one looks at no samples.
     """
 
     name: ClassVar[str] = "vtw"
+    rules: ClassVar[tuple[type[Rule], ...]] = (Withdrawal,)
     layer: int = 0
 
     def __post_init__(self) -> None:
@@ -47,6 +47,6 @@ class VTW(InnerMethod):
     def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
         if not self.layer and sum(budgets) == sum(counts):
             return ()
-        asked = floor(layers.stop * sum(budgets) / sum(counts) + 0.5)
-        layer = self.layer or min(max(asked, layers.start), layers.stop - 1)
+        nearest = floor(layers.stop * sum(budgets) / sum(counts) + 0.5)
+        layer = self.layer or min(max(nearest, layers.start), layers.stop - 1)
         return (Stage(layer, Withdrawal(), (0,) * len(counts)),)

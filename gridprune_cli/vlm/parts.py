@@ -1,0 +1,114 @@
+"""A checkpoint whose parts are loaded when they are first needed, and only those.
+
+The parts are `tower` (encoding), `projector` (pruning) and `language` (generating). A part that is not asked for is
+never read from disk.
+"""
+
+import inspect
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+
+from gridprune_cli.errors import BadInput
+from gridprune_cli.vlm.attention import NAME
+from gridprune_cli.vlm.checkpoint import Checkpoint
+from gridprune_cli.vlm.fit import fingerprint
+from gridprune_cli.vlm.loading import load_part
+
+PARTS = ("tower", "projector", "language")
+
+
+class ModelParts:
+    """The parts of one checkpoint, with its processor and config.
+
+    model_class      transformers' class of the whole model
+    processor_class  transformers' class of its processor
+    modules          part -> dotted paths of its sub-modules
+    text_model       dotted path of the language model without its head
+    """
+
+    model_class: ClassVar[type[PreTrainedModel]]
+    processor_class: ClassVar[Any]
+    modules: ClassVar[dict[str, tuple[str, ...]]]
+    text_model: ClassVar[str] = "model.language_model"
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str, sharded: bool = False):
+        """`sharded`: the language model goes over all GPUs, and the other parts are on `device`."""
+        self.checkpoint, self.dtype, self.device, self.sharded = checkpoint, dtype, device, sharded
+        self._loaded: dict[str, Any] = {}  # part -> a model that holds it
+
+    def load(self, *parts: str) -> Any:
+        """A model that holds the first of these parts; None where that part has no modules, as a projector may.
+
+        Parts are read once, and those asked for together in one go. A sharded language model is read by itself, since
+        the other parts lie on one device.
+        """
+        missing = {name for name in parts if self.modules[name] and name not in self._loaded}
+        alone = {"language"} & missing if self.sharded else set()
+        for group in (missing - alone, alone):
+            if group:
+                without = [path for name in PARTS if name not in group for path in self.modules[name]]
+                without += self.unread()
+                device = None if group == alone else self.device
+                model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, device)
+                if "tower" in group:
+                    model.set_attn_implementation({"vision_config": NAME})
+                if "language" in group and model.config.get_text_config()._attn_implementation == "sdpa":
+                    model.set_attn_implementation({"text_config": NAME})
+                self._loaded |= dict.fromkeys(group, model)
+        return self._loaded.get(parts[0])
+
+    def unread(self) -> list[str]:
+        """Dotted paths of what no part needs, such as layers behind the one whose features are stored."""
+        return []
+
+    @cached_property
+    def config(self) -> Any:
+        """The checkpoint's config as transformers reads it, with the values that it leaves out."""
+        return AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What a pruned set must have been made for, to be generated from by this model."""
+        return fingerprint(self.checkpoint)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The checkpoint's processor. Raises BadInput where its files are damaged."""
+        try:
+            return self._read_processor()
+        except Exception as fault:  # transformers and tokenizers raise nearly everything on a damaged file
+            first = (str(fault).splitlines() or [""])[0] or type(fault).__name__
+            reason = f"its processor or tokenizer can't be read ({first}); fetch it again"
+            raise BadInput(reason, place=self.checkpoint.name) from fault
+
+    def _read_processor(self) -> Any:
+        """The processor, without its video half, which would need torchvision."""
+        folder, kind = self.checkpoint.folder, self.processor_class
+        parameters = inspect.signature(kind.__init__).parameters
+        if "video_processor" not in parameters:
+            return kind.from_pretrained(folder, local_files_only=True)
+        settings, _ = kind.get_processor_dict(folder, local_files_only=True)  # and the chat template, wherever it is
+        halves = ("image_processor", "tokenizer", "video_processor")
+        options = {name: value for name, value in settings.items() if name in parameters and name not in halves}
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        options.setdefault("chat_template", tokenizer.chat_template)
+        images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        return without_video(kind)(image_processor=images, tokenizer=tokenizer, video_processor=None, **options)
+
+    @property
+    def image_token(self) -> int:
+        """Id of the token that is a placeholder in a prompt."""
+        config = self.checkpoint.config
+        return config["image_token_id"] if "image_token_id" in config else config["image_token_index"]
+
+
+def without_video(kind: Any) -> Any:
+    """The processor class, which also takes None for its video processor."""
+
+    def check(self: Any, name: str, argument: Any) -> Any:
+        return None if argument is None else kind.check_argument_for_proper_class(self, name, argument)
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check, "__module__": kind.__module__})
