@@ -159,7 +159,7 @@ def loaded_models() -> dict[Any, Any]:
 @pytest.fixture
 def load_once(monkeypatch: pytest.MonkeyPatch, loaded_models: dict[Any, Any]) -> None:
     """Commands that are called in this process load the same weights of the same files once."""
-    from gridprune_cli.vlm import clip, family
+    from gridprune_cli.vlm import clip, parts, word_relevance
     from gridprune_cli.vlm.loading import load_part
 
     def load(cls: Any, folder: Path, without: Collection[str], *options: Any) -> Any:
@@ -169,7 +169,7 @@ def load_once(monkeypatch: pytest.MonkeyPatch, loaded_models: dict[Any, Any]) ->
             loaded_models[key] = load_part(cls, folder, without, *options)
         return loaded_models[key]
 
-    for module in (clip, family):
+    for module in (clip, parts, word_relevance):
         monkeypatch.setattr(module, "load_part", load)
 
 

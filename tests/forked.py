@@ -85,7 +85,7 @@ class Server:
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"import forked; forked.serve({self.address!r})"],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # which is closed when this process ends, however it does
         )
         while not os.path.exists(self.address):
             if self._process.poll() is not None:
@@ -99,12 +99,11 @@ class Server:
         return Command(self.address, [*map(str, arguments)], **options)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
 def serve(address: str) -> None:
-    """Forks a command for every request, until it is killed itself."""
+    """Forks a command for every request, until stdin is closed."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # as the command sets it before it imports transformers
     _import()
     listener = socket.socket(socket.AF_UNIX)
@@ -114,6 +113,8 @@ def serve(address: str) -> None:
     os.rename(address + ".new", address)
     waiting: set[int] = set()  # the processes that wait for a command each
     while True:
+        if 0 in select.select([0, listener], [], [])[0]:
+            return
         client, _ = listener.accept()
         waiting -= {pid for pid in waiting if os.waitpid(pid, os.WNOHANG)[0]}
         if not (pid := os.fork()):

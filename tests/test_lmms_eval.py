@@ -204,9 +204,9 @@ metric_list:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (samples,) = (tmp_path / "out").rglob("*_samples_local.jsonl")
-    message = {line["doc_id"]: line["filtered_resps"][0] for line in map(json.loads, samples.read_text().splitlines())}
+    logged = {line["doc_id"]: line["filtered_resps"] for line in map(json.loads, samples.read_text().splitlines())}
     pipeline = Pipeline(str(tiny_llava))
     for n, document in enumerate(documents):
         pruning = Pruning(keep=0.5, query=document["question"])
         answer = pipeline.ask(document["image"], f"{document['question']}\nShortly.", pruning, max_new_tokens=3)
-        assert message[n] == answer.text
+        assert logged[n] in (answer.text, [answer.text])  # 0.7.3 logs the text, others a list

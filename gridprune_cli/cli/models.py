@@ -7,6 +7,7 @@ import typer
 
 from gridprune_cli.cli import options
 from gridprune_cli.cli.command import Command
+from gridprune_cli.cli.describe import with_options
 from gridprune_cli.cli.output import emit_json, say, set_quiet, size, table, warn
 from gridprune_cli.errors import BadInput, GridpruneError
 
@@ -27,7 +28,7 @@ def models(context: typer.Context, json: options.Json = False) -> None:
     from gridprune_cli.vlm.cached import list_cached
     from gridprune_cli.vlm.support import FAMILIES
 
-    families = [_SCENES, *((entry.model_type, entry.example, entry.needs) for entry in FAMILIES.values())]
+    families = [_SCENES, *((entry.model_type, entry.example, with_options(entry.needs)) for entry in FAMILIES.values())]
     names = ("family", "example", "needs")
     cached, broken = list_cached()
     if json:

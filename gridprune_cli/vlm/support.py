@@ -29,7 +29,7 @@ class FamilyEntry:
     def needs(self) -> str:
         """What its relevance needs beside the checkpoint, in words."""
         if _CLIP in self.towers:
-            return "its CLIP, for relevance: fetched when needed, or found in FOLDER/clip, or named as `clip`"
+            return "its CLIP, for relevance: fetched when needed, or found in FOLDER/clip, or named with `clip`"
         return "nothing else; relevance from the model's own words"
 
 
