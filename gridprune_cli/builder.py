@@ -17,7 +17,7 @@ from gridprune_cli.pruning.placeholders import staying
 from gridprune_cli.pruning.region import inside
 from gridprune_cli.pruning.schedule import LayerSchedule, Region, RegionAttention, Rule, Stage, plan
 from gridprune_cli.pruning.signals import Signals
-from gridprune_cli.selector import EncodedRequest, join_signals, relevance_source, within_region
+from gridprune_cli.selector import EncodedRequest, join_signals, relevance_source, within_region, write_prompts
 from gridprune_cli.settings import RELEVANCE, Pruning
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm.family import Family
@@ -51,7 +51,7 @@ def build_pruned_sets(
     Raises BadInput where a pruning does not fit its images, a prompt can't be written, or has more positions than the
     model.
     """
-    prompts = _write_prompts(family, requests)
+    prompts = write_prompts(family, requests, [request.request.question for request in requests])
     drafts = [_draft(family, *parts) for parts in zip(requests, signals, kept, prompts, strict=True)]
     for draft in drafts:
         last = int(draft.rest["position_ids"].max())
@@ -66,7 +66,7 @@ def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> 
     """What a user should know of how this model prunes, and pruned these images."""
     out = []
     # where the CLIP was not looked for yet, nothing was pruned by it
-    if pruning.needs_relevance and not family.relevance_by_words and "clip" in vars(family) and family.clip:
+    if pruning.needs_relevance and "clip" in vars(family) and family.clip:
         if pruning.method.relevance_sign == 0:
             out.append(
                 f"{pruning.method.name} turns CLIP's relevance round, as published; its option relevance_sign=1 takes "
@@ -75,7 +75,7 @@ def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> 
         if family.tower_differs:
             out.append(
                 f"this model's tower has other weights than {family.clip.name}, from which its relevance comes; "
-                "compare it with `relevance=words`"
+                "compare it with `relevance=attention`"
             )
     for image in images:
         if image.localizer and not image.localizer.get("parsed", True):
@@ -84,18 +84,6 @@ def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> 
                 "which is no region; the one of the relevance was taken"
             )
     return tuple(out)
-
-
-def _write_prompts(family: Family, requests: Sequence[EncodedRequest]) -> list[Tensor]:
-    """Token ids `(L,)` of each unpruned prompt; the tokenizer is called once for those that are written alike."""
-    alike: dict[tuple[str | None, str | None], list[int]] = {}
-    for n, request in enumerate(requests):
-        alike.setdefault((request.request.system, request.request.template), []).append(n)
-    prompts: dict[int, Tensor] = {}
-    for (system, template), places in alike.items():
-        questions = [(requests[n].request.question, requests[n].images) for n in places]
-        prompts |= zip(places, family.write_prompts(questions, system, template), strict=True)
-    return [prompts[n] for n in range(len(requests))]
 
 
 def _draft(

@@ -75,7 +75,10 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     _need(header.get("plc") in ("off", "pool", "trained"), "plc is none of off, pool and trained")
     source = header.get("relevance_source")
     if source is not None:
-        _need(isinstance(source, dict) and source.get("source") in ("clip", "words"), "relevance has no source")
+        _need(
+            isinstance(source, dict) and source.get("source") in ("clip", "attention", "words"),
+            "relevance has no source",
+        )
         _need(isinstance(source.get("model"), str | None), "relevance has no model")
     _need((source is None) == ("relevance" not in tensors), "relevance and its source do not fit each other")
     _need("schedule" in header, "it does not say what leaves inside the language model")

@@ -199,7 +199,9 @@ class PrunedSet:
     placeholder_map: Tensor | None = None
     schedule: LayerSchedule | None = None
     plc: str = "off"  # how tokens were compressed: "off", "pool" or "trained"
-    relevance_source: dict[str, Any] | None = None  # {"source": "clip", "model": ...} or {"source": "words", ...}
+    relevance_source: dict[str, Any] | None = (
+        None  # "source": clip, attention or words; "model": the CLIP's name, else None
+    )
     remarks: tuple[str, ...] = ()  # what a user should know of how it was pruned
 
     @property

@@ -236,17 +236,17 @@ def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = No
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         _write(shape, count, folder)
-        clip = Checkpoint(f"{name}, CLIP", folder / "clip") if shape.clip and relevance != "words" else None
+        clip = Checkpoint(f"{name}, CLIP", folder / "clip") if shape.clip and relevance in ("auto", "clip") else None
         family = shape.family(Checkpoint(name, folder), dtype, device, clip, relevance=relevance)
         family.fingerprint = name  # there are no weights on disk to tell it by
         model = _random(shape.family.model_class, folder, dtype, device)
         model.set_attn_implementation({"vision_config": NAME})
         family._loaded |= dict.fromkeys(PARTS, model)
-        if isinstance(family.relevance, ClipRelevance):
+        if clip and isinstance(family.relevance, ClipRelevance):
             family.relevance.model = _random(CLIPModel, folder / "clip", dtype, device)
-        family.relevance.load()
+        family.load_relevance()
         # what else is read of the folder
-        _ = family.processor, family.encoder, family.relevance_by_words, family.config, family.checkpoint.config
+        _ = family.processor, family.encoder, family.relevance_kind, family.config, family.checkpoint.config
     return family
 
 
