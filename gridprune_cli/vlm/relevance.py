@@ -14,8 +14,8 @@ from gridprune_cli.vlm.clip import ClipRelevance, weights_differ
 from gridprune_cli.vlm.parts import ModelParts
 from gridprune_cli.vlm.word_relevance import WordRelevance
 
-# What it may come from. "auto" is CLIP where the tower is a CLIP's, else attention; "words" are asked for by name alone,
-# since top-k by them keeps worse tokens than chance on the synthetic scenes (docs/results.md)
+# What it may come from. "auto" is CLIP where the tower is a CLIP's, else attention. "words" are taken by name alone: on
+# the synthetic scenes, the best tokens by words give fewer right answers than random ones
 RELEVANCE = get_args(Relevance)
 
 
@@ -59,8 +59,10 @@ class RelevanceSource(ModelParts, ABC):
     def relevance(self) -> ClipRelevance | WordRelevance:
         """Gives the relevance `(N,)` of vision features `(N, C)` to a question, by CLIP or by words. Raises as `clip`.
 
-        Attention is no matter of one image's features and a question: `vlm.attention_relevance` takes a whole prompt.
+        Raises TypeError where it comes from attention, which is that of a whole prompt: see `vlm.attention_relevance`.
         """
+        if self.relevance_kind == "attention":
+            raise TypeError("relevance from attention is that of a prompt, not of vision features and a question")
         return ClipRelevance(self.clip, self.dtype, self.device) if self.clip else self.vocabulary
 
     def load_relevance(self) -> None:
