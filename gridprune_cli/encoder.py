@@ -42,7 +42,7 @@ class Encoder:
             raise BadInput(f"not one of {', '.join(STORAGES)}", field="cache_dtype", value=cache_dtype)
         self.family, self.store, self.cache_dtype, self.scenes_only = family, store, cache_dtype, scenes_only
         self.model = family.checkpoint.name
-        self.prefixes = Prefixes(family)
+        self.prefixes = Prefixes(family, store)
 
     def identity(self, several: bool = False) -> dict[str, Any]:
         """What an encoded image depends on besides the picture: tower, its settings, and how it is stored."""

@@ -37,8 +37,8 @@ class Store:
     """The cache under `root`, at most `limit` bytes of entries (None: no limit).
 
     Use it as a context manager, or call `finish`, so that the limit is kept; before that it is looked at each time a
-    tenth of it was written. Entries written through this object are never removed for it. `warn` takes the warnings,
-    which are logged by default.
+    tenth of it was written. Entries written through this object are not removed for it, unless `put` allows it. `warn`
+    takes the warnings, which are logged by default.
     """
 
     def __init__(self, root: Path, limit: int | None, warn: Callable[[str], None] = _log.warning) -> None:
@@ -73,8 +73,10 @@ class Store:
             os.utime(path)
         return entry
 
-    def put(self, encoder: Mapping[str, Any], key: str, data: bytes) -> bool:
+    def put(self, encoder: Mapping[str, Any], key: str, data: bytes, *, spared: bool = True) -> bool:
         """Stores an encoded file whose header has at least schema, key and encoder. An equal file stays untouched.
+
+        One that is not `spared` may be removed for the limit like those that were there before.
 
         False where it can't be written, with one warning per Store: work goes on without the cache. False too, with a
         warning for each, for an entry that is too large to be read again, or whose place something else holds.
@@ -107,13 +109,17 @@ class Store:
                 self._warn(f"{self.root}: the cache can't be written ({reason}); going on without it")
             return False
         # 3. the limit
-        self.adopt([(str(path), len(data))])
+        self._count([(str(path), len(data))] if spared else [], len(data))
         return True
 
     def adopt(self, written: Sequence[tuple[str, int]]) -> None:
         """Takes entries, path and bytes, as written through this object, which another process of the run wrote."""
-        self._written.update(path for path, _ in written)
-        self._unchecked += sum(size for _, size in written)
+        self._count(written, sum(size for _, size in written))
+
+    def _count(self, spared: Sequence[tuple[str, int]], size: int) -> None:
+        """Notes entries that stay, and how many bytes were written; looks at the limit where these are many."""
+        self._written.update(path for path, _ in spared)
+        self._unchecked += size
         if self.limit is not None and self._unchecked > self.limit // 10:
             self.finish()
 
