@@ -1,6 +1,7 @@
 """What relevance comes from: the CLIP of a model's tower, the language model's attention, or its word embeddings."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, get_args
 
@@ -17,6 +18,18 @@ from gridprune_cli.vlm.word_relevance import WordRelevance
 # What it may come from. "auto" is CLIP where the tower is a CLIP's, else attention. "words" are taken by name alone: on
 # the synthetic scenes, the best tokens by words give fewer right answers than random ones
 RELEVANCE = get_args(Relevance)
+_FULL = "full_attention"  # the kind of layers without a sliding window
+
+
+def middle_depth(kinds: Sequence[str]) -> int:
+    """How many of a language model's layers, by their kinds, a question goes through for relevance from attention.
+
+    Half of them, and on to the next that attends to everything where the last has a sliding window. On the synthetic
+    scenes, top-k by layer 2 of 6 (half: the third) keeps 98 / 96 / 90 % of the answers at 28 / 13 / 5 of 256 tokens;
+    layer 1 only 95 / 87 / 67 %, since it attends to all objects alike. Of real models it is not measured.
+    """
+    half = max(1, len(kinds) // 2)
+    return next((layer + 1 for layer in range(half - 1, len(kinds)) if kinds[layer] == _FULL), half)
 
 
 class RelevanceSource(ModelParts, ABC):
@@ -74,17 +87,9 @@ class RelevanceSource(ModelParts, ABC):
 
     @cached_property
     def relevance_depth(self) -> int:
-        """How many layers of the language model a question goes through, where relevance comes from attention.
-
-        Half of them, and on to the next that attends to everything where that has a sliding window. On the synthetic
-        scenes, top-k by layer 2 of 6 (half: the third) keeps 98 / 96 / 90 % of the answers at 28 / 13 / 5 of 256
-        tokens; layer 1 only 95 / 87 / 67 %, since it attends to all objects alike. Of real models it is not measured.
-        """
+        """How many layers of the language model a question goes through, where relevance comes from attention."""
         text = self.config.get_text_config()
-        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-        half = max(1, text.num_hidden_layers // 2)
-        wide = (layer + 1 for layer in range(half - 1, len(kinds)) if kinds[layer] == "full_attention")
-        return next(wide, half)
+        return middle_depth(getattr(text, "layer_types", None) or [_FULL] * text.num_hidden_layers)
 
     @cached_property
     def vocabulary(self) -> WordRelevance:
