@@ -3,8 +3,9 @@
 A picture of noise goes through each family's own encoding, with the widths and the picture settings of a published
 checkpoint. The bytes of the entry that the cache would write are counted, in 16 bit, and how many such entries 20 GiB
 hold, the cache's limit where none is set; `prefix` are the MiB of the entry that relevance from attention adds, for the
-image's own tokens, by the published language model's numbers. Nothing is downloaded. How many layers a tower has, and what is in its
-weights, changes no shape: so towers are cut to a few layers, of random weights, and language models to next to nothing.
+image's own tokens, by the numbers of the published language model. Nothing is downloaded. How many layers a tower has,
+and what is in its weights, changes no shape: so towers are cut to a few layers, of random weights, and language models
+to next to nothing.
 """
 
 import json

@@ -60,7 +60,7 @@ class ModelParts:
                 if "tower" in group:
                     model.set_attn_implementation({"vision_config": NAME})
                 if "language" in group:
-                    _make_watchable(model)
+                    make_watchable(model)
                 self._loaded |= dict.fromkeys(group, model)
         return self._loaded.get(parts[0])
 
@@ -80,7 +80,7 @@ class ModelParts:
                 without += [f"{self.text_model}.layers.{layer}" for layer in layers]
                 device = None if self.sharded else self.device
                 model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, device)
-                _make_watchable(model)
+                make_watchable(model)
             self._first_layers = {place: view_first_layers(model, self.text_model, depth)}
         return self._first_layers[place]
 
@@ -129,7 +129,7 @@ class ModelParts:
         return config["image_token_id"] if "image_token_id" in config else config["image_token_index"]
 
 
-def _make_watchable(model: Any) -> None:
+def make_watchable(model: Any) -> None:
     """Has the attention of a language model go through `vlm.attention`, unless it is of a kind of its own."""
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation({"text_config": NAME})

@@ -26,7 +26,7 @@ from gridprune_cli.vlm.clip import ClipRelevance
 from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.llava import Llava
 from gridprune_cli.vlm.llava_next import LlavaNext
-from gridprune_cli.vlm.parts import PARTS
+from gridprune_cli.vlm.parts import PARTS, make_watchable
 from gridprune_cli.vlm.qwen2_5_vl import Qwen2_5VL
 
 _STD = 0.02  # of the weights: transformers' own `initializer_range`
@@ -241,6 +241,7 @@ def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = No
         family.fingerprint = name  # there are no weights on disk to tell it by
         model = _random(shape.family.model_class, folder, dtype, device)
         model.set_attn_implementation({"vision_config": NAME})
+        make_watchable(model)
         family._loaded |= dict.fromkeys(PARTS, model)
         if clip and isinstance(family.relevance, ClipRelevance):
             family.relevance.model = _random(CLIPModel, folder / "clip", dtype, device)
