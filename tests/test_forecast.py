@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -84,9 +84,9 @@ def test_images_are_counted_as_encode_counts_them(scenes, command):
     pipeline = Pipeline(store=open_store())
     images = sorted(scenes.iterdir())
     seen = []
-    said = forecast(pipeline.encoder, pipeline.store, images, step=lambda: seen.append(1))
-    assert (said.images, said.hits, said.encode, said.unreadable, len(seen)) == (6, 2, 3, 1, 6)
-    assert said.bytes == said.growth == pytest.approx(said.total * 3 / 4, rel=0.05)
+    expected = forecast(pipeline.encoder, pipeline.store, images, step=lambda: seen.append(1))
+    assert (expected.images, expected.hits, expected.encode, expected.unreadable, len(seen)) == (6, 2, 3, 1, 6)
+    assert expected.bytes == expected.growth == pytest.approx(expected.total * 3 / 4, rel=0.05)
     assert "5 images, 2 of them cached already" in command("encode", scenes)[2]
     again = forecast(pipeline.encoder, pipeline.store, images, refresh=True)
     assert (again.hits, again.encode) == (1, 4) and again.bytes == again.total
@@ -98,9 +98,9 @@ def test_images_are_counted_as_encode_counts_them(scenes, command):
 
 
 def test_a_dry_run_writes_nothing_and_reads_no_weights(scenes, run, tmp_path, monkeypatch, tiny_llava):
-    from gridprune_cli.vlm import family
+    from gridprune_cli.vlm import parts
 
-    monkeypatch.setattr(family, "load_part", None)
+    monkeypatch.setattr(parts, "load_part", None)
     code, out, err = run("encode", scenes, "--dry-run")
     assert (code, err) == (0, "")
     first, second = out.splitlines()
@@ -190,7 +190,7 @@ def test_a_header_gives_the_size_that_the_image_will_have(tmp_path, kind):
     path = tmp_path / "a"
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
-    given = {"exif": exif} if kind in ("JPEG", "WEBP", "TIFF") else {}
-    Image.new("RGB", (40, 30)).save(path, kind, **given)
-    upright = (30, 40) if given else (40, 30)
+    saving = {"exif": exif} if kind in ("JPEG", "WEBP", "TIFF") else {}
+    Image.new("RGB", (40, 30)).save(path, kind, **saving)
+    upright = (30, 40) if saving else (40, 30)
     assert measure(path) == measure(path.read_bytes()) == load_image(path).image.size == upright
