@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import example, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
