@@ -127,7 +127,7 @@ def test_a_dry_run_leaves_an_entrys_time_and_a_broken_entry_alone(scenes, run, t
 
 
 def test_more_than_the_limit_holds_is_refused_before_anything_is_done(scenes, command, tmp_path, monkeypatch):
-    size = entry_bytes(Pipeline(), measure(scenes / "0.png"))
+    size = entry_bytes(Pipeline().encoder, measure(scenes / "0.png"))
     for dry in ((), ("--dry-run",)):
         code, out, err = command("encode", scenes, "--cache-limit", 3 * size, *dry)
         assert code == 1 and err.count("\n") == 1 and bool(out) == bool(dry)
@@ -138,7 +138,7 @@ def test_more_than_the_limit_holds_is_refused_before_anything_is_done(scenes, co
 
 
 def test_equal_files_and_entries_that_are_there_do_not_count_twice(scenes, command):
-    size = entry_bytes(Pipeline(), measure(scenes / "0.png"))
+    size = entry_bytes(Pipeline().encoder, measure(scenes / "0.png"))
     for copy in range(4):
         shutil.copy(scenes / "0.png", scenes / f"copy-{copy}.png")
     assert command("encode", scenes, "--cache-limit", 5 * size)[0] == 0
@@ -146,7 +146,7 @@ def test_equal_files_and_entries_that_are_there_do_not_count_twice(scenes, comma
 
 
 def test_more_than_the_disk_has_is_refused_but_not_what_is_there(scenes, command, tmp_path, monkeypatch):
-    size = entry_bytes(Pipeline(), measure(scenes / "0.png"))
+    size = entry_bytes(Pipeline().encoder, measure(scenes / "0.png"))
     monkeypatch.setattr(module, "free_bytes", lambda folder: 2 * size)
     code, _, err = command("encode", scenes)
     assert code == 1 and err.startswith(f"gridprune: {tmp_path / 'cache'}: about ") and err.count("\n") == 1
