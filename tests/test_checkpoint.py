@@ -376,7 +376,7 @@ def test_the_known_clip_is_taken_from_the_hubs_cache_unless_it_is_not_whole(cach
     if cached in ("pickled", "whole"):
         assert find_clip(find(str(alone))).identity == f"hub:{KNOWN}@{SHA}"
     else:
-        remedies = r"HF_HUB_OFFLINE forbids to fetch it; .* name a copy as `clip`, or take `relevance=words`$"
+        remedies = r"HF_HUB_OFFLINE forbids to fetch it; .* name a copy as `clip=FOLDER`, or take `relevance=words`$"
         with pytest.raises(BadInput, match=rf"^the CLIP {KNOWN}: .*{remedies}"):
             find_clip(find(str(alone)))
 
