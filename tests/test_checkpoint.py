@@ -422,7 +422,7 @@ def test_a_known_clip_that_cannot_be_fetched_is_told_with_both_remedies(fault, c
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "hf_hub_download", fail)
-    with pytest.raises(GridpruneError, match=r"`clip`, or take `relevance=words`$") as caught:
+    with pytest.raises(GridpruneError, match=r"`clip=FOLDER`, or take `relevance=words`$") as caught:
         find_clip(find(str(alone)))
     assert caught.value.exit_code == code and "\n" not in str(caught.value)
 
