@@ -111,32 +111,6 @@ def identify(source: Source) -> tuple[str, str, bytes]:
     return hashlib.sha256(data).hexdigest(), name, data
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """An image file that was read once and can be read again: sha256 of its bytes, its name, and where they are."""
-
-    sha256: str
-    name: str
-    source: Source
-
-    def load(self) -> Picture:
-        """Decodes it. Raises BadInput as `load_image`, and where the file has changed since."""
-        picture = load_image(self.source, self.name)
-        if picture.sha256 != self.sha256:
-            raise BadInput("changed while it was in use; give the command again", place=_shown(self.name))
-        return picture
-
-
-def open_source(source: Source, name: str | None = None) -> SourceFile:
-    """Reads an image file, and forgets its bytes again where it is no pipe. `name` is what to call it, if not its path.
-
-    Raises BadInput as `read_image` does.
-    """
-    sha256, path, data = identify(source)
-    again = not isinstance(source, bytes) and str(source) != "-" and os.path.isfile(source)
-    return SourceFile(sha256, name or path, source if again else data)
-
-
 def load_image(source: Source, name: str | None = None) -> Picture:
     """Decode an image file. `name` is what to call it, if not its path.
 

@@ -381,7 +381,9 @@ def test_the_known_clip_is_taken_from_the_hubs_cache_unless_it_is_not_whole(cach
     if cached in ("pickled", "whole"):
         assert find_clip(find(str(alone))).identity == f"hub:{KNOWN}@{SHA}"
     else:
-        remedies = r"HF_HUB_OFFLINE forbids to fetch it; .* name a copy as `clip`, or take `relevance=attention`$"
+        remedies = (
+            r"HF_HUB_OFFLINE forbids to fetch it; .* name a copy as `clip=FOLDER`, or take `relevance=attention`$"
+        )
         with pytest.raises(BadInput, match=rf"^the CLIP {KNOWN}: .*{remedies}"):
             find_clip(find(str(alone)))
 
@@ -427,7 +429,7 @@ def test_a_known_clip_that_cannot_be_fetched_is_told_with_both_remedies(fault, c
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "hf_hub_download", fail)
-    with pytest.raises(GridpruneError, match=r"`clip`, or take `relevance=attention`$") as caught:
+    with pytest.raises(GridpruneError, match=r"`clip=FOLDER`, or take `relevance=attention`$") as caught:
         find_clip(find(str(alone)))
     assert caught.value.exit_code == code and "\n" not in str(caught.value)
 

@@ -28,10 +28,10 @@ INLINE = re.compile(r"`([^`\n]+)`")
 def known_options(command: Any = None, path: str = "gridprune") -> dict[str, set[str]]:
     """Options by command line: `gridprune`, `gridprune ask`, `gridprune cache gc`, ..."""
     command = command or get_command(app)
-    found = {path: {"--help", *(name for p in command.params for name in (*p.opts, *p.secondary_opts))}}
+    options = {path: {"--help", *(name for p in command.params for name in (*p.opts, *p.secondary_opts))}}
     for name, below in getattr(command, "commands", {}).items():
-        found |= known_options(below, f"{path} {name}")
-    return found
+        options |= known_options(below, f"{path} {name}")
+    return options
 
 
 def code_of(text: str) -> Iterator[str]:
@@ -45,12 +45,12 @@ def code_of(text: str) -> Iterator[str]:
 
 def anchors(page: Path) -> set[str]:
     """Anchors of the headings of a page, as GitHub makes them."""
-    found: set[str] = set()
+    slugs: set[str] = set()
     for heading in re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text("utf-8")), re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
-        number = sum(re.fullmatch(rf"{re.escape(slug)}(-\d+)?", other) is not None for other in found)
-        found.add(f"{slug}-{number}" if number else slug)
-    return found
+        number = sum(re.fullmatch(rf"{re.escape(slug)}(-\d+)?", other) is not None for other in slugs)
+        slugs.add(f"{slug}-{number}" if number else slug)
+    return slugs
 
 
 def table_under(heading: str, page: str = "method.md") -> list[list[str]]:
@@ -100,13 +100,13 @@ def test_every_option_in_a_command_line_is_in_its_help(page):
     options = known_options()
     for line in code_of(page.read_text("utf-8")):
         for call in re.findall(r"(?<![\w./-])gridprune( [^|;#]*)", re.sub(r"\"[^\"]*\"|'[^']*'", "TEXT", line)):
-            words = call.split(" gridprune ")[0].split()
+            arguments = call.split(" gridprune ")[0].split()
             command = "gridprune"
-            while words and f"{command} {words[0]}" in options:
-                command += f" {words.pop(0)}"
+            while arguments and f"{command} {arguments[0]}" in options:
+                command += f" {arguments.pop(0)}"
             group = command in ("gridprune", "gridprune cache")
-            assert not (group and words and re.fullmatch("[a-z]+", words[0])), f"no such command: {line}"
-            unknown = {re.split("[=)]", word)[0] for word in words if re.match("--?[a-z]", word)} - options[command]
+            assert not (group and arguments and re.fullmatch("[a-z]+", arguments[0])), f"no such command: {line}"
+            unknown = {re.split("[=)]", word)[0] for word in arguments if re.match("--?[a-z]", word)} - options[command]
             assert not unknown, line
 
 

@@ -192,7 +192,7 @@ def test_commas_in_quotes_divide_no_methods():
         ("gridprune --query 'what", "0.5", "--methods gridprune --query 'what: can't be read.*No closing quotation"),
         ("gridprune --literal --region auto", "0.5", "--methods gridprune --literal --region auto: --region"),
         ("fastv --layer", "0.5", "--methods fastv --layer: --layer needs a value"),
-        ("fastv 2", "0.5", "--methods fastv 2: shares go to eval's own --keep, and a method is named first"),
+        ("fastv 2", "0.5", "--methods fastv 2: '2' is no option; give those of a method as --NAME VALUE"),
         ("sharpest", "0.5", "--methods sharpest: .*unknown method"),
         ("fastervlm --keep 0.3", "0.5", "--methods fastervlm --keep 0.3: shares go to eval's own --keep"),
         ("", "0.5", "--methods: names none"),

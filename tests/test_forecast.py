@@ -84,9 +84,9 @@ def test_images_are_counted_as_encode_counts_them(scenes, command):
     pipeline = Pipeline(store=open_store())
     images = sorted(scenes.iterdir())
     seen = []
-    said = forecast(pipeline.encoder, pipeline.store, images, step=lambda: seen.append(1))
-    assert (said.images, said.hits, said.encode, said.unreadable, len(seen)) == (6, 2, 3, 1, 6)
-    assert said.bytes == said.growth == pytest.approx(said.total * 3 / 4, rel=0.05)
+    expected = forecast(pipeline.encoder, pipeline.store, images, step=lambda: seen.append(1))
+    assert (expected.images, expected.hits, expected.encode, expected.unreadable, len(seen)) == (6, 2, 3, 1, 6)
+    assert expected.bytes == expected.growth == pytest.approx(expected.total * 3 / 4, rel=0.05)
     assert "5 images, 2 of them cached already" in command("encode", scenes)[2]
     again = forecast(pipeline.encoder, pipeline.store, images, refresh=True)
     assert (again.hits, again.encode) == (1, 4) and again.bytes == again.total
@@ -98,9 +98,9 @@ def test_images_are_counted_as_encode_counts_them(scenes, command):
 
 
 def test_a_dry_run_writes_nothing_and_reads_no_weights(scenes, run, tmp_path, monkeypatch, tiny_llava):
-    from gridprune_cli.vlm import family
+    from gridprune_cli.vlm import parts
 
-    monkeypatch.setattr(family, "load_part", None)
+    monkeypatch.setattr(parts, "load_part", None)
     code, out, err = run("encode", scenes, "--dry-run")
     assert (code, err) == (0, "")
     first, second = out.splitlines()
@@ -127,7 +127,7 @@ def test_a_dry_run_leaves_an_entrys_time_and_a_broken_entry_alone(scenes, run, t
 
 
 def test_more_than_the_limit_holds_is_refused_before_anything_is_done(scenes, command, tmp_path, monkeypatch):
-    size = entry_bytes(Pipeline(), measure(scenes / "0.png"))
+    size = entry_bytes(Pipeline().encoder, measure(scenes / "0.png"))
     for dry in ((), ("--dry-run",)):
         code, out, err = command("encode", scenes, "--cache-limit", 3 * size, *dry)
         assert code == 1 and err.count("\n") == 1 and bool(out) == bool(dry)
@@ -138,7 +138,7 @@ def test_more_than_the_limit_holds_is_refused_before_anything_is_done(scenes, co
 
 
 def test_equal_files_and_entries_that_are_there_do_not_count_twice(scenes, command):
-    size = entry_bytes(Pipeline(), measure(scenes / "0.png"))
+    size = entry_bytes(Pipeline().encoder, measure(scenes / "0.png"))
     for copy in range(4):
         shutil.copy(scenes / "0.png", scenes / f"copy-{copy}.png")
     assert command("encode", scenes, "--cache-limit", 5 * size)[0] == 0
@@ -146,7 +146,7 @@ def test_equal_files_and_entries_that_are_there_do_not_count_twice(scenes, comma
 
 
 def test_more_than_the_disk_has_is_refused_but_not_what_is_there(scenes, command, tmp_path, monkeypatch):
-    size = entry_bytes(Pipeline(), measure(scenes / "0.png"))
+    size = entry_bytes(Pipeline().encoder, measure(scenes / "0.png"))
     monkeypatch.setattr(module, "free_bytes", lambda folder: 2 * size)
     code, _, err = command("encode", scenes)
     assert code == 1 and err.startswith(f"gridprune: {tmp_path / 'cache'}: about ") and err.count("\n") == 1
@@ -190,7 +190,7 @@ def test_a_header_gives_the_size_that_the_image_will_have(tmp_path, kind):
     path = tmp_path / "a"
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
-    given = {"exif": exif} if kind in ("JPEG", "WEBP", "TIFF") else {}
-    Image.new("RGB", (40, 30)).save(path, kind, **given)
-    upright = (30, 40) if given else (40, 30)
+    saving = {"exif": exif} if kind in ("JPEG", "WEBP", "TIFF") else {}
+    Image.new("RGB", (40, 30)).save(path, kind, **saving)
+    upright = (30, 40) if saving else (40, 30)
     assert measure(path) == measure(path.read_bytes()) == load_image(path).image.size == upright

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 
 from gridprune_cli import decoding, images
 from gridprune_cli.errors import BadInput
-from gridprune_cli.images import SourceFile, find_images, identify, load_image, open_source, read_image, read_source
+from gridprune_cli.images import find_images, identify, load_image, read_image, read_source
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
 
@@ -59,23 +59,6 @@ def test_equal_pixels_in_another_shape_are_another_image() -> None:
     wide, tall = (write(Image.frombytes("RGB", size, flat)) for size in ((6, 4), (4, 6)))
     assert load_image(wide).image.tobytes() == load_image(tall).image.tobytes()
     assert identify(wide)[0] != identify(tall)[0]
-
-
-def test_an_image_file_is_read_again_but_for_a_pipe(tmp_path, noise) -> None:
-    path, pipe = tmp_path / "a.png", tmp_path / "pipe"
-    noise((8, 6)).image.save(path)
-    file, data = open_source(path, "shown"), path.read_bytes()
-    assert (file.source, file.name, file.load().sha256) == (path, "shown", hashlib.sha256(data).hexdigest())
-    os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_bytes, args=(data,))
-    writer.start()
-    once = open_source(pipe)
-    writer.join()
-    assert (once.source, once.name, once.load().image.size) == (data, str(pipe), (8, 6))
-    assert open_source(data) == SourceFile(file.sha256, "-", data)
-    noise((8, 6), seed=1).image.save(path)
-    with pytest.raises(BadInput, match="shown: changed while it was in use"):
-        file.load()
 
 
 def test_nothing_is_decoded_to_identify() -> None:

@@ -145,12 +145,12 @@ def test_how_a_task_generates(plugin):
 
 def test_what_it_refuses(plugin, documents, tiny_llava):
     for options, message in (
-        ({"sharpness": 3}, "sharpness: no such option; there are pretrained"),
-        ({"model": "x"}, "model: no such option"),
+        ({"sharpness": 3}, "sharpness: neither a setting of pruning nor an option of the method"),
+        ({"model": "x"}, "model=x: name the model as pretrained"),
         ({"query_lines": "last"}, "query_lines=last"),
-        ({"batch_size": "auto"}, "--batch_size auto"),
+        ({"batch_size": "auto"}, "batch_size=auto"),
         ({"method": "sharpest"}, "unknown method"),
-        ({"keep": 2}, "--keep 2"),
+        ({"keep": 2}, "keep=2"),
     ):
         with pytest.raises(BadInput, match=message):
             plugin.GridpruneModel(**{"pretrained": str(tiny_llava)} | options)

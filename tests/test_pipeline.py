@@ -213,11 +213,11 @@ def test_keep_is_rounded_to_the_nearest_and_at_least_one(pipeline, image, keep, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep": 0.0}, "--keep"),
-        ({"keep": 1.01}, "--keep"),
-        ({"keep": float("nan")}, "--keep"),
-        ({"tokens": 0}, "--tokens"),
-        ({"positions": "middle"}, "--positions"),
+        ({"keep": 0.0}, "keep=0.0: must be above 0"),
+        ({"keep": 1.01}, "keep=1.01: must be above 0"),
+        ({"keep": float("nan")}, "keep=nan: must be above 0"),
+        ({"tokens": 0}, "tokens=0: must be at least 1"),
+        ({"positions": "middle"}, "positions=middle: not one of"),
     ],
 )
 def test_values_out_of_range(settings, message):

@@ -1,8 +1,10 @@
 """Localisers: what is read of an answer, what becomes of the region, what the cache saves, and the embedded one."""
 
 import json
+import os
 import random
 import re
+import threading
 from dataclasses import replace
 
 import pytest
@@ -176,6 +178,22 @@ def test_many_questions_are_localised_as_each_is_alone(pipeline, image, tmp_path
 def answers(pipeline, images, question, pruning):
     """What a localiser answered for each image, and the region."""
     return [(origin.localizer, origin.region) for origin in pipeline.prune(images, question, pruning).images]
+
+
+def test_a_localiser_sees_the_picture_that_was_encoded(pipeline, image, tmp_path, noise):
+    """That of a pipe, which can be read only once, too; a file that changed in between is refused."""
+    expected = answers(pipeline, image, QUESTION, BARE)
+    data, pipe = image.read_bytes(), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(data,))
+    writer.start()
+    assert answers(pipeline, pipe, QUESTION, BARE) == expected
+    writer.join()
+    encoded, _ = pipeline.encode(image)
+    assert answers(pipeline, encoded, QUESTION, BARE) == expected
+    noise((50, 50)).image.save(image)
+    with pytest.raises(BadInput, match="changed while it was in use"):
+        pipeline.prune(encoded, QUESTION, BARE)
 
 
 def test_nobody_is_asked_where_no_region_is_to_be_found(pipeline, image):

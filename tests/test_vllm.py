@@ -126,7 +126,7 @@ def test_the_file_holds_the_request(run, noise, tmp_path, tiny_llava, dtype):
     assert (code, out.count("\n"), record["file"], record["shape"]) == (0, 1, str(target), [1, 5, 48])
     assert (record["pruned"], record["question"], record["model"]) == (str(saved), QUESTION, str(tiny_llava))
     assert (record["dtype"], record["bytes"]) == (dtype, target.stat().st_size)
-    assert f"{target}: 5 rows for each image" in err
+    assert f"{target}: 5 image embeds for each image" in err
     with safe_open(saved, "pt") as before, safe_open(target, "pt") as after:
         assert set(after.keys()) == {"prompt_token_ids", "image_embeds"}
         assert torch.equal(after.get_tensor("image_embeds")[0], before.get_tensor("image_embeds"))
@@ -224,7 +224,7 @@ def test_bad_inputs(run, good, tmp_path):
         return err
 
     there = ("--to", "vllm", "-o", tmp_path)
-    assert "--to sglang: not one of vllm" in fails(good, "--to", "sglang", "-o", tmp_path)
+    assert "'sglang' is not one of 'vllm'" in fails(good, "--to", "sglang", "-o", tmp_path)
     assert "--output" in fails(good, "--to", "vllm") and "--to" in fails(good, "-o", tmp_path)
     assert "no folder; make it first" in fails(good, "--to", "vllm", "-o", tmp_path / "none")
     assert "none.safetensors: can't be read" in fails(tmp_path / "none.safetensors", *there)
@@ -248,7 +248,7 @@ def test_one_that_fails_does_not_stop_the_rest(run, good, tmp_path):
     assert code == 3 and [line.get("error_type") for line in lines] == [None, "BadInput", None]
     assert lines[1]["pruned"] == str(tmp_path / "p.png") and "1 of 3 could not be exported" in err
     assert len(list(tmp_path.glob("*.vllm.safetensors"))) == 2
-    assert "warning: these sets have from 5 to 7 rows" in err
+    assert "warning: these sets have from 5 to 7 image embeds" in err
     assert "warning" not in run("export", good, "--to", "vllm", "-o", tmp_path)[2]
 
 

@@ -149,7 +149,9 @@ def read_pruning(arguments: Sequence[str]) -> "Pruning":
         while rest:
             flag, equals, value = rest.pop(0).partition("=")
             name = flag.removeprefix("--").replace("-", "_")
-            if not flag.startswith("--") or name in ("keep", "tokens", "method"):
+            if not flag.startswith("--"):
+                raise BadInput(f"{flag!r} is no option; give those of a method as --NAME VALUE")
+            if name in ("keep", "tokens", "method"):
                 raise BadInput("shares go to eval's own --keep, and a method is named first")
             if not equals and name not in _FLAGS:
                 if not rest:

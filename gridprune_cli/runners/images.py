@@ -4,6 +4,7 @@ Threads read and decode images while the tower runs on a GPU, else between its b
 cache behind it. Of many millions, only as many are held as are being worked on.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -148,6 +149,8 @@ class ImageRunner:
         try:
             with self._stopwatch.measure("load"):
                 sha256, name, data = identify(source)
+                if not isinstance(source, bytes) and not os.path.isfile(source):
+                    source = data  # a pipe can be read only once, and a localiser reads the image again
                 if not refresh and (hit := self.encoder.look_up(sha256, name, several)):
                     return Reading(source, name, hit)
                 picture = self._load_image(data, name)

@@ -15,7 +15,7 @@ from gridprune_cli.builder import build_pruned_sets
 from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import Generated, generate
-from gridprune_cli.images import Picture, Source, load_image
+from gridprune_cli.images import Picture, Source, identify, load_image
 from gridprune_cli.questions import check_question
 from gridprune_cli.regions import MAX_ANSWER, Localized, Localizers, localizer_request, read_answer
 from gridprune_cli.runners.batches import MODELS, Batches, Stopwatch, in_order, result_or_raise
@@ -279,7 +279,9 @@ def _localize(runner: Runner, requests: Sequence[EncodedRequest]) -> list[Encode
 
 
 def _picture_file(image: EncodedImage) -> Source:
-    """The image file that an encoded image came from. Raises BadInput where it is not known."""
+    """The image file that an encoded image came from. Raises BadInput where it is not known, or has changed since."""
     if image.source is None:
         raise BadInput(f"looks at the picture; give the file of {image.name}, not the encoded image", field="localizer")
+    if identify(image.source)[0] != image.image:
+        raise BadInput("changed while it was in use; start again", place=image.name)
     return image.source

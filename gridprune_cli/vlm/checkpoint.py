@@ -201,8 +201,8 @@ def _known_clip(repo: str) -> Checkpoint:
         unreachable = isinstance(fault.__cause__, LocalEntryNotFoundError)
         kind = BadInput if unreachable else type(fault)
         raise kind(
-            f"{fault.reason}; relevance comes from it: go online without HF_HUB_OFFLINE, name a copy as `clip`, or "
-            "take `relevance=attention`",
+            f"{fault.reason}; relevance comes from it: go online without HF_HUB_OFFLINE, name a copy as `clip=FOLDER`, "
+            "or take `relevance=attention`",
             place=fault.place,
         ) from fault
 
