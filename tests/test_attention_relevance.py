@@ -8,7 +8,7 @@ from tiny_families import load_reference, open_family, open_pipeline
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
-from gridprune_cli.settings import Pruning
+from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.vlm import FAMILIES
 from gridprune_cli.vlm.attention_relevance import scale_attention
 
@@ -138,3 +138,18 @@ def test_the_layer_of_relevance_attends_to_everything(checkpoint, monkeypatch):
         family.__dict__.pop("relevance_depth", None)
         assert family.relevance_depth == depth
     family.__dict__.pop("relevance_depth")
+
+
+def test_many_questions_at_once_are_answered_as_one_at_a_time(tiny_llava, tmp_path, noise):
+    """While the language model generates, and prunes inside, its first layers are asked what to keep next."""
+    paths = [tmp_path / f"{n}.png" for n in range(3)]
+    for n, path in enumerate(paths):
+        noise((100, 80), n).image.save(path)
+    pruning = Pruning(keep=0.5, ilp=0.25, ilp_layer=1)
+    requests = [Request((path,), f"is the {n}th red?", pruning) for path in paths for n in range(8)]
+    many = Pipeline(str(tiny_llava), dtype="float32", relevance="attention")
+    replies = list(many.runner(images=1, questions=2).answer(requests, max_new_tokens=6))
+    single = Pipeline(str(tiny_llava), dtype="float32", relevance="attention")
+    for request, reply in zip(requests, replies, strict=True):
+        answer = single.ask(request.images, request.question, pruning, max_new_tokens=6)
+        assert (reply.text, reply.record) == (answer.text, answer.pruned.to_json())
