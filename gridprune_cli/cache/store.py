@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gridprune_cli.cache import files, layout, sweep
 from gridprune_cli.cache import root as roots
@@ -31,6 +31,14 @@ _log = logging.getLogger(__name__)
 def entry_key(image_sha256: str, encoder: Mapping[str, Any], signals: Sequence[str]) -> str:
     """The key, 64 hex digits: of the image's bytes, how it is encoded, and the set of signals stored beside it."""
     return files.digest({"image": image_sha256, "encoder": encoder, "signals": sorted(set(signals))})
+
+
+class Written(NamedTuple):
+    """An entry that was written: its path, and whether it stays for this run whatever the limit."""
+
+    path: str
+    bytes: int
+    spared: bool = True
 
 
 class Store:
@@ -109,17 +117,13 @@ class Store:
                 self._warn(f"{self.root}: the cache can't be written ({reason}); going on without it")
             return False
         # 3. the limit
-        self._count([(str(path), len(data))] if spared else [], len(data))
+        self.adopt([Written(str(path), len(data), spared)])
         return True
 
-    def adopt(self, written: Sequence[tuple[str, int]]) -> None:
-        """Takes entries, path and bytes, as written through this object, which another process of the run wrote."""
-        self._count(written, sum(size for _, size in written))
-
-    def _count(self, spared: Sequence[tuple[str, int]], size: int) -> None:
-        """Notes entries that stay, and how many bytes were written; looks at the limit where these are many."""
-        self._written.update(path for path, _ in spared)
-        self._unchecked += size
+    def adopt(self, written: Sequence[Written]) -> None:
+        """Takes entries as written through this object, also those that another process of the run wrote."""
+        self._written.update(entry.path for entry in written if entry.spared)
+        self._unchecked += sum(entry.bytes for entry in written)
         if self.limit is not None and self._unchecked > self.limit // 10:
             self.finish()
 
