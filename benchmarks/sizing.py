@@ -2,8 +2,10 @@
 
 A picture of noise goes through each family's own encoding, with the widths and the picture settings of a published
 checkpoint. The bytes of the entry that the cache would write are counted, in 16 bit, and how many such entries 20 GiB
-hold, the cache's limit where none is set. Nothing is downloaded. How many layers a tower has, and what is in its
-weights, changes no shape: so towers are cut to a few layers, of random weights, and language models to next to nothing.
+hold, the cache's limit where none is set; `prefix` are the MiB of the entry that relevance from attention adds, for the
+image's own tokens, by the numbers of the published language model. Nothing is downloaded. How many layers a tower has,
+and what is in its weights, changes no shape: so towers are cut to a few layers, of random weights, and language models
+to next to nothing.
 """
 
 import json
@@ -22,6 +24,7 @@ from transformers.utils import logging
 
 from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.tokens import EncodedImage
 from gridprune_cli.vlm.attention import NAME
 from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.family import Family
@@ -33,6 +36,7 @@ from gridprune_cli.vlm.paligemma import PaliGemma
 from gridprune_cli.vlm.parts import PARTS
 from gridprune_cli.vlm.qwen2_vl import Qwen2VL
 from gridprune_cli.vlm.qwen3_vl import Qwen3VL
+from gridprune_cli.vlm.relevance import middle_depth
 from gridprune_cli.vlm.shapes import SHAPES
 from gridprune_cli.vlm.smolvlm import SmolVLM
 
@@ -71,6 +75,7 @@ class Layout:
     tokens     texts of special tokens: their ids go into the config, or, where the tokenizer has names for them, there
     pictures   of its preprocessor_config.json
     processor  of its processor_config.json
+    decoder    of the published language model: layers, key-value heads, and the width of one
     """
 
     source: str
@@ -79,12 +84,15 @@ class Layout:
     tokens: dict[str, str]
     pictures: dict[str, Any]
     processor: dict[str, Any]
+    decoder: tuple[int, int, int]
 
 
 def _shape(name: str) -> Layout:
-    shape = SHAPES[name]
+    shape, text = SHAPES[name], SHAPES[name].config["text_config"]
+    heads = text["num_attention_heads"]
+    decoder = text["num_hidden_layers"], text.get("num_key_value_heads", heads), text["hidden_size"] // heads
     config = {key: value for key, value in shape.config.items() if key != "text_config"}
-    return Layout(shape.source, shape.family, config, shape.tokens, shape.pictures, shape.processor)
+    return Layout(shape.source, shape.family, config, shape.tokens, shape.pictures, shape.processor, decoder)
 
 
 def _square(kind: str, side: int, **more: Any) -> dict[str, Any]:
@@ -117,6 +125,7 @@ LAYOUTS = (
             "vision_feature_select_strategy": "full",
             "vision_aspect_ratio": "anyres_max_9",
         },
+        (28, 4, 128),
     ),
     Layout(
         "Qwen/Qwen2-VL-7B-Instruct",
@@ -128,6 +137,7 @@ LAYOUTS = (
         _QWEN_TOKENS,
         SHAPES["qwen2.5-vl-7b"].pictures,
         {"processor_class": "Qwen2VLProcessor"},
+        (28, 4, 128),
     ),
     _shape("qwen2.5-vl-7b"),
     Layout(
@@ -154,6 +164,7 @@ LAYOUTS = (
             "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
         },
         {"processor_class": "Qwen3VLProcessor"},
+        (36, 8, 128),
     ),
     Layout(
         "OpenGVLab/InternVL3-8B-hf",
@@ -177,6 +188,7 @@ LAYOUTS = (
         },
         _square("GotOcr2ImageProcessor", 448, crop_to_patches=False, min_patches=1, max_patches=12),
         {"processor_class": "InternVLProcessor", "image_seq_length": 256},  # which crops to patches all the same
+        (28, 4, 128),
     ),
     Layout(
         "HuggingFaceM4/Idefics3-8B-Llama3",
@@ -185,6 +197,7 @@ LAYOUTS = (
         {"image_token_id": "<image>"},
         _tiles("Idefics3ImageProcessor", 364),
         {"processor_class": "Idefics3Processor", "image_seq_len": 169},
+        (32, 8, 128),
     ),
     Layout(
         "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
@@ -193,6 +206,7 @@ LAYOUTS = (
         {"image_token_id": "<image>"},
         _tiles("SmolVLMImageProcessor", 384),
         {"processor_class": "SmolVLMProcessor", "image_seq_len": 81},
+        (24, 32, 64),
     ),
     Layout(
         "google/gemma-3-4b-it",
@@ -206,6 +220,7 @@ LAYOUTS = (
         },
         _square("Gemma3ImageProcessor", 896),
         {"processor_class": "Gemma3Processor", "image_seq_length": 256},
+        (34, 4, 256),
     ),
     Layout(
         "google/paligemma2-3b-mix-448",
@@ -214,6 +229,7 @@ LAYOUTS = (
         {"image_token_index": "<image>"},
         _square("SiglipImageProcessor", 448, image_seq_length=1024),
         {"processor_class": "PaliGemmaProcessor"},
+        (26, 4, 256),
     ),
 )
 
@@ -248,6 +264,19 @@ def thin(layout: Layout, folder: Path) -> Family:
     return family
 
 
+def prefix_bytes(layout: Layout, image: EncodedImage) -> int:
+    """Of the keys and values of an image's placeholders in 16 bit, without header; 0 where the image sees the question.
+
+    In Gemma 3 each sixth layer attends to everything, the others to a window.
+    """
+    if layout.family.sees_question:
+        return 0
+    layers, heads, width = layout.decoder
+    wide = 6 if layout.family is Gemma3 else 1
+    kinds = ["sliding_attention" if (layer + 1) % wide else "full_attention" for layer in range(layers)]
+    return 2 * 2 * middle_depth(kinds) * heads * width * len(image.placeholder_map)
+
+
 def picture(width: int, height: int) -> Picture:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     return Picture(Image.fromarray(pixels), "0" * 64, "noise.png")
@@ -256,7 +285,9 @@ def picture(width: int, height: int) -> Picture:
 def main() -> None:
     logging.set_verbosity_error()
     sizes = [tuple(map(int, argument.split("x"))) for argument in sys.argv[1:]] or PICTURES
-    print(f"{'model_type':15}  {'picture':>10}  {'tokens':>6}  {'width':>6}  {'bytes':>11}   MiB  in 20G  as in")
+    print(
+        f"{'model_type':15}  {'picture':>10}  {'tokens':>6}  {'width':>6}  {'bytes':>11}   MiB  in 20G  prefix  as in"
+    )
     for layout in LAYOUTS:
         with TemporaryDirectory() as folder:
             pipeline = Pipeline(thin(layout, Path(folder)))
@@ -266,7 +297,8 @@ def main() -> None:
                 size = len(image.to_bytes())
                 print(
                     f"{layout.config['model_type']:15}  {f'{width}x{height}':>10}  {count:6}  {channels:6}  {size:11,}"
-                    f"  {size / 2**20:4.1f}  {(20 << 30) // size:6,}  {layout.source}",
+                    f"  {size / 2**20:4.1f}  {(20 << 30) // size:6,}"
+                    f"  {prefix_bytes(layout, image) / 2**20:6.1f}  {layout.source}",
                     flush=True,
                 )
 

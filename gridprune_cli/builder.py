@@ -17,10 +17,11 @@ from gridprune_cli.pruning.placeholders import staying
 from gridprune_cli.pruning.region import inside
 from gridprune_cli.pruning.schedule import LayerSchedule, Region, RegionAttention, Rule, Stage, plan
 from gridprune_cli.pruning.signals import Signals
-from gridprune_cli.selector import EncodedRequest, join_signals, relevance_source, within_region
+from gridprune_cli.selector import EncodedRequest, join_signals, relevance_source, within_region, write_prompts
 from gridprune_cli.settings import RELEVANCE, Pruning
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
 from gridprune_cli.vlm.family import Family
+from gridprune_cli.vlm.projection import concatenate, project
 
 ILP_LAYER = 3  # at whose input tokens leave the language model, where the pruning names no layer
 
@@ -50,7 +51,7 @@ def build_pruned_sets(
     Raises BadInput where a pruning does not fit its images, a prompt can't be written, or has more positions than the
     model.
     """
-    prompts = _write_prompts(family, requests)
+    prompts = write_prompts(family, requests, [request.request.question for request in requests])
     drafts = [_draft(family, *parts) for parts in zip(requests, signals, kept, prompts, strict=True)]
     for draft in drafts:
         last = int(draft.rest["position_ids"].max())
@@ -61,30 +62,11 @@ def build_pruned_sets(
     ]
 
 
-def project(family: Family, wanted: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """For each pair of vision features `(N, C)` and placeholder map `(S,)` the image embeds `(S, D)`, separators too.
-
-    All of them go through the projector together.
-    """
-    are_tokens = [placeholder_map >= 0 for _, placeholder_map in wanted]  # (S,) bool each
-    features = [
-        vision_features[placeholder_map[is_token]]
-        for (vision_features, placeholder_map), is_token in zip(wanted, are_tokens, strict=True)
-    ]
-    projected = list(family.project(_concatenate(features)).split([len(chunk) for chunk in features]))
-    for n, is_token in enumerate(are_tokens):
-        if not bool(is_token.all()):
-            embeds = family.separator().to(projected[n].dtype).repeat(len(is_token), 1)  # (S, D)
-            embeds[is_token] = projected[n]
-            projected[n] = embeds
-    return projected
-
-
 def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> tuple[str, ...]:
     """What a user should know of how this model prunes, and pruned these images."""
     out = []
     # where the CLIP was not looked for yet, nothing was pruned by it
-    if pruning.needs_relevance and not family.relevance_by_words and "clip" in vars(family) and family.clip:
+    if pruning.needs_relevance and "clip" in vars(family) and family.clip:
         if pruning.method.relevance_sign == 0:
             out.append(
                 f"{pruning.method.name} turns CLIP's relevance round, as published; its option relevance_sign=1 takes "
@@ -93,7 +75,7 @@ def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> 
         if family.tower_differs:
             out.append(
                 f"this model's tower has other weights than {family.clip.name}, from which its relevance comes; "
-                "compare it with `relevance=words`"
+                "compare it with `relevance=attention`"
             )
     for image in images:
         if image.localizer and not image.localizer.get("parsed", True):
@@ -102,18 +84,6 @@ def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> 
                 "which is no region; the one of the relevance was taken"
             )
     return tuple(out)
-
-
-def _write_prompts(family: Family, requests: Sequence[EncodedRequest]) -> list[Tensor]:
-    """Token ids `(L,)` of each unpruned prompt; the tokenizer is called once for those that are written alike."""
-    alike: dict[tuple[str | None, str | None], list[int]] = {}
-    for n, request in enumerate(requests):
-        alike.setdefault((request.request.system, request.request.template), []).append(n)
-    prompts: dict[int, Tensor] = {}
-    for (system, template), places in alike.items():
-        questions = [(requests[n].request.question, requests[n].images) for n in places]
-        prompts |= zip(places, family.write_prompts(questions, system, template), strict=True)
-    return [prompts[n] for n in range(len(requests))]
 
 
 def _draft(
@@ -140,7 +110,7 @@ def _draft(
         vision_features = _merge(pruning.method, join_signals(signals), kept, whole)  # (N, C)
     else:
         merged = zip(signals, kept_by_pool, [image.vision_features for image in images], strict=True)
-        vision_features = _concatenate([_merge(pruning.method, *of_image) for of_image in merged])  # (N, C)
+        vision_features = concatenate([_merge(pruning.method, *of_image) for of_image in merged])  # (N, C)
     # 3. which placeholders stay, and so which tokens of the prompt
     placeholder_map = torch.cat(
         [
@@ -164,8 +134,8 @@ def _draft(
         "kept": kept,
         "input_ids": input_ids,
         "position_ids": position_ids,
-        "saliency": _concatenate([image.saliency for image in images]),
-        "relevance": _concatenate([of_image.need("relevance") for of_image in signals]) if known else None,
+        "saliency": concatenate([image.saliency for image in images]),
+        "relevance": concatenate([of_image.need("relevance") for of_image in signals]) if known else None,
         "images": origins,
         "model": family.checkpoint.name,
         "fingerprint": family.fingerprint,
@@ -289,8 +259,3 @@ def _zones(method: Method, signals: Signals, kept: Tensor) -> dict[str, Any] | N
     budgets = torch.bincount(zone_of[kept], minlength=zones.count).tolist()
     single = len(zones.grids) == 1
     return {"rows": rows[0] if single else rows, "cols": cols[0] if single else cols, "budgets": budgets}
-
-
-def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors in turn as one; a single one as it is, since concatenating would copy it."""
-    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]

@@ -65,6 +65,23 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     _need(torch.equal(tokens, torch.arange(count)), "placeholder_map does not hold every token once")
 
 
+def check_prefix(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, with the reason, where these are no prefix; shapes are `vlm.prefix.Prefix`'s."""
+    _check_texts(header, ("key", "model", "image", "name"))
+    _need(header.get("kind") == "prefix", "it holds something else")
+    names = {"ids", "keys", "values"}
+    _need(tensors.keys() == names, f"it holds {_listed(tensors)}, not {_listed(names)}")
+    ids, keys, values = (tensors[name] for name in ("ids", "keys", "values"))
+    _check_shape("ids", ids, torch.int64, (-1,))
+    _need(header.get("tokens") == len(ids), "it has another number of tokens than it tells")
+    check_range("ids", ids, 0)
+    _check_shape("keys", keys, None, (-1, -1, len(ids), -1))
+    _check_shape("values", values, keys.dtype, tuple(keys.shape))
+    _need(keys.dtype in FLOATS.values() and keys.numel() > 0, f"keys are {_dtype_and_shape(keys)}")
+    check_range("keys", keys)
+    check_range("values", values)
+
+
 def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError, with the reason, where these are no pruned set; shapes are `PrunedSet`'s."""
     # 1. the header: how it was pruned
@@ -75,7 +92,10 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     _need(header.get("plc") in ("off", "pool", "trained"), "plc is none of off, pool and trained")
     source = header.get("relevance_source")
     if source is not None:
-        _need(isinstance(source, dict) and source.get("source") in ("clip", "words"), "relevance has no source")
+        _need(
+            isinstance(source, dict) and source.get("source") in ("clip", "attention", "words"),
+            "relevance has no source",
+        )
         _need(isinstance(source.get("model"), str | None), "relevance has no model")
     _need((source is None) == ("relevance" not in tensors), "relevance and its source do not fit each other")
     _need("schedule" in header, "it does not say what leaves inside the language model")

@@ -10,6 +10,7 @@ from gridprune_cli.cache.quantize import STORAGES, pack
 from gridprune_cli.cache.store import Store, entry_key
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.images import Picture
+from gridprune_cli.prefixes import Prefixes
 from gridprune_cli.scenes.scene import looks_like_scene
 from gridprune_cli.tokens import EncodedImage
 from gridprune_cli.vlm.checkpoint import EMBEDDED
@@ -41,6 +42,7 @@ class Encoder:
             raise BadInput(f"not one of {', '.join(STORAGES)}", field="cache_dtype", value=cache_dtype)
         self.family, self.store, self.cache_dtype, self.scenes_only = family, store, cache_dtype, scenes_only
         self.model = family.checkpoint.name
+        self.prefixes = Prefixes(family, store)
 
     def identity(self, several: bool = False) -> dict[str, Any]:
         """What an encoded image depends on besides the picture: tower, its settings, and how it is stored."""

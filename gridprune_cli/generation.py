@@ -146,7 +146,7 @@ def generate(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                mm_encoder_outputs={"image": family.features(batch)},
+                mm_encoder_outputs={"image": family.features([pruned.image_embeds for pruned in batch])},
                 **family.extras(ids),
                 max_new_tokens=max_new_tokens,
                 logits_processor=LogitsProcessorList([clock]),

@@ -68,8 +68,8 @@ class Pipeline:
                  `scenes`, and a picture that is no scene is refused, where `scenes` by name answers, with a note
     revision     branch, tag or commit of a hub model
     clip         the CLIP that the model's tower was taken from, a folder or hub name, where it is not known
-    relevance    what it comes from: "clip", the CLIP of the model's tower; "words", the language model's embeddings;
-                 or "auto", CLIP where the tower is a CLIP's, else words
+    relevance    what it comes from: "clip", the CLIP of the model's tower; "attention", the language model's;
+                 "words", its word embeddings; or "auto", CLIP where the tower is a CLIP's, else attention
     store        the cache; None: there is none
     cache_dtype  how vision features are stored, see `Encoder`
     field        the setting that errors about the model name

@@ -4,13 +4,14 @@ Everything is done for many requests at once, since what a text tower makes of s
 for several images of the same views, costs little more than for one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gridprune_cli.prefixes import Prefixes
 from gridprune_cli.pruning.compress import ratio_budget
 from gridprune_cli.pruning.methods import Method
 from gridprune_cli.pruning.region import contextual_regions, inside
@@ -18,6 +19,7 @@ from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.regions import Localized
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import EncodedImage
+from gridprune_cli.vlm.attention_relevance import attention_relevance
 from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.word_relevance import keywords
 
@@ -60,16 +62,24 @@ def relevance_source(family: Family, pruning: Pruning) -> dict[str, Any] | None:
     return family.relevance_source if pruning.needs_relevance else None
 
 
-def compute_signals(family: Family, requests: Sequence[EncodedRequest]) -> list[list[Signals]]:
+def compute_signals(
+    family: Family, requests: Sequence[EncodedRequest], prefixes: Prefixes | None = None
+) -> list[list[Signals]]:
     """The signals of every image of every request, with the contextual region where the method takes one.
 
-    Raises as `Family.clip` and `Family.relevance`.
+    `prefixes` are the model's, which relevance from attention needs; without them they are computed anew. Raises as
+    `Family.clip`, `Family.relevance` and `attention_relevance`, and BadInput where a prompt can't be written.
     """
-    # 1. texts are read by the text tower in one batch; each `family.relevance` below then only compares
-    if queries := [request.query for request in requests if request.pruning.needs_relevance]:
-        family.relevance.read(queries)
-    # 2. what there is of each image and question
-    signals = [[_image_signals(family, request, n) for n in range(len(request.images))] for request in requests]
+    # 1. relevance, for requests whose pruning needs it
+    relevance: list[list[Tensor] | list[None]] = [[None] * len(request.images) for request in requests]
+    needing = [n for n, request in enumerate(requests) if request.pruning.needs_relevance]
+    for n, of_images in zip(needing, _relevance(family, [requests[n] for n in needing], prefixes), strict=True):
+        relevance[n] = of_images
+    # 2. what else there is of each image and question
+    signals = [
+        [_image_signals(family, request, n, of_image) for n, of_image in enumerate(of_images)]
+        for request, of_images in zip(requests, relevance, strict=True)
+    ]
     # 3. regions that are to be found from the relevance, those of images with the same views together
     by_views: dict[tuple[View, ...], list[tuple[int, int, Tensor]]] = {}
     for r, request in enumerate(requests):
@@ -86,7 +96,42 @@ def compute_signals(family: Family, requests: Sequence[EncodedRequest]) -> list[
     return signals
 
 
-def _image_signals(family: Family, request: EncodedRequest, n: int) -> Signals:
+def _relevance(family: Family, requests: Sequence[EncodedRequest], prefixes: Prefixes | None) -> Iterator[list[Tensor]]:
+    """For each request the relevance `(N,)` of each of its images."""
+    queries = [request.query for request in requests]
+    if family.relevance_kind == "attention":
+        prefixes = prefixes or Prefixes(family)
+        for request, prompt in zip(requests, write_prompts(family, requests, queries), strict=True):
+            prefix = None if _image_sees_question(family, request) else prefixes.find(prompt, request.images)
+            yield attention_relevance(family, prompt, request.images, prefix, one_scale=request.shares_budget)
+    elif queries:
+        family.relevance.read(queries)  # by the text tower in one batch; each call below then only compares
+        for request in requests:
+            yield [family.relevance(image.vision_features, request.query) for image in request.images]
+
+
+def _image_sees_question(family: Family, request: EncodedRequest) -> bool:
+    """Whether what the language model makes of the images depends on the question, so that each has its own."""
+    template = request.request.template
+    return family.sees_question or (template is not None and template.find("{question}") < template.rfind("{image}"))
+
+
+def write_prompts(family: Family, requests: Sequence[EncodedRequest], questions: Sequence[str]) -> list[Tensor]:
+    """Token ids `(L,)` of the unpruned prompt of each request, with one of the questions in the place of its own.
+
+    The tokenizer is called once for those that are written alike. Raises BadInput as `Family.write_prompts`.
+    """
+    alike: dict[tuple[str | None, str | None], list[int]] = {}
+    for n, request in enumerate(requests):
+        alike.setdefault((request.request.system, request.request.template), []).append(n)
+    prompts: dict[int, Tensor] = {}
+    for (system, template), places in alike.items():
+        of_places = [(questions[n], requests[n].images) for n in places]
+        prompts |= zip(places, family.write_prompts(of_places, system, template), strict=True)
+    return [prompts[n] for n in range(len(requests))]
+
+
+def _image_signals(family: Family, request: EncodedRequest, n: int, relevance: Tensor | None) -> Signals:
     """The signals of one image of a request; its region only where it is given, or a localiser named it."""
     image, pruning, needs = request.images[n], request.pruning, request.pruning.method.requires
     region = None
@@ -98,7 +143,7 @@ def _image_signals(family: Family, request: EncodedRequest, n: int) -> Signals:
     features = image.vision_features
     return Signals(
         views=image.views,
-        relevance=family.relevance(features, request.query) if pruning.needs_relevance else None,  # (N,)
+        relevance=relevance,  # (N,)
         saliency=image.saliency.float(),  # (N,)
         region=region,
         vision_features=features.to(family.device) if "vision_features" in needs else None,  # (N, C)
@@ -106,7 +151,7 @@ def _image_signals(family: Family, request: EncodedRequest, n: int) -> Signals:
         question_embeds=(
             family.vocabulary.vectors(keywords(request.query)) if "question_embeds" in needs else None  # (M, D)
         ),
-        relevance_by_words=family.relevance_by_words,
+        relevance_by_clip=family.relevance_kind == "clip",
     )
 
 

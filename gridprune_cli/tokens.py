@@ -95,12 +95,12 @@ class EncodedImage:
         tensors = {name: getattr(self, name) for name in _ENCODED_TENSORS}
         if self.packed:
             tensors |= {"vision_features": self.packed.codes, "scales": self.packed.scales}
-        return files.encode({name: _raw(tensor) for name, tensor in tensors.items()}, header)
+        return files.encode({name: raw_tensor(tensor) for name, tensor in tensors.items()}, header)
 
     @classmethod
     def from_parts(cls, header: dict[str, Any], tensors: dict[str, RawTensor]) -> "EncodedImage":
         """The inverse of `to_bytes`, after `files.decode`. Raises ValueError as `contents.check_encoded` does."""
-        loaded = _tensors(tensors)
+        loaded = load_tensors(tensors)
         check_encoded(header, loaded)
         vision_features, saliency, placeholder_map = (loaded[name] for name in _ENCODED_TENSORS)
         packed = None
@@ -199,7 +199,7 @@ class PrunedSet:
     placeholder_map: Tensor | None = None
     schedule: LayerSchedule | None = None
     plc: str = "off"  # how tokens were compressed: "off", "pool" or "trained"
-    relevance_source: dict[str, Any] | None = None  # {"source": "clip", "model": ...} or {"source": "words", ...}
+    relevance_source: dict[str, Any] | None = None  # {"source": "clip", "model": ...}, or attention or words, of None
     remarks: tuple[str, ...] = ()  # what a user should know of how it was pruned
 
     @property
@@ -224,7 +224,7 @@ class PrunedSet:
         header |= {name: getattr(self, name) for name in (*_PRUNED_TEXT, "plc")}
         header["schedule"] = self.schedule.to_json() if self.schedule else None
         header |= {"relevance_source": self.relevance_source, "remarks": list(self.remarks)}
-        tensors = {name: _raw(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
+        tensors = {name: raw_tensor(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
         size = sum(len(tensor.data) for tensor in tensors.values()) + files.MAX_HEADER
         if size > files.MAX_BYTES or self.image_embeds.numel() > MAX_NUMBERS:  # which nobody could read again
             raise BadInput(f"the pruned set takes {size} bytes, more than a file may have; prune with a smaller `keep`")
@@ -278,7 +278,7 @@ class PrunedSet:
         if header.get("schema") != SCHEMA:
             reason = f"its schema is {header.get('schema')!r:.20}, and this version reads {SCHEMA}"
             raise BadInput(f"{reason}; prune again, with `gridprune prune`")
-        loaded: dict[str, Any] = _tensors(tensors)
+        loaded: dict[str, Any] = load_tensors(tensors)
         check_pruned(header, loaded)
         return cls(
             **({"relevance": None} | loaded),
@@ -317,13 +317,14 @@ _PRUNED_TENSORS = ("image_embeds", "kept", "input_ids", "position_ids", "salienc
 _PRUNED_TEXT = ("model", "fingerprint", "question", "method", "positions")
 
 
-def _raw(tensor: Tensor) -> RawTensor:
+def raw_tensor(tensor: Tensor) -> RawTensor:
+    """A tensor as `cache.files.encode` takes it."""
     plain = tensor.detach().cpu().contiguous()
     return RawTensor(_DTYPES[plain.dtype], tuple(plain.shape), plain.flatten().view(torch.uint8).numpy().tobytes())
 
 
-def _tensors(raw: dict[str, RawTensor]) -> dict[str, Tensor]:
-    """Raises ValueError for a dtype that no file of ours has."""
+def load_tensors(raw: dict[str, RawTensor]) -> dict[str, Tensor]:
+    """The inverse of `raw_tensor` for the tensors of a file. Raises ValueError for a dtype that no file of ours has."""
     if strange := sorted({tensor.dtype for tensor in raw.values()} - _TORCH.keys()):
         raise ValueError(f"it holds numbers of the type {strange[0]}")
     return {name: _tensor(tensor) for name, tensor in raw.items()}

@@ -14,7 +14,6 @@ import torch
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import are_progress_bars_disabled, filter_repo_objects
 from safetensors.torch import load_file
-from tiny_families import write_checkpoint
 
 from gridprune_cli.cache.root import MOST_REMEMBERED, REMEMBERED
 from gridprune_cli.cache.store import Store, open_store
@@ -306,26 +305,32 @@ def test_clip_is_found_in_its_sub_folder_or_named(hub_cache, tiny_llava, alone, 
     assert relevance[0] == relevance[1] == relevance[2]
 
 
-def test_words_are_taken_where_asked_for_or_where_there_is_nothing_else(tiny_llava, alone, tmp_path):
-    for model in (tiny_llava, alone):
+def test_words_are_taken_by_name_alone_and_attention_where_the_tower_is_no_clip(tiny_llava, alone, checkpoint):
+    other = checkpoint("qwen2_vl")
+    for model in (tiny_llava, alone, other):
         family = Pipeline(str(model), relevance="words").family
         assert isinstance(family.relevance, WordRelevance)
         assert family.relevance_source == {"source": "words", "model": None}
-    other = str(write_checkpoint("qwen2_vl", tmp_path / "qwen"))
-    assert isinstance(Pipeline(other).family.relevance, WordRelevance)
-    with pytest.raises(BadInput, match=r"^relevance=clip: the tower of .* is no CLIP; use `relevance=words`"):
-        Pipeline(other, relevance="clip")
-    with pytest.raises(BadInput, match=r"^clip=.*: not with `relevance=words`"):
-        Pipeline(str(alone), clip=str(tiny_llava / "clip"), relevance="words")
-    with pytest.raises(BadInput, match=r"^relevance=both: not one of auto, clip, words"):
+    for model, relevance in ((other, "auto"), (other, "attention"), (alone, "attention")):
+        family = Pipeline(str(model), relevance=relevance).family
+        assert family.relevance_source == {"source": "attention", "model": None} and family.clip is None
+        with pytest.raises(TypeError, match="of a prompt"):
+            _ = family.relevance
+    with pytest.raises(BadInput, match=r"^relevance=clip: the tower of .* is no CLIP; use `relevance=attention`"):
+        Pipeline(str(other), relevance="clip")
+    for relevance in ("attention", "words"):
+        with pytest.raises(BadInput, match=rf"^clip=.*: not with `relevance={relevance}`"):
+            Pipeline(str(alone), clip=str(tiny_llava / "clip"), relevance=relevance)
+    with pytest.raises(BadInput, match=r"^relevance=both: not one of auto, clip, attention, words"):
         Pipeline(str(alone), relevance="both")
 
 
-def test_a_clip_that_nobody_knows_is_not_swapped_for_words(alone):
+def test_a_clip_that_nobody_knows_is_not_swapped_for_attention(alone):
+    remedies = r"which CLIP .* is not known; name it as `clip`, or take `relevance=attention`"
     for relevance in ("auto", "clip"):
         pipeline = Pipeline(str(alone), relevance=relevance)
         find_relevance(pipeline.family, Pruning(keep=1.0, method=make_method("uniform")))  # needs none
-        with pytest.raises(BadInput, match=r"which CLIP .* is not known; name it as `clip`, or take `relevance=words`"):
+        with pytest.raises(BadInput, match=remedies):
             find_relevance(pipeline.family, Pruning())
     config = json.loads((alone / "config.json").read_text())
     del config["vision_config"]  # then it is a CLIP's, as transformers reads it
@@ -376,7 +381,9 @@ def test_the_known_clip_is_taken_from_the_hubs_cache_unless_it_is_not_whole(cach
     if cached in ("pickled", "whole"):
         assert find_clip(find(str(alone))).identity == f"hub:{KNOWN}@{SHA}"
     else:
-        remedies = r"HF_HUB_OFFLINE forbids to fetch it; .* name a copy as `clip=FOLDER`, or take `relevance=words`$"
+        remedies = (
+            r"HF_HUB_OFFLINE forbids to fetch it; .* name a copy as `clip=FOLDER`, or take `relevance=attention`$"
+        )
         with pytest.raises(BadInput, match=rf"^the CLIP {KNOWN}: .*{remedies}"):
             find_clip(find(str(alone)))
 
@@ -422,7 +429,7 @@ def test_a_known_clip_that_cannot_be_fetched_is_told_with_both_remedies(fault, c
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "hf_hub_download", fail)
-    with pytest.raises(GridpruneError, match=r"`clip=FOLDER`, or take `relevance=words`$") as caught:
+    with pytest.raises(GridpruneError, match=r"`clip=FOLDER`, or take `relevance=attention`$") as caught:
         find_clip(find(str(alone)))
     assert caught.value.exit_code == code and "\n" not in str(caught.value)
 

@@ -179,7 +179,7 @@ def test_a_clip_that_can_neither_be_known_nor_fetched_ends_the_command(run, imag
     ):
         code, out, err = run(*command, "--model", bare, "-q")
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert "known/clip" in err and "name a copy as --clip FOLDER, or take --relevance words" in err
+        assert "known/clip" in err and "name a copy as --clip FOLDER, or take --relevance attention" in err
     assert not (tmp_path / "cache").exists()  # before the image was encoded
     code, out, err = run("ask", image, QUESTION, "--model", bare, "--relevance", "words", "--json")
     assert code == 0 and json.loads(out)["relevance"] == {"source": "words", "model": None}

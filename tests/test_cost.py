@@ -35,7 +35,7 @@ def test_the_formulas_are_what_is_counted(pipeline, noise, keep):
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             position_ids=pruned.position_ids[..., None, :],
-            mm_encoder_outputs={"image": family.features([pruned])},
+            mm_encoder_outputs={"image": family.features([pruned.image_embeds])},
             **family.extras(ids),
             use_cache=True,
             logits_to_keep=1,
@@ -87,7 +87,7 @@ def test_what_a_window_holds(tmp_path, noise):
     with torch.no_grad():
         out = model.generate(
             input_ids=pruned.input_ids[None],
-            mm_encoder_outputs={"image": pipeline.family.features([pruned])},
+            mm_encoder_outputs={"image": pipeline.family.features([pruned.image_embeds])},
             **pipeline.family.extras(pruned.input_ids[None]),
             max_new_tokens=1,
             return_dict_in_generate=True,

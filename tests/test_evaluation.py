@@ -21,7 +21,7 @@ from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput
 from gridprune_cli.evaluation import report
 from gridprune_cli.evaluation.data import Data, Item, open_data, read_jsonl, scenes
-from gridprune_cli.evaluation.results import clustered_error, markdown, summarise
+from gridprune_cli.evaluation.results import clustered_error, markdown, relevance_line, summarise
 from gridprune_cli.evaluation.run import FULL, Cell, Plan, Row, answers, place
 from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline
@@ -340,6 +340,16 @@ def test_other_settings_are_refused_in_one_line(run, finished, questions):
     questions.write_text(questions.read_text().replace("Question 3?", "Question three?"))
     assert "(data_digest)" in run(*call, "-o", whole)[2]
     assert before == {path.name: path.read_bytes() for path in whole.iterdir()}
+
+
+def test_a_report_says_what_relevance_came_from():
+    for source, model, name in (
+        ("clip", "openai/clip", "openai/clip"),
+        ("attention", None, "the language model's attention"),
+        ("words", None, "the language model's word embeddings"),
+    ):
+        assert relevance_line({"relevance": {"source": source, "model": model}}) == f"Relevance comes from {name}."
+    assert relevance_line({"relevance": None}) == ""
 
 
 def test_a_run_goes_on_with_the_same_clip_alone_and_says_which(run, finished, tiny_llava, tmp_path):

@@ -67,7 +67,7 @@ def logits(pipeline, pruned):
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             position_ids=pruned.position_ids[..., None, :],
-            mm_encoder_outputs={"image": pipeline.family.features([pruned])},
+            mm_encoder_outputs={"image": pipeline.family.features([pruned.image_embeds])},
             **pipeline.family.extras(ids),
         ).logits[0, -1]
 

@@ -61,7 +61,7 @@ def run(pipeline, sets):
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            mm_encoder_outputs={"image": pipeline.family.features(sets)},
+            mm_encoder_outputs={"image": pipeline.family.features([pruned.image_embeds for pruned in sets])},
             **pipeline.family.extras(ids),
             max_new_tokens=NEW,
             do_sample=False,
@@ -198,7 +198,7 @@ def eager_rows(pipeline, pruned, layer):
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            mm_encoder_outputs={"image": pipeline.family.features([pruned])},
+            mm_encoder_outputs={"image": pipeline.family.features([pruned.image_embeds])},
             **pipeline.family.extras(ids),
         )
     handle.remove()
@@ -274,7 +274,7 @@ class Whole:
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                mm_encoder_outputs={"image": pipeline.family.features([pruned])},
+                mm_encoder_outputs={"image": pipeline.family.features([pruned.image_embeds])},
                 **pipeline.family.extras(ids),
                 max_new_tokens=1,
                 return_dict_in_generate=True,

@@ -63,7 +63,7 @@ def test_pruned_equals_masked(tiny_llava, reference, picture, positions):
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 position_ids=pruned.position_ids[None],
-                mm_encoder_outputs={"image": pipeline.family.features([pruned])},
+                mm_encoder_outputs={"image": pipeline.family.features([pruned.image_embeds])},
             )
             .logits[0, -1]
             .float()

@@ -8,10 +8,10 @@ from PIL import Image
 from tiny_families import write_checkpoint
 from transformers import AutoTokenizer, CLIPModel
 
-from gridprune_cli.builder import project
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.settings import Pruning
+from gridprune_cli.vlm.projection import project
 
 QUESTION = "what colour is the left object?"
 SIDE, PATCH = 4, 14  # of a tile: patches, and pixels of a patch

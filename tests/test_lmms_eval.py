@@ -129,9 +129,9 @@ def test_relevance_sees_the_first_line_or_all(plugin, documents, tiny_llava, mon
 
 def test_a_clip_that_is_missing_is_told_at_once_and_words_can_be_asked_for(plugin, tiny_llava, tmp_path):
     bare = shutil.copytree(tiny_llava, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
-    with pytest.raises(BadInput, match="take `relevance=words`"):
+    with pytest.raises(BadInput, match="take `relevance=attention`"):
         plugin.GridpruneModel(pretrained=str(bare))
-    assert plugin.GridpruneModel(pretrained=str(bare), relevance="words").pipeline.family.relevance_by_words
+    assert plugin.GridpruneModel(pretrained=str(bare), relevance="words").pipeline.family.relevance_kind == "words"
 
 
 def test_how_a_task_generates(plugin):

@@ -11,7 +11,7 @@ def test_options_reach_the_pipeline_and_its_cache(tiny_llava, tmp_path, monkeypa
     pipeline = open_pipeline(options | {"cache_dtype": "int8", "relevance": "words", "dtype": "bfloat16"})
     assert pipeline.model == str(tiny_llava) and pipeline.encoder.cache_dtype == "int8"
     assert (pipeline.store.root, pipeline.store.limit) == (tmp_path / "there", 2048)
-    assert pipeline.family.relevance_by_words and str(pipeline.family.dtype) == "torch.bfloat16"
+    assert pipeline.family.relevance_kind == "words" and str(pipeline.family.dtype) == "torch.bfloat16"
     monkeypatch.setenv("GRIDPRUNE_MODEL", str(tiny_llava))
     pipeline = open_pipeline({"model": None, "no_cache": True, "cache_limit": "2K"})
     assert pipeline.model == str(tiny_llava) and pipeline.store is None

@@ -111,7 +111,7 @@ def test_the_whole_prompt_is_prefix_in_a_filled_up_batch_too(folder, pipeline, n
             input_ids=ids,
             attention_mask=(torch.arange(ids.shape[1]) >= 3).long()[None],
             position_ids=pad(pruned.position_ids[None], (3, 0)),
-            mm_encoder_outputs={"image": pipeline.family.features([pruned])},
+            mm_encoder_outputs={"image": pipeline.family.features([pruned.image_embeds])},
             **pipeline.family.extras(ids),
         ).logits[0, -1]
     assert torch.allclose(logits, expected, atol=1e-4)

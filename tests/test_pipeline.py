@@ -167,7 +167,7 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
         for name in ("relevance", "vision_features", "image_embeds", "question_embeds")
         if getattr(signals, name) is not None
     }
-    assert known == method.requires - {"saliency"} and not signals.relevance_by_words
+    assert known == method.requires - {"saliency"} and signals.relevance_by_clip
     assert ("language" in pipeline.family._loaded, "projector" in pipeline.family._loaded) == (False, True)
 
 
@@ -260,11 +260,14 @@ def test_models_that_cannot_be_used(tmp_path):
 def test_a_set_says_what_its_relevance_came_from(pipeline, image, tiny_llava):
     encoded, _ = pipeline.encode(image)
     clip = {"source": "clip", "model": f"{tiny_llava}/clip"}
-    by_words = Pipeline(str(tiny_llava), dtype="float32", relevance="words")
+    by_words, by_attention = (
+        Pipeline(str(tiny_llava), dtype="float32", relevance=relevance) for relevance in ("words", "attention")
+    )
     for asking, pruning, expected in (
         (pipeline, Pruning(), clip),
         (pipeline, Pruning(plc="pool"), clip),
         (by_words, Pruning(), {"source": "words", "model": None}),
+        (by_attention, Pruning(), {"source": "attention", "model": None}),
         (pipeline, Pruning(method=make_method("uniform")), None),
     ):
         pruned = asking.prune(encoded, QUESTION, pruning)
@@ -278,6 +281,7 @@ def test_a_set_says_what_its_relevance_came_from(pipeline, image, tiny_llava):
         ("cdpruner", {}, "clip", True),
         ("trim", {}, "clip", True),
         ("trim", {}, "words", False),
+        ("trim", {}, "attention", False),
         ("trim", {"relevance_sign": -1}, "clip", False),
         ("gridprune", {}, "clip", False),
     ],
@@ -297,9 +301,9 @@ def test_a_sign_that_turns_relevance_round_as_published_is_a_remark(
 def test_a_clip_that_is_not_there_is_told_before_anything_is_loaded(tiny_llava, tmp_path, image):
     folder = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
     pipeline = Pipeline(str(folder), dtype="float32")
-    with pytest.raises(BadInput, match="relevance=words"):
+    with pytest.raises(BadInput, match="relevance=attention"):
         pipeline.ask(image, QUESTION)
-    with pytest.raises(BadInput, match="relevance=words"):
+    with pytest.raises(BadInput, match="relevance=attention"):
         list(pipeline.runner().answer([Request((image,), QUESTION, Pruning())]))
     assert pipeline.family._loaded == {}
     whole = Pruning(keep=1.0, method=make_method("uniform"))

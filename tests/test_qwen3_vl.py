@@ -40,7 +40,7 @@ def test_kept_tokens_keep_their_deepstack(encoded):
     """Of two images, each level gives one block of rows per image, in the order of the tokens' own rows."""
     pipeline, image, out = encoded
     pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.4))
-    features = pipeline.family.features([pruned, pruned])
+    features = pipeline.family.features([pruned.image_embeds] * 2)
     assert len(features.pooler_output) == 2 and [len(level) for level in features.deepstack_features] == [2, 2]
     for n in range(2):
         assert torch.allclose(features.pooler_output[n], out.pooler_output[0][pruned.kept], atol=1e-5)
@@ -65,7 +65,7 @@ def test_deepstack_reaches_the_answer(encoded):
     model = pipeline.family.load("language")
 
     def logits(blank):
-        features = pipeline.family.features([pruned])
+        features = pipeline.family.features([pruned.image_embeds])
         if blank is not None:
             features.deepstack_features[blank] = [torch.zeros_like(rows) for rows in features.deepstack_features[blank]]
         with torch.no_grad():

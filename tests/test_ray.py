@@ -336,7 +336,7 @@ def test_a_clip_that_is_missing_is_told_before_ray_starts(tiny_llava, tmp_path, 
     monkeypatch.setattr(ray_runner, "find_spec", lambda name: True)
     monkeypatch.setattr(Ray, "_run", lambda *_: pytest.fail("started"))
     bare = shutil.copytree(tiny_llava, tmp_path / "bare", ignore=shutil.ignore_patterns("clip"))
-    with pytest.raises(BadInput, match="take `relevance=words`"):
+    with pytest.raises(BadInput, match="take `relevance=attention`"):
         Ray().answer(Pipeline(str(bare)).runner(), [Request(("0.png",), "What?")])
 
 

@@ -94,6 +94,7 @@ def test_a_family_is_an_entry_and_a_class_that_fit():
         adapter = family_class(kind)
         assert entry.model_type == kind == adapter.model_class.config_class.model_type
         assert ("CLIP" in entry.needs) == ("clip_vision_model" in entry.towers)
+        assert ("attention" in entry.needs) != ("CLIP" in entry.needs)
 
 
 def test_what_is_known_of_families_needs_no_torch():

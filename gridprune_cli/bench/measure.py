@@ -170,7 +170,7 @@ def measure(
     if localizer := pipeline.localizers.find(pruning):
         localizer.family.load("tower", "projector", "language")
     if pruning.needs_relevance:
-        family.relevance.load()
+        family.load_relevance()
     load = None if held else _since(start)
 
     encodes, peaks = [], []

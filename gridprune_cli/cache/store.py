@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gridprune_cli.cache import files, layout, sweep
 from gridprune_cli.cache import root as roots
@@ -33,12 +33,20 @@ def entry_key(image_sha256: str, encoder: Mapping[str, Any], signals: Sequence[s
     return files.digest({"image": image_sha256, "encoder": encoder, "signals": sorted(set(signals))})
 
 
+class Written(NamedTuple):
+    """An entry that was written: its path, and whether it stays for this run whatever the limit."""
+
+    path: str
+    bytes: int
+    spared: bool = True
+
+
 class Store:
     """The cache under `root`, at most `limit` bytes of entries (None: no limit).
 
     Use it as a context manager, or call `finish`, so that the limit is kept; before that it is looked at each time a
-    tenth of it was written. Entries written through this object are never removed for it. `warn` takes the warnings,
-    which are logged by default.
+    tenth of it was written. Entries written through this object are not removed for it, unless `put` allows it. `warn`
+    takes the warnings, which are logged by default.
     """
 
     def __init__(self, root: Path, limit: int | None, warn: Callable[[str], None] = _log.warning) -> None:
@@ -73,8 +81,10 @@ class Store:
             os.utime(path)
         return entry
 
-    def put(self, encoder: Mapping[str, Any], key: str, data: bytes) -> bool:
+    def put(self, encoder: Mapping[str, Any], key: str, data: bytes, *, spared: bool = True) -> bool:
         """Stores an encoded file whose header has at least schema, key and encoder. An equal file stays untouched.
+
+        One that is not `spared` may be removed for the limit like those that were there before.
 
         False where it can't be written, with one warning per Store: work goes on without the cache. False too, with a
         warning for each, for an entry that is too large to be read again, or whose place something else holds.
@@ -107,13 +117,13 @@ class Store:
                 self._warn(f"{self.root}: the cache can't be written ({reason}); going on without it")
             return False
         # 3. the limit
-        self.adopt([(str(path), len(data))])
+        self.adopt([Written(str(path), len(data), spared)])
         return True
 
-    def adopt(self, written: Sequence[tuple[str, int]]) -> None:
-        """Takes entries, path and bytes, as written through this object, which another process of the run wrote."""
-        self._written.update(path for path, _ in written)
-        self._unchecked += sum(size for _, size in written)
+    def adopt(self, written: Sequence[Written]) -> None:
+        """Takes entries as written through this object, also those that another process of the run wrote."""
+        self._written.update(entry.path for entry in written if entry.spared)
+        self._unchecked += sum(entry.bytes for entry in written)
         if self.limit is not None and self._unchecked > self.limit // 10:
             self.finish()
 

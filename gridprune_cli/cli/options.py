@@ -66,8 +66,8 @@ Clip = Annotated[
 Relevance = Annotated[
     choices.Relevance,
     option(
-        "What relevance comes from: the CLIP of the model's tower, or the embeddings of the language model's words; "
-        "auto: clip where the tower is a CLIP's.",
+        "What relevance comes from: the CLIP of the model's tower, the language model's attention, or its word "
+        "embeddings; auto: clip where the tower is a CLIP's, else attention.",
         MODEL,
         envvar="GRIDPRUNE_RELEVANCE",
     ),

@@ -144,7 +144,8 @@ def relevance_line(results: dict[str, Any]) -> str:
     source = results.get("relevance")
     if source is None:
         return ""
-    return f"Relevance comes from {source['model'] or 'the words of the language model'}."
+    of_model = {"attention": "the language model's attention", "words": "the language model's word embeddings"}
+    return f"Relevance comes from {source['model'] or of_model[source['source']]}."
 
 
 def region_line(cell: dict[str, Any]) -> str:

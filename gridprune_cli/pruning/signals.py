@@ -34,7 +34,7 @@ class Signals:
     vision_features     (N, C)  what the vision tower gave
     image_embeds        (N, D)  what the language model receives
     question_embeds     (M, D)  the language model's embeddings of the question's tokens, without stop words
-    relevance_by_words          whether relevance is that of words, not CLIP's
+    relevance_by_clip           whether relevance is CLIP's, not that of the language model's attention or embeddings
     """
 
     views: tuple[View, ...]
@@ -44,7 +44,7 @@ class Signals:
     vision_features: Tensor | None = None
     image_embeds: Tensor | None = None
     question_embeds: Tensor | None = None
-    relevance_by_words: bool = False
+    relevance_by_clip: bool = True
 
     def __post_init__(self) -> None:
         """Raises ValueError where a signal has another length than the views, or values that are not finite."""

@@ -114,8 +114,8 @@ class Runner:
                 yield index, error
                 continue
             by_encoding.setdefault(self.family.encodes_multi_image and len(request.images) > 1, []).append(index)
-        with self.stopwatch.measure("load"):
-            self._load_signals([requests[index] for indices in by_encoding.values() for index in indices])
+        with MODELS, self.stopwatch.measure("load"):
+            self._load_signals([requests[index] for indices in by_encoding.values() for index in indices], parts)
         # 3. images through the tower, and requests pruned as soon as theirs are there
         for several, indices in by_encoding.items():
             ready: list[tuple[int, EncodedRequest, tuple[bool, ...]]] = []
@@ -134,15 +134,16 @@ class Runner:
         ((_, result),) = self.prune([request], parts=parts)
         return result_or_raise(result)
 
-    def _load_signals(self, requests: Sequence[Request]) -> None:
-        """Loads what pruning needs beside the projector: a text tower or embeddings, the trained compressor."""
+    def _load_signals(self, requests: Sequence[Request], parts: Sequence[str]) -> None:
+        """Loads what pruning needs beside `parts`: a text tower, embeddings or layers, the trained compressor."""
+        in_parts = self.family.relevance_kind == "attention" and "language" in parts
         for request in requests:
             if request.pruning.plc == "trained":
                 _ = self.family.compressor
             if "question_embeds" in request.pruning.method.requires:
                 self.family.vocabulary.load()
-            if request.pruning.needs_relevance:
-                self.family.relevance.load()
+            if request.pruning.needs_relevance and not in_parts:
+                self.family.load_relevance()
 
     def _check(self, request: Request) -> None:
         """Raises BadInput for a request that can't be asked, whatever its images hold."""
@@ -158,7 +159,7 @@ class Runner:
         def prune_batch(batch: Sequence[EncodedRequest]) -> list[PrunedSet]:
             localized = _localize(self, batch)
             with self.stopwatch.measure("select"):
-                signals = compute_signals(self.family, localized)
+                signals = compute_signals(self.family, localized, self.encoder.prefixes)
                 return build_pruned_sets(self.family, localized, signals, select_tokens(localized, signals))
 
         results = self._to_prune.run([request for _, request, _ in ready], prune_batch)

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gridprune_cli.cache.store import Store, entry_key
+from gridprune_cli.cache.store import Store, Written, entry_key
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.images import Picture, identify, load_image
 
@@ -306,7 +306,7 @@ class _Done:
 
     batches: list[tuple[int, list[Any]]]
     notices: list[str]
-    written: list[tuple[str, int]]  # path and bytes
+    written: list[Written]
     fault: GridpruneError | None
 
 
@@ -373,9 +373,9 @@ class _Noting(Store):
 
     def __init__(self, root: Path, warn: Callable[[str], None]) -> None:
         super().__init__(root, None, warn)
-        self.written: list[tuple[str, int]] = []
+        self.written: list[Written] = []
 
-    def adopt(self, written: Sequence[tuple[str, int]]) -> None:
+    def adopt(self, written: Sequence[Written]) -> None:
         super().adopt(written)
         self.written += written
 

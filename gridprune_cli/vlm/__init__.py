@@ -63,8 +63,8 @@ def open_model(
     adapter = family_class(checkpoint.family)
     family = adapter(checkpoint, placed.dtype, placed.device, sharded=placed.sharded, relevance=relevance)
     if clip:
-        if relevance == "words":
-            raise BadInput("not with `relevance=words`; leave one of them out", field="clip", value=clip)
+        if relevance not in ("auto", "clip"):
+            raise BadInput(f"not with `relevance={relevance}`; leave one of them out", field="clip", value=clip)
         family.clip = find_clip(checkpoint, clip)
     checkpoint.complete(field)
     return family

@@ -7,7 +7,7 @@ models go through it; where a language model has been set to eager attention, it
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+Combination = Literal["mean", "max"]
+
 NAME = "sdpa_watched"
+ATTRIBUTES = "gridprune_"  # what the attributes begin with by which a module is watched
 _MAX_SCORES = 1 << 26  # attention scores held at a time, 256 MiB: a batch of large pictures' would not fit
 
 
@@ -38,28 +41,43 @@ def _watched(
         record.append(total / queries.shape[2])
     weighted: list[Tensor] | None = getattr(module, "gridprune_weighted", None)
     if weighted is not None:
-        weighted.append(_weighted_attention(module, query, key, attention_mask, kwargs["scaling"]))
+        weighted.append(_queries_attention(module, query, key, attention_mask, kwargs["scaling"]))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _weighted_attention(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention of the weighted queries to each key `(B, keys)`, float32, mean over heads; heads may share a key."""
-    places, count = module.gridprune_weight.any(0).nonzero()[:, 0], key.shape[2]
-    queries = query[:, :, places].unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    scores = (queries @ key.transpose(-1, -2) * scaling).float().unflatten(2, (-1, len(places)))
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, :, None, places], -torch.inf)
-    elif module.is_causal:
-        scores = scores.masked_fill(torch.arange(count, device=places.device) > places[:, None], -torch.inf)
-    return _weighted_sum(scores.softmax(-1).mean((1, 2)), module.gridprune_weight[:, places])
+def _queries_attention(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention of the watched queries to each key `(B, keys)`, float32, combined as `watch_queries` was told."""
+    weight, heads, queries = module.gridprune_weight, module.gridprune_heads, module.gridprune_queries
+    count, places = key.shape[2], weight.any(0).nonzero()[:, 0]
+    first = count - query.shape[2]  # keys before the first query, which come from the cache
+    total = key.new_zeros(key.shape[0], count, dtype=torch.float32)
+    step = max(1, _MAX_SCORES // (query.shape[0] * query.shape[1] * count))  # queries
+    for chunk in places.split(step):
+        # heads may share a key: (B, shared, heads per key * q, C)
+        grouped = query[:, :, chunk].unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+        scores = (grouped @ key.transpose(-1, -2) * scaling).float().unflatten(2, (-1, len(chunk)))
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, :, None, chunk], -torch.inf)
+        elif module.is_causal:
+            ahead = torch.arange(count, device=chunk.device) > first + chunk[:, None]
+            scores = scores.masked_fill(ahead, -torch.inf)
+        attention = _over_heads(scores.softmax(-1).flatten(1, 2), heads)
+        total = _over_queries(total, attention, weight[:, chunk], queries)
+    return total
 
 
-def _weighted_sum(attention: Tensor, weight: Tensor) -> Tensor:
-    """Sums `(B, keys)` of the attention of queries `(B, q, keys)` by their weights `(B, q)`.
+def _over_heads(attention: Tensor, heads: Combination) -> Tensor:
+    """`(B, q, keys)` of the attention `(B, heads, q, keys)`."""
+    return attention.amax(1) if heads == "max" else attention.mean(1)
+
+
+def _over_queries(total: Tensor, attention: Tensor, weight: Tensor, queries: Combination) -> Tensor:
+    """`total` `(B, keys)`, with the attention of further queries `(B, q, keys)` and their weights `(B, q)`.
 
     Queries of weight 0 don't count, also where their attention is not finite, as that of padding.
     """
-    return (attention.masked_fill(weight[..., None] == 0, 0) * weight[..., None]).sum(1)
+    weighted = attention.masked_fill(weight[..., None] == 0, 0) * weight[..., None]
+    return torch.maximum(total, weighted.amax(1)) if queries == "max" else total + weighted.sum(1)
 
 
 AttentionInterface.register(NAME, _watched)
@@ -82,18 +100,24 @@ def watch(attention: nn.Module, *, cls: bool) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def watch_queries(attention: nn.Module, weight: Tensor) -> Iterator[list[Tensor]]:
-    """Records queries' attention to each key `(B, keys)`, float32, mean over heads, at each call of a module.
+def watch_queries(
+    attention: nn.Module, weight: Tensor, heads: Combination = "mean", queries: Combination = "mean"
+) -> Iterator[list[Tensor]]:
+    """Records queries' attention to each key `(B, keys)`, float32, at each call of an attention module.
 
-    Summed over the queries of a prompt by `weight` `(B, queries)`, float32, on the device of the module. The language
-    model must run with the attention implementation `NAME`, or eager.
+    `heads` says whether it is the mean over heads, or that of the head that attends most. Over the queries it is summed
+    by `weight` `(B, queries)`, float32, on the device of the module, or the largest of the attentions times their
+    weights. Queries are those of the call, keys also those of the cache. The language model must run with the attention
+    implementation `NAME`, or eager.
     """
     record: list[Tensor] = []
     if attention.config._attn_implementation == "eager":  # type: ignore[union-attr]
 
         def read(_module: nn.Module, _args: Any, out: tuple[Tensor, Tensor]) -> None:
             places = weight.any(0).nonzero()[:, 0]
-            record.append(_weighted_sum(out[1][:, :, places].float().mean(1), weight[:, places]))
+            combined = _over_heads(out[1][:, :, places].float(), heads)
+            total = combined.new_zeros(combined.shape[0], combined.shape[2])
+            record.append(_over_queries(total, combined, weight[:, places], queries))
 
         handle = attention.register_forward_hook(read)
         try:
@@ -102,7 +126,9 @@ def watch_queries(attention: nn.Module, weight: Tensor) -> Iterator[list[Tensor]
             handle.remove()
     else:
         attention.gridprune_weighted, attention.gridprune_weight = record, weight  # type: ignore[assignment]
+        attention.gridprune_heads, attention.gridprune_queries = heads, queries  # type: ignore[assignment]
         try:
             yield record
         finally:
             del attention.gridprune_weighted, attention.gridprune_weight
+            del attention.gridprune_heads, attention.gridprune_queries

@@ -179,7 +179,7 @@ def find_clip(checkpoint: Checkpoint, named: str | None = None) -> Checkpoint:
     repo = next((name for name, sizes in _KNOWN_TOWERS.items() if sizes.items() <= tower.items()), None)
     if repo is None:
         raise BadInput(
-            "which CLIP its tower was taken from is not known; name it as `clip`, or take `relevance=words`",
+            "which CLIP its tower was taken from is not known; name it as `clip`, or take `relevance=attention`",
             place=checkpoint.name,
         )
     return _known_clip(repo)
@@ -202,7 +202,7 @@ def _known_clip(repo: str) -> Checkpoint:
         kind = BadInput if unreachable else type(fault)
         raise kind(
             f"{fault.reason}; relevance comes from it: go online without HF_HUB_OFFLINE, name a copy as `clip=FOLDER`, "
-            "or take `relevance=words`",
+            "or take `relevance=attention`",
             place=fault.place,
         ) from fault
 
@@ -223,6 +223,6 @@ def _check_clip(clip: Checkpoint, checkpoint: Checkpoint, subject: dict[str, str
         if its != needed:
             raise BadInput(
                 f"can't be the CLIP of this tower: its {size} is {its}, that of {checkpoint.name} {needed}; "
-                "name the CLIP that the tower was taken from as `clip`, or take `relevance=words`",
+                "name the CLIP that the tower was taken from as `clip`, or take `relevance=attention`",
                 **subject,
             )

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
-from gridprune_cli.tokens import EncodedImage, PrunedSet
+from gridprune_cli.tokens import EncodedImage
 from gridprune_cli.vlm.compressor import FILE, Compressor, load_compressor
 from gridprune_cli.vlm.prompt import PromptWriter
 from gridprune_cli.vlm.relevance import RelevanceSource
@@ -55,6 +55,7 @@ class Family(RelevanceSource, PromptWriter):
     batched             whether `generate` takes features as one tensor (1, N, D), not as a list of (N, D)
     encodes_multi_image whether a picture is encoded in another way where a prompt has several
     axes                of `positions`
+    sees_question       whether the language model lets image tokens see the question behind them
     version             part of every cache key: raise it when `encode` changes what it gives
     vllm                why pruned sets of this family can't go to vLLM; empty where they can
     """
@@ -62,6 +63,7 @@ class Family(RelevanceSource, PromptWriter):
     batched: ClassVar[bool] = False
     encodes_multi_image: ClassVar[bool] = False
     axes: ClassVar[int] = 1
+    sees_question: ClassVar[bool] = False
     version: ClassVar[int] = 1
     vllm: ClassVar[str] = "how vLLM takes image embeds for it was not looked into"
 
@@ -169,12 +171,12 @@ class Family(RelevanceSource, PromptWriter):
 
     # ---- generating --------------------------------------------------------------------------------------------------
 
-    def features(self, batch: Sequence[PrunedSet]) -> Any:
-        """The image embeds of pruned sets, in the container in which this family's `generate` takes encoder outputs.
+    def features(self, image_embeds: Sequence[Tensor]) -> Any:
+        """The image embeds `(S, D)` of prompts in the container in which this family's `generate` takes them.
 
         A new one at each call: `generate` changes what it is given.
         """
-        embeds = [pruned.image_embeds.to(self.device, self.dtype) for pruned in batch]
+        embeds = [of_prompt.to(self.device, self.dtype) for of_prompt in image_embeds]
         return BaseModelOutputWithPooling(pooler_output=torch.cat(embeds)[None] if self.batched else embeds)
 
     def extras(self, ids: Tensor) -> dict[str, Tensor]:

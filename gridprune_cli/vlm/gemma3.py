@@ -23,6 +23,7 @@ from gridprune_cli.vlm.paligemma import PaliGemma
 class Gemma3(PaliGemma):
     model_class: ClassVar = Gemma3ForConditionalGeneration
     processor_class = Gemma3Processor
+    sees_question = False
     vllm = "vLLM takes no image embeds in place of its pictures"
 
     write_text = Family.write_text

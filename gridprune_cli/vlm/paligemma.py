@@ -27,6 +27,7 @@ class PaliGemma(Family):
         "language": ("model.language_model", "lm_head"),
     }
     batched = True
+    sees_question: ClassVar[bool] = True
     vllm = "vLLM takes image embeds for it, but writes more tokens around them, which this version does not allow for"
 
     @torch.inference_mode()

@@ -4,15 +4,18 @@ The parts are `tower` (encoding), `projector` (pruning) and `language` (generati
 never read from disk.
 """
 
+import copy
 import inspect
+from collections import OrderedDict
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from torch.nn import Identity, ModuleList
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.vlm.attention import NAME
+from gridprune_cli.vlm.attention import ATTRIBUTES, NAME
 from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.fit import fingerprint
 from gridprune_cli.vlm.loading import load_part
@@ -38,6 +41,7 @@ class ModelParts:
         """`sharded`: the language model goes over all GPUs, and the other parts are on `device`."""
         self.checkpoint, self.dtype, self.device, self.sharded = checkpoint, dtype, device, sharded
         self._loaded: dict[str, Any] = {}  # part -> a model that holds it
+        self._first_layers: dict[tuple[int, bool], Any] = {}  # how many layers, whether of the loaded language model
 
     def load(self, *parts: str) -> Any:
         """A model that holds the first of these parts; None where that part has no modules, as a projector may.
@@ -55,10 +59,30 @@ class ModelParts:
                 model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, device)
                 if "tower" in group:
                     model.set_attn_implementation({"vision_config": NAME})
-                if "language" in group and model.config.get_text_config()._attn_implementation == "sdpa":
-                    model.set_attn_implementation({"text_config": NAME})
+                if "language" in group:
+                    make_watchable(model)
                 self._loaded |= dict.fromkeys(group, model)
         return self._loaded.get(parts[0])
+
+    def first_layers(self, depth: int) -> Any:
+        """The model without its parts but for embeddings and the first `depth` layers of the language model.
+
+        Its last hidden state is what the next layer would receive. It shares the weights of the language model where
+        that is loaded, and may run while that generates; where it is not, nothing else is read from disk.
+        """
+        whole = self._loaded.get("language")
+        place = (depth, whole is not None)
+        if place not in self._first_layers:
+            model = whole
+            if model is None:
+                without = [*self.modules["tower"], *self.modules["projector"], "lm_head", f"{self.text_model}.norm"]
+                layers = range(depth, self.config.get_text_config().num_hidden_layers)
+                without += [f"{self.text_model}.layers.{layer}" for layer in layers]
+                device = None if self.sharded else self.device
+                model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, device)
+                make_watchable(model)
+            self._first_layers = {place: view_first_layers(model, self.text_model, depth)}
+        return self._first_layers[place]
 
     def unread(self) -> list[str]:
         """Dotted paths of what no part needs, such as layers behind the one whose features are stored."""
@@ -103,6 +127,44 @@ class ModelParts:
         """Id of the token that is a placeholder in a prompt."""
         config = self.checkpoint.config
         return config["image_token_id"] if "image_token_id" in config else config["image_token_index"]
+
+
+def make_watchable(model: Any) -> None:
+    """Has the attention of a language model go through `vlm.attention`, unless it is of a kind of its own."""
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        model.set_attn_implementation({"text_config": NAME})
+
+
+def view_first_layers(model: Any, text_model: str, depth: int) -> Any:
+    """A model whose language model, at the dotted path `text_model`, ends behind its first `depth` layers.
+
+    All weights are those of `model`, which stays as it is. Hooks on the model, its layers and their attention are its
+    alone, and so are those on the view: both can run at once, each watched by itself.
+    """
+    view = module = _copy_module(model)
+    for name in text_model.split("."):
+        module._modules[name] = _copy_module(module._modules[name])
+        module = module._modules[name]
+    layers = [_copy_module(layer) for layer in module.layers[:depth]]
+    for layer in layers:
+        layer._modules["self_attn"] = _copy_module(layer.self_attn)
+    module._modules |= {"layers": ModuleList(layers), "norm": Identity()}
+    return view
+
+
+def _copy_module(module: Any) -> Any:
+    """A module with the same weights and sub-modules, of which others can be put in; without its hooks."""
+    view = copy.copy(module)
+    view._modules = dict(module._modules)
+    view._forward_hooks, view._forward_pre_hooks = OrderedDict(), OrderedDict()
+    for name in [name for name in vars(view) if name.startswith(ATTRIBUTES)]:
+        del vars(view)[name]
+    if hook := vars(view).pop("_hf_hook", None):  # accelerate's, of a sharded model
+        from accelerate.hooks import add_hook_to_module
+
+        del view.forward, view._old_forward  # which run `module` itself
+        add_hook_to_module(view, hook)
+    return view
 
 
 def without_video(kind: Any) -> Any:

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.qwen2_vl import Qwen2VL
 
 
@@ -48,7 +47,7 @@ class Qwen3VL(Qwen2VL):
         """Without the deepstack features, which never stand where text embeddings do."""
         return self.split(vision_features)[0]
 
-    def features(self, batch: Sequence[PrunedSet]) -> Any:
-        images = [self.split(pruned.image_embeds.to(self.device, self.dtype)) for pruned in batch]
+    def features(self, image_embeds: Sequence[Tensor]) -> Any:
+        images = [self.split(of_prompt.to(self.device, self.dtype)) for of_prompt in image_embeds]
         embeds, *levels = (list(features) for features in zip(*images, strict=True))
         return BaseModelOutputWithDeepstackFeatures(pooler_output=embeds, deepstack_features=levels)

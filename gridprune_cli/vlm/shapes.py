@@ -26,7 +26,7 @@ from gridprune_cli.vlm.clip import ClipRelevance
 from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.llava import Llava
 from gridprune_cli.vlm.llava_next import LlavaNext
-from gridprune_cli.vlm.parts import PARTS
+from gridprune_cli.vlm.parts import PARTS, make_watchable
 from gridprune_cli.vlm.qwen2_5_vl import Qwen2_5VL
 
 _STD = 0.02  # of the weights: transformers' own `initializer_range`
@@ -236,17 +236,18 @@ def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = No
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         _write(shape, count, folder)
-        clip = Checkpoint(f"{name}, CLIP", folder / "clip") if shape.clip and relevance != "words" else None
+        clip = Checkpoint(f"{name}, CLIP", folder / "clip") if shape.clip and relevance in ("auto", "clip") else None
         family = shape.family(Checkpoint(name, folder), dtype, device, clip, relevance=relevance)
         family.fingerprint = name  # there are no weights on disk to tell it by
         model = _random(shape.family.model_class, folder, dtype, device)
         model.set_attn_implementation({"vision_config": NAME})
+        make_watchable(model)
         family._loaded |= dict.fromkeys(PARTS, model)
-        if isinstance(family.relevance, ClipRelevance):
+        if clip and isinstance(family.relevance, ClipRelevance):
             family.relevance.model = _random(CLIPModel, folder / "clip", dtype, device)
-        family.relevance.load()
+        family.load_relevance()
         # what else is read of the folder
-        _ = family.processor, family.encoder, family.relevance_by_words, family.config, family.checkpoint.config
+        _ = family.processor, family.encoder, family.relevance_kind, family.config, family.checkpoint.config
     return family
 
 

@@ -30,7 +30,7 @@ class FamilyEntry:
         """What its relevance needs beside the checkpoint, in words."""
         if _CLIP in self.towers:
             return "its CLIP, for relevance: fetched when needed, or found in FOLDER/clip, or named with `clip`"
-        return "nothing else; relevance from the model's own words"
+        return "nothing else; relevance from the language model's attention"
 
 
 # by model_type; a new family is one file here, and one line in this table

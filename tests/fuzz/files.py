@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.cache import files
-from gridprune_cli.tokens import _raw, _tensor
+from gridprune_cli.tokens import _tensor, raw_tensor
 
 Header = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -52,7 +52,7 @@ def parts(data: bytes) -> tuple[Header, Tensors]:
 
 def join(header: Header, tensors: Tensors) -> bytes:
     """The file of a header and tensors, whatever they hold, with digests that are right."""
-    return files.encode({name: _raw(tensor) for name, tensor in tensors.items()}, header)
+    return files.encode({name: raw_tensor(tensor) for name, tensor in tensors.items()}, header)
 
 
 def changed(data: bytes, fault: Fault) -> bytes:

@@ -1,0 +1,182 @@
+"""Prefixes in the cache: found again by what they were computed from, and otherwise computed anew."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gridprune_cli.cache import files
+from gridprune_cli.cache.files import RawTensor
+from gridprune_cli.cache.store import Store
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.prefixes import Prefixes
+from gridprune_cli.pruning.methods import make_method
+from gridprune_cli.settings import Pruning
+from gridprune_cli.vlm import FAMILIES
+from gridprune_cli.vlm.prefix import compute_prefix
+
+QUESTION = "what colour is the left object?"
+TOP = Pruning(keep=0.3, method=make_method("topk-relevance"))
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How many prefixes were computed, in a list of its own."""
+    counts = []
+
+    def count(*arguments):
+        counts.append(1)
+        return compute_prefix(*arguments)
+
+    monkeypatch.setattr("gridprune_cli.prefixes.compute_prefix", count)
+    return counts
+
+
+@pytest.fixture
+def picture_files(tmp_path, noise):
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for seed, path in enumerate(paths):
+        noise((100, 80), seed).image.save(path)
+    return paths
+
+
+def open_cached(folder, tmp_path, **options):
+    """A pipeline as another process would open it: nothing is loaded, the cache is there."""
+    options = {"dtype": "float32", "relevance": "attention"} | options
+    return Pipeline(str(folder), store=Store(tmp_path / "cache", None), **options)
+
+
+def prefix_entries(tmp_path):
+    entries = list(Store(tmp_path / "cache", None).entries())
+    return [entry for entry in entries if entry.header()["kind"] == "prefix"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_question_about_cached_images_runs_neither_the_tower_nor_their_prefix(
+    name, checkpoint, tmp_path, picture_files, computed
+):
+    folder = checkpoint(name)
+    first = open_cached(folder, tmp_path).prune(picture_files, QUESTION, TOP)
+    again = open_cached(folder, tmp_path)
+    second = again.prune(picture_files, QUESTION, TOP)
+    assert second.to_bytes() == first.to_bytes() and "tower" not in again.family._loaded
+    stored = not again.family.sees_question
+    assert len(computed) == len(prefix_entries(tmp_path)) == stored
+    other = open_cached(folder, tmp_path).prune(picture_files, "is it red?", TOP)
+    assert len(computed) == stored and not torch.equal(other.relevance, first.relevance)
+
+
+def test_what_a_prefix_depends_on_is_in_its_key(tiny_llava, tmp_path, picture_files, computed):
+    pipeline = open_cached(tiny_llava, tmp_path)
+    pipeline.prune(picture_files, QUESTION, TOP)
+    for n, (images, options, opened) in enumerate(
+        (
+            (picture_files[::-1], {}, {}),
+            (picture_files[:1], {}, {}),
+            (picture_files, {"system": "Be brief."}, {}),
+            (picture_files, {"template": "{image} {question}"}, {}),
+            (picture_files, {}, {"dtype": "bfloat16"}),
+            (picture_files, {}, {"cache_dtype": "int8"}),
+        )
+    ):
+        for _ in range(2):
+            open_cached(tiny_llava, tmp_path, **opened).prune(images, QUESTION, TOP, **options)
+            assert len(computed) == n + 2
+    # and the language model, and the depth
+    images = [pipeline.encode(path)[0] for path in picture_files]
+    prompt = pipeline.family.write_prompt(QUESTION, images)
+    for attribute, value in (("fingerprint", "0" * 64), ("relevance_depth", 3)):
+        other = open_cached(tiny_llava, tmp_path).family
+        setattr(other, attribute, value)
+        before = len(computed)
+        Prefixes(other, pipeline.store).find(prompt, images)
+        assert len(computed) == before + 1
+
+
+def changed(name, **fields):
+    """A spoilt entry with other bytes or another shape or dtype of one tensor."""
+
+    def spoil(header, tensors):
+        return header, tensors | {name: replace(tensors[name], **fields)}
+
+    return spoil
+
+
+def other_bytes(header, tensors):
+    keys = tensors["keys"]
+    return header, tensors | {"keys": replace(keys, data=b"\xff" * len(keys.data))}  # not finite
+
+
+SPOILT = {
+    "not finite": other_bytes,
+    "another kind": lambda header, tensors: (header | {"kind": "encoded"}, tensors),
+    "another schema": lambda header, tensors: (header | {"schema": 1}, tensors),
+    "no text": lambda header, tensors: (header | {"name": 1}, tensors),
+    "another count": lambda header, tensors: (header | {"tokens": 1}, tensors),
+    "without values": lambda header, tensors: (header, {k: v for k, v in tensors.items() if k != "values"}),
+    "another dtype": changed("keys", dtype="I32"),
+    "other token ids": lambda header, tensors: (
+        header,
+        tensors | {"ids": replace(tensors["ids"], data=bytes(len(tensors["ids"].data)))},
+    ),
+    "another shape": lambda header, tensors: (
+        header,
+        tensors | {name: replace(tensors[name], shape=_swapped(tensors[name])) for name in ("keys", "values")},
+    ),
+}
+
+
+def _swapped(tensor: RawTensor) -> tuple[int, ...]:
+    """Half the width and twice the heads, in as many bytes."""
+    depth, heads, length, width = tensor.shape
+    return depth, 2 * heads, length, width // 2
+
+
+@pytest.mark.parametrize("how", [*SPOILT, "cut off", "empty"])
+def test_an_entry_that_is_spoilt_is_a_miss_with_the_same_answer(how, tiny_llava, tmp_path, picture_files, computed):
+    expected = open_cached(tiny_llava, tmp_path).prune(picture_files[0], QUESTION, TOP)
+    (entry,) = prefix_entries(tmp_path)
+    whole = Path(entry.path).read_bytes()
+    if how in SPOILT:
+        header, tensors = files.read_path(entry.path)
+        header = {name: value for name, value in header.items() if name not in ("tensors", "digest")}
+        spoilt = files.encode(*reversed(SPOILT[how](header, tensors)))
+    else:
+        spoilt = whole[:-100] if how == "cut off" else b""
+    assert spoilt != whole
+    Path(entry.path).write_bytes(spoilt)
+    pruned = open_cached(tiny_llava, tmp_path).prune(picture_files[0], QUESTION, TOP)
+    assert pruned.to_bytes() == expected.to_bytes() and len(computed) == 2
+    assert Path(entry.path).read_bytes() == whole  # written again
+
+
+def test_the_commands_of_the_cache_know_prefixes(run, tmp_path, picture_files):
+    ask = ("ask", picture_files[0], QUESTION, "--relevance", "attention")
+    assert run(*ask)[0] == 0
+    lines = [json.loads(line) for line in run("cache", "ls", "--json", "--sort", "size")[1].splitlines()]
+    assert [line["image"] for line in lines] == [str(picture_files[0]), f"prefix of {picture_files[0]}"]
+    assert lines[0]["sha256"] == lines[1]["sha256"] and lines[1]["tokens"] > lines[0]["tokens"] > 0
+    assert run("cache", "ls")[1].count("prefix of") == 1
+    assert json.loads(run("cache", "info", "--json")[1])["entries"] == 2
+    assert run("cache", "verify")[0] == 0
+    (entry,) = prefix_entries(tmp_path)
+    with open(entry.path, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert run("cache", "verify")[0] == 1
+    assert run("cache", "gc", "--max-size", "1")[0] == 0 and not prefix_entries(tmp_path)
+    assert run(*ask, "--no-cache")[0] == 0 and not prefix_entries(tmp_path)
+
+
+def test_many_prefixes_make_room_for_one_another(tiny_llava, tmp_path, picture_files):
+    """Unlike encoded images, which a run keeps: each prefix is much larger, and is needed for its own images alone."""
+    open_cached(tiny_llava, tmp_path).prune(picture_files[0], QUESTION, TOP)
+    (entry,) = prefix_entries(tmp_path)
+    limited = open_cached(tiny_llava, tmp_path)
+    limited.store.limit = 4 * entry.bytes
+    for n in range(9):
+        limited.prune(picture_files[0], QUESTION, TOP, system=f"{n}")
+        assert sum(e.bytes for e in limited.store.entries()) <= limited.store.limit + entry.bytes
+    assert limited.encode(picture_files[0])[1]
