@@ -283,6 +283,7 @@ def sources(trial: Trial, layer: int) -> Iterator[Entry]:
     for name, maps in relevance.items():
         yield f"{name}, top-k", maps, TOPK
         yield f"{name}, gridprune", maps, GRIDPRUNE
+        yield f"{name}, gridprune without region", maps, gridprune(region=False)
 
 
 TABLES: dict[str, Callable[[Trial, int], Iterator[Entry]]] = {
@@ -308,10 +309,11 @@ def table(trial: Trial, entries: Iterator[Entry]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=240)
+    parser.add_argument("--skip", type=int, default=0, help="scenes left out first, to confirm a choice on other ones")
     parser.add_argument("--layer", type=int, default=2, help="whose maps the tables but for `layers` are about")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     args = parser.parse_args()
-    trial = Trial(scenes(args.questions, TUNE, "tune"))
+    trial = Trial(scenes(args.questions, TUNE + args.skip, "tune"))
     score = f"{100 * trial.full.mean():.1f} ± {100 * clustered_error(trial.full, trial.images):.1f}"
     print(
         f"{args.questions} questions about {len(set(trial.images))} images; from all tokens {score} % are answered "
