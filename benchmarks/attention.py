@@ -60,7 +60,7 @@ def read_attention(family: Family, sets: Sequence[PrunedSet]) -> Iterator[Attent
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            mm_encoder_outputs={"image": family.features(batch)},
+            mm_encoder_outputs={"image": family.features([pruned.image_embeds for pruned in batch])},
             **family.extras(ids),
             output_attentions=True,
             use_cache=False,
