@@ -38,7 +38,7 @@ def test_the_last_tokens_attention_is_that_of_the_layer_when_watched(trial):
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                mm_encoder_outputs={"image": family.features([pruned])},
+                mm_encoder_outputs={"image": family.features([pruned.image_embeds])},
                 **family.extras(ids),
             )
         expected = record[0][0, (ids[0] == family.image_token)]

@@ -87,7 +87,7 @@ def test_signals_equal_an_eager_reference(tiny, noise, size, shape, grid, box):
     with torch.no_grad():
         question_embeds = tiny.whole.get_input_embeddings()(question_embeds[0])
     expected = torch.cosine_similarity(packed(rows)[:, None], question_embeds[None], dim=-1).mean(1)
-    assert torch.allclose(tiny.pipeline.family.relevance(encoded.vision_features, QUESTION), expected, atol=1e-5)
+    assert torch.allclose(tiny.pipeline.family.vocabulary(encoded.vision_features, QUESTION), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(100, 50), (224, 224), (210, 70), (60, 200), (31, 29), (900, 4)])

@@ -56,7 +56,7 @@ def test_relevance_is_of_the_tokens_own_rows(encoded):
     expected = [
         torch.stack([torch.cosine_similarity(row, word, 0) for word in question_embeds]).mean() for row in out[1][0]
     ]
-    assert torch.allclose(family.relevance(image.vision_features, QUESTION), torch.stack(expected), atol=1e-5)
+    assert torch.allclose(family.vocabulary(image.vision_features, QUESTION), torch.stack(expected), atol=1e-5)
 
 
 def test_deepstack_reaches_the_answer(encoded):
