@@ -33,11 +33,12 @@ for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "T
 
 
 @pytest.fixture(autouse=True)
-def _interrupts_as_before() -> Iterator[None]:
-    """The commands set what Ctrl-C does for the rest of their process, which here goes on with other tests."""
-    before = signal.getsignal(signal.SIGINT)
+def _signals_as_before() -> Iterator[None]:
+    """The commands set what signals do for the rest of their process, which here goes on with other tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGPIPE)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

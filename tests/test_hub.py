@@ -37,7 +37,10 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def hub(checkpoint):
+def hub(checkpoint, monkeypatch):
+    monkeypatch.delattr(
+        signal, "SIGPIPE"
+    )  # which a command sets to end its process: here the server's, when one leaves
     with Hub({"some/model": Repository({"main": checkpoint, "v2": checkpoint})}) as server:
         yield server
 
