@@ -72,7 +72,6 @@ class Pipeline:
                  "words", its word embeddings; or "auto", CLIP where the tower is a CLIP's, else attention
     store        the cache; None: there is none
     cache_dtype  how vision features are stored, see `Encoder`
-    field        the setting that errors about the model name
 
     Raises BadInput for a model, device or dtype that can't be used, GridpruneError where the hub can't be asked.
     """
@@ -88,14 +87,13 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "auto",
         cache_dtype: str = "full",
-        field: str = "model",
     ):
         if isinstance(model, Family):
             self.family = model
         else:
             name = EMBEDDED if model is None else model
             self.family = open_model(
-                name, dtype, device, revision=revision, clip=clip, relevance=relevance, store=store, field=field
+                name, dtype, device, revision=revision, clip=clip, relevance=relevance, store=store
             )
         self.model = self.family.checkpoint.name
         self.encoder = Encoder(self.family, store, cache_dtype, scenes_only=model is None)

@@ -39,7 +39,7 @@ class Cell:
         method: Any = self.pruning.method
         if not hasattr(method, "seed"):
             return self
-        seeded = replace(method, seed=(method.seed + int(key[:8], 16)) % 2**32)
+        seeded = method.with_options(seed=(method.seed + int(key[:8], 16)) % 2**32)
         return replace(self, pruning=replace(self.pruning, method=seeded))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from gridprune_cli.builder import build_pruned_sets
 from gridprune_cli.encoder import Encoder
@@ -26,8 +26,6 @@ from gridprune_cli.tokens import EncodedImage, PrunedSet
 
 MAX_BYTES = 1 << 29  # of image embeds of pruned sets that wait for their turn
 GROUP = 4  # batches of questions among which those of like length are put together
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
