@@ -30,6 +30,14 @@ class GridpruneError(Exception):
         inside = f"{place}: {self.place}" if self.place else place
         return type(self)(self.reason, field=self.field, value=self.value, place=inside)
 
+    def about(self, place: str) -> "GridpruneError":
+        """The failure with a place in front, such as the file that it is about, unless it names that already."""
+        if place in str(self) or ascii(place) in str(self):  # as it is written where it can't be printed
+            return self
+        located = self.at(place)
+        located.__cause__ = self.__cause__
+        return located
+
 
 class BadInput(GridpruneError):
     """A file, setting or value that can't be used."""

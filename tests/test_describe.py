@@ -2,7 +2,7 @@
 
 import pytest
 
-from gridprune_cli.cli.describe import about, describe, error_fields, with_options
+from gridprune_cli.cli.describe import describe, error_fields, with_options
 from gridprune_cli.errors import BadInput, GridpruneError
 
 
@@ -45,5 +45,5 @@ def test_settings_in_backticks_are_options_and_the_rest_stays(text, shown):
 
 def test_a_place_is_put_in_front_once():
     error = BadInput("is torn", place="p.safetensors")
-    assert about(error, "p.safetensors") is error
-    assert describe(about(BadInput("is torn"), "p.safetensors")) == "p.safetensors: is torn"
+    assert error.about("p.safetensors") is error
+    assert describe(BadInput("is torn").about("p.safetensors")) == "p.safetensors: is torn"

@@ -32,11 +32,6 @@ def describe(error: GridpruneError) -> str:
     return ": ".join(filter(None, (error.place, option, with_options(error.reason))))
 
 
-def about(error: GridpruneError, place: object) -> GridpruneError:
-    """The error with a place, such as the file that it is about, in front, unless it names that already."""
-    return error if str(place) in str(error) else error.at(str(place))
-
-
 def error_fields(error: GridpruneError) -> dict[str, str]:
     """What a line of JSON says about an error."""
     return {"error": describe(error), "error_type": type(error).__name__}

@@ -10,7 +10,7 @@ import typer
 from gridprune_cli import choices
 from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
-from gridprune_cli.cli.describe import about, describe, error_fields
+from gridprune_cli.cli.describe import describe, error_fields
 from gridprune_cli.cli.output import emit_json, say, set_quiet, size, warn
 from gridprune_cli.errors import BadInput, GridpruneError
 
@@ -65,7 +65,7 @@ def export(
         try:
             line = _export(path, target, model, families)
         except GridpruneError as fault:
-            error = about(fault, path)
+            error = fault.about(str(path))
             if len(files) == 1:
                 raise error from fault
             failed += 1

@@ -10,7 +10,7 @@ import typer
 from gridprune_cli.cache.files import MAX_BYTES
 from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
-from gridprune_cli.cli.describe import about, describe, error_fields
+from gridprune_cli.cli.describe import describe, error_fields
 from gridprune_cli.cli.output import emit_json, emit_text, open_stdin, progress, set_quiet, warn
 from gridprune_cli.errors import BadInput, GridpruneError
 
@@ -77,7 +77,7 @@ def generate(
                     if len(files) == 1:
                         raise answer
                     failed += 1
-                    error = about(answer, path)
+                    error = answer.about(str(path))
                     warn(describe(error))
                     if json:
                         emit_json({"file": str(path)} | error_fields(error))

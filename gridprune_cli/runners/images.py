@@ -157,7 +157,7 @@ class ImageRunner:
                 self.encoder.check(picture)
                 del data  # preparing takes the most memory
         except Exception as error:
-            return Reading(source, name, _named(name, as_error(error)))
+            return Reading(source, name, as_error(error).about(name))
         if not (several and family.encodes_multi_image):
             family.prepare(picture.image)
         return Reading(source, name, picture)
@@ -217,7 +217,7 @@ class ImageRunner:
             if store:
                 self.encoder.check_written()
             if isinstance(result.image, GridpruneError):
-                yield result.name, _named(result.name, result.image), False
+                yield result.name, result.image.about(result.name), False
             elif store and not stored:
                 yield result.name, GridpruneError("encoded, but not cached", place=result.name), False
             else:
@@ -240,12 +240,3 @@ def _images_of(
             return image
         images.append(image)
     return tuple(images), tuple(hit for _, hit in pairs)
-
-
-def _named(name: str, error: GridpruneError) -> GridpruneError:
-    """The error, with the name of its picture in front where it does not name it yet."""
-    if name in str(error) or ascii(name) in str(error):  # as it is written where it can't be printed
-        return error
-    named = error.at(name)
-    named.__cause__ = error.__cause__
-    return named
