@@ -11,11 +11,13 @@ from typing import Any
 def start(module: str, *arguments: object, paths: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
     """Runs `module.serve(*arguments)` in a new interpreter, which imports from the package's folder and `paths` alone.
 
-    Neither site nor the environment's settings of Python are heeded. `options` are those of Popen; stdout is a pipe.
+    Neither site nor the environment's settings of Python are heeded, and no bytecode is written: Python keeps what it
+    wrote of a `.pyc` up to a limit of FSIZE, and every later import fails by it. `options` are those of Popen; stdout is
+    a pipe.
     """
     folders = [str(Path(__file__).resolve().parents[1]), *paths]
     code = f"import sys; sys.path[:0] = {folders!r}; from {module} import serve; serve(*{arguments!r})"
-    command = [sys.executable, "-I", "-S", "-W", "ignore", "-c", code]
+    command = [sys.executable, "-I", "-S", "-B", "-W", "ignore", "-c", code]
     return subprocess.Popen(command, stdout=subprocess.PIPE, **options)
 
 

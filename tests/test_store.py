@@ -354,7 +354,7 @@ def test_a_full_disk_leaves_no_part_of_an_entry(store: Store) -> None:
 
 
 def start(store: Store, code: str, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", code, str(store.root), *arguments]
+    command = [sys.executable, "-B", "-c", code, str(store.root), *arguments]  # -B: a limit would cut what it writes
     root = Path(__file__).parent.parent
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root)
 
