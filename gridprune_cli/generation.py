@@ -5,14 +5,14 @@ in `vlm.inner`.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.text import visible
@@ -28,15 +28,22 @@ _FIXED = {
 }
 MAX_BEAMS = 256  # each holds a KV cache of its own
 
+Watcher = Callable[[Sequence[int]], bool]
+"""Gets the token ids of an answer so far, after each new one. True ends the answer there."""
+
 
 @dataclass(frozen=True)
 class Generated:
-    """The answer, its token ids, and milliseconds of its batch until the first token and from there to the end."""
+    """The answer, its token ids, and milliseconds of its batch until the first token and from there to the end.
+
+    ended  whether the model ended it, with an end token that is the last of `ids`
+    """
 
     text: str
     ids: tuple[int, ...]
     prefill: float
     decode: float
+    ended: bool = True
 
 
 class _Clock(LogitsProcessor):
@@ -61,6 +68,27 @@ class _Stream(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         print(visible(text), end="\n" if stream_end else "", file=self._stream, flush=True)
+
+
+class _Watch(StoppingCriteria):
+    """Shows each answer of a batch to its watcher, and ends those whose watcher says so.
+
+    answers  token ids of each, up to its end: without what fills it up to the longest of the batch
+    """
+
+    def __init__(self, watchers: Sequence[Watcher], stops: set[int | None]):
+        self.answers: list[list[int]] = [[] for _ in watchers]
+        self._watchers, self._stops = watchers, stops
+        self._ended = [False] * len(watchers)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """(B,) whether each answer has ended, from ids (B, L + tokens so far)."""
+        for i, token in enumerate(input_ids[:, -1].tolist()):
+            if not self._ended[i]:
+                self.answers[i].append(token)
+                wanted = self._watchers[i](self.answers[i])  # also of the end token, which may end a piece of text
+                self._ended[i] = wanted or token in self._stops
+        return torch.tensor(self._ended, device=input_ids.device)
 
 
 def prompts(family: Family, batch: Sequence[PrunedSet]) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,13 +151,20 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 @torch.inference_mode()
 def generate(
-    family: Family, batch: Sequence[PrunedSet], max_new_tokens: int, *, stream: TextIO | None = None, **options: Any
+    family: Family,
+    batch: Sequence[PrunedSet],
+    max_new_tokens: int,
+    *,
+    stream: TextIO | None = None,
+    watchers: Sequence[Watcher] | None = None,
+    **options: Any,
 ) -> list[Generated]:
     """Answers from pruned sets, greedily, in one left-padded batch. Loads the language model only.
 
-    The answer of a batch of one is written to `stream` as it comes. `options` go to transformers' `generate`. Raises
-    BadInput for a set that was made for another model, as `check_options` does, and for options that transformers
-    can't use.
+    The answer of a batch of one is written to `stream` as it comes. `watchers`, one for each set, see the answers as
+    they come, and may end them; not with beams, of which none is the answer before the end. `options` go to
+    transformers' `generate`. Raises BadInput for a set that was made for another model, as `check_options` does, and
+    for options that transformers can't use.
     """
     # 1. nothing is run that can't be answered
     check_options(options)
@@ -139,6 +174,9 @@ def generate(
     # 2. one left-padded batch; the image embeds stand in for the tower, which is not loaded
     ids, mask, positions = prompts(family, batch)  # (B, L), (B, L), (B, L) or (3, B, L)
     length, tokenizer = ids.shape[1], family.processor.tokenizer
+    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
+    stops = set(ends if isinstance(ends, list) else [ends])
+    watch = _Watch(watchers, stops) if watchers is not None else None
     clock, start = _Clock(), time.perf_counter()
     with prune_inside(family, model, batch, ids, mask):
         try:
@@ -150,6 +188,7 @@ def generate(
                 **family.extras(ids),
                 max_new_tokens=max_new_tokens,
                 logits_processor=LogitsProcessorList([clock]),
+                stopping_criteria=StoppingCriteriaList([watch] if watch else []),
                 streamer=_Stream(tokenizer, stream) if stream else None,
                 **{"do_sample": False} | options | {name: value for name, (value, _) in _FIXED.items()},
             )  # (B, L + new tokens)
@@ -163,15 +202,14 @@ def generate(
     end = time.perf_counter()
     # 3. token ids behind the prompt, each answer up to its end
     first = clock.first or end
-    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
-    stops = set(ends if isinstance(ends, list) else [ends])
-    answers = [_until(stops, answer) for answer in out[:, length:].tolist()]
+    answers = watch.answers if watch else [_until(stops, answer) for answer in out[:, length:].tolist()]
     return [
         Generated(
             tokenizer.decode(answer, skip_special_tokens=True).strip(),
             tuple(answer),
             1e3 * (first - start),
             1e3 * (end - first),
+            bool(answer) and answer[-1] in stops,
         )
         for answer in answers
     ]

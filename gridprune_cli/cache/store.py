@@ -176,6 +176,10 @@ class Store:
                     "set a higher `cache_limit`, or it goes with the next command"
                 )
 
+    def release(self) -> None:
+        """Lets what was written so far be removed for the limit; in a process that stays, nothing would be else."""
+        self._written.clear()
+
     def entries(self) -> Iterator[Entry]:
         """Every entry, in no order, as `layout.entries` finds them."""
         return layout.entries(self.root)

@@ -23,6 +23,7 @@ from gridprune_cli.cli.export import export
 from gridprune_cli.cli.generate import generate
 from gridprune_cli.cli.output import DataStream, notices_on_stderr, set_quiet, to_null
 from gridprune_cli.cli.prune import prune
+from gridprune_cli.cli.serve import serve
 from gridprune_cli.cli.show import show
 from gridprune_cli.errors import DOWNLOAD, GridpruneError
 from gridprune_cli.text import printable
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (ask, batch, encode, prune, generate, export, show, bench, evaluate, env):
+for command in (ask, batch, encode, prune, generate, export, show, serve, bench, evaluate, env):
     name = "eval" if command is evaluate else None  # as a function, `eval` would hide Python's
     app.command(name, epilog=getattr(command, "examples", None), cls=ModelCommand)(command)
 app.add_typer(models.app, name="models")

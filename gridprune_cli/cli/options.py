@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from gridprune_cli.settings import Pruning
 
 MODEL, PRUNING, PROMPT, OUTPUT = "Model and cache", "Pruning", "Prompt and answer", "Output"
+SERVER = "Server"
 WORK = "Work"  # how it is done: in which batches, where, how often
 REGIONS = "Inner pruning (ILP), compression (PLC) and localisers"
-_PANELS = (None, MODEL, PRUNING, WORK, PROMPT, OUTPUT, REGIONS)  # in this order in help; None is for arguments
+_PANELS = (None, SERVER, MODEL, PRUNING, WORK, PROMPT, OUTPUT, REGIONS)  # in this order in help; None is for arguments
 
 
 def option(text: str, panel: str, *names: str, **settings: Any) -> Any:
@@ -71,6 +72,11 @@ Relevance = Annotated[
         MODEL,
         envvar="GRIDPRUNE_RELEVANCE",
     ),
+]
+Keep = Annotated[float, option("Share of visual tokens to keep.", PRUNING, metavar="SHARE", envvar="GRIDPRUNE_KEEP")]
+Method = Annotated[
+    choices.MethodName,
+    option(f"{', '.join(choices.list_methods())}.", PRUNING, metavar="NAME", envvar="GRIDPRUNE_METHOD"),
 ]
 Device = Annotated[
     str,
@@ -117,6 +123,16 @@ def takes(
         return run
 
     return decorate
+
+
+def unopened(group: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """The options of a group by name, for a command that does with them later what the group would do at once."""
+
+    @functools.wraps(group)
+    def collect(**options: Any) -> dict[str, Any]:
+        return options
+
+    return collect
 
 
 def _panel(parameter: inspect.Parameter) -> str | None:
@@ -204,14 +220,9 @@ def engine(
 
 
 def pruning(
-    keep: Annotated[
-        float, option("Share of visual tokens to keep.", PRUNING, metavar="SHARE", envvar="GRIDPRUNE_KEEP")
-    ] = 0.11,
+    keep: Keep = 0.11,
     tokens: Annotated[int | None, option("How many to keep, instead.", PRUNING, metavar="K")] = None,
-    method: Annotated[
-        choices.MethodName,
-        option(f"{', '.join(choices.list_methods())}.", PRUNING, metavar="NAME", envvar="GRIDPRUNE_METHOD"),
-    ] = "gridprune",
+    method: Method = "gridprune",
     method_option: Annotated[
         list[str] | None,
         option("Of the method, as zone=2; several times.", PRUNING, metavar="NAME=VALUE"),

@@ -14,7 +14,7 @@ from typing import Any
 from gridprune_cli.builder import build_pruned_sets
 from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.generation import Generated, generate
+from gridprune_cli.generation import Generated, Watcher, generate
 from gridprune_cli.images import Picture, Source, identify, load_image
 from gridprune_cli.questions import check_question
 from gridprune_cli.regions import MAX_ANSWER, Localized, Localizers, localizer_request, read_answer
@@ -167,16 +167,27 @@ class Runner:
     # ---- generate ----------------------------------------------------------------------------------------------------
 
     def generate(
-        self, sets: Sequence[PrunedSet], *, max_new_tokens: int = 128, **options: Any
+        self,
+        sets: Sequence[PrunedSet],
+        *,
+        max_new_tokens: int = 128,
+        watchers: Sequence[Watcher] | None = None,
+        **options: Any,
     ) -> Iterator[tuple[int, Generated | GridpruneError]]:
         """Answers from pruned sets, those of like length together: index of the set, and its answer. In no order.
 
-        `options` go to `generation.generate`.
+        `watchers`, one for each set, are those of `generation.generate`, where `options` go too. Where a batch fails
+        and is run again in smaller ones, its watchers see its answers once more from the start.
         """
         with MODELS:
             self.family.load("language")  # what fails here would fail for every set
         order = sorted(range(len(sets)), key=lambda index: len(sets[index].input_ids))
-        answers = self._generate([sets[index] for index in order], max_new_tokens, options)
+        answers = self._generate(
+            [sets[index] for index in order],
+            max_new_tokens,
+            options,
+            None if watchers is None else [watchers[index] for index in order],
+        )
         yield from zip(order, answers, strict=True)
 
     def generate_one(self, pruned: PrunedSet, *, max_new_tokens: int = 128, **options: Any) -> Generated:
@@ -185,13 +196,19 @@ class Runner:
         return result_or_raise(result)
 
     def _generate(
-        self, sets: Sequence[PrunedSet], max_new_tokens: int, options: dict[str, Any]
+        self,
+        sets: Sequence[PrunedSet],
+        max_new_tokens: int,
+        options: dict[str, Any],
+        watchers: Sequence[Watcher] | None = None,
     ) -> Iterator[Generated | GridpruneError]:
-        def generate_batch(batch: Sequence[PrunedSet]) -> list[Generated]:
+        def generate_batch(batch: Sequence[int]) -> list[Generated]:
+            chosen = [sets[n] for n in batch]
+            watching = None if watchers is None else [watchers[n] for n in batch]
             with MODELS:
-                return generate(self.family, batch, max_new_tokens, **options)
+                return generate(self.family, chosen, max_new_tokens, watchers=watching, **options)
 
-        return self._to_answer.run(sets, generate_batch)
+        return self._to_answer.run(range(len(sets)), generate_batch)
 
     # ---- both --------------------------------------------------------------------------------------------------------
 

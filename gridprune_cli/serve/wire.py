@@ -1,0 +1,407 @@
+"""OpenAI's wire format: bodies of requests to `ChatRequest`, outcomes to completions and chunks, failures to errors."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gridprune_cli.cache.files import deeper
+from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.questions import MAX_DEPTH, MAX_IMAGES, check_question, check_text
+
+MAX_STOPS = 4  # OpenAI's own bound
+MAX_STOP = 1000  # characters of a stop text
+MAX_UUID = 200  # characters
+
+# ignored, since no answer depends on them
+_INERT = {"metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+# taken with these values alone, which ask for nothing
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),  # without tools there is nothing to choose
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+_KNOWN = (
+    *("model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens"),
+    *("temperature", "top_p", "seed", "stop", "user", "gridprune"),
+)
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    503: "server_error",
+    500: "server_error",
+}
+
+
+class Refusal(Exception):
+    """A request that is not answered: an HTTP status, and the fields of OpenAI's error object.
+
+    retry_after  seconds after which it may be sent again, where that can help
+    """
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, retry_after: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.retry_after = retry_after
+
+    def to_json(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """A failure of the library as a refusal: 400 where the input is at fault, else 500."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, BadInput):
+        return Refusal(400, str(error), code="invalid_value", param=error.field)
+    text = str(error) if isinstance(error, GridpruneError) else f"unexpected {type(error).__name__}"
+    return Refusal(500, text, code="internal_error")
+
+
+@dataclass(frozen=True)
+class PicturePart:
+    """An image part of a message: a URL, or the uuid of a picture that was sent before, or both, to name it.
+
+    place  of the part, as in `messages[0].content[1]`
+    """
+
+    place: str
+    url: str | None = None
+    uuid: str | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0 is greedy; questions of equal sampling are answered together."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def to_options(self) -> dict[str, Any]:
+        """Options of transformers' `generate`."""
+        if self.temperature == 0:
+            return {}
+        # 0 switches off what a checkpoint may set: OpenAI's API knows no top_k
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A body of `/v1/chat/completions`, checked but for the pictures and what only the model can tell.
+
+    max_tokens  None: the server's default
+    pruning     options by name, as `Pruning.from_options` takes them
+    cache       whether the cache of encoded images is read and written
+    template    a text that takes the place of the model's chat template
+    """
+
+    model: str
+    question: str
+    pictures: tuple[PicturePart, ...]
+    system: str | None = None
+    max_tokens: int | None = None
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    stream: bool = False
+    include_usage: bool = False
+    user: str = ""
+    pruning: Mapping[str, Any] = field(default_factory=dict)
+    cache: bool = True
+    template: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request.
+
+    text           the whole answer
+    prompt_tokens  what the language model got, kept visual tokens among them
+    image_tokens   those that stood for images
+    reason         "stop" where the answer ended by itself or at a stop text, "length" where it was cut
+    record         what pruning did, with the cache's part and milliseconds
+    """
+
+    text: str
+    prompt_tokens: int
+    image_tokens: int
+    completion_tokens: int
+    reason: str
+    record: dict[str, Any]
+
+
+# ---- in --------------------------------------------------------------------------------------------------------------
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """The request of a body. Raises Refusal with 400 for what is no such request, or asks for what there is not."""
+    values = _object(body)
+    # 1. what would change the answer, if it were ignored
+    for name, value in values.items():
+        if value is None or name in _INERT or name in _KNOWN:
+            continue
+        if name not in _NEUTRAL:
+            raise _bad(name, "not supported here; leave it out", "unsupported_parameter")
+        neutral = [other for other in _NEUTRAL[name] if isinstance(other, bool) == isinstance(value, bool)]
+        if value not in neutral:
+            raise _bad(name, f"not supported here but as {json.dumps(_NEUTRAL[name][0])}", "unsupported_parameter")
+    # 2. the messages
+    system, question, pictures = _messages(values.get("messages"))
+    # 3. everything else
+    options = values.get("gridprune") or {}
+    if not isinstance(options, dict):
+        raise _bad("gridprune", 'must be an object of options, as in {"keep": 0.2}')
+    pruning = {name: value for name, value in options.items() if name not in ("cache", "template")}
+    if pruning.get("localizer") not in (None, "relevance", "vlm"):
+        raise _bad("gridprune.localizer", "must be relevance or vlm: no other model is loaded for a request")
+    template = options.get("template")
+    if template is not None and not isinstance(template, str):
+        raise _bad("gridprune.template", "must be a text")
+    stream_options = values.get("stream_options") or {}
+    if not isinstance(stream_options, dict) or stream_options.keys() - {"include_usage", "include_obfuscation"}:
+        raise _bad("stream_options", 'must be {"include_usage": true} or left out')
+    try:
+        check_question(question, len(pictures))
+        for name, text in (("the system message", system), ("`template`", template)):
+            check_text(text or "", name)
+    except BadInput as fault:
+        raise refusal_of(fault) from fault
+    return ChatRequest(
+        model=_text(values, "model"),
+        question=question,
+        pictures=pictures,
+        system=system,
+        max_tokens=_max_tokens(values),
+        sampling=_sampling(values),
+        stop=_stops(values.get("stop")),
+        stream=_flag(values, "stream"),
+        include_usage=_flag(stream_options, "include_usage"),
+        user=_text(values, "user", ""),
+        pruning=pruning,
+        cache=_flag(options, "cache", True),
+        template=template,
+    )
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    """A JSON object. Raises Refusal for what is none, or can't be written again."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        values = json.loads(body, parse_constant=refuse)
+        deep = deeper(values, MAX_DEPTH)
+    except RecursionError:
+        deep = True
+    except ValueError as fault:
+        raise Refusal(400, f"the body is no JSON ({fault})", code="invalid_json") from fault
+    if deep:
+        raise Refusal(400, f"the body is nested more than {MAX_DEPTH} deep", code="invalid_json")
+    if not isinstance(values, dict):
+        raise Refusal(400, "the body must be a JSON object", code="invalid_json")
+    return values
+
+
+def _bad(param: str, reason: str, code: str = "invalid_value") -> Refusal:
+    return Refusal(400, f"{param}: {reason}", code=code, param=param)
+
+
+def _messages(messages: Any) -> tuple[str | None, str, tuple[PicturePart, ...]]:
+    """System message, question and pictures of the messages: one of the user's, and those of the system before it."""
+    if not isinstance(messages, list) or not messages:
+        raise _bad("messages", "must be a list of messages")
+    systems: list[str] = []
+    for n, message in enumerate(messages):
+        place = f"messages[{n}]"
+        if not isinstance(message, dict):
+            raise _bad(place, "must be an object with role and content")
+        role = message.get("role")
+        texts, pictures = _content(message.get("content"), place)
+        if role in ("system", "developer"):
+            if pictures:
+                raise _bad(place, "images belong into the user's message")
+            systems += texts
+        elif role == "user" and n == len(messages) - 1:
+            if not pictures:
+                raise _bad(place, "needs an image_url part: questions are asked of images")
+            return "\n".join(systems) or None, "\n".join(texts), tuple(pictures)
+        elif role in ("user", "assistant"):
+            raise _bad("messages", "one question at a time: an earlier turn can't be taken into account")
+        else:
+            raise _bad(f"{place}.role", "must be system, developer or user")
+    raise _bad("messages", "the last one must be the user's")
+
+
+def _content(content: Any, place: str) -> tuple[list[str], list[PicturePart]]:
+    """Texts and image parts of a message."""
+    if isinstance(content, str):
+        return [content], []
+    if not isinstance(content, list):
+        raise _bad(f"{place}.content", "must be a text or a list of parts")
+    texts, pictures = [], []
+    for n, part_json in enumerate(content):
+        where = f"{place}.content[{n}]"
+        kind = part_json.get("type") if isinstance(part_json, dict) else None
+        if kind == "text" and isinstance(part_json.get("text"), str):
+            texts.append(part_json["text"])
+        elif kind == "image_url":
+            pictures.append(_picture(part_json, where))
+        else:
+            raise _bad(where, 'must be {"type": "text", "text": ...} or {"type": "image_url", "image_url": ...}')
+    if len(pictures) > MAX_IMAGES:
+        raise _bad(f"{place}.content", f"{len(pictures)} images; at most {MAX_IMAGES} can be asked about at once")
+    return texts, pictures
+
+
+def _picture(part_json: Mapping[str, Any], place: str) -> PicturePart:
+    image = part_json.get("image_url")
+    if isinstance(image, dict):
+        detail, image = image.get("detail"), image.get("url")
+        if detail not in (None, "auto", "low", "high"):
+            raise _bad(f"{place}.image_url.detail", "must be auto, low or high")
+    uuid = part_json.get("uuid")
+    if uuid is not None and not (isinstance(uuid, str) and 0 < len(uuid) <= MAX_UUID and uuid.isprintable()):
+        raise _bad(f"{place}.uuid", f"must be a text of 1 to {MAX_UUID} printable characters")
+    if image is not None and not isinstance(image, str):
+        raise _bad(f"{place}.image_url", "must be a URL, or an object with one")
+    if not image and uuid is None:
+        raise _bad(f"{place}.image_url", "has no URL, and no uuid names a picture that was sent before")
+    return PicturePart(place, image or None, uuid)
+
+
+def _text(values: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    value = values.get(name)
+    value = default if value is None else value
+    if not isinstance(value, str):
+        raise _bad(name, "must be a text")
+    return value
+
+
+def _flag(values: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    value = values.get(name)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise _bad(name, "must be true or false")
+    return value
+
+
+def _number(values: Mapping[str, Any], name: str, least: float, most: float) -> float | None:
+    value = values.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise _bad(name, f"must be a number from {least:g} to {most:g}")
+    return float(value)
+
+
+def _whole(values: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
+    value = values.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise _bad(name, f"must be a whole number from {least} to {most}")
+    return value
+
+
+def _max_tokens(values: Mapping[str, Any]) -> int | None:
+    """The longest answer, under its new name or the old one."""
+    newer, older = (_whole(values, name, 1, 1 << 31) for name in ("max_completion_tokens", "max_tokens"))
+    if newer is not None and older is not None and newer != older:
+        raise _bad("max_tokens", "not beside another max_completion_tokens")
+    return older if newer is None else newer
+
+
+def _sampling(values: Mapping[str, Any]) -> Sampling:
+    """Greedy where neither temperature nor top_p says otherwise; top_p alone is at temperature 1, as with OpenAI."""
+    top_p = _number(values, "top_p", 0, 1)
+    if top_p == 0:
+        raise _bad("top_p", "must be above 0")
+    temperature = _number(values, "temperature", 0, 2)
+    seed = _whole(values, "seed", -(1 << 63), (1 << 63) - 1)
+    top_p = 1.0 if top_p is None else top_p
+    if temperature is None:
+        temperature = 1.0 if top_p < 1 else 0.0
+    return Sampling(temperature, top_p, seed) if temperature else Sampling()
+
+
+def _stops(stop: Any) -> tuple[str, ...]:
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    fits = isinstance(stops, list) and all(isinstance(text, str) and 0 < len(text) <= MAX_STOP for text in stops)
+    if not fits or len(stops) > MAX_STOPS:
+        raise _bad("stop", f"must be a text of up to {MAX_STOP} characters, or a list of up to {MAX_STOPS}")
+    return tuple(stops)
+
+
+# ---- out -------------------------------------------------------------------------------------------------------------
+
+
+def models_json(model: str, created: int) -> dict[str, Any]:
+    entry = {"id": model, "object": "model", "created": created, "owned_by": "gridprune"}
+    return {"object": "list", "data": [entry]}
+
+
+def usage_json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "prompt_tokens": outcome.prompt_tokens,
+        "completion_tokens": outcome.completion_tokens,
+        "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
+        "prompt_tokens_details": {"multimodal_tokens": {"image": outcome.image_tokens}},
+    }
+
+
+def completion_json(ident: str, created: int, model: str, outcome: Outcome) -> dict[str, Any]:
+    message = {"role": "assistant", "content": outcome.text, "refusal": None}
+    return {
+        "id": ident,
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": outcome.reason}],
+        "usage": usage_json(outcome),
+        "gridprune": outcome.record,
+    }
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of one streamed completion. With `include_usage` all but the last have an empty usage."""
+
+    ident: str
+    created: int
+    model: str
+    include_usage: bool
+
+    def first(self) -> dict[str, Any]:
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def text(self, text: str) -> dict[str, Any]:
+        return self._chunk({"content": text})
+
+    def last(self, outcome: Outcome) -> Sequence[dict[str, Any]]:
+        """What ends the stream: the reason, with what pruning did, and the usage where it was asked for."""
+        ending = self._chunk({}, outcome.reason) | {"gridprune": outcome.record}
+        if not self.include_usage:
+            return [ending]
+        return [ending, self._chunk({}) | {"choices": [], "usage": usage_json(outcome)}]
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        return {
+            "id": self.ident,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model,
+            "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}],
+        } | ({"usage": None} if self.include_usage else {})
