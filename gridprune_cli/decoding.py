@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,10 +27,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from gridprune_cli import bounded
 from gridprune_cli.errors import BadInput
+from gridprune_cli.image_files import MAX_PIXELS, Clock, most_pixels, reason, scale
 
-MAX_PIXELS = 75_000_000  # see BYTES_PER_PIXEL: 1.05 GB; GRIDPRUNE_MAX_PIXELS raises it, and what follows with it
-MAX_BYTES = 1 << 28  # of a file: 75 million pixels of 3 bytes, as they are
-MAX_SECONDS = 8.0  # to decode one image: 10, less what goes by between two looks at the clock
 MAX_MEMORY = 1_200_000_000  # bytes of address space of the decoder's process
 MAX_ASPECT = 200  # longer side over shorter; some image processors refuse more
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10, and each goes over all pixels
@@ -64,7 +61,6 @@ Image.core.set_block_size(1 << 26)
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of damaged files goes to stderr
 
 _switch, _restore, _decoding = threading.Lock(), ExitStack(), 0  # of `_strict`
-_thread = threading.local()  # of `stop_when`
 
 
 def decode(data: bytes) -> tuple[Image.Image, tuple[str, ...]]:
@@ -87,42 +83,6 @@ def size_of(file: bytes | str | Path) -> tuple[int, int]:
             _check_size(image)
             lies = image.format not in ("PNG", "TIFF") and _orientation(image) >= 5  # Pillow turns a TIFF's itself
             return image.size[::-1] if lies else image.size
-
-
-def most_pixels() -> int:
-    """MAX_PIXELS, or what the environment sets above it. Raises BadInput where that is no number."""
-    setting = os.environ.get("GRIDPRUNE_MAX_PIXELS", "")
-    if not setting:
-        return MAX_PIXELS
-    if not (setting.isascii() and setting.isdecimal() and len(setting) <= 10):
-        raise BadInput("not a number of pixels; give one, or unset it", place=f"GRIDPRUNE_MAX_PIXELS={setting[:40]!a}")
-    return max(MAX_PIXELS, int(setting))
-
-
-def scale() -> float:
-    """The factor by which the limits of time, memory and file size are raised: that of pixels over MAX_PIXELS."""
-    return most_pixels() / MAX_PIXELS
-
-
-def stop_when(stopped: Callable[[], bool]) -> None:
-    """Lets the decoding of this thread end, with BadInput, soon after `stopped` gives True."""
-    _thread.stopped = stopped
-
-
-class Clock:
-    """Counts MAX_SECONDS from its construction on, and knows whether its thread is to stop."""
-
-    def __init__(self) -> None:
-        self.seconds = MAX_SECONDS * scale()
-        self.end = time.monotonic() + self.seconds
-        self.stopped: Callable[[], bool] = getattr(_thread, "stopped", bool)
-
-    def check(self) -> None:
-        """Raises BadInput when time is up, or when this thread is to stop."""
-        if self.stopped():
-            raise BadInput("interrupted")
-        if time.monotonic() > self.end:
-            raise BadInput(f"takes more than {self.seconds:g} s to read; make it smaller, or save it as JPEG or PNG")
 
 
 class _Bytes(io.BytesIO):
@@ -370,9 +330,3 @@ def _grey8(image: Image.Image) -> Image.Image:
     if whole is not None and isinstance(clear, int):
         grey.paste(255, mask=whole.point([255 * (value == clear) for value in range(1 << 16)], "L"))
     return grey
-
-
-def reason(error: BaseException) -> str:
-    """The message of an error, in one line."""
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return " ".join(text.split())

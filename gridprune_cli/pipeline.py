@@ -8,7 +8,7 @@ from typing import Any
 from gridprune_cli.cache.store import Store
 from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import GridpruneError
-from gridprune_cli.images import Source
+from gridprune_cli.image_files import NamedImage, Source
 from gridprune_cli.regions import Localizers
 from gridprune_cli.runners.batches import Stopwatch, result_or_raise
 from gridprune_cli.runners.local import Runner
@@ -188,6 +188,6 @@ class Pipeline:
 
 def _as_tuple(images: Images) -> tuple[Source | EncodedImage, ...]:
     """One image or several as a tuple. Bytes are one image."""
-    if isinstance(images, str | Path | bytes | EncodedImage):
+    if isinstance(images, str | Path | bytes | NamedImage | EncodedImage):
         return (images,)
     return tuple(images)

@@ -13,9 +13,10 @@ import pytest
 from fuzz import bombs
 from PIL import Image, ImageFile
 
-from gridprune_cli import decoding, images
+from gridprune_cli import decoding, image_files
 from gridprune_cli.errors import BadInput
-from gridprune_cli.images import find_images, identify, load_image, read_image, read_source
+from gridprune_cli.image_files import read_image, read_source
+from gridprune_cli.images import find_images, identify, load_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
 
@@ -292,7 +293,7 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(monkeypatch: py
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         for width, height in ((20_000, 20_000), (2**31 - 1, 2**31 - 1)):
             assert "million" in refused(_claims(width, height))
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 60)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 60)
     assert pixels(write(Image.fromarray(RGB))).shape == (6, 10, 3)
     assert "10 x 7 pixels" in refused(write(Image.new("RGB", (10, 7))))
 
@@ -305,7 +306,7 @@ def test_shapes_at_the_edge() -> None:
 
 
 def test_huge_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(image_files, "MAX_BYTES", 1 << 20)
     (tmp_path / "x").write_bytes(bytes((1 << 20) + 1))
     assert "more than 1 MiB" in refused(tmp_path / "x")
     assert "more than 1 MiB" in refused(Path("/dev/zero"))
@@ -351,9 +352,9 @@ def test_a_process_that_decodes_takes_no_more_memory_than_it_may(monkeypatch: py
 def test_decoding_ends_when_its_time_is_up_or_it_is_stopped(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     data = bombs.webp(4000, 4000) if apart else bombs.png(3000, 8, 6)
     monkeypatch.setitem(decoding._ONE_CALL, "WEBP", 1)
-    with ThreadPoolExecutor(1, initializer=decoding.stop_when, initargs=(lambda: True,)) as threads:
+    with ThreadPoolExecutor(1, initializer=image_files.stop_when, initargs=(lambda: True,)) as threads:
         assert "interrupted" in threads.submit(refused, data).result()
-    monkeypatch.setattr(decoding, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(image_files, "MAX_SECONDS", 0.05)
     assert "takes more than 0.05 s" in refused(data)
 
 
@@ -378,7 +379,7 @@ def test_bombs_are_bounded(name: str, outcome: str, tmp_path: Path) -> None:
 
 
 def test_the_limit_of_pixels_can_be_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 50)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 50)
     data = write(Image.fromarray(RGB))
     assert "GRIDPRUNE_MAX_PIXELS" in refused(data)
     monkeypatch.setenv("GRIDPRUNE_MAX_PIXELS", "60")
@@ -404,7 +405,7 @@ def test_pipes_are_read_and_nobody_waits_for_ever_at_one(tmp_path: Path, monkeyp
     writer.start()
     assert read_image(pipe) == data
     writer.join()
-    monkeypatch.setattr(decoding, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(image_files, "MAX_SECONDS", 0.2)
     assert "gives nothing for" in refused(pipe)
     reader, end = os.pipe()
     try:

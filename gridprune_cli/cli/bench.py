@@ -77,7 +77,8 @@ def bench(
 
     from gridprune_cli.bench.measure import measure, sample_scene
     from gridprune_cli.builder import remarks
-    from gridprune_cli.images import load_image, read_source
+    from gridprune_cli.image_files import read_source
+    from gridprune_cli.images import load_image
     from gridprune_cli.selector import relevance_source
 
     set_quiet(quiet)

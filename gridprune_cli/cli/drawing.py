@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gridprune_cli.figure import Figure
-    from gridprune_cli.images import Source
+    from gridprune_cli.image_files import Source
     from gridprune_cli.tokens import Origin, PrunedSet
 
 

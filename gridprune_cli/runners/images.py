@@ -10,11 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
-from gridprune_cli.decoding import stop_when
 from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import GridpruneError
-from gridprune_cli.images import Picture, Source, identify, load_image
+from gridprune_cli.image_files import Source, name_of, stop_when
+from gridprune_cli.images import Picture, identify, load_image
 from gridprune_cli.runners.batches import MODELS, Batches, Stopwatch, as_error
 from gridprune_cli.runners.reading import MAX_MEMORY, Reading, Room, count_threads, read_ahead
 from gridprune_cli.settings import Request
@@ -144,12 +145,12 @@ class ImageRunner:
 
     def _read(self, source: Source, refresh: bool, several: bool) -> Reading:
         """An encoded image from the cache, else a decoded picture, prepared for the tower. Runs in reading threads."""
-        name = "-" if isinstance(source, bytes) else str(source)
+        name = name_of(source)
         family = self.encoder.family
         try:
             with self._stopwatch.measure("load"):
                 sha256, name, data = identify(source)
-                if not isinstance(source, bytes) and not os.path.isfile(source):
+                if isinstance(source, str | Path) and not os.path.isfile(source):
                     source = data  # a pipe can be read only once, and a localiser reads the image again
                 if not refresh and (hit := self.encoder.look_up(sha256, name, several)):
                     return Reading(source, name, hit)
