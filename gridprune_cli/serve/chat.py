@@ -89,11 +89,11 @@ async def _wait_for_leave(receive: Receive) -> None:
 
 
 async def _outcome(job: Job) -> Outcome | None:
-    """What became of a job; None where the client left. Raises what failed."""
+    """What became of a job; None where the client left. Raises Refusal for what failed."""
     while True:
         event = await job.events.get()
         if isinstance(event, Exception):
-            raise event
+            raise refusal_of(event) from event
         if isinstance(event, Left):
             return None
         if isinstance(event, Outcome):
@@ -103,7 +103,7 @@ async def _outcome(job: Job) -> Outcome | None:
 async def _stream(job: Job, model: str, send: Send) -> None:
     """Sends the events of a job as server-sent events, with a comment now and then where there is nothing to say.
 
-    Raises what fails before the first event, which then has a status of its own. Later it is an event with an error.
+    Raises Refusal for what fails before the first event, which then has its status. Later it is an event with an error.
     """
     chunks = Chunks(_ident(), int(time.time()), model, job.request.include_usage)
 
@@ -112,7 +112,7 @@ async def _stream(job: Job, model: str, send: Send) -> None:
 
     event = await _next_event(job)
     if isinstance(event, Exception):
-        raise event
+        raise refusal_of(event) from event
     headers = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await write(*_lines([chunks.first()]))

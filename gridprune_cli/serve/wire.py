@@ -64,6 +64,8 @@ def refusal_of(error: Exception) -> Refusal:
     """A failure of the library as a refusal: 400 where the input is at fault, else 500."""
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, BadInput) and error.place == "-":  # pictures are bytes to the library
+        return Refusal(400, f"a picture can't be used: {error.reason}", code="invalid_image")
     if isinstance(error, BadInput):
         return Refusal(400, str(error), code="invalid_value", param=error.field)
     text = str(error) if isinstance(error, GridpruneError) else f"unexpected {type(error).__name__}"
