@@ -12,9 +12,17 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from gridprune_cli.errors import BadInput
+from gridprune_cli.settings import parse_pairs
 from gridprune_cli.text import visible
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.family import Family
@@ -147,6 +155,24 @@ def check_options(options: Mapping[str, Any]) -> None:
     beams = options.get("num_beams")
     if isinstance(beams, int) and beams > MAX_BEAMS:
         raise BadInput(f"at most {MAX_BEAMS}", field="generation", value=f"num_beams={str(beams)[:40]}")
+
+
+def parse_generation(pairs: Sequence[str] | None, max_new_tokens: int) -> dict[str, Any]:
+    """Options for `generate` from texts NAME=VALUE. Raises BadInput for what is no such option, or none of a prompt."""
+    options = parse_pairs(pairs or (), "generation")
+    if "max_new_tokens" in options:
+        raise BadInput("has an option of its own, `max_new_tokens`", field="generation", value="max_new_tokens")
+    return check_generation(options | {"max_new_tokens": max_new_tokens})
+
+
+def check_generation(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for `generate`, by transformers' names, as they are. Raises BadInput as `parse_generation` does."""
+    check_options(options)
+    known = vars(GenerationConfig())
+    for name, value in options.items():
+        if name not in known or name.startswith("_"):
+            raise BadInput("no option that transformers' generate knows", field="generation", value=f"{name}={value}")
+    return dict(options)
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from gridprune_cli.cache.store import Store
 from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.image_files import NamedImage, Source
+from gridprune_cli.questions import cache_outcome
 from gridprune_cli.regions import Localizers
 from gridprune_cli.runners.batches import Stopwatch, result_or_raise
 from gridprune_cli.runners.local import Runner
@@ -52,12 +53,6 @@ class Answer:
             "cache": cache_outcome(self.hits),
             "ms": {name: round(value, 2) for name, value in self.ms.items()},
         }
-
-
-def cache_outcome(hits: Sequence[bool]) -> str | list[str]:
-    """ "hit" or "miss", as results have it; of several images a list."""
-    outcomes = ["hit" if hit else "miss" for hit in hits]
-    return outcomes[0] if len(outcomes) == 1 else outcomes
 
 
 class Pipeline:

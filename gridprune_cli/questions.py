@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, Queue
@@ -119,6 +119,12 @@ def check_text(text: str, name: str) -> None:
         raise BadInput(f"{name} has {len(text)} characters; at most {MAX_QUESTION} can be asked")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise BadInput(f"{name} holds half a character, a surrogate alone; write it whole, in UTF-8")
+
+
+def cache_outcome(hits: Sequence[bool]) -> str | list[str]:
+    """ "hit" or "miss", as results have it; of several images a list."""
+    outcomes = ["hit" if hit else "miss" for hit in hits]
+    return outcomes[0] if len(outcomes) == 1 else outcomes
 
 
 def _refuse(name: str) -> None:

@@ -484,7 +484,7 @@ def test_a_changed_folder_has_another_identity(change, tiny_llava, tmp_path, cou
     settle()
     store = open_store()
     first = find(str(folder), store=store).identity
-    assert store.recall(identity.files.digest(identity._state(folder))) == first
+    assert store.recall(identity.files.digest(identity.list_files(folder))) == first
     weights = folder / "model.safetensors"
     was = weights.stat()
     if change == "byte":  # in place, and the time of the last write set back
@@ -540,7 +540,7 @@ def test_what_was_remembered_may_be_damaged(content, tiny_llava, counted):
     store = open_store()
     settle()
     first = find(str(tiny_llava), store=store).identity
-    key = identity.files.digest(identity._state(tiny_llava))
+    key = identity.files.digest(identity.list_files(tiny_llava))
     (store.root / REMEMBERED).write_bytes(content.replace(b"KEY", key.encode()))
     del counted[:]
     assert find(str(tiny_llava), store=store).identity == first and counted

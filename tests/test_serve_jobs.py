@@ -24,7 +24,7 @@ def put(loop):
 
     def put(queue: FairQueue, name: str, sampling: Sampling = GREEDY, cache: bool = True) -> Job:
         request = ChatRequest("scenes", name, (), sampling=sampling, cache=cache)
-        job = Job(request, (), (), ("127.0.0.1", name.split()[0]), loop=loop)
+        job = Job(request, (), (), client=("127.0.0.1", name.split()[0]), loop=loop)
         queue.put(job)
         return job
 

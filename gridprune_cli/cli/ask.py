@@ -5,15 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gridprune_cli.cache.files import write_atomic
 from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
+from gridprune_cli.cli.drawing import draw_figure
 from gridprune_cli.cli.inputs import Images, Question, read_inputs
 from gridprune_cli.cli.output import check_target, emit_json, emit_text, say, set_quiet, stdout
+from gridprune_cli.client.remote import RemoteAnswer, RemotePipeline
 from gridprune_cli.errors import BadInput
 
 if TYPE_CHECKING:
-    from gridprune_cli.pipeline import Pipeline
-    from gridprune_cli.settings import Pruning
+    from gridprune_cli.pipeline import Answer, Pipeline
 
 _HIDDEN = (
     *("clip", "relevance", "cache_dir", "cache_limit", "cache_dtype"),
@@ -28,6 +30,7 @@ _HIDDEN = (
     'gridprune ask - "How many stars are there?" --json < street.png',
 )
 @options.takes(
+    server=options.server,
     pipeline=options.pipeline,
     pruning=options.pruning,
     prompt=options.prompt,
@@ -37,8 +40,8 @@ _HIDDEN = (
 def ask(
     images: Images,
     question: Question,
-    pipeline: "Pipeline",
-    pruning: "Pruning",
+    pipeline: "Pipeline | RemotePipeline",
+    pruning: Any,
     prompt: dict[str, Any],
     generation: dict[str, Any],
     save: Annotated[Path | None, typer.Option(help="Also save the pruned set, as safetensors.")] = None,
@@ -54,9 +57,6 @@ def ask(
 
     More options, taken here too: `gridprune batch --help`, `--stream/--no-stream`.
     """
-    from gridprune_cli.cache.files import write_atomic
-    from gridprune_cli.cli.drawing import draw_figure
-
     set_quiet(quiet)
     check_target(save, "save")
     check_target(show, "show")
@@ -67,14 +67,10 @@ def ask(
     flows = not json and (stdout().isatty() and not beams if stream is None else stream)
     written = stdout() if flows else None
     with pipeline:
-        answer = pipeline.ask(
-            sources,
-            text,
-            pruning,
-            **prompt,
-            stream=written,
-            **generation,
-        )
+        settings = prompt | generation | {"stream": written}
+        if isinstance(pipeline, RemotePipeline):
+            settings["outputs"] = {"file": save is not None, "figure": "png" if show else None}
+        answer: Answer | RemoteAnswer = pipeline.ask(sources, text, pruning, **settings)
     if json:
         emit_json(answer.to_json())
     elif not flows:

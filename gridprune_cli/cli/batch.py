@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import describe, error_fields
 from gridprune_cli.cli.output import check_target, lines_to, progress, say, set_quiet, warn
+from gridprune_cli.client.remote import RemoteAnswer, RemotePipeline, RemoteRequest
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from gridprune_cli.questions import Item, Reader
     from gridprune_cli.runners.local import Pruned, Reply
     from gridprune_cli.runners.ray import Ray
-    from gridprune_cli.settings import Pruning, Request
+    from gridprune_cli.settings import Request
 
 WINDOW = 16  # batches of questions that are looked at together, to find those of one image and of like length
 
@@ -36,6 +37,7 @@ BatchSize = Annotated[
     "jq -c ... | gridprune batch - | jq -r .answer",
 )
 @options.takes(
+    server=options.server,
     pipeline=options.pipeline,
     engine=options.engine,
     pruning=options.pruning,
@@ -51,9 +53,9 @@ def batch(
             show_default=False,
         ),
     ],
-    pipeline: "Pipeline",
+    pipeline: "Pipeline | RemotePipeline",
     engine: "Ray | None",
-    pruning: "Pruning",
+    pruning: Any,
     prompt: dict[str, Any],
     generation: dict[str, Any],
     output: Annotated[
@@ -71,7 +73,6 @@ def batch(
 
     A line that fails gives a line with `error` and `error_type`, and the rest goes on.
     """
-    from gridprune_cli.builder import remarks
     from gridprune_cli.questions import Done, Reader
 
     set_quiet(quiet)
@@ -79,9 +80,12 @@ def batch(
     done = Done(resume) if resume else None
     reader = Reader(file, done=done, in_shard=options.in_shard(shard))
     tally = Tally()
-    runner = pipeline.runner(questions=batch_size)
+    runner = None if isinstance(pipeline, RemotePipeline) else pipeline.runner(questions=batch_size)
 
-    def answers(requests: list["Request"]) -> "Iterator[Reply | GridpruneError]":
+    def answers(requests: list[Any]) -> "Iterator[Reply | RemoteAnswer | GridpruneError]":
+        if isinstance(pipeline, RemotePipeline):
+            return pipeline.map(lambda request: pipeline.run(request, generation), requests, batch_size)
+        assert runner is not None
         if engine:
             return engine.answer(runner, requests, **generation)
         return runner.answer(requests, **generation)
@@ -96,12 +100,21 @@ def batch(
         where = f"--resume {resume or output}" if resume or output else "--resume FILE, with what was printed in FILE"
         say(f"interrupted after {tally.done} lines; to go on, give the same command with {where}")
         raise
-    for note in remarks(pipeline.family, pruning):
+    for note in remarks_on(pipeline, pruning):
         say(note)
     say(tally.summary(reader.skipped))
     if failed := tally.failed + (done.failed if done else 0):
         warn(f"{failed} lines failed; they have an `error` in the results")
         raise typer.Exit(3)
+
+
+def remarks_on(pipeline: "Pipeline | RemotePipeline", pruning: Any) -> Sequence[str]:
+    """What a user should know of how the model prunes, once it has."""
+    if isinstance(pipeline, RemotePipeline):
+        return pipeline.remarks
+    from gridprune_cli.builder import remarks
+
+    return remarks(pipeline.family, pruning)
 
 
 def check_results(output: Path | None, resume: Path | None, file: str) -> None:
@@ -117,25 +130,32 @@ def check_results(output: Path | None, resume: Path | None, file: str) -> None:
         raise BadInput(reason, field="output", value=output)
 
 
+def request_of(
+    images: tuple[str, ...], item: "Item", pruning: Any, prompt: dict[str, Any]
+) -> "Request | RemoteRequest":
+    """What a line asks for. `pruning` is that of the command, as options by name where a server does the work."""
+    if isinstance(pruning, dict):
+        kept = {} if item.keep is None else {"keep": item.keep, "tokens": None}
+        return RemoteRequest(images, item.question, pruning | kept, **prompt)
+    from gridprune_cli.settings import Request
+
+    kept_here = pruning if item.keep is None else replace(pruning, keep=item.keep, tokens=None)
+    return Request(images, item.question, kept_here, **prompt)
+
+
 def work(
-    reader: "Reader", pruning: "Pruning", prompt: dict[str, Any], results: Any, most: int | None, fail_fast: bool
+    reader: "Reader", pruning: Any, prompt: dict[str, Any], results: Any, most: int | None, fail_fast: bool
 ) -> "Iterator[tuple[Item, Any]]":
     """Every line and what came of it, in turn. `results` makes the results of questions, in turn.
 
     It is given `most` lines at a time, of those that are there; None: all of them at once.
     """
     from gridprune_cli.questions import windows
-    from gridprune_cli.settings import Request
 
     noted: set[str] = set()  # a note that fits many images is printed once
     for window in windows(reader, most, lambda item: item.size) if most else [list(reader)]:
         requests = [
-            Request(
-                tuple(reader.place(image) for image in item.images),
-                item.question,
-                pruning if item.keep is None else replace(pruning, keep=item.keep, tokens=None),
-                **prompt,
-            )
+            request_of(tuple(reader.place(image) for image in item.images), item, pruning, prompt)
             for item in window
             if item.fault is None
         ]
@@ -160,7 +180,7 @@ def report(item: "Item", error: GridpruneError, fail_fast: bool) -> None:
     warn(describe(placed))
 
 
-def line(item: "Item", result: "Reply | GridpruneError") -> dict[str, Any]:
+def line(item: "Item", result: "Reply | RemoteAnswer | GridpruneError") -> dict[str, Any]:
     """The line of a result. It says nothing of when and how fast it was made: made again, it is the same."""
     extra = {"extra": item.extra} if item.extra else {}
     if isinstance(result, GridpruneError):
@@ -175,7 +195,7 @@ class Tally:
         self.done = self.failed = self.hits = self._skipped = 0
         self._start = time.perf_counter()
 
-    def count(self, result: "Reply | Pruned | GridpruneError", skipped: int) -> int:
+    def count(self, result: "Reply | Pruned | RemoteAnswer | GridpruneError", skipped: int) -> int:
         """How many lines are behind us with this result: itself, and those that were skipped before it."""
         self.done += 1
         if isinstance(result, GridpruneError):

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from gridprune_cli.cli import options
 from gridprune_cli.errors import GridpruneError
 
+_names_of_methods: frozenset[str] | None = None
 _SETTING = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
 
 # settings whose options are called otherwise, or are not in a group
@@ -73,8 +74,18 @@ def _flags() -> dict[str, str]:
     return flags
 
 
-@cache
+def set_method_options(names: frozenset[str] | None) -> None:
+    """The names of options of methods, where a server told them: to find them here would import torch."""
+    global _names_of_methods
+    _names_of_methods = names
+
+
 def _method_options() -> frozenset[str]:
+    return _import_method_options() if _names_of_methods is None else _names_of_methods
+
+
+@cache
+def _import_method_options() -> frozenset[str]:
     from dataclasses import fields
 
     from gridprune_cli.pruning.methods import METHODS  # imports torch, so only where a name is no other setting's

@@ -1,52 +1,41 @@
 """The figure of a pruned set, for the commands that draw one."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gridprune_cli.cli.output import put, stdout
+from gridprune_cli.client.remote import RemotePruned
+
 if TYPE_CHECKING:
-    from gridprune_cli.figure import Figure
     from gridprune_cli.image_files import Source
-    from gridprune_cli.tokens import Origin, PrunedSet
+    from gridprune_cli.tokens import PrunedSet
 
 
-def draw_figure(source: "Source", pruned: "PrunedSet", answer: str | None, path: Path) -> None:
+def draw_figure(source: "Source", pruned: "PrunedSet | RemotePruned", answer: str | None, path: Path) -> None:
     """Writes the figure of a pruned set as PNG."""
-    import io
-
     from gridprune_cli.cache.files import write_atomic
-    from gridprune_cli.figure import draw
 
-    png = io.BytesIO()
-    draw(figure_of(source, pruned, answer)).save(png, "PNG")
-    write_atomic(path, png.getvalue(), sync=True)
+    if isinstance(pruned, RemotePruned):
+        png = pruned.figure
+    else:
+        from gridprune_cli.drawing import figure_of, to_png
 
-
-def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Figure":
-    """What there is to draw of a pruned set."""
-    from gridprune_cli.figure import Figure
-    from gridprune_cli.images import load_image
-
-    (origin,) = pruned.images
-    kept = f"{len(pruned.kept)} of {pruned.count} tokens"
-    compressed = "" if pruned.plc == "off" else f"plc {pruned.plc}"
-    return Figure(
-        image=load_image(source).image,
-        views=origin.views,
-        kept=pruned.kept.tolist(),
-        relevance=None if pruned.relevance is None else pruned.relevance.tolist(),
-        zones=_budgets(origin, pruned.method.get("zone", 1)),
-        region=origin.region,
-        question=pruned.question,
-        answer=answer,
-        details=" · ".join(filter(None, (kept, pruned.method["name"], compressed, str(pruned.schedule or "")))),
-    )
+        png = to_png(figure_of(source, pruned, answer))
+    write_atomic(path, png, sync=True)
 
 
-def _budgets(origin: "Origin", zone: int) -> list[tuple[int, int, int, int, int, int]]:
-    """Every zone's rectangle with its budget."""
-    from gridprune_cli.pruning.zones import zone_index
+def print_figure(source: "Source", pruned: "PrunedSet | RemotePruned") -> None:
+    """Prints a coarse picture of a pruned set."""
+    if isinstance(pruned, RemotePruned):
+        put(pruned.figure.decode())
+        return
+    from gridprune_cli.drawing import figure_of
+    from gridprune_cli.figure import coarse
 
-    if origin.zones is None:
-        return []
-    _, zones = zone_index(origin.views, zone)
-    return [(*rectangle, n) for rectangle, n in zip(zones.rectangles(), origin.zones["budgets"], strict=True)]
+    put(coarse(figure_of(source, pruned, None), colour=is_colour()))
+
+
+def is_colour() -> bool:
+    """Whether the reader of stdout takes colours."""
+    return stdout().isatty() and not os.environ.get("NO_COLOR")

@@ -171,7 +171,7 @@ def _write(pipeline: "Pipeline", plan: "Plan", answers: "Rows", folder: Path) ->
     import json
 
     from gridprune_cli.cache.files import write_atomic
-    from gridprune_cli.cli.drawing import figure_of
+    from gridprune_cli.drawing import figure_of
     from gridprune_cli.evaluation import report
     from gridprune_cli.evaluation.results import markdown, summarise
     from gridprune_cli.evaluation.run import encode, prune

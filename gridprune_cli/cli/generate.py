@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gridprune_cli.cache.files import MAX_BYTES
+from gridprune_cli.cache.files import MAX_BYTES, FileFault, read_bytes
 from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import describe, error_fields
 from gridprune_cli.cli.output import emit_json, emit_text, open_stdin, progress, set_quiet, warn
+from gridprune_cli.client.remote import RemoteAnswer, RemotePipeline
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
     from gridprune_cli.runners.local import Runner
     from gridprune_cli.tokens import PrunedSet
+
+Result = tuple[dict[str, Any], str] | GridpruneError
+"""The record and the answer of a pruned set, or why there is none."""
 
 WINDOW = 128  # files that are held together, to find those of like length
 
@@ -25,7 +29,7 @@ WINDOW = 128  # files that are held together, to find those of like length
     "gridprune generate star.safetensors",
     "gridprune generate pruned/*.safetensors --json",
 )
-@options.takes(generation=options.generation)
+@options.takes(server=options.server, generation=options.generation)
 def generate(
     files: Annotated[
         list[Path],
@@ -33,6 +37,7 @@ def generate(
             metavar="FILE...", help="Pruned sets, as `prune` writes them, or - for one on stdin.", show_default=False
         ),
     ],
+    server: RemotePipeline | None,
     generation: dict[str, Any],
     model: Annotated[
         str | None,
@@ -54,37 +59,29 @@ def generate(
 
     Of several files, one that can't be answered from is named, and the rest goes on.
     """
-    from gridprune_cli.pipeline import Pipeline
-    from gridprune_cli.runners.batches import in_order
-
     set_quiet(quiet)
     if files.count(Path("-")) > 1:
         raise BadInput("stdin can be read once only", place="-")
-    runners: dict[str, Runner] = {}
-
-    def runner_of(name: str) -> "Runner":
-        if name not in runners:
-            runners[name] = Pipeline(name, device=device, dtype=dtype).runner(questions=batch_size)
-        return runners[name]
-
+    if server is None:
+        answers_of = _local_answers(model, device, dtype, batch_size, generation)
+    else:
+        answers_of = _remote_answers(server, batch_size, generation)
     failed = 0
     with progress("answering", len(files)) as step:
         for window in _windows(files):
-            sets = [_load(path) for path in window]
-            answers = in_order(_answers(sets, model, runner_of, generation))
-            for path, pruned, answer in zip(window, sets, answers, strict=True):
-                if isinstance(answer, GridpruneError):
+            for path, result in zip(window, answers_of(window), strict=True):
+                if isinstance(result, GridpruneError):
                     if len(files) == 1:
-                        raise answer
+                        raise result
                     failed += 1
-                    error = answer.about(str(path))
+                    error = result.about(str(path))
                     warn(describe(error))
                     if json:
                         emit_json({"file": str(path)} | error_fields(error))
-                elif json and not isinstance(pruned, GridpruneError):
-                    emit_json(pruned.to_json() | {"file": str(path), "answer": answer})
+                elif json:
+                    emit_json(result[0] | {"file": str(path), "answer": result[1]})
                 else:
-                    emit_text(str(answer))
+                    emit_text(result[1])
                 step()
     if failed:
         warn(f"{failed} of {len(files)} could not be answered from")
@@ -103,6 +100,47 @@ def _windows(paths: Sequence[Path]) -> Iterator[list[Path]]:
         window.append(path)
         held += size
     yield window
+
+
+def _local_answers(
+    model: str | None, device: str, dtype: str, batch_size: int, generation: dict[str, Any]
+) -> Callable[[Sequence[Path]], Iterator[Result]]:
+    """Answers from files, with models of this process: those of the sets, or the one that is named."""
+    from gridprune_cli.pipeline import Pipeline
+    from gridprune_cli.runners.batches import in_order
+
+    runners: dict[str, Runner] = {}
+
+    def runner_of(name: str) -> "Runner":
+        if name not in runners:
+            runners[name] = Pipeline(name, device=device, dtype=dtype).runner(questions=batch_size)
+        return runners[name]
+
+    def answer(paths: Sequence[Path]) -> Iterator[Result]:
+        sets = [_load(path) for path in paths]
+        answers = in_order(_answers(sets, model, runner_of, generation))
+        for pruned, text in zip(sets, answers, strict=True):
+            if isinstance(text, GridpruneError):
+                yield text
+            elif not isinstance(pruned, GridpruneError):
+                yield pruned.to_json(), text
+
+    return answer
+
+
+def _remote_answers(
+    server: RemotePipeline, batch_size: int, generation: dict[str, Any]
+) -> Callable[[Sequence[Path]], Iterator[Result]]:
+    """Answers from files, by a server."""
+
+    def answer_one(path: Path) -> RemoteAnswer:
+        return server.generate(str(path), _read(path), generation)
+
+    def answer(paths: Sequence[Path]) -> Iterator[Result]:
+        for result in server.map(answer_one, paths, batch_size):
+            yield result if isinstance(result, GridpruneError) else (result.record, result.text)
+
+    return answer
 
 
 def _answers(
@@ -126,6 +164,16 @@ def _answers(
         except GridpruneError as fault:  # the model can't be opened or loaded
             for index, _ in group:
                 yield index, fault
+
+
+def _read(path: Path) -> bytes:
+    """The file of a pruned set, whose bytes the server looks at. Raises BadInput where it can't be read."""
+    try:
+        return open_stdin("a pruned set").read(MAX_BYTES + 1) if str(path) == "-" else read_bytes(path, MAX_BYTES)
+    except FileFault as fault:
+        raise BadInput(f"not a pruned set ({fault}); make one with `gridprune prune`", place=str(path)) from fault
+    except OSError as fault:
+        raise BadInput(f"can't be read ({fault.strerror}); check the path", place=str(path)) from fault
 
 
 def _load(path: Path) -> "PrunedSet | GridpruneError":

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -99,20 +99,25 @@ def takes(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replaces each named parameter of a command by the options of its group.
 
+    With the group `server`, a server may do the work. Then `pipeline` is its `RemotePipeline`, `pruning` the options by
+    name, and nothing here needs torch.
+
     `hidden` options are taken as ever, but the help of this command leaves them out.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         of_command = [p for name, p in inspect.signature(command).parameters.items() if name not in groups]
         of_groups = {name: inspect.signature(group).parameters for name, group in groups.items()}
+        of_replaced = inspect.signature(command).parameters.keys()  # of `server`, only where the command asks for it
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            results = {
-                name: groups[name](**{option: values.pop(option) for option in options})
-                for name, options in of_groups.items()
-            }
-            command(**values, **results)
+            results = _from_server(values, of_groups) if "server" in groups else {}
+            for name, options in of_groups.items():
+                chosen = {option: values.pop(option) for option in options}
+                if name not in results:
+                    results[name] = groups[name](**chosen)
+            command(**values, **{name: results[name] for name in groups if name in of_replaced})
 
         parameters = [*of_command, *(p for options in of_groups.values() for p in options.values())]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
@@ -123,6 +128,20 @@ def takes(
         return run
 
     return decorate
+
+
+def _from_server(values: dict[str, Any], groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the groups give where a server does the work; nothing but `server=None` where none does."""
+    from gridprune_cli.cli.remote import find_server
+
+    named = {name: {option: values[option] for option in options} for name, options in groups.items()}
+    remote = find_server(
+        **named["server"], options=values, pruning=named.get("pruning", {}), generation=named.get("generation", {})
+    )
+    if remote is None:
+        return {"server": None}
+    results = {"server": remote, "pipeline": remote, "pruning": remote.pruning, "generation": remote.generation}
+    return results | ({"engine": None} if "engine" in groups else {})
 
 
 def unopened(group: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
@@ -190,6 +209,25 @@ def pipeline(
     from gridprune_cli.opening import open_pipeline
 
     return open_pipeline(options)
+
+
+def server(
+    server: Annotated[
+        str | None,
+        option(
+            "Server that has the model: http://HOST:PORT or unix:PATH; off: none.",
+            SERVER,
+            metavar="URL",
+            envvar="GRIDPRUNE_SERVER",
+            show_default="that of `gridprune serve --socket`, where one runs",
+        ),
+    ] = None,
+    no_server: Annotated[bool, option("Work in this process.", SERVER, "--no-server")] = False,
+    api_key: Annotated[
+        str | None, option("What the server asks for.", SERVER, metavar="KEY", envvar="GRIDPRUNE_API_KEY")
+    ] = None,
+) -> None:
+    """The server that does the work; `takes` finds it before the other groups."""
 
 
 def engine(
@@ -333,20 +371,9 @@ def generation(
     """Options for `generate`, by transformers' names. Answers are greedy where these say nothing else."""
     if not generation:
         return {"max_new_tokens": max_new_tokens}
-    from transformers import GenerationConfig
+    from gridprune_cli.generation import parse_generation
 
-    from gridprune_cli.generation import check_options
-    from gridprune_cli.settings import parse_pairs
-
-    options = parse_pairs(generation, "generation")
-    check_options(options)
-    if "max_new_tokens" in options:
-        raise BadInput("has an option of its own, `max_new_tokens`", field="generation", value="max_new_tokens")
-    known = vars(GenerationConfig())
-    for name, value in options.items():
-        if name not in known or name.startswith("_"):
-            raise BadInput("no option that transformers' generate knows", field="generation", value=f"{name}={value}")
-    return options | {"max_new_tokens": max_new_tokens}
+    return parse_generation(generation, max_new_tokens)
 
 
-GROUPS = (pipeline, engine, pruning, prompt, generation)
+GROUPS = (server, pipeline, engine, pruning, prompt, generation)

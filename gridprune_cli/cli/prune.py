@@ -1,6 +1,7 @@
 """`gridprune prune`: the pruned set of a question, for `generate` to answer from."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
@@ -8,18 +9,21 @@ from urllib.parse import quote
 import typer
 
 from gridprune_cli.cli import options
-from gridprune_cli.cli.batch import FailFast, Tally, report, work
+from gridprune_cli.cli.batch import FailFast, Tally, remarks_on, report, work
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import error_fields
 from gridprune_cli.cli.inputs import read_inputs
 from gridprune_cli.cli.output import check_target, emit_json, progress, say, set_quiet, size, warn
+from gridprune_cli.client.remote import RemoteAnswer, RemotePipeline, RemoteRequest
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline
-    from gridprune_cli.settings import Pruning
+    from gridprune_cli.runners.local import Pruned
 
 _LONGEST = 243  # characters of a file's name before .safetensors; file systems take 255
+_FILE = {"file": True}  # what a server sends back beside the record
+_AT_ONCE = 32  # questions that a server is sent
 _WINDOW = 128  # lines of --batch that are looked at together, to find those of one image
 
 
@@ -27,7 +31,7 @@ _WINDOW = 128  # lines of --batch that are looked at together, to find those of 
     'gridprune prune street.png "Where is the star?" --keep 0.11 -o star.safetensors',
     "gridprune prune --batch questions.jsonl -o pruned/",
 )
-@options.takes(pipeline=options.pipeline, pruning=options.pruning, prompt=options.prompt)
+@options.takes(server=options.server, pipeline=options.pipeline, pruning=options.pruning, prompt=options.prompt)
 def prune(
     output: Annotated[
         Path,
@@ -35,8 +39,8 @@ def prune(
             "--output", "-o", help="File for the pruned set; with --batch, the folder for them.", show_default=False
         ),
     ],
-    pipeline: "Pipeline",
-    pruning: "Pruning",
+    pipeline: "Pipeline | RemotePipeline",
+    pruning: Any,
     prompt: dict[str, Any],
     images: Annotated[
         list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files, or - for stdin.", show_default=False)
@@ -57,8 +61,7 @@ def prune(
 ) -> None:
     """Save the visual tokens that a question needs, with the prompt, as one safetensors file."""
     from gridprune_cli.cache.files import write_atomic
-    from gridprune_cli.pipeline import cache_outcome
-    from gridprune_cli.settings import Request
+    from gridprune_cli.questions import cache_outcome
 
     set_quiet(quiet)
     if batch is not None:
@@ -73,7 +76,13 @@ def prune(
     check_target(output, "output")
     sources, text = read_inputs(images, question)
     with pipeline:
-        result = pipeline.runner().prune_one(Request(tuple(sources), text, pruning, **prompt))
+        result: Pruned | RemoteAnswer
+        if isinstance(pipeline, RemotePipeline):
+            result = pipeline.run(RemoteRequest(tuple(sources), text, pruning, **prompt), outputs=_FILE)
+        else:
+            from gridprune_cli.settings import Request
+
+            result = pipeline.runner().prune_one(Request(tuple(sources), text, pruning, **prompt))
     pruned = result.pruned
     data = pruned.to_bytes()
     write_atomic(output, data, sync=True)
@@ -87,27 +96,24 @@ def prune(
 def prune_lines(
     file: str,
     folder: Path,
-    pipeline: "Pipeline",
-    pruning: "Pruning",
+    pipeline: "Pipeline | RemotePipeline",
+    pruning: Any,
     prompt: dict[str, Any],
     fail_fast: bool,
     shard: str | None,
     json: bool,
 ) -> None:
     """Writes a pruned set for every line. One that fails is named, and the rest goes on."""
-    from gridprune_cli.builder import remarks
     from gridprune_cli.cache.files import write_atomic
     from gridprune_cli.questions import Reader
-    from gridprune_cli.runners.batches import in_order
 
     if not os.path.isdir(folder):
         raise BadInput("with --batch, a folder; make it first", field="output", value=folder)
     reader = Reader(file, in_shard=options.in_shard(shard))
-    runner, tally = pipeline.runner(), Tally()
+    tally, prune_all = Tally(), _pruner(pipeline)
     written: set[Path] = set()
     with pipeline, progress("pruning", reader.count()) as step:
-        results = work(reader, pruning, prompt, lambda requests: in_order(runner.prune(requests)), _WINDOW, fail_fast)
-        for item, result in results:
+        for item, result in work(reader, pruning, prompt, prune_all, _WINDOW, fail_fast):
             if not isinstance(result, GridpruneError):
                 try:
                     path = _target(folder, item.id, written)
@@ -125,12 +131,22 @@ def prune_lines(
             if json:
                 emit_json(line)
             step(tally.count(result, reader.skipped), tally.status())
-    for note in remarks(pipeline.family, pruning):
+    for note in remarks_on(pipeline, pruning):
         say(note)
     say(tally.summary(0))
     if tally.failed:
         warn(f"{tally.failed} lines failed")
         raise typer.Exit(3)
+
+
+def _pruner(pipeline: "Pipeline | RemotePipeline") -> "Callable[[list[Any]], Iterator[Any]]":
+    """Gives what comes of requests, in turn."""
+    if isinstance(pipeline, RemotePipeline):
+        return lambda requests: pipeline.map(lambda one: pipeline.run(one, outputs=_FILE), requests, _AT_ONCE)
+    from gridprune_cli.runners.batches import in_order
+
+    runner = pipeline.runner()
+    return lambda requests: in_order(runner.prune(requests))
 
 
 def _target(folder: Path, ident: Any, written: set[Path]) -> Path:

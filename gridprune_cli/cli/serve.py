@@ -66,6 +66,7 @@ def serve(
         raise BadInput(f"serve: {' and '.join(missing)} missing; pip install 'gridprune[serve]'")
     from gridprune_cli.cache.store import parse_size
     from gridprune_cli.serve.app import create_app
+    from gridprune_cli.serve.commands import command_routes
     from gridprune_cli.serve.fetching import Hosts
     from gridprune_cli.serve.gate import Access
     from gridprune_cli.serve.http import listen, run
@@ -97,7 +98,8 @@ def serve(
         max_tokens=max_new_tokens,
         max_waiting=max_waiting,
     )
-    app = create_app(worker, pictures, Access(api_key, (host.lower(),)), budget, metrics)
+    routes = command_routes(worker, budget, pipeline)
+    app = create_app(worker, pictures, Access(api_key, (host.lower(),)), budget, metrics, routes)
     with listen(host, port) as listener:
         run(app, worker, listener)
     say("stopped")

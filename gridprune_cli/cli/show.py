@@ -1,48 +1,52 @@
 """`gridprune show`: draws what pruning did."""
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
-from gridprune_cli.cli.drawing import draw_figure, figure_of
+from gridprune_cli.cli.drawing import draw_figure, is_colour, print_figure
 from gridprune_cli.cli.inputs import Question, read_inputs
-from gridprune_cli.cli.output import check_target, put, say, set_quiet, stdout
+from gridprune_cli.cli.output import check_target, say, set_quiet
+from gridprune_cli.client.remote import RemotePipeline, RemotePruned, RemoteRequest
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline
-    from gridprune_cli.settings import Pruning
+    from gridprune_cli.tokens import PrunedSet
 
 
 @examples('gridprune show street.png "Where is the star?" --keep 0.11 -o star.png')
-@options.takes(pipeline=options.pipeline, pruning=options.pruning)
+@options.takes(server=options.server, pipeline=options.pipeline, pruning=options.pruning)
 def show(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="Image file, or - for stdin.", show_default=False)],
     question: Question,
-    pipeline: "Pipeline",
-    pruning: "Pruning",
+    pipeline: "Pipeline | RemotePipeline",
+    pruning: Any,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="PNG file. Without it, a coarse picture is printed.")
     ] = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Draw which tokens a question keeps and why: kept tokens, zones with their budgets, region, relevance."""
-    from gridprune_cli.figure import coarse
-
     set_quiet(quiet)
     check_target(output, "output")
     (source,), text = read_inputs([image], question)
+    pruned: PrunedSet | RemotePruned
     with pipeline:
-        pruned = pipeline.prune(source, text, pruning)
+        if isinstance(pipeline, RemotePipeline):
+            figure = "png" if output else "colour" if is_colour() else "plain"
+            pruned = pipeline.run(RemoteRequest((source,), text, pruning), outputs={"figure": figure}).pruned
+        else:
+            pruned = pipeline.prune(source, text, pruning)
     if output is None:
-        put(coarse(figure_of(source, pruned, None), colour=stdout().isatty() and not os.environ.get("NO_COLOR")))
+        print_figure(source, pruned)
     else:
         draw_figure(source, pruned, None, output)
     for note in pruned.notes:
         say(note)
-    (origin,) = pruned.images
-    named = f", named by {origin.localizer['name']}" if origin.localizer and origin.localizer.get("parsed") else ""
-    say(f"{pruned.counts}, region {origin.region or 'none'}{named}")
+    record = pruned.to_json()
+    region, localizer = record["region"], record["localizer"]
+    named = f", named by {localizer['name']}" if localizer and localizer.get("parsed") else ""
+    say(f"{pruned.counts}, region {tuple(region) if region else 'none'}{named}")

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from starlette.requests import Request
@@ -21,8 +21,10 @@ from gridprune_cli.serve.work import Worker
 STATS_SECONDS = 5.0  # for which a walk over the cache counts
 
 
-def create_app(worker: Worker, pictures: Pictures, access: Access, budget: Budget, metrics: Metrics) -> ASGIApp:
-    """The application. Its lifespan starts the worker, and waits for its last batch."""
+def create_app(
+    worker: Worker, pictures: Pictures, access: Access, budget: Budget, metrics: Metrics, more: Sequence[Route] = ()
+) -> ASGIApp:
+    """The application, with `more` routes. Its lifespan starts the worker, and waits for its last batch."""
     created = int(time.time())
     stats = CacheStats(worker, metrics)
 
@@ -52,6 +54,7 @@ def create_app(worker: Worker, pictures: Pictures, access: Access, budget: Budge
         Route("/v1/cache/stats", stats),
         Route("/health", health),
         Route("/metrics", metrics_text),
+        *more,
     ]
     router = Router(routes, redirect_slashes=False, default=not_found, lifespan=lifespan)
     return Gate(router, access, metrics, public={"/health"}, paths={route.path for route in routes})

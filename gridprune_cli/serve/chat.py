@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from gridprune_cli.serve.gate import Json
-from gridprune_cli.serve.jobs import Event, Job, Left
+from gridprune_cli.serve.jobs import Event, Job, Left, Turn
 from gridprune_cli.serve.pictures import Pictures
 from gridprune_cli.serve.uploads import Budget, Share, read_body
 from gridprune_cli.serve.wire import (
@@ -47,9 +47,9 @@ class Chat:
             del body
             # 3. its turn
             client = scope["client"][0] if scope.get("client") else ""
-            job = Job(chat, files, tuple(map(_name, chat.pictures)), (client, chat.user))
+            job = Job(chat, files, tuple(map(_name, chat.pictures)), client=(client, chat.user))
             self._worker.submit(job)
-            leaving = asyncio.create_task(_wait_for_leave(receive))
+            leaving = asyncio.create_task(wait_for_leave(receive))
             leaving.add_done_callback(lambda _: job.events.put_nowait(Left()))
             try:
                 if chat.stream:
@@ -83,7 +83,7 @@ def _ident() -> str:
     return f"chatcmpl-{uuid.uuid4().hex}"
 
 
-async def _wait_for_leave(receive: Receive) -> None:
+async def wait_for_leave(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -110,7 +110,7 @@ async def _stream(job: Job, model: str, send: Send) -> None:
     async def write(*texts: str) -> None:
         await send({"type": "http.response.body", "body": "".join(texts).encode("ascii"), "more_body": True})
 
-    event = await _next_event(job)
+    event = await next_event(job)
     if isinstance(event, Exception):
         raise refusal_of(event) from event
     headers = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
@@ -127,11 +127,11 @@ async def _stream(job: Job, model: str, send: Send) -> None:
         elif isinstance(event, Exception):
             await write(*_lines([refusal_of(event).to_json()]))
             break
-        event = await _next_event(job)
+        event = await next_event(job)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _next_event(job: Job) -> Event | None:
+async def next_event(job: Turn) -> Event | None:
     """The next event; None where there is none for a while."""
     try:
         return await asyncio.wait_for(job.events.get(), PING)

@@ -1,11 +1,13 @@
 """Requests that wait for their turn, in the order of fairness."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import Any
 
 from gridprune_cli.serve.wire import ChatRequest, Outcome
 
@@ -23,22 +25,24 @@ class Left:
     """The client has gone."""
 
 
-Event = Started | str | Outcome | Exception | Left
-"""What a job tells who waits for it: that it started, pieces of the answer; last the outcome, or what failed."""
+@dataclass(frozen=True)
+class Finished:
+    """A command of `gridprune` is done, and this is what goes back to it."""
+
+    result: dict[str, Any]
 
 
-@dataclass(eq=False)
-class Job:
-    """A request on its way through the queue and the worker.
+Event = Started | str | Outcome | Finished | Exception | Left
+"""What a job tells who waits for it: that it started, pieces of the answer; last what came of it, or what failed."""
 
-    pictures  bytes of image files
-    names     what the record calls them
-    events    for the event loop in which the job was opened; `tell` may be called in any thread
+
+@dataclass(eq=False, kw_only=True)
+class Turn(ABC):
+    """What goes through the queue and the worker, whatever is asked.
+
+    events  for the event loop in which it was opened; `tell` may be called in any thread
     """
 
-    request: ChatRequest
-    pictures: tuple[bytes, ...]
-    names: tuple[str, ...]
     client: Client
     events: "asyncio.Queue[Event]" = field(default_factory=asyncio.Queue)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
@@ -47,14 +51,32 @@ class Job:
     resolved: bool = False  # whether its last event was sent
 
     def tell(self, event: Event) -> None:
-        if isinstance(event, Outcome | Exception):
+        if isinstance(event, Outcome | Finished | Exception):
             self.resolved = True
         with suppress(RuntimeError):  # the loop is closed, with the connection
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     @property
+    @abstractmethod
     def group(self) -> object:
-        """Jobs of equal groups may be answered in one batch. A seed gives what it gives alone."""
+        """Jobs of equal groups may be answered in one batch."""
+
+
+@dataclass(eq=False)
+class Job(Turn):
+    """A request for a completion.
+
+    pictures  bytes of image files
+    names     what the record calls them
+    """
+
+    request: ChatRequest
+    pictures: tuple[bytes, ...]
+    names: tuple[str, ...]
+
+    @property
+    def group(self) -> object:
+        """A seed gives what it gives alone."""
         request = self.request
         return (id(self) if request.sampling.seed is not None else request.sampling, request.cache)
 
@@ -63,17 +85,17 @@ class FairQueue:
     """Jobs of many clients: one of each client in turn, and of one client in the order of arrival."""
 
     def __init__(self) -> None:
-        self._waiting: OrderedDict[Client, deque[Job]] = OrderedDict()  # the next in turn first; none is empty
+        self._waiting: OrderedDict[Client, deque[Turn]] = OrderedDict()  # the next in turn first; none is empty
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
 
-    def put(self, job: Job) -> None:
+    def put(self, job: Turn) -> None:
         self._waiting.setdefault(job.client, deque()).append(job)
 
-    def take(self, most: int) -> list[Job]:
+    def take(self, most: int) -> list[Turn]:
         """Up to `most` jobs of one group, that of the next in turn. Those that nobody waits for are left out."""
-        taken: list[Job] = []
+        taken: list[Turn] = []
         self.remove(lambda job: job.cancelled)
         progress = True
         while progress and len(taken) < most:
@@ -90,7 +112,7 @@ class FairQueue:
                     del self._waiting[client]
         return taken
 
-    def remove(self, wanted: Callable[[Job], bool]) -> list[Job]:
+    def remove(self, wanted: Callable[[Turn], bool]) -> list[Turn]:
         """Takes out all jobs of which `wanted` is true."""
         removed = [job for jobs in self._waiting.values() for job in jobs if wanted(job)]
         for client in list(self._waiting):

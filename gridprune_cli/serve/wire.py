@@ -149,7 +149,7 @@ class Outcome:
 
 def parse_chat(body: bytes) -> ChatRequest:
     """The request of a body. Raises Refusal with 400 for what is no such request, or asks for what there is not."""
-    values = _object(body)
+    values = read_object(body)
     # 1. what would change the answer, if it were ignored
     for name, value in values.items():
         if value is None or name in _INERT or name in _KNOWN:
@@ -197,7 +197,7 @@ def parse_chat(body: bytes) -> ChatRequest:
     )
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def read_object(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises Refusal for what is none, or can't be written again."""
 
     def refuse(name: str) -> None:

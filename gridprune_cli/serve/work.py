@@ -10,7 +10,7 @@ from threading import Condition, Thread
 from typing import TYPE_CHECKING, Any
 
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.serve.jobs import FairQueue, Job, Started
+from gridprune_cli.serve.jobs import FairQueue, Job, Started, Turn
 from gridprune_cli.serve.metrics import Metrics
 from gridprune_cli.serve.wire import Outcome, Refusal
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gridprune_cli.generation import Generated
     from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.runners.local import Pruned, Runner
+    from gridprune_cli.serve.command_work import CommandRunner
     from gridprune_cli.settings import Request
 
 MAX_BATCH = 32  # questions that are answered together, as in `batch`
@@ -54,6 +55,7 @@ class Worker:
         self._last_batch = 0
         self._runners: dict[bool, Runner] = {}  # with the cache, and without
         self._thread = Thread(target=self._run, name="gridprune-worker", daemon=True)
+        self.commands: CommandRunner | None = None
         self.pipeline: Pipeline | None = None  # once it is open
         self.fault: Exception | None = None
 
@@ -75,7 +77,7 @@ class Worker:
         if len(self._queue) >= self._max_waiting:
             raise Refusal(429, "too many requests are waiting", code="too_many_waiting", retry_after=RETRY_AFTER)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Turn) -> None:
         """Puts a job into the queue. Raises Refusal as `check_ready` and `check_room`."""
         with self._changed:
             self.check_ready()
@@ -112,7 +114,7 @@ class Worker:
             return
         while jobs := self._next():
             start = time.monotonic()
-            self._answer(jobs)
+            self._work_on(jobs)
             self._metrics.add_batch(len(jobs), time.monotonic() - start)
         if self.pipeline and self.pipeline.store:
             self.pipeline.store.finish()
@@ -122,8 +124,10 @@ class Worker:
         pipeline = self._open_pipeline()
         from gridprune_cli.encoder import Encoder
         from gridprune_cli.runners.local import Runner
+        from gridprune_cli.serve.command_work import CommandRunner
         from gridprune_cli.settings import Pruning
 
+        self.commands = CommandRunner(pipeline, self._metrics, MAX_BATCH)
         pruning = Pruning.from_options(self._defaults)
         encoder = pipeline.encoder
         uncached = Encoder(encoder.family, None, encoder.cache_dtype, encoder.scenes_only)
@@ -134,7 +138,7 @@ class Worker:
             self._runners[cache] = Runner(of_cache, pipeline.localizers, questions=MAX_BATCH)
         self.pipeline = pipeline
 
-    def _next(self) -> list[Job]:
+    def _next(self) -> list[Turn]:
         """The next batch; nothing once the worker stops."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or len(self._queue))
@@ -148,8 +152,19 @@ class Worker:
             return self._next()
         return jobs
 
+    def _work_on(self, jobs: Sequence[Turn]) -> None:
+        """Does what a batch asks for. Whatever goes wrong is told to the jobs that it concerns."""
+        chats = [job for job in jobs if isinstance(job, Job)]
+        if chats:
+            self._answer(chats)
+        elif self.commands:
+            self.commands.work_on(jobs)
+        store = self.pipeline.store if self.pipeline else None
+        if store is not None:
+            store.release()
+
     def _answer(self, jobs: Sequence[Job]) -> None:
-        """Answers a batch. Whatever goes wrong is told to the jobs that it concerns."""
+        """Answers requests for completions."""
         from gridprune_cli.runners.batches import as_error
 
         requests: list[tuple[Job, Request]] = []
@@ -170,9 +185,6 @@ class Worker:
             else:  # one of them is at fault: find out which
                 for job, _ in unresolved:
                     self._answer([job])
-        store = self.pipeline.store if self.pipeline else None
-        if store is not None:
-            store.release()
 
     def _request(self, job: Job) -> "Request":
         """The request as the library knows it. Raises BadInput for options that can't be."""

@@ -25,7 +25,7 @@ def identify_folder(folder: Path, store: "Store | None") -> str:
     the same tick is not remembered. So what is remembered can be lost, never wrong.
     """
     began = time.time_ns()
-    state = _state(folder)
+    state = list_files(folder)
     if store and (known := store.recall(files.digest(state))):
         return known
     total = hashlib.sha256()
@@ -33,13 +33,16 @@ def identify_folder(folder: Path, store: "Store | None") -> str:
         with (folder / name).open("rb") as file:
             total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     identity = total.hexdigest()
-    if store and _state(folder) == state and max(changed for *_, changed in state) < began - SETTLED:
+    if store and list_files(folder) == state and max(changed for *_, changed in state) < began - SETTLED:
         store.remember(files.digest(state), identity)
     return identity
 
 
-def _state(folder: Path) -> list[tuple[str, int, int, int, int]]:
-    """Name, inode, bytes, and times in ns of the last write and the last change, of each file by name."""
+def list_files(folder: Path) -> list[tuple[str, int, int, int, int]]:
+    """What the file system says of the files of a checkpoint, which is another where any of them has changed.
+
+    Name, inode, bytes, and times in ns of the last write and the last change, of each file by name.
+    """
     entries = []
     weights = weight_files(folder)
     for path in sorted(folder.iterdir()):

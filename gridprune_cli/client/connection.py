@@ -1,0 +1,198 @@
+"""Requests to a server, over TCP or a Unix socket, whose answers are lines of JSON."""
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock
+from time import monotonic
+from typing import Any
+from urllib.parse import urlsplit
+
+from gridprune_cli.client.protocol import error_from_json, is_private, socket_path
+from gridprune_cli.errors import BadInput, GridpruneError
+
+CONNECT_SECONDS = 10.0
+SILENCE_SECONDS = 60.0  # without a byte; a server that works says so every 10 seconds
+BUSY_SECONDS = 600.0  # for which a request is sent again to a server where too many wait
+
+_LOCAL = "take `no_server` to work without one"
+
+
+class ServerFault(GridpruneError):
+    """A server that can't be reached, or does not answer.
+
+    status  of its response, where it gave one
+    code    of its error object
+    """
+
+    def __init__(self, reason: str, *, status: int | None = None, code: str | None = None, **about: Any) -> None:
+        super().__init__(reason, **about)
+        self.status, self.code = status, code
+        if status is not None and 400 <= status < 429:  # what was sent is at fault
+            self.exit_code = BadInput.exit_code
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens: a Unix socket, or a host and port; and how it was named."""
+
+    name: str
+    socket: Path | None = None
+    host: str = "localhost"
+    port: int | None = None
+    tls: bool = False
+
+
+def parse_address(url: str) -> Address:
+    """An address from http://HOST:PORT, which may end in /v1, or unix:PATH. Raises BadInput for any other."""
+    if url.startswith("unix:") and len(url) > len("unix:"):
+        return Address(url, Path(url.removeprefix("unix:")))
+    wrong = BadInput("not http://HOST:PORT, https://HOST or unix:PATH", field="server", value=url)
+    try:
+        parsed = urlsplit(url)
+        host, port = parsed.hostname, parsed.port
+    except ValueError as fault:
+        raise wrong from fault
+    extra = parsed.username is not None or parsed.query or parsed.fragment
+    if extra or not host or parsed.scheme not in ("http", "https") or parsed.path.rstrip("/") not in ("", "/v1"):
+        raise wrong
+    return Address(url, host=host, port=port, tls=parsed.scheme == "https")
+
+
+def find_socket() -> Address | None:
+    """The socket of this user's server, where there is one in a folder that is this user's alone."""
+    path = socket_path()
+    with suppress(OSError):
+        if is_private(path.parent) and path.is_socket():
+            return Address(f"unix:{path}", path)
+    return None
+
+
+class Connection:
+    """A server that is asked. Several threads may, each over a connection of its own.
+
+    key  what the server asks for as the API key
+    """
+
+    def __init__(self, address: Address, key: str | None = None):
+        self.address, self._key = address, key
+        self._open: set[http.client.HTTPConnection] = set()
+        self._lock, self._closed = Lock(), Event()
+
+    def close(self) -> None:
+        """Ends all requests that are on their way, and with them the server's work on them."""
+        self._closed.set()
+        with self._lock:
+            for connection in self._open:
+                if isinstance(connection.sock, socket.socket):
+                    with suppress(OSError):
+                        connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Sends an object, and gives those of the answer as they come. The last has `result`.
+
+        Raises the library's error where the answer has one, and ServerFault where there is no whole answer. While the
+        server has too much to do, the request waits and is sent again.
+        """
+        data = json.dumps(body, allow_nan=False).encode("ascii")
+        end = monotonic() + BUSY_SECONDS
+        while True:
+            connection = self._connect()
+            try:
+                response = self._send(connection, path, data)
+                if response.status == 200:
+                    yield from self._lines(response)
+                    return
+                fault = self._fault(response)
+                wait = float(response.headers.get("Retry-After", "1"))
+            except (OSError, http.client.HTTPException) as error:
+                reason = f"ended the connection before it had answered ({_reason(error)}); see its log, or {_LOCAL}"
+                raise self._error(reason) from error
+            finally:
+                with self._lock:
+                    self._open.discard(connection)
+                connection.close()
+            if fault.status != 429 or monotonic() + wait > end or self._closed.wait(wait):
+                raise fault
+
+    def _connect(self) -> http.client.HTTPConnection:
+        address = self.address
+        if address.socket is not None:
+            connection: http.client.HTTPConnection = _UnixConnection(address.socket)
+        else:
+            kind = http.client.HTTPSConnection if address.tls else http.client.HTTPConnection
+            connection = kind(address.host, address.port, timeout=CONNECT_SECONDS)
+        try:
+            connection.connect()
+        except OSError as error:
+            reason = f"can't be reached ({_reason(error)}); start it with `gridprune serve`, or {_LOCAL}"
+            raise self._error(reason) from error
+        connection.sock.settimeout(SILENCE_SECONDS)
+        with self._lock:
+            self._open.add(connection)
+        if self._closed.is_set():
+            raise self._error("interrupted")
+        return connection
+
+    def _send(self, connection: http.client.HTTPConnection, path: str, data: bytes) -> http.client.HTTPResponse:
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        connection.request("POST", path, data, headers)
+        return connection.getresponse()
+
+    def _lines(self, response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+        """The objects of an answer, up to the one with the result. Empty lines say that the server is at work."""
+        while line := response.readline():
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+                if "error" in value:
+                    raise error_from_json(value["error"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._error(f"answered in a way that this version does not know; {_LOCAL}") from error
+            yield value
+            if "result" in value:
+                return
+        raise http.client.IncompleteRead(b"")
+
+    def _fault(self, response: http.client.HTTPResponse) -> ServerFault:
+        """What a response that is none of success says."""
+        status = response.status
+        try:
+            error = json.loads(response.read())["error"]
+            message, code = str(error["message"]), error.get("code")
+        except (ValueError, KeyError, TypeError):
+            message, code = f"answered with status {status}", None
+        if status == 401:
+            return self._error(f"{message}; give its `api_key`", status=status, code=code)
+        if status == 404 and code != "model_not_found":
+            message = "no gridprune server that this version can ask"
+        hint = {413: "; raise its --max-upload", 503: f"; try again soon, or {_LOCAL}", 404: f"; {_LOCAL}"}
+        return self._error(message + hint.get(status, ""), status=status, code=code)
+
+    def _error(self, reason: str, **about: Any) -> ServerFault:
+        return ServerFault(reason, place=self.address.name, **about)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path):
+        super().__init__("localhost", timeout=CONNECT_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "it gave no sign for too long"
+    text = error.strerror if isinstance(error, OSError) else None
+    return text or ("it broke off" if isinstance(error, http.client.HTTPException) else str(error))

@@ -1,0 +1,51 @@
+"""What the commands and the server agree on: paths, how failures travel, and where a server is found by its socket."""
+
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gridprune_cli.errors import BadInput, GridpruneError
+
+SESSION = "/v1/gridprune/session"
+COMMAND = "/v1/gridprune/command"
+FIGURES = ("png", "plain", "colour")  # a picture file, or one for a terminal
+UNKNOWN_IMAGE = "unknown_image"  # code of a refusal: an image was named by its sha256 alone, and is not held any more
+_NAME = "server.sock"
+
+
+def installed_version() -> str:
+    return version("gridprune")
+
+
+def error_to_json(error: GridpruneError) -> dict[str, Any]:
+    """A failure with its setting and place, for the other side to raise."""
+    kind = "input" if isinstance(error, BadInput) else "failure"
+    value = error.value if isinstance(error.value, bool | int | float | str | None) else str(error.value)
+    return {"kind": kind, "reason": error.reason, "field": error.field, "value": value, "place": error.place}
+
+
+def error_from_json(error: Mapping[str, Any]) -> GridpruneError:
+    """The inverse of `error_to_json`. Raises KeyError for what it did not write."""
+    kind = BadInput if error["kind"] == "input" else GridpruneError
+    return kind(error["reason"], field=error["field"], value=error["value"], place=error["place"])
+
+
+def socket_path() -> Path:
+    """Where a server listens for the commands of the same user.
+
+    $XDG_RUNTIME_DIR/gridprune/server.sock, else gridprune-USER in the folder for temporary files.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(base):
+        return Path(base, "gridprune", _NAME)
+    return Path(tempfile.gettempdir(), f"gridprune-{os.getuid()}", _NAME)
+
+
+def is_private(folder: Path) -> bool:
+    """Whether a folder is this user's, and nobody else can put a socket into it. Raises OSError where there is none."""
+    status = os.lstat(folder)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077

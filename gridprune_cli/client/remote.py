@@ -1,0 +1,310 @@
+"""What the commands work with where a server has the model: it stands in for a pipeline, and sends what that would do.
+
+Nothing of a pruned set but its file, its figure and its record comes back, so there are no tensors here.
+"""
+
+import base64
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any, TextIO
+
+from gridprune_cli.cache.root import default_root
+from gridprune_cli.client.connection import Connection, ServerFault
+from gridprune_cli.client.protocol import COMMAND, SESSION, UNKNOWN_IMAGE, error_from_json, installed_version
+from gridprune_cli.config import choose_model
+from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.image_files import Source, name_of, read_image
+from gridprune_cli.questions import cache_outcome
+
+EMBEDDED = "scenes"
+_FIXED = ("clip", "relevance", "device", "dtype")  # settings that a server has for all who ask
+
+
+class Mismatch(BadInput):
+    """A server that does not do what was asked of this process: another version, model or setting."""
+
+
+@dataclass(frozen=True)
+class RemoteRequest:
+    """A question about images, with options of pruning by name, as `Pruning.from_options` takes them."""
+
+    images: tuple[Source, ...]
+    question: str
+    pruning: Mapping[str, Any]
+    system: str | None = None
+    template: str | None = None
+
+
+@dataclass(frozen=True)
+class RemotePruned:
+    """A pruned set of the server.
+
+    record  what `PrunedSet.to_json` gives
+    file    its bytes, where they were asked for
+    figure  the figure, where that was asked for: a PNG file, or the text for a terminal in UTF-8
+    """
+
+    record: dict[str, Any]
+    counts: str
+    notes: tuple[str, ...]
+    file: bytes = b""
+    figure: bytes = b""
+
+    def to_json(self) -> dict[str, Any]:
+        return self.record
+
+    def to_bytes(self) -> bytes:
+        return self.file
+
+
+@dataclass(frozen=True)
+class RemoteAnswer:
+    """What came of a request, with an answer where one was asked for; in place of `Answer`, `Pruned` and `Reply`."""
+
+    pruned: RemotePruned
+    hits: tuple[bool, ...]
+    image_notes: tuple[tuple[str, str], ...]
+    ms: dict[str, float]
+    text: str = ""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.pruned.record
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.pruned.notes
+
+    @property
+    def hit(self) -> bool:
+        """Whether all images came from the cache."""
+        return all(self.hits)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `Answer.to_json` gives."""
+        return self.record | {"answer": self.text, "cache": cache_outcome(self.hits), "ms": self.ms}
+
+
+class RemotePipeline:
+    """A server, once it is known to have what was asked for.
+
+    pruning     options by name, which the server has checked
+    generation  options for transformers' `generate`, from those of the command
+    methods     names of options of pruning methods
+    remarks     what a user should know of how the model prunes, from the latest answer
+    """
+
+    def __init__(self, connection: Connection, session: Mapping[str, Any], cache: bool, scenes_only: bool):
+        self.generation: dict[str, Any] = session["generation"]
+        self.pruning: dict[str, Any] = session["pruning"]
+        self.methods = frozenset(session["method_options"])
+        self.model: str = session["model"]
+        self.remarks: tuple[str, ...] = ()
+        self._connection, self._common = connection, {"cache": cache, "scenes_only": scenes_only}
+        self._sent: set[str] = set()  # sha256 of images that the server got
+
+    def __enter__(self) -> "RemotePipeline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def ask(
+        self,
+        images: Sequence[Source],
+        question: str,
+        pruning: Mapping[str, Any],
+        *,
+        system: str | None = None,
+        template: str | None = None,
+        stream: TextIO | None = None,
+        outputs: Mapping[str, Any] | None = None,
+        **generation: Any,
+    ) -> RemoteAnswer:
+        """The answer to a question, as of `Pipeline.ask`. `outputs` are those of `run`."""
+        request = RemoteRequest(tuple(images), question, pruning, system, template)
+        return self.run(request, generation, stream, outputs)
+
+    def run(
+        self,
+        request: RemoteRequest,
+        generation: Mapping[str, Any] | None = None,
+        stream: TextIO | None = None,
+        outputs: Mapping[str, Any] | None = None,
+    ) -> RemoteAnswer:
+        """Has a request pruned, and answered where there are options for that. Raises its error.
+
+        stream   gets the answer as it comes
+        outputs  what else comes back: `file=True`, the pruned set's file; `figure=`, one of `protocol.FIGURES`
+        """
+        body: dict[str, Any] = dict(self._common) | {"generation": generation, "stream": stream is not None}
+        body |= {"question": request.question, "pruning": dict(request.pruning), **(outputs or {})}
+        body |= {"system": request.system, "template": request.template}
+        files = [(name_of(source), _read(source)) for source in request.images]
+        keys = [hashlib.sha256(data).hexdigest() for _, data in files]
+
+        def send(known: set[str]) -> RemoteAnswer:
+            images = [
+                {"name": name, "sha256": key} | ({} if key in known else {"data": base64.b64encode(data).decode()})
+                for key, (name, data) in zip(keys, files, strict=True)
+            ]
+            return self._send(body | {"images": images}, stream)
+
+        try:
+            answer = send(self._sent)
+        except ServerFault as fault:
+            if fault.code != UNKNOWN_IMAGE:
+                raise
+            answer = send(set())
+        self._sent.update(keys)
+        return answer
+
+    def generate(self, name: str, data: bytes, generation: Mapping[str, Any]) -> RemoteAnswer:
+        """The answer from the file of a pruned set. Raises its error."""
+        file = {"name": name, "data": base64.b64encode(data).decode()}
+        return self._send(self._common | {"generation": generation, "pruned": file}, None)
+
+    def map(self, act: Callable[[Any], RemoteAnswer], items: Sequence[Any], at_once: int) -> Iterator[Any]:
+        """What `act` gives for every item, or its error, in turn, with up to `at_once` of them under way.
+
+        Raises ServerFault, since what the server does not answer it would answer for no item.
+        """
+        broken, remaining = Event(), len(items)
+
+        def attempt(item: Any) -> RemoteAnswer | GridpruneError:
+            if broken.is_set():
+                return GridpruneError("not sent any more")
+            try:
+                return act(item)
+            except ServerFault as fault:
+                if fault.status is None or fault.status in (401, 403, 404, 503):
+                    broken.set()
+                return fault
+            except GridpruneError as fault:
+                return fault
+
+        threads = ThreadPoolExecutor(min(at_once, max(1, len(items))))
+        try:
+            for result in threads.map(attempt, items):
+                if broken.is_set() and isinstance(result, ServerFault):
+                    raise result
+                remaining -= 1
+                yield result
+        except BaseException:
+            if remaining:  # nobody waits for them any more
+                self._connection.close()
+            raise
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def _send(self, body: Mapping[str, Any], stream: TextIO | None) -> RemoteAnswer:
+        for value in self._connection.post(COMMAND, body):
+            if stream is not None and "text" in value:
+                stream.write(value["text"])
+                stream.flush()
+        result = value["result"]
+        self.remarks = tuple(result["remarks"])
+        pruned = RemotePruned(
+            result["record"],
+            result["counts"],
+            tuple(result["notes"]),
+            base64.b64decode(result.get("file") or ""),
+            base64.b64decode(result.get("figure") or ""),
+        )
+        notes = tuple((name, note) for name, note in result["image_notes"])
+        return RemoteAnswer(pruned, tuple(result["hits"]), notes, result["ms"], result["answer"] or "")
+
+
+def open_remote(
+    connection: Connection,
+    settings: Mapping[str, Any],
+    pruning: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    *,
+    named: bool,
+) -> RemotePipeline:
+    """The pipeline of a server, after a first exchange. Nothing of an image is sent before.
+
+    settings  of a pipeline, by name, as `opening.open_pipeline` takes them; those that are missing are not looked at
+    named     whether the user named this server. Then it may have a model, cache and dtype that were not asked for;
+              one that was only found must do exactly what this process would
+
+    Raises Mismatch where the server is of another version, or does not do what the settings say; BadInput, as the
+    options of pruning and generation would here; ServerFault where there is none.
+    """
+    version = installed_version()
+    body = {"version": version, "pruning": dict(pruning), "generation": dict(generation)}
+    *_, last = connection.post(SESSION, body)
+    session: dict[str, Any] = last["result"]
+    if session["version"] != version:
+        reason = f"the server is gridprune {session['version']}, this is {version}; start it anew, or take `no_server`"
+        raise Mismatch(reason, place=connection.address.name)
+    named_model = choose_model(settings["model"]).model if "model" in settings else None
+    try:
+        if "model" in settings:
+            _check_model(session, named_model, named)
+        _check_settings(session, settings, named)
+    except Mismatch as fault:
+        raise fault.at(connection.address.name) from None
+    if session["fault"]:
+        raise error_from_json(session["fault"])
+    scenes_only = named_model is None and session["model"] == EMBEDDED
+    return RemotePipeline(connection, session, not settings.get("no_cache"), scenes_only)
+
+
+def _check_model(session: Mapping[str, Any], model: str | None, named: bool) -> None:
+    """Raises Mismatch for a server of another model than the one that is in force here, or of its older files."""
+    served = session["model"]
+    if model is None and not named and (served != EMBEDDED or session["chosen"]):
+        raise Mismatch(f"it serves {served}, and no model was named here")
+    if model is not None and model != served:
+        with suppress(OSError, ValueError):
+            if session["folder"] and os.path.samefile(model, session["folder"]):
+                model = served
+    if model is not None and model != served:
+        raise Mismatch(f"the server has {served}; leave it out, or take `no_server`", field="model", value=model)
+    if session["changed"]:
+        raise Mismatch(f"the files of {served} have changed since the server read them; start it anew")
+
+
+def _check_settings(session: Mapping[str, Any], settings: Mapping[str, Any], named: bool) -> None:
+    """Raises Mismatch for a setting that the server has otherwise."""
+    for name in _FIXED:
+        value, served = settings.get(name), session["settings"][name]
+        if name not in settings or value in served or (value in (None, "auto") and (named or name == "device")):
+            continue
+        raise _other(name, value, served[-1])
+    if "cache_dtype" in settings and settings["cache_dtype"] != session["cache_dtype"]:
+        raise _other("cache_dtype", settings["cache_dtype"], session["cache_dtype"])
+    if settings.get("cache_limit") is not None and not _from_variable("cache_limit", settings, named):
+        raise Mismatch("the server's cache has a limit of its own; leave it out", field="cache_limit")
+    if "cache_dir" not in settings or settings.get("no_cache") or _from_variable("cache_dir", settings, named):
+        return
+    folder = settings["cache_dir"]
+    if folder is None and named:
+        return
+    root = default_root() if folder is None else Path(folder)
+    if os.path.realpath(root) != session["cache_dir"]:
+        raise _other("cache_dir", root, session["cache_dir"])
+
+
+def _other(name: str, value: object, served: object) -> Mismatch:
+    reason = f"the server has {'none' if served is None else served}; leave it out, or take `no_server`"
+    return Mismatch(reason, field=name, value=value)
+
+
+def _from_variable(name: str, settings: Mapping[str, Any], named: bool) -> bool:
+    """Whether a setting comes from a variable, which is meant for this machine, and not for a server that was named."""
+    return named and str(settings[name]) == os.environ.get(f"GRIDPRUNE_{name.upper()}")
+
+
+def _read(source: Source) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    return read_image(source) if isinstance(source, str | Path) else source.data
