@@ -5,8 +5,10 @@ from typing import Any
 
 from gridprune_cli.cli.describe import describe, set_method_options
 from gridprune_cli.cli.output import say, set_quiet
-from gridprune_cli.client.connection import Address, Connection, ServerFault, find_socket, parse_address
-from gridprune_cli.client.remote import Mismatch, RemotePipeline, open_remote
+from gridprune_cli.client.connection import Address, Connection, find_socket, parse_address
+from gridprune_cli.client.protocol import ServerFault
+from gridprune_cli.client.remote import RemotePipeline
+from gridprune_cli.client.session import EMBEDDED, Mismatch, open_remote
 
 OFF = "off"
 
@@ -48,7 +50,7 @@ def find_server(
     finally:
         set_method_options(None)
     set_method_options(remote.methods)
-    if server and not options.get("model") and remote.model != "scenes":
+    if server and not options.get("model") and remote.model != EMBEDDED:
         say(f"asking {remote.model} at {server}")
     return remote
 

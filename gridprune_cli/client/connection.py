@@ -12,28 +12,14 @@ from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
-from gridprune_cli.client.protocol import error_from_json, is_private, socket_path
-from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.client.protocol import ServerFault, error_from_json, is_private, socket_path
+from gridprune_cli.errors import BadInput
 
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0  # without a byte; a server that works says so every 10 seconds
 BUSY_SECONDS = 600.0  # for which a request is sent again to a server where too many wait
 
 _LOCAL = "take `no_server` to work without one"
-
-
-class ServerFault(GridpruneError):
-    """A server that can't be reached, or does not answer.
-
-    status  of its response, where it gave one
-    code    of its error object
-    """
-
-    def __init__(self, reason: str, *, status: int | None = None, code: str | None = None, **about: Any) -> None:
-        super().__init__(reason, **about)
-        self.status, self.code = status, code
-        if status is not None and 400 <= status < 429:  # what was sent is at fault
-            self.exit_code = BadInput.exit_code
 
 
 @dataclass(frozen=True)
@@ -127,7 +113,12 @@ class Connection:
             kind = http.client.HTTPSConnection if address.tls else http.client.HTTPConnection
             connection = kind(address.host, address.port, timeout=CONNECT_SECONDS)
         try:
-            connection.connect()
+            if address.socket is None and not address.tls and address.host.isascii():
+                # as bytes: else the codec for names of other scripts is loaded, for some 5 ms
+                target = address.host.encode(), connection.port
+                connection.sock = socket.create_connection(target, CONNECT_SECONDS)  # type: ignore[arg-type]
+            else:
+                connection.connect()
         except OSError as error:
             reason = f"can't be reached ({_reason(error)}); start it with `gridprune serve`, or {_LOCAL}"
             raise self._error(reason) from error

@@ -17,6 +17,20 @@ UNKNOWN_IMAGE = "unknown_image"  # code of a refusal: an image was named by its 
 _NAME = "server.sock"
 
 
+class ServerFault(GridpruneError):
+    """A server that can't be reached, or does not answer.
+
+    status  of its response, where it gave one
+    code    of its error object
+    """
+
+    def __init__(self, reason: str, *, status: int | None = None, code: str | None = None, **about: Any) -> None:
+        super().__init__(reason, **about)
+        self.status, self.code = status, code
+        if status is not None and 400 <= status < 429:  # what was sent is at fault
+            self.exit_code = BadInput.exit_code
+
+
 def installed_version() -> str:
     return version("gridprune")
 

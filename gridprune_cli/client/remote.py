@@ -5,29 +5,19 @@ Nothing of a pruned set but its file, its figure and its record comes back, so t
 
 import base64
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from gridprune_cli.cache.root import default_root
-from gridprune_cli.client.connection import Connection, ServerFault
-from gridprune_cli.client.protocol import COMMAND, SESSION, UNKNOWN_IMAGE, error_from_json, installed_version
-from gridprune_cli.config import choose_model
-from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.client.protocol import COMMAND, UNKNOWN_IMAGE, ServerFault
+from gridprune_cli.errors import GridpruneError
 from gridprune_cli.image_files import Source, name_of, read_image
 from gridprune_cli.questions import cache_outcome
 
-EMBEDDED = "scenes"
-_FIXED = ("clip", "relevance", "device", "dtype")  # settings that a server has for all who ask
-
-
-class Mismatch(BadInput):
-    """A server that does not do what was asked of this process: another version, model or setting."""
+if TYPE_CHECKING:
+    from gridprune_cli.client.connection import Connection
 
 
 @dataclass(frozen=True)
@@ -100,7 +90,7 @@ class RemotePipeline:
     remarks     what a user should know of how the model prunes, from the latest answer
     """
 
-    def __init__(self, connection: Connection, session: Mapping[str, Any], cache: bool, scenes_only: bool):
+    def __init__(self, connection: "Connection", session: Mapping[str, Any], cache: bool, scenes_only: bool):
         self.generation: dict[str, Any] = session["generation"]
         self.pruning: dict[str, Any] = session["pruning"]
         self.methods = frozenset(session["method_options"])
@@ -175,6 +165,8 @@ class RemotePipeline:
 
         Raises ServerFault, since what the server does not answer it would answer for no item.
         """
+        from concurrent.futures import ThreadPoolExecutor
+
         broken, remaining = Event(), len(items)
 
         def attempt(item: Any) -> RemoteAnswer | GridpruneError:
@@ -219,89 +211,6 @@ class RemotePipeline:
         )
         notes = tuple((name, note) for name, note in result["image_notes"])
         return RemoteAnswer(pruned, tuple(result["hits"]), notes, result["ms"], result["answer"] or "")
-
-
-def open_remote(
-    connection: Connection,
-    settings: Mapping[str, Any],
-    pruning: Mapping[str, Any],
-    generation: Mapping[str, Any],
-    *,
-    named: bool,
-) -> RemotePipeline:
-    """The pipeline of a server, after a first exchange. Nothing of an image is sent before.
-
-    settings  of a pipeline, by name, as `opening.open_pipeline` takes them; those that are missing are not looked at
-    named     whether the user named this server. Then it may have a model, cache and dtype that were not asked for;
-              one that was only found must do exactly what this process would
-
-    Raises Mismatch where the server is of another version, or does not do what the settings say; BadInput, as the
-    options of pruning and generation would here; ServerFault where there is none.
-    """
-    version = installed_version()
-    body = {"version": version, "pruning": dict(pruning), "generation": dict(generation)}
-    *_, last = connection.post(SESSION, body)
-    session: dict[str, Any] = last["result"]
-    if session["version"] != version:
-        reason = f"the server is gridprune {session['version']}, this is {version}; start it anew, or take `no_server`"
-        raise Mismatch(reason, place=connection.address.name)
-    named_model = choose_model(settings["model"]).model if "model" in settings else None
-    try:
-        if "model" in settings:
-            _check_model(session, named_model, named)
-        _check_settings(session, settings, named)
-    except Mismatch as fault:
-        raise fault.at(connection.address.name) from None
-    if session["fault"]:
-        raise error_from_json(session["fault"])
-    scenes_only = named_model is None and session["model"] == EMBEDDED
-    return RemotePipeline(connection, session, not settings.get("no_cache"), scenes_only)
-
-
-def _check_model(session: Mapping[str, Any], model: str | None, named: bool) -> None:
-    """Raises Mismatch for a server of another model than the one that is in force here, or of its older files."""
-    served = session["model"]
-    if model is None and not named and (served != EMBEDDED or session["chosen"]):
-        raise Mismatch(f"it serves {served}, and no model was named here")
-    if model is not None and model != served:
-        with suppress(OSError, ValueError):
-            if session["folder"] and os.path.samefile(model, session["folder"]):
-                model = served
-    if model is not None and model != served:
-        raise Mismatch(f"the server has {served}; leave it out, or take `no_server`", field="model", value=model)
-    if session["changed"]:
-        raise Mismatch(f"the files of {served} have changed since the server read them; start it anew")
-
-
-def _check_settings(session: Mapping[str, Any], settings: Mapping[str, Any], named: bool) -> None:
-    """Raises Mismatch for a setting that the server has otherwise."""
-    for name in _FIXED:
-        value, served = settings.get(name), session["settings"][name]
-        if name not in settings or value in served or (value in (None, "auto") and (named or name == "device")):
-            continue
-        raise _other(name, value, served[-1])
-    if "cache_dtype" in settings and settings["cache_dtype"] != session["cache_dtype"]:
-        raise _other("cache_dtype", settings["cache_dtype"], session["cache_dtype"])
-    if settings.get("cache_limit") is not None and not _from_variable("cache_limit", settings, named):
-        raise Mismatch("the server's cache has a limit of its own; leave it out", field="cache_limit")
-    if "cache_dir" not in settings or settings.get("no_cache") or _from_variable("cache_dir", settings, named):
-        return
-    folder = settings["cache_dir"]
-    if folder is None and named:
-        return
-    root = default_root() if folder is None else Path(folder)
-    if os.path.realpath(root) != session["cache_dir"]:
-        raise _other("cache_dir", root, session["cache_dir"])
-
-
-def _other(name: str, value: object, served: object) -> Mismatch:
-    reason = f"the server has {'none' if served is None else served}; leave it out, or take `no_server`"
-    return Mismatch(reason, field=name, value=value)
-
-
-def _from_variable(name: str, settings: Mapping[str, Any], named: bool) -> bool:
-    """Whether a setting comes from a variable, which is meant for this machine, and not for a server that was named."""
-    return named and str(settings[name]) == os.environ.get(f"GRIDPRUNE_{name.upper()}")
 
 
 def _read(source: Source) -> bytes:
