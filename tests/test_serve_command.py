@@ -98,7 +98,7 @@ def test_a_model_that_can_not_be_used_ends_it(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, reason",
     [
         (("--host", "0.0.0.0"), "--host 0.0.0.0: others can reach it; give an --api-key"),
         (("--host", "example.invalid"), "--host example.invalid: others"),
@@ -110,9 +110,9 @@ def test_a_model_that_can_not_be_used_ends_it(start, tmp_path):
         (("--method", "nearest"), "nearest"),
     ],
 )
-def test_what_it_does_not_start_with(command, arguments, said):
+def test_what_it_does_not_start_with(command, arguments, reason):
     code, out, err = command("serve", "--port", 0, *arguments)
-    assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+    assert (code, out) == (2, "") and reason in err and err.count("\n") == 1
 
 
 def test_a_missing_extra_is_told_in_a_line(command, monkeypatch):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from gridprune_cli.serve.jobs import FairQueue, Job
-from gridprune_cli.serve.wire import ChatRequest, Outcome, Sampling
+from gridprune_cli.serve.replies import Outcome
+from gridprune_cli.serve.wire import ChatRequest, Sampling
 
 GREEDY = Sampling()
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.serve.wire import Chunks, Outcome, Refusal, Sampling, completion_json, parse_chat, refusal_of
+from gridprune_cli.serve.wire import Refusal, Sampling, parse_chat, refusal_of
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 TEXT = {"type": "text", "text": "What is left of the star?"}
@@ -159,26 +159,3 @@ def test_failures_of_the_library_have_a_status():
     assert refusal_of(GridpruneError("the disk is full")).to_json()["error"]["type"] == "server_error"
     unexpected = refusal_of(ValueError("a secret"))
     assert unexpected.status == 500 and "secret" not in unexpected.message
-
-
-OUTCOME = Outcome("red star", 39, 28, 3, "stop", {"keep": 0.11})
-
-
-def test_a_completion_counts_what_the_language_model_got():
-    completion = completion_json("chatcmpl-1", 5, "scenes", OUTCOME)
-    assert completion["usage"]["prompt_tokens"] == 39 and completion["usage"]["total_tokens"] == 42
-    assert completion["usage"]["prompt_tokens_details"] == {"multimodal_tokens": {"image": 28}}
-    assert completion["choices"][0]["message"]["content"] == "red star"
-    assert completion["gridprune"] == OUTCOME.record
-
-
-@pytest.mark.parametrize("include", [False, True])
-def test_usage_comes_last_and_where_it_was_asked_for(include):
-    chunks = Chunks("chatcmpl-1", 5, "scenes", include)
-    assert chunks.first()["choices"][0]["delta"]["role"] == "assistant"
-    assert ("usage" in chunks.text("red")) == include
-    last = chunks.last(OUTCOME)
-    assert len(last) == 1 + include and last[0]["choices"][0]["finish_reason"] == "stop"
-    assert last[0]["gridprune"] == OUTCOME.record
-    if include:
-        assert last[1]["choices"] == [] and last[1]["usage"]["completion_tokens"] == 3

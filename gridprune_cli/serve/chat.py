@@ -12,17 +12,9 @@ from starlette.types import Receive, Scope, Send
 from gridprune_cli.serve.gate import Json
 from gridprune_cli.serve.jobs import Event, Job, Left, Turn
 from gridprune_cli.serve.pictures import Pictures
+from gridprune_cli.serve.replies import Chunks, Outcome, completion_json
 from gridprune_cli.serve.uploads import Budget, Share, read_body
-from gridprune_cli.serve.wire import (
-    ChatRequest,
-    Chunks,
-    Outcome,
-    PicturePart,
-    Refusal,
-    completion_json,
-    parse_chat,
-    refusal_of,
-)
+from gridprune_cli.serve.wire import ChatRequest, PicturePart, Refusal, parse_chat, refusal_of
 from gridprune_cli.serve.work import Worker
 
 PING = 10.0  # seconds without an event after which a stream says that it is alive
