@@ -21,6 +21,14 @@ def serve(
     pipeline: dict[str, Any],
     host: Annotated[str, options.option("Address to listen at.", options.SERVER)] = "127.0.0.1",
     port: Annotated[int, options.option("Port; 0 for any that is free.", options.SERVER, min=0, max=65535)] = 8090,
+    socket: Annotated[
+        bool,
+        options.option(
+            "Listen at no port, but at a Unix socket that your other commands find by themselves.",
+            options.SERVER,
+            "--socket",
+        ),
+    ] = False,
     api_key: Annotated[
         str | None,
         options.option(
@@ -72,9 +80,12 @@ def serve(
     from gridprune_cli.serve.http import listen, run
     from gridprune_cli.serve.metrics import Metrics
     from gridprune_cli.serve.pictures import Pictures
+    from gridprune_cli.serve.runtime import listen_at_socket
     from gridprune_cli.serve.uploads import Budget
     from gridprune_cli.serve.work import Worker
 
+    if socket and (host, port) != ("127.0.0.1", 8090):
+        raise BadInput("listens at no port; leave --host and --port out", field="socket")
     if api_key is None and not _is_loopback(host):
         raise BadInput("others can reach it; give an `api_key`, or take 127.0.0.1", field="host", value=host)
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable() and " " not in api_key):
@@ -100,7 +111,7 @@ def serve(
     )
     routes = command_routes(worker, budget, pipeline)
     app = create_app(worker, pictures, Access(api_key, (host.lower(),)), budget, metrics, routes)
-    with listen(host, port) as listener:
+    with listen_at_socket() if socket else listen(host, port) as listener:
         run(app, worker, listener)
     say("stopped")
 

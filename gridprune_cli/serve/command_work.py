@@ -21,7 +21,7 @@ from gridprune_cli.runners.local import Pruned, Runner
 from gridprune_cli.selector import find_relevance
 from gridprune_cli.serve.jobs import Finished, Turn
 from gridprune_cli.serve.metrics import Metrics
-from gridprune_cli.serve.wire import Outcome
+from gridprune_cli.serve.replies import Outcome
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.checkpoint import EMBEDDED

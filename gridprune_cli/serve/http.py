@@ -107,7 +107,11 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
-            host, port = listener.getsockname()[:2]
+            name = listener.getsockname()
+            if isinstance(name, str):
+                _log.info("listening on unix:%s", name)
+                continue
+            host, port = name[:2]
             _log.info("listening on http://%s:%d/v1", f"[{host}]" if ":" in host else host, port)
 
     async def on_tick(self, counter: int) -> bool:
