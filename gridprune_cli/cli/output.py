@@ -74,6 +74,11 @@ class DataStream(io.TextIOWrapper):
     def _try(self, act: Callable[[], T]) -> T:
         try:
             return act()
+        except BrokenPipeError:  # the reader has left: this ends us quietly, also where the signal is ignored
+            to_null(self.fileno())
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGPIPE)
+            raise
         except OSError as fault:
             to_null(self.fileno())  # for what it still holds, which Python writes at the end
             reason = fault.strerror or fault

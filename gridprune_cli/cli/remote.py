@@ -1,5 +1,6 @@
 """Which server a command is done by, if by any."""
 
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,8 @@ def find_server(
     finally:
         set_method_options(None)
     set_method_options(remote.methods)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a server that has gone is an error, with its line
     if server and not options.get("model") and remote.model != EMBEDDED:
         say(f"asking {remote.model} at {server}")
     return remote
