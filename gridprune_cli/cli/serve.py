@@ -2,7 +2,6 @@
 
 import importlib.util
 import ipaddress
-import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,8 +111,6 @@ def serve(
     )
     routes = command_routes(worker, budget, pipeline)
     app = create_app(worker, pictures, Access(api_key, (host.lower(),)), budget, metrics, routes)
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a client that leaves must not end the server
     with listen_at_socket() if socket else listen(host, port) as listener:
         run(app, worker, listener)
     say("stopped")
