@@ -237,7 +237,7 @@ def test_a_picture_that_is_no_scene_is_taken_where_the_model_was_named(both):
         (["--cache-dtype", "int8"], "--cache-dtype int8: the server has full"),
         (["--cache-dir", "other"], "--cache-dir other: the server has"),
         (["--cache-limit", "1G"], "--cache-limit"),
-        (["--localizer", "other"], "--localizer other: the server loads no other model"),
+        (["--localizer", "other"], "--localizer other: a server works alone"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -443,7 +443,7 @@ def test_ctrl_c_ends_the_work_of_the_server_too(home, server, tmp_path):
     assert process.wait(10) == 130
     os.close(reader)
     assert (tmp_path / "stderr").read_text() == ""
-    session = {"generation": {}, "pruning": {}, "method_options": [], "model": "scenes"}
+    session = {"generation": {}, "pruning": {}, "method_options": [], "model": "scenes", "fault": None}
     remote = RemotePipeline(Connection(parse_address(home.url)), session, True, True)
     answer = remote.run(RemoteRequest((SCENE,), QUESTION, {}), {"max_new_tokens": 8})
     assert answer.text == "red star"

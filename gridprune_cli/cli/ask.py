@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gridprune_cli.cache.files import write_atomic
-from gridprune_cli.cli import options
+from gridprune_cli.cli import options, remote
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.drawing import draw_figure
 from gridprune_cli.cli.inputs import Images, Question, read_inputs
@@ -21,6 +21,7 @@ _HIDDEN = (
     *("clip", "relevance", "cache_dir", "cache_limit", "cache_dtype"),
     *("positions", "query", "share_budget", "literal", "prompt_template", "stream"),
     *("localizer_template", "ilp_layer", "inside_ratio", "outside_ratio"),
+    *("server", "no_server", "api_key"),
 )
 
 
@@ -30,7 +31,7 @@ _HIDDEN = (
     'gridprune ask - "How many stars are there?" --json < street.png',
 )
 @options.takes(
-    server=options.server,
+    server=remote.server,
     pipeline=options.pipeline,
     pruning=options.pruning,
     prompt=options.prompt,

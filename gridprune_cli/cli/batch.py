@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gridprune_cli.cli import options
+from gridprune_cli.cli import options, remote
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import describe, error_fields
 from gridprune_cli.cli.output import check_target, lines_to, progress, say, set_quiet, warn
@@ -37,7 +37,7 @@ BatchSize = Annotated[
     "jq -c ... | gridprune batch - | jq -r .answer",
 )
 @options.takes(
-    server=options.server,
+    server=remote.server,
     pipeline=options.pipeline,
     engine=options.engine,
     pruning=options.pruning,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gridprune_cli.cache.files import MAX_BYTES, FileFault, read_bytes
-from gridprune_cli.cli import options
+from gridprune_cli.cli import options, remote
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import describe, error_fields
 from gridprune_cli.cli.output import emit_json, emit_text, open_stdin, progress, set_quiet, warn
@@ -29,7 +29,7 @@ WINDOW = 128  # files that are held together, to find those of like length
     "gridprune generate star.safetensors",
     "gridprune generate pruned/*.safetensors --json",
 )
-@options.takes(server=options.server, generation=options.generation)
+@options.takes(server=remote.server, generation=options.generation)
 def generate(
     files: Annotated[
         list[Path],

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -99,8 +99,8 @@ def takes(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replaces each named parameter of a command by the options of its group.
 
-    With the group `server`, a server may do the work. Then `pipeline` is its `RemotePipeline`, `pruning` the options by
-    name, and nothing here needs torch.
+    With the group `server`, the first, a server may do the work: what that gives for the options of the other groups
+    takes the place of what they would give. See `cli.remote`.
 
     `hidden` options are taken as ever, but the help of this command leaves them out.
     """
@@ -112,11 +112,17 @@ def takes(
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
-            results = _from_server(values, of_groups) if "server" in groups else {}
-            for name, options in of_groups.items():
-                chosen = {option: values.pop(option) for option in options}
-                if name not in results:
-                    results[name] = groups[name](**chosen)
+            results: dict[str, Any] = {}
+            for name in groups:
+                if name in results:
+                    continue
+                named = {group: {option: values[option] for option in of_groups[group]} for group in groups}
+                results[name] = groups[name](**named[name])
+                if name == "server":
+                    results |= results[name](values, named)
+            for options in of_groups.values():
+                for option in options:
+                    values.pop(option)
             command(**values, **{name: results[name] for name in groups if name in of_replaced})
 
         parameters = [*of_command, *(p for options in of_groups.values() for p in options.values())]
@@ -128,20 +134,6 @@ def takes(
         return run
 
     return decorate
-
-
-def _from_server(values: dict[str, Any], groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the groups give where a server does the work; nothing but `server=None` where none does."""
-    from gridprune_cli.cli.remote import find_server
-
-    named = {name: {option: values[option] for option in options} for name, options in groups.items()}
-    remote = find_server(
-        **named["server"], options=values, pruning=named.get("pruning", {}), generation=named.get("generation", {})
-    )
-    if remote is None:
-        return {"server": None}
-    results = {"server": remote, "pipeline": remote, "pruning": remote.pruning, "generation": remote.generation}
-    return results | ({"engine": None} if "engine" in groups else {})
 
 
 def unopened(group: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
@@ -209,25 +201,6 @@ def pipeline(
     from gridprune_cli.opening import open_pipeline
 
     return open_pipeline(options)
-
-
-def server(
-    server: Annotated[
-        str | None,
-        option(
-            "Server that has the model: http://HOST:PORT or unix:PATH; off: none.",
-            SERVER,
-            metavar="URL",
-            envvar="GRIDPRUNE_SERVER",
-            show_default="that of `gridprune serve --socket`, where one runs",
-        ),
-    ] = None,
-    no_server: Annotated[bool, option("Work in this process.", SERVER, "--no-server")] = False,
-    api_key: Annotated[
-        str | None, option("What the server asks for.", SERVER, metavar="KEY", envvar="GRIDPRUNE_API_KEY")
-    ] = None,
-) -> None:
-    """The server that does the work; `takes` finds it before the other groups."""
 
 
 def engine(
@@ -376,4 +349,4 @@ def generation(
     return parse_generation(generation, max_new_tokens)
 
 
-GROUPS = (server, pipeline, engine, pruning, prompt, generation)
+GROUPS = (pipeline, engine, pruning, prompt, generation)

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import typer
 
-from gridprune_cli.cli import options
+from gridprune_cli.cli import options, remote
 from gridprune_cli.cli.batch import FailFast, Tally, remarks_on, report, work
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import error_fields
@@ -31,7 +31,7 @@ _WINDOW = 128  # lines of --batch that are looked at together, to find those of 
     'gridprune prune street.png "Where is the star?" --keep 0.11 -o star.safetensors',
     "gridprune prune --batch questions.jsonl -o pruned/",
 )
-@options.takes(server=options.server, pipeline=options.pipeline, pruning=options.pruning, prompt=options.prompt)
+@options.takes(server=remote.server, pipeline=options.pipeline, pruning=options.pruning, prompt=options.prompt)
 def prune(
     output: Annotated[
         Path,

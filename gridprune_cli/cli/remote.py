@@ -1,61 +1,89 @@
 """Which server a command is done by, if by any."""
 
 import signal
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Any
 
+from gridprune_cli.cli import options
 from gridprune_cli.cli.describe import describe, set_method_options
 from gridprune_cli.cli.output import say, set_quiet
-from gridprune_cli.client.connection import Address, Connection, find_socket, parse_address
 from gridprune_cli.client.protocol import ServerFault
-from gridprune_cli.client.remote import RemotePipeline
-from gridprune_cli.client.session import EMBEDDED, Mismatch, open_remote
 
 OFF = "off"
+
+
+def server(
+    server: Annotated[
+        str | None,
+        options.option(
+            "Server that has the model: http://HOST:PORT or unix:PATH; off: none.",
+            options.SERVER,
+            metavar="URL",
+            envvar="GRIDPRUNE_SERVER",
+            show_default="that of `gridprune serve --socket`, where one runs",
+        ),
+    ] = None,
+    no_server: Annotated[bool, options.option("Work in this process.", options.SERVER, "--no-server")] = False,
+    api_key: Annotated[
+        str | None,
+        options.option("What the server asks for.", options.SERVER, metavar="KEY", envvar="GRIDPRUNE_API_KEY"),
+    ] = None,
+) -> Callable[..., dict[str, Any]]:
+    """The server that does the work: a function that finds it, as `takes` calls it."""
+    return partial(find_server, server, no_server, api_key)
 
 
 def find_server(
     server: str | None,
     no_server: bool,
     api_key: str | None,
-    options: Mapping[str, Any],
-    pruning: Mapping[str, Any],
-    generation: Mapping[str, Any],
-) -> RemotePipeline | None:
-    """The server that a command is done by; None where this process is to do it.
+    values: Mapping[str, Any],
+    groups: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What groups of a command give where a server does the work; where this process is to do it, `server` is None.
 
-    options  of the command, by name
+    values  options of the command, by name
+    groups  those of each of its groups
 
     A server that was named must do it, or the command fails. One that was found by its socket does it where it would do
     the same as this process; where it would not, a note says why.
 
     Raises BadInput for options that can't be, and for a named server that has others; ServerFault where it fails.
     """
-    set_quiet(bool(options.get("quiet")))
+    from gridprune_cli.client.connection import Connection, find_socket, parse_address
+    from gridprune_cli.client.session import EMBEDDED, Mismatch, open_remote
+
+    set_quiet(bool(values.get("quiet")))
     if no_server or (server or "").lower() == OFF:
-        return None
-    address: Address | None = parse_address(server) if server else find_socket()
+        return {"server": None}
+    address = parse_address(server) if server else find_socket()
     if address is None:
-        return None
+        return {"server": None}
     connection = Connection(address, api_key)
-    settings = {name: options[name] for name in _SETTINGS if name in options}
+    settings = {name: values[name] for name in _SETTINGS if name in values}
     try:
-        _check_elsewhere(options)
-        remote = open_remote(connection, settings, pruning, generation, named=bool(server))
+        if setting := _elsewhere(values):
+            reason = "a server works alone, with its one model; take `no_server`"
+            raise Mismatch(reason, field=setting, value=values[setting])
+        remote = open_remote(
+            connection, settings, groups.get("pruning", {}), groups.get("generation", {}), named=bool(server)
+        )
     except (Mismatch, ServerFault) as fault:
         if server:
             raise
         if not isinstance(fault, ServerFault) or fault.status is not None:  # not one that has gone and left its socket
             say(f"working without the server at {address.name}: {describe(fault)}")
-        return None
-    finally:
-        set_method_options(None)
+        return {"server": None}
     set_method_options(remote.methods)
+    if remote.fault:
+        raise remote.fault
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a server that has gone is an error, with its line
-    if server and not options.get("model") and remote.model != EMBEDDED:
+    if server and not values.get("model") and remote.model != EMBEDDED:
         say(f"asking {remote.model} at {server}")
-    return remote
+    results = {"server": remote, "pipeline": remote, "pruning": remote.pruning, "generation": remote.generation}
+    return results | ({"engine": None} if "engine" in groups else {})
 
 
 _SETTINGS = (
@@ -64,10 +92,8 @@ _SETTINGS = (
 )
 
 
-def _check_elsewhere(options: Mapping[str, Any]) -> None:
-    """Raises Mismatch for what no server does: work of other machines, models beside its own."""
-    if options.get("engine", "local") != "local":
-        raise Mismatch("not by a server; take `no_server`", field="engine", value=options["engine"])
-    if options.get("localizer") not in (None, "relevance", "vlm"):
-        reason = "the server loads no other model; take `no_server`"
-        raise Mismatch(reason, field="localizer", value=options["localizer"])
+def _elsewhere(values: Mapping[str, Any]) -> str | None:
+    """The option that asks for what no server does, if any: work of other machines, models beside its own."""
+    if values.get("engine", "local") != "local":
+        return "engine"
+    return None if values.get("localizer") in (None, "relevance", "vlm") else "localizer"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gridprune_cli.cli import options
+from gridprune_cli.cli import options, remote
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.drawing import draw_figure, is_colour, print_figure
 from gridprune_cli.cli.inputs import Question, read_inputs
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @examples('gridprune show street.png "Where is the star?" --keep 0.11 -o star.png')
-@options.takes(server=options.server, pipeline=options.pipeline, pruning=options.pruning)
+@options.takes(server=remote.server, pipeline=options.pipeline, pruning=options.pruning)
 def show(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="Image file, or - for stdin.", show_default=False)],
     question: Question,

@@ -2,7 +2,6 @@
 
 import os
 import stat
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +55,8 @@ def socket_path() -> Path:
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     if os.path.isabs(base):
         return Path(base, "gridprune", _NAME)
+    import tempfile
+
     return Path(tempfile.gettempdir(), f"gridprune-{os.getuid()}", _NAME)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, TextIO
 
-from gridprune_cli.client.protocol import COMMAND, UNKNOWN_IMAGE, ServerFault
+from gridprune_cli.client.protocol import COMMAND, UNKNOWN_IMAGE, ServerFault, error_from_json
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.image_files import Source, name_of, read_image
 from gridprune_cli.questions import cache_outcome
@@ -87,6 +87,7 @@ class RemotePipeline:
     pruning     options by name, which the server has checked
     generation  options for transformers' `generate`, from those of the command
     methods     names of options of pruning methods
+    fault       what is wrong with the options, for the command to raise
     remarks     what a user should know of how the model prunes, from the latest answer
     """
 
@@ -95,6 +96,7 @@ class RemotePipeline:
         self.pruning: dict[str, Any] = session["pruning"]
         self.methods = frozenset(session["method_options"])
         self.model: str = session["model"]
+        self.fault = error_from_json(session["fault"]) if session["fault"] else None
         self.remarks: tuple[str, ...] = ()
         self._connection, self._common = connection, {"cache": cache, "scenes_only": scenes_only}
         self._sent: set[str] = set()  # sha256 of images that the server got

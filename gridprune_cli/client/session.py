@@ -8,7 +8,7 @@ from typing import Any
 
 from gridprune_cli.cache.root import default_root
 from gridprune_cli.client.connection import Connection
-from gridprune_cli.client.protocol import SESSION, error_from_json, installed_version
+from gridprune_cli.client.protocol import SESSION, installed_version
 from gridprune_cli.client.remote import RemotePipeline
 from gridprune_cli.config import choose_model
 from gridprune_cli.errors import BadInput
@@ -35,8 +35,8 @@ def open_remote(
     named     whether the user named this server. Then it may have a model, cache and dtype that were not asked for;
               one that was only found must do exactly what this process would
 
-    Raises Mismatch where the server is of another version, or does not do what the settings say; BadInput, as the
-    options of pruning and generation would here; ServerFault where there is none.
+    Raises Mismatch where the server is of another version, or does not do what the settings say; ServerFault where
+    there is none. What is wrong with the options of pruning and generation is the pipeline's `fault`.
     """
     version = installed_version()
     body = {"version": version, "pruning": dict(pruning), "generation": dict(generation)}
@@ -52,8 +52,6 @@ def open_remote(
         _check_settings(session, settings, named)
     except Mismatch as fault:
         raise fault.at(connection.address.name) from None
-    if session["fault"]:
-        raise error_from_json(session["fault"])
     scenes_only = named_model is None and session["model"] == EMBEDDED
     return RemotePipeline(connection, session, not settings.get("no_cache"), scenes_only)
 

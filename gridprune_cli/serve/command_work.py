@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gridprune_cli.builder import remarks
 from gridprune_cli.drawing import figure_of, to_png
@@ -19,16 +19,13 @@ from gridprune_cli.pruning.methods import METHODS
 from gridprune_cli.runners.batches import as_error
 from gridprune_cli.runners.local import Pruned, Runner
 from gridprune_cli.selector import find_relevance
-from gridprune_cli.serve.jobs import Finished, Turn
+from gridprune_cli.serve.jobs import Command, CommandJob, Finished, Turn
 from gridprune_cli.serve.metrics import Metrics
 from gridprune_cli.serve.replies import Outcome
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.checkpoint import EMBEDDED
 from gridprune_cli.vlm.identity import list_files
-
-if TYPE_CHECKING:
-    from gridprune_cli.serve.commands import Command, CommandJob
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +34,7 @@ _log = logging.getLogger(__name__)
 class _Done:
     """A job whose set is there: pruned now, or sent."""
 
-    job: "CommandJob"
+    job: CommandJob
     pruned: PrunedSet
     hits: tuple[bool, ...] = ()
     image_notes: tuple[tuple[str, str], ...] = ()
@@ -118,7 +115,7 @@ class CommandRunner:
                 for job in unresolved:
                     self.work_on([job])
 
-    def _work_on(self, jobs: "Sequence[CommandJob]") -> None:
+    def _work_on(self, jobs: Sequence[CommandJob]) -> None:
         first = jobs[0].command
         runner = self._runner(first.cache, first.scenes_only)
         stopwatch = runner.stopwatch
@@ -143,7 +140,7 @@ class CommandRunner:
             self._runners[cache, scenes_only] = Runner(own_encoder, self._pipeline.localizers, questions=self._batch)
         return self._runners[cache, scenes_only]
 
-    def _load(self, job: "CommandJob") -> _Done | None:
+    def _load(self, job: CommandJob) -> _Done | None:
         """The set that a command sent. One that is none is told to it."""
         assert job.command.pruned is not None
         name, data = job.command.pruned
@@ -153,7 +150,7 @@ class CommandRunner:
             job.tell(fault)
             return None
 
-    def _prune(self, runner: Runner, jobs: "Sequence[CommandJob]") -> list[_Done | None]:
+    def _prune(self, runner: Runner, jobs: Sequence[CommandJob]) -> list[_Done | None]:
         requests: list[Request] = []
         asking: list[CommandJob] = []
         for job in jobs:
@@ -174,7 +171,7 @@ class CommandRunner:
                 asking[index].tell(result)
         return done
 
-    def _generate(self, runner: Runner, done: Sequence[_Done]) -> "list[tuple[_Done, Generated | None]]":
+    def _generate(self, runner: Runner, done: Sequence[_Done]) -> list[tuple[_Done, Generated | None]]:
         """The answers; what fails is told to who asked."""
         done = [one for one in done if not one.job.cancelled]
         if not done:
@@ -223,7 +220,7 @@ class CommandRunner:
         return result
 
 
-def _draw(command: "Command", pruned: PrunedSet, answer: str | None) -> bytes:
+def _draw(command: Command, pruned: PrunedSet, answer: str | None) -> bytes:
     figure = figure_of(command.images[0], pruned, answer)
     if command.figure == "png":
         return to_png(figure)

@@ -11,7 +11,6 @@ import binascii
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -23,52 +22,11 @@ from gridprune_cli.errors import GridpruneError
 from gridprune_cli.image_files import NamedImage
 from gridprune_cli.questions import MAX_IMAGES
 from gridprune_cli.serve.chat import next_event, wait_for_leave
-from gridprune_cli.serve.jobs import Finished, Left, Turn
+from gridprune_cli.serve.jobs import Command, CommandJob, Finished, Left
 from gridprune_cli.serve.pictures import MAX_STORED, SentPictures
 from gridprune_cli.serve.uploads import Budget, Share, read_body
 from gridprune_cli.serve.wire import Refusal, read_object
 from gridprune_cli.serve.work import Worker
-
-
-@dataclass(frozen=True)
-class Command:
-    """What a command has the server do.
-
-    images       to prune, and `question` about them
-    pruning      options by name, as `Pruning.from_options` takes them
-    pruned       a pruned set's name and file, to answer from, in place of all these
-    generation   options of transformers' `generate`; None: no answer is wanted
-    scenes_only  whether a picture is refused that is no scene, since no model was chosen
-    file         whether the pruned set's file goes back
-    figure       which of `FIGURES` goes back, if any
-    """
-
-    images: tuple[NamedImage, ...]
-    question: str
-    pruning: Mapping[str, Any]
-    system: str | None
-    template: str | None
-    pruned: tuple[str, bytes] | None
-    generation: Mapping[str, Any] | None
-    stream: bool
-    cache: bool
-    scenes_only: bool
-    file: bool
-    figure: str | None
-
-
-@dataclass(eq=False)
-class CommandJob(Turn):
-    command: Command
-
-    @property
-    def group(self) -> object:
-        """Streamed and sampled answers are those of a question alone, as a command gives them by itself."""
-        command = self.command
-        options = None if command.generation is None else json.dumps(command.generation, sort_keys=True)
-        alone = command.stream or bool(command.generation and command.generation.get("do_sample"))
-        kind = command.pruned is None, command.cache, command.scenes_only
-        return ("command", id(self) if alone else None, options, *kind)
 
 
 def command_routes(worker: Worker, budget: Budget, settings: Mapping[str, Any]) -> list[Route]:

@@ -1,14 +1,16 @@
 """Requests that wait for their turn, in the order of fairness."""
 
 import asyncio
+import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
+from gridprune_cli.image_files import NamedImage
 from gridprune_cli.serve.replies import Outcome
 from gridprune_cli.serve.wire import ChatRequest
 
@@ -80,6 +82,49 @@ class Job(Turn):
         """A seed gives what it gives alone."""
         request = self.request
         return (id(self) if request.sampling.seed is not None else request.sampling, request.cache)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command of `gridprune` has the server do.
+
+    images       to prune, and `question` about them
+    pruning      options by name, as `Pruning.from_options` takes them
+    pruned       a pruned set's name and file, to answer from, in place of all these
+    generation   options of transformers' `generate`; None: no answer is wanted
+    scenes_only  whether a picture is refused that is no scene, since no model was chosen
+    file         whether the pruned set's file goes back
+    figure       which of `client.protocol.FIGURES` goes back, if any
+    """
+
+    images: tuple[NamedImage, ...]
+    question: str
+    pruning: Mapping[str, Any]
+    system: str | None
+    template: str | None
+    pruned: tuple[str, bytes] | None
+    generation: Mapping[str, Any] | None
+    stream: bool
+    cache: bool
+    scenes_only: bool
+    file: bool
+    figure: str | None
+
+
+@dataclass(eq=False)
+class CommandJob(Turn):
+    """A command's request."""
+
+    command: Command
+
+    @property
+    def group(self) -> object:
+        """Streamed and sampled answers are those of a question alone, as a command gives them by itself."""
+        command = self.command
+        options = None if command.generation is None else json.dumps(command.generation, sort_keys=True)
+        alone = command.stream or bool(command.generation and command.generation.get("do_sample"))
+        kind = command.pruned is None, command.cache, command.scenes_only
+        return ("command", id(self) if alone else None, options, *kind)
 
 
 class FairQueue:

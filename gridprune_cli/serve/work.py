@@ -115,7 +115,12 @@ class Worker:
             return
         while jobs := self._next():
             start = time.monotonic()
-            self._work_on(jobs)
+            if chats := [job for job in jobs if isinstance(job, Job)]:
+                self._answer(chats)
+            elif self.commands:
+                self.commands.work_on(jobs)
+            if self.pipeline and self.pipeline.store:
+                self.pipeline.store.release()
             self._metrics.add_batch(len(jobs), time.monotonic() - start)
         if self.pipeline and self.pipeline.store:
             self.pipeline.store.finish()
@@ -153,19 +158,8 @@ class Worker:
             return self._next()
         return jobs
 
-    def _work_on(self, jobs: Sequence[Turn]) -> None:
-        """Does what a batch asks for. Whatever goes wrong is told to the jobs that it concerns."""
-        chats = [job for job in jobs if isinstance(job, Job)]
-        if chats:
-            self._answer(chats)
-        elif self.commands:
-            self.commands.work_on(jobs)
-        store = self.pipeline.store if self.pipeline else None
-        if store is not None:
-            store.release()
-
     def _answer(self, jobs: Sequence[Job]) -> None:
-        """Answers requests for completions."""
+        """Answers requests for completions. Whatever goes wrong is told to the jobs that it concerns."""
         from gridprune_cli.runners.batches import as_error
 
         requests: list[tuple[Job, Request]] = []
