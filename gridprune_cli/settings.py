@@ -94,7 +94,7 @@ class Pruning:
         if self.ilp != "region":
             try:
                 share = float(self.ilp)
-            except ValueError as fault:
+            except (ValueError, OverflowError) as fault:
                 raise BadInput("neither region nor a share", field="ilp", value=self.ilp) from fault
             if not 0 < share <= 1:
                 raise BadInput("must be above 0 and at most 1, or region", field="ilp", value=self.ilp)
@@ -138,6 +138,8 @@ class Pruning:
         method = named.pop("method", DEFAULT_METHOD)
         literal = _read("literal", named.pop("literal", False), bool)
         pairs = named.pop("method_option", {})
+        if not isinstance(pairs, Mapping | list | tuple):
+            raise BadInput("must be a list of NAME=VALUE, or an object", field="method_option", value=pairs)
         chosen = dict(pairs) if isinstance(pairs, Mapping) else parse_pairs(pairs, "method_option")
         if not isinstance(method, str) or method not in METHODS:
             raise BadInput(f"unknown method {method!r}: choose from {', '.join(METHODS)}", field="method", value=method)
@@ -165,7 +167,7 @@ class Pruning:
         settings = {name: _read(name, value, kinds[name]) for name, value in named.items()}
         try:
             chooser = make_method(method, **(LITERAL if literal else {}) | chosen)
-        except ValueError as fault:
+        except (ValueError, OverflowError) as fault:
             raise BadInput(str(fault), field="method", value=method) from fault
         return cls(method=chooser, **settings | ({"region": "none"} if literal else {}))
 
@@ -240,13 +242,13 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     kinds = get_args(kind) or (kind,)
     wanted = next(one for one in (str, bool, int, float) if one in kinds)
     if wanted is str:
-        others = (int, float) if float in kinds else (list, tuple) if len(kinds) > 1 else ()
+        others = (int, float) if float in kinds else (list, tuple) if {*kinds} - {str, type(None)} else ()
         if isinstance(value, bool) or not isinstance(value, (str, *others)):
             raise BadInput("must be a text", field=name, value=value)
         return value  # what it may say, the setting itself checks
     try:
         number = float(value) if wanted is float else _from_text(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         number = None
     if isinstance(value, bool) != (wanted is bool and not isinstance(value, str)) or not isinstance(number, wanted):
         names = {bool: "true or false", int: "a whole number", float: "a number"}

@@ -19,7 +19,7 @@ from gridprune_cli.pruning.methods import METHODS
 from gridprune_cli.runners.batches import as_error
 from gridprune_cli.runners.local import Pruned, Runner
 from gridprune_cli.selector import find_relevance
-from gridprune_cli.serve.jobs import Command, CommandJob, Finished, Turn
+from gridprune_cli.serve.jobs import MAX_BATCH, Command, CommandJob, Finished, Turn
 from gridprune_cli.serve.metrics import Metrics
 from gridprune_cli.serve.replies import Outcome
 from gridprune_cli.settings import Pruning, Request
@@ -41,13 +41,10 @@ class _Done:
 
 
 class CommandRunner:
-    """Does what `Command`s say, with the model of a pipeline. To be made before anything of the model is loaded.
+    """Does what `Command`s say, with the model of a pipeline. To be made before anything of the model is loaded."""
 
-    batch  questions that are answered together
-    """
-
-    def __init__(self, pipeline: Pipeline, metrics: Metrics, batch: int):
-        self._pipeline, self._metrics, self._batch = pipeline, metrics, batch
+    def __init__(self, pipeline: Pipeline, metrics: Metrics):
+        self._pipeline, self._metrics = pipeline, metrics
         self._runners: dict[tuple[bool, bool], Runner] = {}
         self._files = self._list_files()
 
@@ -114,6 +111,8 @@ class CommandRunner:
             else:  # one of them is at fault: find out which
                 for job in unresolved:
                     self.work_on([job])
+        if self._pipeline.store is not None:
+            self._pipeline.store.release()
 
     def _work_on(self, jobs: Sequence[CommandJob]) -> None:
         first = jobs[0].command
@@ -137,7 +136,7 @@ class CommandRunner:
             encoder = self._pipeline.encoder
             store = encoder.store if cache else None
             own_encoder = Encoder(encoder.family, store, encoder.cache_dtype, scenes_only)
-            self._runners[cache, scenes_only] = Runner(own_encoder, self._pipeline.localizers, questions=self._batch)
+            self._runners[cache, scenes_only] = Runner(own_encoder, self._pipeline.localizers, questions=MAX_BATCH)
         return self._runners[cache, scenes_only]
 
     def _load(self, job: CommandJob) -> _Done | None:

@@ -14,6 +14,8 @@ from gridprune_cli.image_files import NamedImage
 from gridprune_cli.serve.replies import Outcome
 from gridprune_cli.serve.wire import ChatRequest
 
+MAX_BATCH = 32  # jobs that are answered together, as many questions as in `batch`
+
 Client = tuple[str, str]
 """Who asks: the host's address, and the `user` that a request names."""
 
@@ -51,6 +53,7 @@ class Turn(ABC):
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     arrived: float = field(default_factory=monotonic)  # seconds
     cancelled: bool = False  # whether nobody waits for it any more
+    sent: str = ""  # of the answer, as a stream
     resolved: bool = False  # whether its last event was sent
 
     def tell(self, event: Event) -> None:
