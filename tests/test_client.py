@@ -328,8 +328,8 @@ def strange() -> Iterator[Callable[..., str]]:
     """A server that answers everything in one way: its URL."""
     servers = []
 
-    def start(status: int, reply: Any) -> str:
-        handler = type("Handler", (Strange,), {"status": status, "reply": reply})
+    def start(status: int, reply: Any, base: type[Strange] = Strange) -> str:
+        handler = type("Handler", (base,), {"status": status, "reply": reply})
         servers.append(HTTPServer(("127.0.0.1", 0), handler))
         threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}"
@@ -354,6 +354,7 @@ def refusal(code: str, message: str) -> dict[str, Any]:
         (200, b"<html>", 1, "answered in a way that this version does not know"),
         (200, b"", 1, "ended the connection before it had answered"),
         (200, None, 1, "ended the connection before it had answered"),
+        (413, refusal("body_too_large", "the body has more than 9 bytes"), 2, "9 bytes; raise its --max-upload"),
         (500, b"oops", 1, "answered with status 500"),
     ],
 )
@@ -363,6 +364,31 @@ def test_a_server_that_can_not_be_worked_with_is_named_in_one_line(command, stra
     assert (result, out, err.count("\n")) == (code, "", 1)
     assert err.startswith(f"gridprune: {url}: ")
     assert text in err
+
+
+def test_a_busy_server_is_asked_again(strange):
+    replies = [(429, refusal("too_many_waiting", "too many")), (200, {"result": 1})]
+
+    class Busy(Strange):
+        def do_POST(self) -> None:
+            self.status, self.reply = replies.pop(0)
+            super().do_POST()
+
+        def end_headers(self) -> None:
+            self.send_header("Retry-After", "0")
+            super().end_headers()
+
+    url = strange(0, None, Busy)
+    assert list(Connection(parse_address(url)).post("/", {})) == [{"result": 1}]
+    assert not replies
+
+
+def test_a_batch_ends_with_its_server(command, strange, tmp_path):
+    """What no line can be answered by is no fault of a line."""
+    remote = RemotePipeline(Connection(parse_address(strange(200, None))), SESSION_OF_SCENES, True, True)
+    request = RemoteRequest((SCENE,), QUESTION, {})
+    with pytest.raises(ServerFault, match="ended the connection"):
+        list(remote.map(remote.run, [request] * 5, 2))
 
 
 def test_a_server_that_is_not_there(command):
@@ -427,6 +453,7 @@ def test_the_client_imports_neither_torch_nor_pillow(home, tmp_path):
     assert codes == [0, 0, 0, 0, 0, 3, 2, 2, 2]
 
 
+SESSION_OF_SCENES = {"generation": {}, "pruning": {}, "method_options": [], "model": "scenes", "fault": None}
 LONG = ("--max-new-tokens", "1500", "--generation", "min_new_tokens=1500")
 
 
@@ -443,11 +470,46 @@ def test_ctrl_c_ends_the_work_of_the_server_too(home, server, tmp_path):
     assert process.wait(10) == 130
     os.close(reader)
     assert (tmp_path / "stderr").read_text() == ""
-    session = {"generation": {}, "pruning": {}, "method_options": [], "model": "scenes", "fault": None}
-    remote = RemotePipeline(Connection(parse_address(home.url)), session, True, True)
+    remote = RemotePipeline(Connection(parse_address(home.url)), SESSION_OF_SCENES, True, True)
     answer = remote.run(RemoteRequest((SCENE,), QUESTION, {}), {"max_new_tokens": 8})
     assert answer.text == "red star"
     assert answer.ms["total"] < 10_000  # 1,500 tokens take longer, and would have been waited for
+
+
+def test_a_batch_that_is_interrupted_goes_on_later(home, server, tmp_path, command, monkeypatch):
+    lines = [json.dumps({"image": str(SCENE), "question": f"{QUESTION} {n}"}) for n in range(300)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    env = os.environ | {"GRIDPRUNE_SERVER": home.url, "GRIDPRUNE_CACHE_DIR": str(home.cache)}
+    results = tmp_path / "results.jsonl"
+    with open(os.devnull) as null, open(tmp_path / "stderr", "wb") as err:
+        process = server.start(
+            *("batch", tmp_path / "questions.jsonl", "-o", results, "--batch-size", 2),
+            env=env,
+            streams=(null.fileno(), 1, err.fileno()),
+        )
+    wait_until(lambda: results.exists() and results.read_bytes())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    assert f"give the same command with --resume {results}" in line
+    assert 0 < results.read_text().count("\n") < len(lines)
+
+
+def test_one_server_of_a_user_listens_at_the_socket(home, command, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(home.runtime))
+    code, _, err = command("serve", "--socket")
+    assert (code, err) == (
+        2,
+        f"gridprune: --socket: a server of yours listens at {home.socket} already; end it first\n",
+    )
+    assert command("serve", "--socket", "--port", "1")[0] == 2
+    home.socket.parent.chmod(0o755)
+    code, _, err = command("serve", "--socket")
+    home.socket.parent.chmod(0o700)
+    assert code == 2
+    assert "must be a folder of yours alone" in err
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/dev/null")
+    assert "no place for a socket" in command("serve", "--socket")[2]
 
 
 def test_a_server_that_is_killed_is_named_in_one_line(server, tmp_path):
