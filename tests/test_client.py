@@ -385,7 +385,7 @@ def test_a_busy_server_is_asked_again(strange):
 
 def test_a_batch_ends_with_its_server(command, strange, tmp_path):
     """What no line can be answered by is no fault of a line."""
-    remote = RemotePipeline(Connection(parse_address(strange(200, None))), SESSION_OF_SCENES, True, True)
+    remote = RemotePipeline(Connection(parse_address(strange(200, None))), SESSION_OF_SCENES, True, True, True)
     request = RemoteRequest((SCENE,), QUESTION, {})
     with pytest.raises(ServerFault, match="ended the connection"):
         list(remote.map(remote.run, [request] * 5, 2))
@@ -398,6 +398,11 @@ def test_a_server_that_is_not_there(command):
         "gridprune: http://127.0.0.1:9: can't be reached (Connection refused); start it with `gridprune serve`, or "
         "take --no-server to work without one\n"
     )
+
+
+def test_a_key_that_can_be_none(command):
+    code, _, err = command("ask", SCENE, QUESTION, "--server", "http://127.0.0.1:9", "--api-key", "a b")
+    assert (code, err) == (2, "gridprune: --api-key: must be of printable ASCII characters, without blanks\n")
 
 
 @pytest.mark.parametrize("url", ["localhost:8090", "ftp://host", "http://", "http://host/x", "http://u@host", "unix:"])
@@ -470,7 +475,7 @@ def test_ctrl_c_ends_the_work_of_the_server_too(home, server, tmp_path):
     assert process.wait(10) == 130
     os.close(reader)
     assert (tmp_path / "stderr").read_text() == ""
-    remote = RemotePipeline(Connection(parse_address(home.url)), SESSION_OF_SCENES, True, True)
+    remote = RemotePipeline(Connection(parse_address(home.url)), SESSION_OF_SCENES, True, True, True)
     answer = remote.run(RemoteRequest((SCENE,), QUESTION, {}), {"max_new_tokens": 8})
     assert answer.text == "red star"
     assert answer.ms["total"] < 10_000  # 1,500 tokens take longer, and would have been waited for
@@ -493,6 +498,43 @@ def test_a_batch_that_is_interrupted_goes_on_later(home, server, tmp_path, comma
     (line,) = (tmp_path / "stderr").read_text().splitlines()
     assert f"give the same command with --resume {results}" in line
     assert 0 < results.read_text().count("\n") < len(lines)
+
+
+def test_what_is_under_way_ends_at_once_when_the_connection_is_closed(home):
+    connection = Connection(parse_address(home.url))
+    remote = RemotePipeline(connection, SESSION_OF_SCENES, True, True, True)
+    options = {"max_new_tokens": 1500, "min_new_tokens": 1500}
+    failures: list[GridpruneError] = []
+
+    def ask_all() -> None:
+        request = RemoteRequest((SCENE,), QUESTION, {})
+        with pytest.raises(ServerFault) as fault:
+            list(remote.map(lambda one: remote.run(one, options), [request] * 6, 3))
+        failures.append(fault.value)
+
+    thread = threading.Thread(target=ask_all)
+    thread.start()
+    wait_until(lambda: len(connection._open) == 3)
+    connection.close()
+    thread.join(10)
+    assert failures
+
+
+def test_a_found_server_of_another_model_is_passed_over_for_pruned_sets(
+    home, command, monkeypatch, tmp_path, tiny_llava
+):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(home.runtime))
+    monkeypatch.setenv("GRIDPRUNE_CACHE_DIR", str(home.cache))
+    file = tmp_path / "set.safetensors"
+    assert command("prune", SCENE, QUESTION, "-o", file, "--model", tiny_llava, "-q")[0] == 0
+    code, _, err = command("generate", file, "--max-new-tokens", "2")
+    assert (code, err) == (0, "working without the server that was found: it has another model\n")
+    code, _, err = command("generate", file, "--server", home.url)
+    assert code == 2
+    assert "was made for another model" in err
+    assert command("prune", SCENE, QUESTION, "-o", file, "-q")[0] == 0
+    monkeypatch.setenv("GRIDPRUNE_MODEL", "of/others")  # the set's own is what counts
+    assert command("generate", file) == (0, "red star\n", "")
 
 
 def test_one_server_of_a_user_listens_at_the_socket(home, command, monkeypatch):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gridprune_cli.cache.files import MAX_BYTES, FileFault, read_bytes
+from gridprune_cli.cache.files import MAX_BYTES, FileFault, read_bytes, read_header
 from gridprune_cli.cli import options, remote
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import describe, error_fields
-from gridprune_cli.cli.output import emit_json, emit_text, open_stdin, progress, set_quiet, warn
+from gridprune_cli.cli.output import emit_json, emit_text, open_stdin, progress, say, set_quiet, warn
 from gridprune_cli.client.remote import RemoteAnswer, RemotePipeline
 from gridprune_cli.errors import BadInput, GridpruneError
 
@@ -62,6 +62,9 @@ def generate(
     set_quiet(quiet)
     if files.count(Path("-")) > 1:
         raise BadInput("stdin can be read once only", place="-")
+    if server and not server.named and not all(_is_for(server, path) for path in files):
+        say("working without the server that was found: it has another model")
+        server = None
     if server is None:
         answers_of = _local_answers(model, device, dtype, batch_size, generation)
     else:
@@ -100,6 +103,14 @@ def _windows(paths: Sequence[Path]) -> Iterator[list[Path]]:
         window.append(path)
         held += size
     yield window
+
+
+def _is_for(server: RemotePipeline, path: Path) -> bool:
+    """Whether a server has the model of a pruned set. What is no set it tells as well as anybody."""
+    try:
+        return str(path) == "-" or read_header(path).get("fingerprint") == server.fingerprint
+    except (OSError, FileFault):
+        return True
 
 
 def _local_answers(

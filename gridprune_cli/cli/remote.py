@@ -9,6 +9,7 @@ from gridprune_cli.cli import options
 from gridprune_cli.cli.describe import describe, set_method_options
 from gridprune_cli.cli.output import say, set_quiet
 from gridprune_cli.client.protocol import ServerFault
+from gridprune_cli.errors import BadInput
 
 OFF = "off"
 
@@ -60,15 +61,19 @@ def find_server(
     address = parse_address(server) if server else find_socket()
     if address is None:
         return {"server": None}
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        raise BadInput("must be of printable ASCII characters, without blanks", field="api_key")
     connection = Connection(address, api_key)
     settings = {name: values[name] for name in _SETTINGS if name in values}
+    answers_only = "pipeline" not in groups
+    if answers_only and settings["model"] is None:  # pruned sets name their own
+        del settings["model"]
     try:
         if setting := _elsewhere(values):
             reason = "a server works alone, with its one model; take `no_server`"
             raise Mismatch(reason, field=setting, value=values[setting])
-        remote = open_remote(
-            connection, settings, groups.get("pruning", {}), groups.get("generation", {}), named=bool(server)
-        )
+        pruning, generation = groups.get("pruning", {}), groups.get("generation", {})
+        remote = open_remote(connection, settings, pruning, generation, named=bool(server), answers_only=answers_only)
     except (Mismatch, ServerFault) as fault:
         if server:
             raise

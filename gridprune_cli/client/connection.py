@@ -18,6 +18,7 @@ from gridprune_cli.errors import BadInput
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0  # without a byte; a server that works says so every 10 seconds
 BUSY_SECONDS = 600.0  # for which a request is sent again to a server where too many wait
+RETRY_SECONDS = 30.0  # at most between two times
 
 _LOCAL = "take `no_server` to work without one"
 
@@ -66,17 +67,16 @@ class Connection:
 
     def __init__(self, address: Address, key: str | None = None):
         self.address, self._key = address, key
-        self._open: set[http.client.HTTPConnection] = set()
+        self._open: set[socket.socket] = set()
         self._lock, self._closed = Lock(), Event()
 
     def close(self) -> None:
         """Ends all requests that are on their way, and with them the server's work on them."""
         self._closed.set()
         with self._lock:
-            for connection in self._open:
-                if isinstance(connection.sock, socket.socket):
-                    with suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
+            for open_socket in self._open:
+                with suppress(OSError):
+                    open_socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
 
     def post(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Sends an object, and gives those of the answer as they come. The last has `result`.
@@ -88,19 +88,21 @@ class Connection:
         end = monotonic() + BUSY_SECONDS
         while True:
             connection = self._connect()
+            open_socket = connection.sock  # which the connection forgets once a response is there
             try:
-                response = self._send(connection, path, data)
-                if response.status == 200:
-                    yield from self._lines(response)
-                    return
-                fault = self._fault(response)
-                wait = float(response.headers.get("Retry-After", "1"))
+                with self._send(connection, path, data) as response:
+                    if response.status == 200:
+                        yield from self._lines(response)
+                        return
+                    fault = self._fault(response)
+                    text = response.headers.get("Retry-After", "")
+                    wait = min(float(text), RETRY_SECONDS) if text.isdecimal() else 1.0
             except (OSError, http.client.HTTPException) as error:
                 reason = f"ended the connection before it had answered ({_reason(error)}); see its log, or {_LOCAL}"
                 raise self._error(reason) from error
             finally:
                 with self._lock:
-                    self._open.discard(connection)
+                    self._open.discard(open_socket)
                 connection.close()
             if fault.status != 429 or monotonic() + wait > end or self._closed.wait(wait):
                 raise fault
@@ -124,7 +126,7 @@ class Connection:
             raise self._error(reason) from error
         connection.sock.settimeout(SILENCE_SECONDS)
         with self._lock:
-            self._open.add(connection)
+            self._open.add(connection.sock)
         if self._closed.is_set():
             raise self._error("interrupted")
         return connection

@@ -87,15 +87,21 @@ class RemotePipeline:
     pruning     options by name, which the server has checked
     generation  options for transformers' `generate`, from those of the command
     methods     names of options of pruning methods
+    fingerprint  of the language model, where that was asked for
+    named       whether the user named it, or it was found by its socket
     fault       what is wrong with the options, for the command to raise
     remarks     what a user should know of how the model prunes, from the latest answer
     """
 
-    def __init__(self, connection: "Connection", session: Mapping[str, Any], cache: bool, scenes_only: bool):
+    def __init__(
+        self, connection: "Connection", session: Mapping[str, Any], cache: bool, scenes_only: bool, named: bool
+    ):
         self.generation: dict[str, Any] = session["generation"]
         self.pruning: dict[str, Any] = session["pruning"]
         self.methods = frozenset(session["method_options"])
         self.model: str = session["model"]
+        self.fingerprint: str | None = session.get("fingerprint")
+        self.named = named
         self.fault = error_from_json(session["fault"]) if session["fault"] else None
         self.remarks: tuple[str, ...] = ()
         self._connection, self._common = connection, {"cache": cache, "scenes_only": scenes_only}

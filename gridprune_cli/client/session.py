@@ -28,10 +28,12 @@ def open_remote(
     generation: Mapping[str, Any],
     *,
     named: bool,
+    answers_only: bool = False,
 ) -> RemotePipeline:
     """The pipeline of a server, after a first exchange. Nothing of an image is sent before.
 
     settings  of a pipeline, by name, as `opening.open_pipeline` takes them; those that are missing are not looked at
+    answers_only  whether it is for pruned sets, which say by their fingerprint which model they need
     named     whether the user named this server. Then it may have a model, cache and dtype that were not asked for;
               one that was only found must do exactly what this process would
 
@@ -39,7 +41,7 @@ def open_remote(
     there is none. What is wrong with the options of pruning and generation is the pipeline's `fault`.
     """
     version = installed_version()
-    body = {"version": version, "pruning": dict(pruning), "generation": dict(generation)}
+    body = {"version": version, "pruning": dict(pruning), "generation": dict(generation), "fingerprint": answers_only}
     *_, last = connection.post(SESSION, body)
     session: dict[str, Any] = last["result"]
     if session["version"] != version:
@@ -50,14 +52,16 @@ def open_remote(
         if "model" in settings:
             _check_model(session, named_model, named)
         _check_settings(session, settings, named)
+        if session["changed"]:
+            raise Mismatch(f"the files of {session['model']} have changed since the server read them; start it anew")
     except Mismatch as fault:
         raise fault.at(connection.address.name) from None
     scenes_only = named_model is None and session["model"] == EMBEDDED
-    return RemotePipeline(connection, session, not settings.get("no_cache"), scenes_only)
+    return RemotePipeline(connection, session, not settings.get("no_cache"), scenes_only, named)
 
 
 def _check_model(session: Mapping[str, Any], model: str | None, named: bool) -> None:
-    """Raises Mismatch for a server of another model than the one that is in force here, or of its older files."""
+    """Raises Mismatch for a server of another model than the one that is in force here."""
     served = session["model"]
     if model is None and not named and (served != EMBEDDED or session["chosen"]):
         raise Mismatch(f"it serves {served}, and no model was named here")
@@ -67,8 +71,6 @@ def _check_model(session: Mapping[str, Any], model: str | None, named: bool) -> 
                 model = served
     if model is not None and model != served:
         raise Mismatch(f"the server has {served}; leave it out, or take `no_server`", field="model", value=model)
-    if session["changed"]:
-        raise Mismatch(f"the files of {served} have changed since the server read them; start it anew")
 
 
 def _check_settings(session: Mapping[str, Any], settings: Mapping[str, Any], named: bool) -> None:

@@ -66,6 +66,10 @@ class CommandRunner:
             _ = self._pipeline.family.compressor
         return pruning
 
+    @property
+    def fingerprint(self) -> str:
+        return self._pipeline.family.fingerprint
+
     def describe(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """What the server is. `settings` are those that the pipeline was opened with."""
         family, encoder, store = self._pipeline.family, self._pipeline.encoder, self._pipeline.store

@@ -63,7 +63,8 @@ class Session:
             checked = commands.check_options(pruning, generation)
         except GridpruneError as error:
             fault, checked = error_to_json(error), {}
-        return commands.describe(self._settings) | {"pruning": pruning, "generation": checked, "fault": fault}
+        session = commands.describe(self._settings) | {"pruning": pruning, "generation": checked, "fault": fault}
+        return session | ({"fingerprint": commands.fingerprint} if values.get("fingerprint") else {})
 
 
 class Commands:
