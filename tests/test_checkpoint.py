@@ -316,7 +316,9 @@ def test_words_are_taken_by_name_alone_and_attention_where_the_tower_is_no_clip(
         assert family.relevance_source == {"source": "attention", "model": None} and family.clip is None
         with pytest.raises(TypeError, match="of a prompt"):
             _ = family.relevance
-    with pytest.raises(BadInput, match=r"^relevance=clip: the tower of .* is no CLIP or SigLIP; use `relevance=attention`"):
+    with pytest.raises(
+        BadInput, match=r"^relevance=clip: the tower of .* is no CLIP or SigLIP; use `relevance=attention`"
+    ):
         Pipeline(str(other), relevance="clip")
     for relevance in ("attention", "words"):
         with pytest.raises(BadInput, match=rf"^clip=.*: not with `relevance={relevance}`"):
