@@ -67,9 +67,10 @@ class Pipeline:
                  already, and then only `store` and `cache_dtype` count of the rest. None: none was chosen, so it is
                  `scenes`, and a picture that is no scene is refused, where `scenes` by name answers, with a note
     revision     branch, tag or commit of a hub model
-    clip         the CLIP that the model's tower was taken from, a folder or hub name, where it is not known
-    relevance    what it comes from: "clip", the CLIP of the model's tower; "attention", the language model's;
-                 "words", its word embeddings; or "auto", CLIP where the tower is a CLIP's, else attention
+    clip         the CLIP or SigLIP that the model's tower was taken from, a folder or hub name, where it is not known
+    relevance    what it comes from: "clip", the CLIP or SigLIP of the model's tower; "attention", the language model's;
+                 "words", its word embeddings; or "auto", clip where the tower is a CLIP's or `clip` is named, else
+                 attention
     store        the cache; None: there is none
     cache_dtype  how vision features are stored, see `Encoder`
 

@@ -61,13 +61,14 @@ Model = Annotated[
     ),
 ]
 Clip = Annotated[
-    str | None, option("CLIP that the model's tower was taken from, for relevance: a folder or hub name.", MODEL)
+    str | None,
+    option("CLIP or SigLIP that the model's tower was taken from, for relevance: a folder or hub name.", MODEL),
 ]
 Relevance = Annotated[
     choices.Relevance,
     option(
-        "What relevance comes from: the CLIP of the model's tower, the language model's attention, or its word "
-        "embeddings; auto: clip where the tower is a CLIP's, else attention.",
+        "What relevance comes from: the CLIP or SigLIP of the model's tower, the language model's attention, or its "
+        "word embeddings; auto: clip where the tower is a CLIP's or --clip is named, else attention.",
         MODEL,
         envvar="GRIDPRUNE_RELEVANCE",
     ),

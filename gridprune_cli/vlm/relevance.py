@@ -1,9 +1,9 @@
-"""What relevance comes from: the CLIP of a model's tower, the language model's attention, or its word embeddings."""
+"""What relevance comes from: a model's CLIP or SigLIP, its language model's attention, or its word embeddings."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.vlm.checkpoint import Checkpoint, find_clip
 from gridprune_cli.vlm.clip import ClipRelevance, weights_differ
 from gridprune_cli.vlm.parts import ModelParts
+from gridprune_cli.vlm.siglip import SiglipRelevance
 from gridprune_cli.vlm.word_relevance import WordRelevance
 
 # What it may come from. "auto" is CLIP where the tower is a CLIP's, else attention. "words" are taken by name alone: on
@@ -33,7 +34,13 @@ def middle_depth(kinds: Sequence[str]) -> int:
 
 
 class RelevanceSource(ModelParts, ABC):
-    """What a model family adds to its parts for relevance to a question."""
+    """What a model family adds to its parts for relevance to a question.
+
+    patches_normed  whether the tower's patches in its vision features are behind the tower's last layer norm; None
+                    where they are no patches of the tower any more, so that no SigLIP can score them
+    """
+
+    patches_normed: ClassVar[bool | None] = None
 
     def __init__(
         self,
@@ -49,13 +56,30 @@ class RelevanceSource(ModelParts, ABC):
         """
         if relevance not in RELEVANCE:
             raise BadInput(f"not one of {', '.join(RELEVANCE)}", field="relevance", value=relevance)
-        if relevance == "clip" and checkpoint.clip_tower is None:
-            reason = f"the tower of {checkpoint.name} is no CLIP; use `relevance=attention`"
-            raise BadInput(reason, field="relevance", value=relevance)
+        if relevance == "clip" and (reason := self._no_text_tower(checkpoint)):
+            raise BadInput(f"{reason}; use `relevance=attention`", field="relevance", value=relevance)
         super().__init__(checkpoint, dtype, device, sharded)
         self._relevance = relevance
         if clip is not None:
             self.clip = clip
+
+    @classmethod
+    def _no_text_tower(cls, checkpoint: Checkpoint) -> str:
+        """Why no CLIP or SigLIP can score the visual tokens of a checkpoint; empty where one can."""
+        if checkpoint.clip_kind is None:
+            return f"the tower of {checkpoint.name} is no CLIP or SigLIP"
+        if checkpoint.clip_kind == "siglip" and cls.patches_normed is None:
+            return f"{checkpoint.name} mixes its tower's patches behind the projector, so no SigLIP can score them"
+        return ""
+
+    def take_clip(self, named: str) -> None:
+        """Takes relevance from the CLIP or SigLIP that a user named, which is fetched where it is not here.
+
+        Raises BadInput where it can't be the tower's, or nothing of this kind can score this model's visual tokens.
+        """
+        if reason := self._no_text_tower(self.checkpoint):
+            raise BadInput(f"{reason}; leave `clip` out", field="clip", value=named)
+        self.clip = find_clip(self.checkpoint, named)
 
     @abstractmethod
     def text_embeds(self, vision_features: Tensor) -> Tensor:
@@ -63,20 +87,33 @@ class RelevanceSource(ModelParts, ABC):
 
     @cached_property
     def relevance_kind(self) -> str:
-        """Where relevance comes from: "clip", "attention" or "words"."""
-        if self._relevance != "auto":
+        """Where relevance comes from: "clip", "siglip", "attention" or "words".
+
+        It is a SigLIP's only where it was named, or asked for by `relevance="clip"`: how good it is was not measured.
+        """
+        if self._relevance in ("attention", "words"):
             return self._relevance
-        return "attention" if self.checkpoint.clip_tower is None else "clip"
+        kind = self.checkpoint.clip_kind
+        if kind == "clip" or self._relevance == "clip" or vars(self).get("clip"):
+            assert kind is not None
+            return kind
+        return "attention"
 
     @cached_property
     def relevance(self) -> ClipRelevance | WordRelevance:
-        """Gives the relevance `(N,)` of vision features `(N, C)` to a question, by CLIP or by words. Raises as `clip`.
+        """Gives the relevance `(N,)` of vision features `(N, C)` to a question, by CLIP, SigLIP or words.
+
+        Raises as `clip`.
 
         Raises TypeError where it comes from attention, which is that of a whole prompt: see `vlm.attention_relevance`.
         """
         if self.relevance_kind == "attention":
             raise TypeError("relevance from attention is that of a prompt, not of vision features and a question")
-        return ClipRelevance(self.clip, self.dtype, self.device) if self.clip else self.vocabulary
+        if self.clip is None:
+            return self.vocabulary
+        if self.relevance_kind == "siglip":
+            return SiglipRelevance(self.clip, self.dtype, self.device, normed=bool(self.patches_normed))
+        return ClipRelevance(self.clip, self.dtype, self.device)
 
     def load_relevance(self) -> None:
         """Loads what relevance comes from, now. Raises as `clip`."""
@@ -98,11 +135,11 @@ class RelevanceSource(ModelParts, ABC):
 
     @cached_property
     def clip(self) -> Checkpoint | None:
-        """The CLIP that relevance comes from, or None where none is. It is fetched where it is not here.
+        """The CLIP or SigLIP that relevance comes from, or None where none is. It is fetched where it is not here.
 
         Raises BadInput where it is not known, is not the tower's, or can't be had, GridpruneError where the hub fails.
         """
-        return find_clip(self.checkpoint) if self.relevance_kind == "clip" else None
+        return find_clip(self.checkpoint) if self.relevance_kind in ("clip", "siglip") else None
 
     @property
     def relevance_source(self) -> dict[str, Any]:
