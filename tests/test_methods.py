@@ -99,7 +99,7 @@ def problems(draw):
     region = draw(st.sampled_from(REGIONS))
     vectors = {name: vector.to(dtype) for name, vector in vectors.items()}
     signals = Signals(
-        views, relevance.to(dtype), saliency.to(dtype), region, **vectors, relevance_by_clip=draw(st.booleans())
+        views, relevance.to(dtype), saliency.to(dtype), region, **vectors, relevance_sign=draw(st.sampled_from([1, -1]))
     )
     return signals, draw(st.integers(1, count))
 

@@ -167,7 +167,7 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
         for name in ("relevance", "vision_features", "image_embeds", "question_embeds")
         if getattr(signals, name) is not None
     }
-    assert known == method.requires - {"saliency"} and signals.relevance_by_clip
+    assert known == method.requires - {"saliency"} and signals.relevance_sign == -1
     assert ("language" in pipeline.family._loaded, "projector" in pipeline.family._loaded) == (False, True)
 
 
