@@ -267,7 +267,8 @@ def test_a_set_says_what_its_relevance_came_from(pipeline, image, tiny_llava):
         (pipeline, Pruning(), clip),
         (pipeline, Pruning(plc="pool"), clip),
         (by_words, Pruning(), {"source": "words", "model": None}),
-        (by_attention, Pruning(), {"source": "attention", "model": None}),
+        (by_attention, Pruning(), {"source": "attention", "model": None, "depth": 1}),
+        (pipeline, Pruning(method=make_method("trim")), clip | {"sign": -1}),
         (pipeline, Pruning(method=make_method("uniform")), None),
     ):
         pruned = asking.prune(encoded, QUESTION, pruning)

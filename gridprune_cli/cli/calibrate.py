@@ -58,33 +58,31 @@ def calibrate(
 
     set_quiet(quiet)
     # 1. what is tried, on what
-    sources, signs = list_choices(pipeline, read_shares(keep))
-    groups = [group for group in (sources, signs) if group]
+    groups = list_choices(pipeline.family, read_shares(keep))
     data = sample(read_jsonl(questions, scored=False), limit, seed)
-    plan = Plan(data, sources[0].cells, prompt=prompt, max_new_tokens=max_new_tokens, batch=batch_size)
+    plan = Plan(data, groups[0][0].cells, prompt=prompt, max_new_tokens=max_new_tokens, batch=batch_size)
     total = len(data.items) * (1 + sum(len(choice.cells) for group in groups for choice in group))
     # 2. the answers, compared
     with pipeline, progress("answering", total) as step:
         measured = compare(pipeline, plan, groups, step)
     chosen = [choose(group) for group in measured]
     # 3. what is remembered
-    family, path = pipeline.family, None
-    settings = new_settings(pipeline, *chosen) if len(chosen) > 1 else new_settings(pipeline, chosen[0], None)
+    family, key, path = pipeline.family, model_key(pipeline.model), None
+    settings = new_settings(family, chosen)
     if settings != family.calibration and not dry_run:
-        path = remember_settings(model_key(pipeline.model), to_table(settings, family.fingerprint))
+        path = remember_settings(key, to_table(settings, family.fingerprint))
     if json:
-        images = {image for item in data.items for image in item.images}
-        counts = {
-            "questions": len(data.items),
-            "images": len(images),
-            "keep": [c.pruning.keep for c in sources[0].cells],
-        }
-        lines = [[choice.to_json() for choice in group] for group in (*measured, [])[:2]]
         emit_json(
-            {"model": pipeline.model, "fingerprint": family.fingerprint}
-            | counts
-            | {"sources": lines[0], "signs": lines[1]}
-            | {"chosen": [choice.to_json() for choice in chosen], "remembered": str(path) if path else None}
+            {
+                "model": pipeline.model,
+                "fingerprint": family.fingerprint,
+                "questions": len(data.items),
+                "images": len({image for item in data.items for image in item.images}),
+                "keep": [cell.pruning.keep for cell in plan.cells[1:]],
+                "choices": [[choice.to_json() for choice in group] for group in measured],
+                "chosen": [choice.to_json() for choice in chosen],
+                "remembered": None if path is None else str(path),
+            }
         )
     else:
         heads = ("relevance", "same answer ", "tokens alike ", "against the one in force ", "verdict")
@@ -92,7 +90,7 @@ def calibrate(
     for group, best in zip(measured, chosen, strict=True):
         say(_verdict(group, best))
     if path is not None:
-        say(f"{path}: remembered for {model_key(pipeline.model)}; `gridprune models forget` takes it back")
+        say(f"{path}: remembered for {key}; `gridprune models forget {key}` takes it back")
 
 
 def to_table(settings: "Calibration", fingerprint: str) -> dict[str, str | int]:

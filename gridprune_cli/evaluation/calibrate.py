@@ -22,7 +22,8 @@ from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.runners.batches import in_order, result_or_raise
 from gridprune_cli.runners.local import Runner
 from gridprune_cli.settings import Pruning
-from gridprune_cli.vlm.relevance import Calibration
+from gridprune_cli.vlm.family import Family
+from gridprune_cli.vlm.relevance import PUBLISHED_SIGN, Calibration
 
 MIN_QUESTIONS = 10  # with fewer, a choice would need nearly all answers on its side to be told from chance
 SIGNED = ("cdpruner", "trim")  # methods that turn CLIP's relevance round as published
@@ -74,13 +75,13 @@ def sample(data: Data, limit: int, seed: int) -> Data:
     return replace(data, items=tuple(data.items[index] for index in indices))
 
 
-def list_choices(pipeline: Pipeline, keeps: Sequence[float]) -> tuple[list[Choice], list[Choice]]:
-    """What is tried at shares of the tokens: sources of relevance, with depths, and signs of CLIP's. In force first.
+def list_choices(family: Family, keeps: Sequence[float]) -> list[list[Choice]]:
+    """What is tried at shares of the tokens, in groups of which the first choice is in force.
 
-    There are no signs where relevance is never CLIP's: from attention a high value has one meaning. Raises BadInput for
-    a model whose relevance comes from words by name, and for shares that leave nothing to choose.
+    The first group are sources of relevance, with depths; the second, where CLIP is one of them, signs of CLIP's. From
+    attention, relevance has one meaning. Raises BadInput for a model whose relevance comes from words by name, and for
+    shares that leave nothing to choose.
     """
-    family = pipeline.family
     if family.relevance_kind == "words":
         reason = "there is nothing to choose for relevance from words; take auto, attention or clip"
         raise BadInput(reason, field="relevance", value="words")
@@ -88,24 +89,20 @@ def list_choices(pipeline: Pipeline, keeps: Sequence[float]) -> tuple[list[Choic
         if not 0 < keep < 1:
             reason = "must be above 0 and below 1: where all tokens stay, all choices are alike"
             raise BadInput(reason, field="keep", value=f"{keep:g}")
-    cells = tuple(Cell("gridprune", Pruning(keep=keep)) for keep in dict.fromkeys(keeps))
+    prunings = [Pruning(keep=keep) for keep in dict.fromkeys(keeps)]
+    cells = tuple(Cell(pruning.method.name, pruning) for pruning in prunings)
     sources = [Choice(calibration, cells) for calibration in family.relevance_choices()]
     clip = next((choice.calibration for choice in sources if choice.calibration.relevance == "clip"), None)
     if clip is None:
-        return sources, []
-    in_force = family.calibration.relevance_sign or -1
-    signs = [
-        Choice(
-            replace(clip, relevance_sign=sign),
-            tuple(
-                Cell(name, replace(cell.pruning, method=make_method(name, relevance_sign=sign)))
-                for name in SIGNED
-                for cell in cells
-            ),
-        )
-        for sign in (in_force, -in_force)
-    ]
-    return sources, signs
+        return [sources]
+    in_force = family.calibration.relevance_sign or PUBLISHED_SIGN
+    signs = []
+    for sign in (in_force, -in_force):
+        methods = [make_method(name, relevance_sign=sign) for name in SIGNED]
+        signed = [replace(pruning, method=method) for method in methods for pruning in prunings]
+        of_sign = tuple(Cell(pruning.method.name, pruning) for pruning in signed)
+        signs.append(Choice(replace(clip, relevance_sign=sign), of_sign))
+    return [sources, signs]
 
 
 def compare(
@@ -153,16 +150,18 @@ def choose(measured: Sequence[Measured]) -> Measured:
     return max((choice for choice in measured[1:] if choice.better), key=rank, default=measured[0])
 
 
-def new_settings(pipeline: Pipeline, source: Measured, sign: Measured | None) -> Calibration:
-    """What the model is to have from now on: what it has, with what of a choice differs from what is in force."""
-    family, chosen = pipeline.family, source.calibration
+def new_settings(family: Family, chosen: Sequence[Measured]) -> Calibration:
+    """What the model is to have from now on: what it has, with what differs in the choice of each group."""
     settings = family.calibration
-    if chosen.relevance != family.relevance_kind:
-        settings = replace(settings, relevance=chosen.relevance)
-    if chosen.relevance_depth not in (None, family.relevance_depth):
-        settings = replace(settings, relevance_depth=chosen.relevance_depth)
-    if sign is not None and sign.better:
-        settings = replace(settings, relevance_sign=sign.calibration.relevance_sign)
+    for choice in (choice for choice in chosen if choice.better):
+        new = choice.calibration
+        if new.relevance_sign is not None:
+            settings = replace(settings, relevance_sign=new.relevance_sign)
+            continue
+        if new.relevance != family.relevance_kind:
+            settings = replace(settings, relevance=new.relevance)
+        if new.relevance_depth is not None:
+            settings = replace(settings, relevance_depth=new.relevance_depth)
     return settings
 
 

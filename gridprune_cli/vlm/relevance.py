@@ -19,6 +19,7 @@ from gridprune_cli.vlm.word_relevance import WordRelevance
 # What it may come from. "auto" is CLIP where the tower is a CLIP's, else attention. "words" are taken by name alone: on
 # the synthetic scenes, the best tokens by words give fewer right answers than random ones
 RELEVANCE = get_args(Relevance)
+PUBLISHED_SIGN = -1  # of CLIP's relevance, in the published code of methods that turn it round
 _FULL = "full_attention"  # the kind of layers without a sliding window
 
 
@@ -107,7 +108,7 @@ class RelevanceSource(ModelParts, ABC):
         """Takes what was chosen for this model. Raises BadInput, with the setting, for what it can't be."""
         layers, depth, sign = len(self._layer_kinds), calibration.relevance_depth, calibration.relevance_sign
         self._check_relevance(calibration.relevance)
-        # the last layer's attention is no question's more: behind it there is nothing left to save
+        # a question that has been through all layers could have been answered: one is left to save, where there are two
         if depth is not None and (type(depth) is not int or not 1 <= depth <= max(1, layers - 1)):
             reason = f"the language model has {layers} layers; give a number of them from 1 to {max(1, layers - 1)}"
             raise BadInput(reason, field="relevance_depth", value=depth)
@@ -170,7 +171,7 @@ class RelevanceSource(ModelParts, ABC):
     @property
     def relevance_sign(self) -> int:
         """What methods that leave the sign of relevance to the model multiply it with, 1 or -1."""
-        return (self.calibration.relevance_sign or -1) if self.relevance_kind == "clip" else 1
+        return (self.calibration.relevance_sign or PUBLISHED_SIGN) if self.relevance_kind == "clip" else 1
 
     @cached_property
     def vocabulary(self) -> WordRelevance:
