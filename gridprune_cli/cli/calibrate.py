@@ -110,6 +110,7 @@ def _name(choice: "Measured") -> str:
 
 
 def _row(choice: "Measured", group: list["Measured"]) -> tuple[str, ...]:
+    """A line of the table, in per cent with standard errors."""
     figures = f"{100 * choice.agreement:.1f} ± {100 * choice.error:.1f}", f"{100 * choice.tokens:.1f}"
     if choice is group[0]:
         return _name(choice), *figures, "", "in force"
@@ -119,6 +120,9 @@ def _row(choice: "Measured", group: list["Measured"]) -> tuple[str, ...]:
 
 
 def _verdict(group: list["Measured"], best: "Measured") -> str:
+    """What is taken of a group, and why."""
     if best is group[0]:
-        return f"{_name(best)}: stays, since nothing that was tried is better beyond the error"
+        unsure = any(choice.difference > 0 for choice in group)
+        hint = "; more questions or a smaller --keep may tell" if unsure else ""
+        return f"{_name(best)}: stays, since nothing that was tried is better beyond the error{hint}"
     return f"{_name(best)}: taken, since it is better than {_name(group[0])} beyond the error"
