@@ -140,8 +140,8 @@ def test_the_layer_of_relevance_attends_to_everything(checkpoint, monkeypatch):
         assert family.relevance_depth == depth
     family.__dict__.pop("relevance_depth")
     assert candidate_depths([full] * 28) == (3, 7, 10, 14, 17, 21)
-    assert candidate_depths([full] * 6) == (1, 2, 3, 4) and candidate_depths([full]) == (1,)
-    assert candidate_depths(([sliding] * 5 + [full]) * 3) == (6, 12, 18)
+    assert candidate_depths([full] * 6) == (1, 2, 3, 4) and candidate_depths([full]) == ()
+    assert candidate_depths(([sliding] * 5 + [full]) * 3) == (6, 12)
 
 
 def test_many_questions_at_once_are_answered_as_one_at_a_time(tiny_llava, tmp_path, noise):

@@ -69,6 +69,8 @@ def test_sources_and_signs_are_tried_beside_what_is_in_force(tiny_llava, checkpo
     assert plain(tried(checkpoint("qwen2_vl")))[0][0][0] == "attention"
     remembered = Calibration("attention", 2, 1)
     assert plain(tried(tiny_llava, calibration=remembered)) == [[two, clip, one], signs[::-1]]
+    with pytest.raises(BadInput, match="the language model has no other layers to choose from than the 2 in force"):
+        tried(checkpoint("gemma3"))  # of its four, two have a sliding window
 
 
 # ---- what is counted -------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_settings_of_other_weights_are_told_and_not_taken(tiny_llava, caplog):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"relevance_depth": 3}, "relevance_depth = 3: the language model has 3 layers; .* 1 to 2; mend it"),
+        ({"relevance_depth": 4}, "relevance_depth = 4: the language model has 3 layers; .* from 1 to that; mend it"),
         ({"relevance_depth": 0}, "relevance_depth = 0: "),
         ({"relevance_depth": True}, "relevance_depth = True: "),
         ({"relevance_depth": "2"}, "relevance_depth = 2: "),

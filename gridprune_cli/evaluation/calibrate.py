@@ -80,7 +80,7 @@ def list_choices(family: Family, keeps: Sequence[float]) -> list[list[Choice]]:
 
     The first group are sources of relevance, with depths; the second, where CLIP is one of them, signs of CLIP's. From
     attention, relevance has one meaning. Raises BadInput for a model whose relevance comes from words by name, and for
-    shares that leave nothing to choose.
+    models and shares that leave nothing to choose.
     """
     if family.relevance_kind == "words":
         reason = "there is nothing to choose for relevance from words; take auto, attention or clip"
@@ -93,6 +93,12 @@ def list_choices(family: Family, keeps: Sequence[float]) -> list[list[Choice]]:
     cells = tuple(Cell(pruning.method.name, pruning) for pruning in prunings)
     sources = [Choice(calibration, cells) for calibration in family.relevance_choices()]
     clip = next((choice.calibration for choice in sources if choice.calibration.relevance == "clip"), None)
+    if clip is None and len(sources) == 1:
+        depth = sources[0].calibration.relevance_depth
+        reason = (
+            f"the language model has no other layers to choose from than the {depth} in force; there is nothing to do"
+        )
+        raise BadInput(reason, place=family.checkpoint.name)
     if clip is None:
         return [sources]
     in_force = family.calibration.relevance_sign or PUBLISHED_SIGN

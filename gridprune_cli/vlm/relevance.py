@@ -51,9 +51,10 @@ def middle_depth(kinds: Sequence[str]) -> int:
 def candidate_depths(kinds: Sequence[str]) -> tuple[int, ...]:
     """Depths that are tried for a language model of layers of these kinds, ascending: each eighth up to three quarters.
 
-    Later layers would cost more of each question than they could save, and attend to the answer rather than the image.
+    A question that has been through all layers could have been answered, so that is none of them.
     """
-    return tuple(sorted({_full_depth(kinds, len(kinds) * eighths // 8) for eighths in range(1, 7)}))
+    depths = {_full_depth(kinds, len(kinds) * eighths // 8) for eighths in range(1, 7)}
+    return tuple(sorted(depths - {len(kinds)}))
 
 
 def _full_depth(kinds: Sequence[str], depth: int) -> int:
@@ -108,9 +109,8 @@ class RelevanceSource(ModelParts, ABC):
         """Takes what was chosen for this model. Raises BadInput, with the setting, for what it can't be."""
         layers, depth, sign = len(self._layer_kinds), calibration.relevance_depth, calibration.relevance_sign
         self._check_relevance(calibration.relevance)
-        # a question that has been through all layers could have been answered: one is left to save, where there are two
-        if depth is not None and (type(depth) is not int or not 1 <= depth <= max(1, layers - 1)):
-            reason = f"the language model has {layers} layers; give a number of them from 1 to {max(1, layers - 1)}"
+        if depth is not None and (type(depth) is not int or not 1 <= depth <= layers):
+            reason = f"the language model has {layers} layers; give a number from 1 to that"
             raise BadInput(reason, field="relevance_depth", value=depth)
         if sign is not None and (type(sign) is not int or sign not in (1, -1)):
             raise BadInput("must be 1 or -1", field="relevance_sign", value=sign)
