@@ -20,7 +20,7 @@ from gridprune_cli.vlm.word_relevance import WordRelevance
 # the synthetic scenes, the best tokens by words give fewer right answers than random ones
 RELEVANCE = get_args(Relevance)
 PUBLISHED_SIGN = -1  # of CLIP's relevance, in the published code of methods that turn it round
-_FULL = "full_attention"  # the kind of layers without a sliding window
+FULL = "full_attention"  # the kind of layers without a sliding window
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def candidate_depths(kinds: Sequence[str]) -> tuple[int, ...]:
 def _full_depth(kinds: Sequence[str], depth: int) -> int:
     """The depth, at least 1, or the next whose last layer attends to everything, where there is one."""
     depth = max(1, depth)
-    return next((layer + 1 for layer in range(depth - 1, len(kinds)) if kinds[layer] == _FULL), depth)
+    return next((layer + 1 for layer in range(depth - 1, len(kinds)) if kinds[layer] == FULL), depth)
 
 
 class RelevanceSource(ModelParts, ABC):
@@ -166,7 +166,7 @@ class RelevanceSource(ModelParts, ABC):
     def _layer_kinds(self) -> Sequence[str]:
         """The kind of each layer of the language model."""
         text = self.config.get_text_config()
-        return getattr(text, "layer_types", None) or [_FULL] * text.num_hidden_layers
+        return getattr(text, "layer_types", None) or [FULL] * text.num_hidden_layers
 
     @property
     def relevance_sign(self) -> int:
