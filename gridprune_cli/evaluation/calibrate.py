@@ -75,7 +75,7 @@ def sample(data: Data, limit: int, seed: int) -> Data:
     return replace(data, items=tuple(data.items[index] for index in indices))
 
 
-def list_choices(family: Family, keeps: Sequence[float]) -> list[list[Choice]]:
+def list_choices(family: Family, shares: Sequence[float]) -> list[list[Choice]]:
     """What is tried at shares of the tokens, in groups of which the first choice is in force.
 
     The first group are sources of relevance, with depths; the second, where CLIP is one of them, signs of CLIP's. From
@@ -85,11 +85,11 @@ def list_choices(family: Family, keeps: Sequence[float]) -> list[list[Choice]]:
     if family.relevance_kind == "words":
         reason = "there is nothing to choose for relevance from words; take auto, attention or clip"
         raise BadInput(reason, field="relevance", value="words")
-    for keep in keeps:
-        if not 0 < keep < 1:
+    for share in shares:
+        if not 0 < share < 1:
             reason = "must be above 0 and below 1: where all tokens stay, all choices are alike"
-            raise BadInput(reason, field="keep", value=f"{keep:g}")
-    prunings = [Pruning(keep=keep) for keep in dict.fromkeys(keeps)]
+            raise BadInput(reason, field="keep", value=f"{share:g}")
+    prunings = [Pruning(keep=share) for share in dict.fromkeys(shares)]
     cells = tuple(Cell(pruning.method.name, pruning) for pruning in prunings)
     sources = [Choice(calibration, cells) for calibration in family.relevance_choices()]
     clip = next((choice.calibration for choice in sources if choice.calibration.relevance == "clip"), None)
