@@ -66,8 +66,8 @@ def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> 
     """What a user should know of how this model prunes, and pruned these images."""
     out = []
     # where the CLIP was not looked for yet, nothing was pruned by it
-    if pruning.needs_relevance and "clip" in vars(family) and family.clip:
-        if pruning.method.relevance_sign == 0 and family.relevance_kind == "clip":
+    if pruning.needs_relevance and family.knows_clip and family.clip:
+        if pruning.method.relevance_sign == 0 and family.relevance_sign < 0:
             out.append(
                 f"{pruning.method.name} turns CLIP's relevance round, as published; its option relevance_sign=1 takes "
                 "it as it is"

@@ -97,6 +97,10 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
             "relevance has no source",
         )
         _need(isinstance(source.get("model"), str | None), "relevance has no model")
+        _need(
+            all(isinstance(source.get(name), int | None) for name in ("depth", "sign")),
+            "relevance has no depth or sign",
+        )
     _need((source is None) == ("relevance" not in tensors), "relevance and its source do not fit each other")
     _need("schedule" in header, "it does not say what leaves inside the language model")
     _need(_all_texts(header.get("remarks")), "its remarks are no texts")

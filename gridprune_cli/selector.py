@@ -58,8 +58,14 @@ def find_relevance(family: Family, pruning: Pruning) -> None:
 
 
 def relevance_source(family: Family, pruning: Pruning) -> dict[str, Any] | None:
-    """What relevance comes from, as results have it; None where the pruning needs none. Raises as `Family.clip`."""
-    return family.relevance_source if pruning.needs_relevance else None
+    """What relevance comes from, as results have it; None where the pruning needs none. Raises as `Family.clip`.
+
+    Of a method that leaves the sign of relevance to the model, also that.
+    """
+    if not pruning.needs_relevance:
+        return None
+    sign = {"sign": family.relevance_sign} if pruning.method.relevance_sign == 0 else {}
+    return family.relevance_source | sign
 
 
 def compute_signals(
@@ -151,7 +157,7 @@ def _image_signals(family: Family, request: EncodedRequest, n: int, relevance: T
         question_embeds=(
             family.vocabulary.vectors(keywords(request.query)) if "question_embeds" in needs else None  # (M, D)
         ),
-        relevance_by_clip=family.relevance_kind == "clip",
+        relevance_sign=family.relevance_sign,
     )
 
 

@@ -199,7 +199,7 @@ class PrunedSet:
     placeholder_map: Tensor | None = None
     schedule: LayerSchedule | None = None
     plc: str = "off"  # how tokens were compressed: "off", "pool" or "trained"
-    relevance_source: dict[str, Any] | None = None  # {"source": "clip", "model": ...}; also siglip, attention, words
+    relevance_source: dict[str, Any] | None = None  # as `selector.relevance_source` gives it
     remarks: tuple[str, ...] = ()  # what a user should know of how it was pruned
 
     @property

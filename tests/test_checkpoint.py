@@ -313,7 +313,8 @@ def test_words_are_taken_by_name_alone_and_attention_where_the_tower_is_no_clip(
         assert family.relevance_source == {"source": "words", "model": None}
     for model, relevance in ((other, "auto"), (other, "attention"), (alone, "attention")):
         family = Pipeline(str(model), relevance=relevance).family
-        assert family.relevance_source == {"source": "attention", "model": None} and family.clip is None
+        expected = {"source": "attention", "model": None, "depth": family.relevance_depth}
+        assert family.relevance_source == expected and family.clip is None
         with pytest.raises(TypeError, match="of a prompt"):
             _ = family.relevance
     with pytest.raises(

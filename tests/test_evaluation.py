@@ -101,7 +101,7 @@ def test_data_that_is_none(name):
         ({"question": " "}, "the question is empty"),
         ({"image": "elsewhere.png"}, "no image .*elsewhere.png"),
         ({"image": ["0.png", "x" * 300]}, "no image .*xxx"),
-        ({"keep": 0.5}, "eval compares the shares of its setting `keep`"),
+        ({"keep": 0.5}, "here all lines are asked at the shares of `keep`"),
         ({"answers": "yes"}, "answers is no list"),
         ({"answers": []}, "answers is no list"),
         ({"answers": [3]}, "answers is no list"),

@@ -98,9 +98,8 @@ def problems(draw):
     dtype = draw(st.sampled_from(DTYPES))
     region = draw(st.sampled_from(REGIONS))
     vectors = {name: vector.to(dtype) for name, vector in vectors.items()}
-    signals = Signals(
-        views, relevance.to(dtype), saliency.to(dtype), region, **vectors, relevance_by_clip=draw(st.booleans())
-    )
+    sign = -1 if draw(st.booleans()) else 1
+    signals = Signals(views, relevance.to(dtype), saliency.to(dtype), region, **vectors, relevance_sign=sign)
     return signals, draw(st.integers(1, count))
 
 

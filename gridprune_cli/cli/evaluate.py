@@ -101,13 +101,7 @@ def read_cells(methods: list[str], keeps: str) -> tuple["Cell", ...]:
 
     from gridprune_cli.evaluation.run import Cell
 
-    shares = []
-    for text in keeps.split(","):
-        try:
-            shares.append(float(text))
-        except ValueError as fault:
-            reason = f"{text.strip()!r} is no number; give shares, as in 0.22,0.11"
-            raise BadInput(reason, field="keep", value=keeps) from fault
+    shares = read_shares(keeps)
     prunings = []
     for text in methods:
         for line in _BETWEEN.split(text.strip().strip(",")):
@@ -123,6 +117,18 @@ def read_cells(methods: list[str], keeps: str) -> tuple["Cell", ...]:
     return tuple(
         Cell(name, replace(p, keep=share)) for share in shares for name, p in prunings if share != 1 or _says_more(p)
     )
+
+
+def read_shares(keeps: str) -> list[float]:
+    """Numbers with commas between. Raises BadInput for a text that is none."""
+    shares = []
+    for text in keeps.split(","):
+        try:
+            shares.append(float(text))
+        except ValueError as fault:
+            reason = f"{text.strip()!r} is no number; give shares, as in 0.22,0.11"
+            raise BadInput(reason, field="keep", value=keeps) from fault
+    return shares
 
 
 def _says_more(pruning: "Pruning") -> bool:

@@ -175,6 +175,13 @@ def find(model: str, revision: str | None = None, *, field: str = "model", store
     return checkpoint
 
 
+def model_key(model: str) -> str:
+    """What a model is remembered by: a folder by its whole path, from wherever it is named; any other by its name."""
+    folder = os.path.expanduser(model)
+    embedded = model in (EMBEDDED, EMBEDDED_LOCALIZER)
+    return os.path.realpath(folder) if os.path.isdir(folder) and not embedded else model
+
+
 def find_clip(checkpoint: Checkpoint, named: str | None = None) -> Checkpoint:
     """The CLIP or SigLIP checkpoint that a model's tower was taken from, for relevance.
 

@@ -138,8 +138,8 @@ def values(signals: Signals, name: str) -> Tensor:
 
 
 def signed_relevance(signals: Signals, sign: int) -> Tensor:
-    """Relevance times its sign, (N,) float64. Sign 0 stands for -1 with CLIP's relevance and 1 with any other."""
-    return values(signals, "relevance") * (sign or (-1 if signals.relevance_by_clip else 1))
+    """Relevance times its sign, (N,) float64. Sign 0 stands for the model's, `Signals.relevance_sign`."""
+    return values(signals, "relevance") * (sign or signals.relevance_sign)
 
 
 def merge_matrix(

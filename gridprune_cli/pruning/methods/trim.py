@@ -15,7 +15,7 @@ from gridprune_cli.pruning.signals import Signals
 class Trim(Method):
     """The top K - 1 by relevance, and the mean of all others, which takes the place of the K-th.
 
-    relevance_sign  1, -1, or 0 for what the published code does: -1 with CLIP's relevance, 1 with any other
+    relevance_sign  1, -1, or 0 for the model's: as the published code -1 with CLIP's relevance, 1 with any other
     mean_token      False leaves the mean out, and the K-th token stays itself; so it does where K is 1
 
     Departures: relevance is a cosine, as in the paper, where the published code leaves out the patches' lengths. K is
