@@ -15,7 +15,7 @@ from torch import Tensor
 from gridprune_cli.cache.quantize import KINDS
 from gridprune_cli.pruning.methods import RULES
 from gridprune_cli.pruning.region import GRID, inside
-from gridprune_cli.pruning.schedule import LayerSchedule, Region, plan
+from gridprune_cli.pruning.schedule import LayerSchedule, Region, Selection, plan
 from gridprune_cli.pruning.signals import View
 
 MAX_NUMBERS = 1 << 27  # of vision_features or image_embeds: 16,384 visual tokens of 8,192 numbers
@@ -134,7 +134,7 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     check_range("input_ids", ids, 0)
     _check_shape("position_ids", places, torch.int64, (3, len(ids)) if places.dim() == 2 else (len(ids),))
     check_range("position_ids", places, 0, MAX_POSITION)
-    if header["positions"] == "compact":
+    if header["positions"] == "compact" and not _lists_selection(header["schedule"]):  # which numbers on where they leave
         _need(torch.equal(places, torch.arange(len(ids))), "position_ids are not compact")
     _need(places.dim() == 2 or _ascending(places), "position_ids do not ascend")
     # 5. the signals
@@ -158,9 +158,18 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     kept_of = [group - first for group, first in zip(kept.split(kept_counts), first_tokens, strict=False)]
     for image, group in zip(images, kept_of, strict=True):
         _check_origin(image, len(group))
-    if header.get("schedule") is not None:
+    selected = kept
+    if header["schedule"] is not None:
         _need("placeholder_map" in tensors, "it does not say which visual tokens its image_embeds are")
-        _check_schedule(header["schedule"], images, kept_of)
+        schedule = _check_schedule(header["schedule"], images, kept_of)
+        if schedule.selection is not None:
+            selected = torch.tensor(schedule.selection, dtype=torch.int64)
+            _check_selection(schedule, selected, kept, first_tokens)
+    # 7. of each image, what its zones come to
+    selected_counts = torch.searchsorted(selected, first_tokens).diff().tolist()
+    for image, count in zip(images, selected_counts, strict=True):
+        zones = image["zones"]
+        _need(zones is None or sum(zones["budgets"]) == count, "the zones' budgets are not what was kept")
 
 
 def _check_origin(image: Mapping[str, Any], kept: int) -> None:
@@ -179,7 +188,6 @@ def _check_origin(image: Mapping[str, Any], kept: int) -> None:
         _need(all(_all_whole(side, 1, 1 << 31) and len(side) == len(image["views"]) for side in sides), "zones")
         cells = sum(high * wide for high, wide in zip(*sides, strict=True))
         _need(cells == len(zones["budgets"]), f"{cells} zones have {len(zones['budgets'])} budgets")
-        _need(sum(zones["budgets"]) == kept, "the zones' budgets are not what was kept")
     if localizer is not None:
         _need(isinstance(localizer, dict) and isinstance(localizer.get("name"), str), "a localizer has no name")
         _need(isinstance(localizer.get("answer", ""), str), "a localizer's answer is no text")
@@ -189,7 +197,7 @@ def _check_origin(image: Mapping[str, Any], kept: int) -> None:
         _need(all(ratio is None or _number(ratio, 1, 1 << 31) for ratio in ratios.values()), "ratios are no numbers")
 
 
-def _check_schedule(schedule: Any, images: Sequence[Mapping[str, Any]], kept: Sequence[Tensor]) -> None:
+def _check_schedule(schedule: Any, images: Sequence[Mapping[str, Any]], kept: Sequence[Tensor]) -> LayerSchedule:
     """What leaves inside the language model. `kept` has the kept tokens of each image, counted within the image."""
     stages = schedule.get("stages") if isinstance(schedule, dict) else None
     _need(isinstance(stages, list) and len(stages) > 0, "no stages")
@@ -218,6 +226,24 @@ def _check_schedule(schedule: Any, images: Sequence[Mapping[str, Any]], kept: Se
                 _need(image.get("region") is not None, "a stage keeps a region, and there is none")
                 within = inside(views_of(image["views"]), tuple(image["region"]))[group]
                 _need(int(within.sum()) == count, "a stage does not keep what is inside its region")
+    return leaving
+
+
+def _check_selection(schedule: LayerSchedule, selected: Tensor, kept: Tensor, first_tokens: Tensor) -> None:
+    """The one stage that lists what stays: `selected` of the `kept` tokens, of images from `first_tokens` on."""
+    _need(len(schedule.stages) == 1, "a stage lists what stays, and there are others")
+    _need(_ascending(selected) and bool(torch.isin(selected, kept).all()), "a stage lists tokens that are not kept")
+    (stage,) = schedule.stages
+    counts = torch.searchsorted(selected, first_tokens).diff().tolist()
+    counts = counts if len(stage.budgets) == len(counts) else [sum(counts)]
+    _need(list(stage.budgets) == counts, "a stage does not keep what it lists")
+
+
+def _lists_selection(schedule: Any) -> bool:
+    """Whether a schedule, which need not be one, has a stage that lists what stays."""
+    stages = schedule.get("stages") if isinstance(schedule, dict) else None
+    rules = [stage.get("rule") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    return any(isinstance(rule, dict) and rule.get("name") == Selection.name for rule in rules)
 
 
 def _check_rule(rule: Mapping[str, Any]) -> None:
@@ -228,7 +254,11 @@ def _check_rule(rule: Mapping[str, Any]) -> None:
     kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(RULES[name])}
     _need(rule.keys() == kinds.keys() | {"name"}, f"rule {name} has other options")
     for option, kind in kinds.items():
-        good = _whole(rule[option], 0, 1 << 31) if kind is int else _number(rule[option], 0, 1e9)
+        value = rule[option]
+        if kind is tuple:
+            good = _all_whole(value, 0, 1 << 31)
+        else:
+            good = _whole(value, 0, 1 << 31) if kind is int else _number(value, 0, 1e9)
         _need(good, f"{option} of rule {name} is of no use")
 
 

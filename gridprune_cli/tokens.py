@@ -208,6 +208,12 @@ class PrunedSet:
         return sum(image.count for image in self.images)
 
     @property
+    def selected(self) -> Tensor:
+        """(K,) int64: which visual tokens stay to the end, as far as that is known before the model runs."""
+        listed = self.schedule.selection if self.schedule else None
+        return self.kept if listed is None else torch.tensor(listed, dtype=torch.int64)
+
+    @property
     def counts(self) -> str:
         """How many visual tokens stay, in words."""
         return f"{len(self.kept)} of {self.count} visual tokens" + (f", {self.schedule}" if self.schedule else "")
