@@ -134,7 +134,9 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     check_range("input_ids", ids, 0)
     _check_shape("position_ids", places, torch.int64, (3, len(ids)) if places.dim() == 2 else (len(ids),))
     check_range("position_ids", places, 0, MAX_POSITION)
-    if header["positions"] == "compact" and not _lists_selection(header["schedule"]):  # which numbers on where they leave
+    if header["positions"] == "compact" and not _lists_selection(
+        header["schedule"]
+    ):  # which numbers on where they leave
         _need(torch.equal(places, torch.arange(len(ids))), "position_ids are not compact")
     _need(places.dim() == 2 or _ascending(places), "position_ids do not ascend")
     # 5. the signals

@@ -643,7 +643,10 @@ def test_settings_that_make_no_sense(llava, noise):
         ({"ilp_layer": 2}, "ilp.layer: only with .*ilp"),
         ({"ilp": 0.1, "method": make_method("fastv")}, "ilp: not with .*method.fastv"),
         ({"ilp": "selection", "method": make_method("fastv")}, "ilp: not with .*method.fastv"),
-        ({"ilp": "selection", "method": make_method("visionzip")}, "ilp=selection: not with .*visionzip., which merges"),
+        (
+            {"ilp": "selection", "method": make_method("visionzip")},
+            "ilp=selection: not with .*visionzip., which merges",
+        ),
         ({"ilp": "selection", "method": make_method("trim")}, "ilp=selection: not with .*trim., which merges"),
         ({"ilp": "selection", "plc": "pool"}, "ilp=selection: not with .plc."),
     ):

@@ -8,13 +8,13 @@ import tracemalloc
 
 import pytest
 import torch
-from fuzz.files import ENTRY_FAULTS, PRUNED_FAULTS, changed, put, raw, semantic
+from fuzz.files import ENTRY_FAULTS, PRUNED_FAULTS, SELECTION_FAULTS, changed, put, raw, semantic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gridprune_cli.cache import files, layout, store
 from gridprune_cli.errors import BadInput
-from gridprune_cli.pruning.schedule import Attention, Stage, plan
+from gridprune_cli.pruning.schedule import Attention, Selection, Stage, plan
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet, load_pruned
 
@@ -167,8 +167,26 @@ def staged_set():
     return dataclasses.replace(pruned_set(), placeholder_map=torch.tensor([1, 5]), schedule=inside)
 
 
+def selected_set():
+    """A pruned set of two images, all tokens of which enter, and one of each stays from a layer on."""
+    inside = plan((Stage(2, Selection((1, 5)), (1, 1), "compact"),), [2, 4], 5)
+    return dataclasses.replace(
+        pruned_set(),
+        image_embeds=torch.randn(6, 4),
+        kept=torch.arange(6),
+        placeholder_map=torch.arange(6),
+        input_ids=torch.tensor([3, 4, 4, 4, 4, 4, 4, 9]),
+        position_ids=torch.tensor([0, 2, 6, 7, 8, 9, 11, 12]),
+        positions="compact",
+        schedule=inside,
+    )
+
+
 def test_what_the_faults_start_from_is_whole():
-    same(staged_set(), PrunedSet.from_bytes(staged_set().to_bytes(), "x"))
+    for pruned in (staged_set(), selected_set()):
+        same(pruned, PrunedSet.from_bytes(pruned.to_bytes(), "x"))
+    assert staged_set().selected.tolist() == selected_set().selected.tolist() == [1, 5]
+    assert selected_set().counts == "6 of 6 visual tokens, 2 from layer 2 on"
     data = encoded_image(torch.bfloat16).to_bytes()
     assert changed(data, lambda header, tensors: None) == data
 
@@ -183,6 +201,13 @@ def test_a_pruned_set_of_no_sense_is_refused(what):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("what", SELECTION_FAULTS)
+def test_a_selection_of_no_sense_is_refused(what):
+    data = changed(selected_set().to_bytes(), SELECTION_FAULTS[what])
+    with pytest.raises(BadInput, match=r"^x: not a pruned set \("):
+        PrunedSet.from_bytes(data, "x")
+
+
 @pytest.mark.parametrize("what", ENTRY_FAULTS)
 def test_an_encoded_image_of_no_sense_is_refused(what):
     data = changed(encoded_image(torch.bfloat16).to_bytes(), ENTRY_FAULTS[what])
@@ -194,7 +219,7 @@ def test_an_encoded_image_of_no_sense_is_refused(what):
 @given(st.integers(0, 2**32))
 def test_a_changed_pruned_set_is_refused_or_as_good_as_any(seed):
     rng = random.Random(seed)
-    data = staged_set().to_bytes()
+    data = rng.choice((staged_set, selected_set))().to_bytes()
     with pytest.raises(BadInput, match=r"^x: not a pruned set \("):
         PrunedSet.from_bytes(raw(rng, data), "x")
     try:

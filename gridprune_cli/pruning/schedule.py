@@ -146,7 +146,9 @@ class Stage:
     positions: str = "original"
 
     def to_json(self) -> dict[str, Any]:
-        options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.rule).items()}
+        options = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.rule).items()
+        }
         rule = {"name": self.rule.name, **options}
         return {"layer": self.layer, "rule": rule, "keep": list(self.budgets), "positions": self.positions}
 
