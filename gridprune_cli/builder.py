@@ -218,7 +218,10 @@ def _schedule(
 def _ilp(
     ilp: float | str, signals: Sequence[Signals], counts: Sequence[int], kept: Sequence[Tensor]
 ) -> tuple[Rule, tuple[int, ...]]:
-    """The rule and the budgets of a share, or of the region, as `Pruning.ilp`. Raises BadInput where it is the region's, and an image has none."""
+    """The rule and the budgets of `Pruning.ilp` where it is a share, or the region.
+
+    Raises BadInput where it is the region, and an image has none.
+    """
     if isinstance(ilp, float):
         return RegionAttention(), tuple(max(1, int(ilp * count + 0.5)) for count in counts)
     budgets = []

@@ -155,7 +155,9 @@ class Stage:
     @classmethod
     def from_json(cls, fields: dict[str, Any], rules: Mapping[str, type[Rule]]) -> "Stage":
         """The inverse of `to_json`, with rules by their names. Raises KeyError or TypeError for what is no stage."""
-        options = {name: tuple(v) if isinstance(v, list) else v for name, v in fields["rule"].items()}
+        options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields["rule"].items()
+        }
         rule = rules[options.pop("name")](**options)
         return cls(fields["layer"], rule, tuple(fields["keep"]), fields["positions"])
 
