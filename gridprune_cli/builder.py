@@ -11,16 +11,25 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.errors import BadInput
+from gridprune_cli.prefixes import Prefixes
 from gridprune_cli.pruning.compress import cell_weights, cells, pool, ratios
 from gridprune_cli.pruning.methods import Method
 from gridprune_cli.pruning.placeholders import staying
 from gridprune_cli.pruning.region import inside
 from gridprune_cli.pruning.schedule import LayerSchedule, Region, RegionAttention, Rule, Selection, Stage, plan
 from gridprune_cli.pruning.signals import Signals
-from gridprune_cli.selector import EncodedRequest, join_signals, relevance_source, within_region, write_prompts
+from gridprune_cli.selector import (
+    EncodedRequest,
+    image_sees_question,
+    join_signals,
+    relevance_source,
+    within_region,
+    write_prompts,
+)
 from gridprune_cli.settings import RELEVANCE, Pruning
-from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
+from gridprune_cli.tokens import EncodedImage, Origin, Prefix, PrunedSet
 from gridprune_cli.vlm.family import Family
+from gridprune_cli.vlm.prefix import prefix_length
 from gridprune_cli.vlm.projection import concatenate, project
 
 ILP_LAYER = 3  # at whose input tokens leave the language model, where the pruning names no layer
@@ -45,11 +54,12 @@ def build_pruned_sets(
     requests: Sequence[EncodedRequest],
     signals: Sequence[Sequence[Signals]],
     kept: Sequence[Sequence[Tensor]],
+    prefixes: Prefixes | None = None,
 ) -> list[PrunedSet]:
     """The pruned set of every request, from the signals of its images and the tokens that `select_tokens` kept.
 
-    Raises BadInput where a pruning does not fit its images, a prompt can't be written, or has more positions than the
-    model.
+    `prefixes` are the model's: where one is there that a set can go on from, the set gets it. Raises BadInput where a
+    pruning does not fit its images, a prompt can't be written, or has more positions than the model.
     """
     prompts = write_prompts(family, requests, [request.request.question for request in requests])
     drafts = [_draft(family, *parts) for parts in zip(requests, signals, kept, prompts, strict=True)]
@@ -58,8 +68,36 @@ def build_pruned_sets(
         family.check_length(last + 1, "ask shorter, of fewer images, or take `positions=compact`")
     embeds = project(family, [(draft.vision_features, draft.placeholder_map) for draft in drafts])
     return [
-        PrunedSet(image_embeds=kept_embeds, **draft.rest) for kept_embeds, draft in zip(embeds, drafts, strict=True)
+        PrunedSet(image_embeds=kept_embeds, prefix=_find_prefix(family, request, draft, prompt, prefixes), **draft.rest)
+        for request, draft, prompt, kept_embeds in zip(requests, drafts, prompts, embeds, strict=True)
     ]
+
+
+def _find_prefix(
+    family: Family, request: EncodedRequest, draft: _Draft, prompt: Tensor, prefixes: Prefixes | None
+) -> Prefix | None:
+    """The prefix that a set can go on from, where it is held or in the cache. `prompt` (L,) is the unpruned one."""
+    if prefixes is None or not _continues_prefix(family, request, draft, prompt):
+        return None
+    return prefixes.find(prompt, request.images, compute=False)
+
+
+def _continues_prefix(family: Family, request: EncodedRequest, draft: _Draft, prompt: Tensor) -> bool:
+    """Whether a set begins with what the prefix of its unpruned prompt `(L,)` went through the first d layers as."""
+    images, depth = request.images, family.relevance_depth
+    stages = draft.rest["schedule"].stages if draft.rest["schedule"] else ()
+    # 1. all visual tokens enter and stay for d layers, and the text behind them is not there to be seen or to rate them
+    if len(draft.rest["kept"]) < sum(image.count for image in images) or image_sees_question(family, request):
+        return False
+    if prefix_length(family, prompt) == len(prompt) or not family.first_inner <= depth < family.depth:
+        return False
+    if any(stage.layer < depth or stage.rule.rated for stage in stages):
+        return False
+    # 2. with the positions and the features of the unpruned prompt
+    positions = family.positions(prompt, images)
+    return torch.equal(draft.rest["position_ids"].expand_as(positions), positions) and torch.equal(
+        draft.vision_features, concatenate([image.vision_features for image in images])
+    )
 
 
 def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> tuple[str, ...]:

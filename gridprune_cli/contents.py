@@ -66,20 +66,27 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
 
 
 def check_prefix(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, with the reason, where these are no prefix; shapes are `vlm.prefix.Prefix`'s."""
+    """Raises ValueError, with the reason, where these are no prefix; shapes are `tokens.Prefix`'s."""
     _check_texts(header, ("key", "model", "image", "name"))
     _need(header.get("kind") == "prefix", "it holds something else")
-    names = {"ids", "keys", "values"}
+    check_prefix_tensors(tensors)
+    _need(header.get("tokens") == len(tensors["ids"]), "it has another number of tokens than it tells")
+
+
+def check_prefix_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, with the reason, where these are not the tensors of a `tokens.Prefix`."""
+    names = {"ids", "keys", "values", "hidden_states"}
     _need(tensors.keys() == names, f"it holds {_listed(tensors)}, not {_listed(names)}")
     ids, keys, values = (tensors[name] for name in ("ids", "keys", "values"))
     _check_shape("ids", ids, torch.int64, (-1,))
-    _need(header.get("tokens") == len(ids), "it has another number of tokens than it tells")
     check_range("ids", ids, 0)
     _check_shape("keys", keys, None, (-1, -1, len(ids), -1))
     _check_shape("values", values, keys.dtype, tuple(keys.shape))
     _need(keys.dtype in FLOATS.values() and keys.numel() > 0, f"keys are {_dtype_and_shape(keys)}")
-    check_range("keys", keys)
-    check_range("values", values)
+    _check_shape("hidden_states", tensors["hidden_states"], keys.dtype, (len(ids), -1))
+    _need(tensors["hidden_states"].numel() > 0, "hidden_states are empty")
+    for name in ("keys", "values", "hidden_states"):
+        check_range(name, tensors[name])
 
 
 def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""An encoded image and a pruned set, and the safetensors files that they are stored in."""
+"""An encoded image, a prompt's prefix and a pruned set, and the safetensors files of the first and the last."""
 
 import io
 from collections.abc import Callable
@@ -167,6 +167,32 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """What the first d layers of a language model made of a prompt up to its last placeholder. P tokens.
+
+    ids            (P,)          int64, its token ids
+    keys           (d, H, P, C)  of each layer, with the positions already in them; H heads of C numbers
+    values         (d, H, P, C)  of each layer
+    hidden_states  (P, D)        what layer d receives, counted from 0: the first that the prefix did not go through
+    """
+
+    ids: Tensor
+    keys: Tensor
+    values: Tensor
+    hidden_states: Tensor
+
+    @property
+    def depth(self) -> int:
+        """d."""
+        return len(self.keys)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.ids.nbytes + self.keys.nbytes + self.values.nbytes + self.hidden_states.nbytes
+
+
+@dataclass(frozen=True)
 class PrunedSet:
     """The visual tokens that were kept of one or several images for a question, projected, and the prompt around them.
 
@@ -182,6 +208,8 @@ class PrunedSet:
     placeholder_map  (S,)     int64, the visual token that each image embed stands for, -1 for a separator; None where
                               there is no schedule, which alone needs it
     schedule                  which tokens leave at which layer of the language model; None where none do
+    prefix                    the prompt's, all N tokens among it, with which only the text behind it goes through the
+                              first d layers; no token leaves before layer d. None where the whole prompt is run
     """
 
     image_embeds: Tensor
@@ -201,6 +229,7 @@ class PrunedSet:
     plc: str = "off"  # how tokens were compressed: "off", "pool" or "trained"
     relevance_source: dict[str, Any] | None = None  # {"source": "clip", "model": ...}, or attention or words, of None
     remarks: tuple[str, ...] = ()  # what a user should know of how it was pruned
+    prefix: Prefix | None = None
 
     @property
     def count(self) -> int:

@@ -24,7 +24,7 @@ from gridprune_cli.selector import EncodedRequest, compute_signals, find_relevan
 from gridprune_cli.settings import Request
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
-MAX_BYTES = 1 << 29  # of image embeds of pruned sets that wait for their turn
+MAX_BYTES = 1 << 29  # of image embeds and prefixes of pruned sets that wait for their turn
 GROUP = 4  # batches of questions among which those of like length are put together
 
 
@@ -158,7 +158,8 @@ class Runner:
             localized = _localize(self, batch)
             with self.stopwatch.measure("select"):
                 signals = compute_signals(self.family, localized, self.encoder.prefixes)
-                return build_pruned_sets(self.family, localized, signals, select_tokens(localized, signals))
+                kept = select_tokens(localized, signals)
+                return build_pruned_sets(self.family, localized, signals, kept, self.encoder.prefixes)
 
         results = self._to_prune.run([request for _, request, _ in ready], prune_batch)
         for (index, _, hits), result in zip(ready, results, strict=True):
@@ -175,7 +176,7 @@ class Runner:
         """
         with MODELS:
             self.family.load("language")  # what fails here would fail for every set
-        order = sorted(range(len(sets)), key=lambda index: len(sets[index].input_ids))
+        order = sorted(range(len(sets)), key=lambda index: _batch_order(sets[index]))
         answers = self._generate([sets[index] for index in order], max_new_tokens, options)
         yield from zip(order, answers, strict=True)
 
@@ -213,13 +214,14 @@ class Runner:
             stack.callback(generator.shutdown, cancel_futures=True)
             in_flight: deque[tuple[list[tuple[int, Pruned]], Future[list[Generated | GridpruneError]]]] = deque()
             waiting: list[tuple[int, Pruned]] = []
-            held = 0  # bytes of image embeds that wait
+            held = 0  # bytes of image embeds that wait, and of their prefixes, each of which several sets may share
+            prefixes: set[int] = set()
 
             def texts(sets: Sequence[PrunedSet]) -> list[Generated | GridpruneError]:
                 return list(self._generate(sets, max_new_tokens, options))
 
             def send() -> None:
-                waiting.sort(key=lambda pair: len(pair[1].pruned.input_ids))
+                waiting.sort(key=lambda pair: _batch_order(pair[1].pruned))
                 size = self._to_answer.size
                 for start in range(0, len(waiting), size):
                     batch = waiting[start : start + size]
@@ -241,14 +243,24 @@ class Runner:
                     continue
                 waiting.append((index, pruned))
                 held += pruned.pruned.image_embeds.nbytes
+                prefix = pruned.pruned.prefix
+                if prefix is not None and id(prefix) not in prefixes:
+                    held += prefix.nbytes
+                    prefixes.add(id(prefix))
                 if len(waiting) >= GROUP * self._to_answer.size or held > MAX_BYTES:
                     send()
                     held = 0
+                    prefixes.clear()
                 while in_flight and (len(in_flight) > GROUP or in_flight[0][1].done()):
                     yield from receive()
             send()
             while in_flight:
                 yield from receive()
+
+
+def _batch_order(pruned: PrunedSet) -> tuple[bool, int]:
+    """Sorts sets with a prefix to one another, since these are run apart from the others, and then by length."""
+    return pruned.prefix is not None, len(pruned.input_ids)
 
 
 def _localize(runner: Runner, requests: Sequence[EncodedRequest]) -> list[EncodedRequest]:
