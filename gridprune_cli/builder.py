@@ -55,49 +55,86 @@ def build_pruned_sets(
     signals: Sequence[Sequence[Signals]],
     kept: Sequence[Sequence[Tensor]],
     prefixes: Prefixes | None = None,
+    with_prefix: bool | None = None,
 ) -> list[PrunedSet]:
     """The pruned set of every request, from the signals of its images and the tokens that `select_tokens` kept.
 
-    `prefixes` are the model's: where one is there that a set can go on from, the set gets it. Raises BadInput where a
-    pruning does not fit its images, a prompt can't be written, or has more positions than the model.
+    prefixes     the model's
+    with_prefix  True: each set holds its prefix, and no image embeds. False: none holds a prefix. None: a set that can
+                 go on from a prefix also holds that, where it is there; of `ilp` "selection" it is computed
+
+    Raises BadInput where a pruning does not fit its images or its set can't go on from a prefix, and a prompt can't be
+    written, or has more positions than the model.
     """
     prompts = write_prompts(family, requests, [request.request.question for request in requests])
     drafts = [_draft(family, *parts) for parts in zip(requests, signals, kept, prompts, strict=True)]
     for draft in drafts:
         last = int(draft.rest["position_ids"].max())
         family.check_length(last + 1, "ask shorter, of fewer images, or take `positions=compact`")
+    if with_prefix:
+        prefixes = prefixes or Prefixes(family)
+        return [_set_with_prefix(family, prefixes, *parts) for parts in zip(requests, drafts, prompts, strict=True)]
     embeds = project(family, [(draft.vision_features, draft.placeholder_map) for draft in drafts])
+    found = [
+        None if with_prefix is False else _find_prefix(family, prefixes, *parts)
+        for parts in zip(requests, drafts, prompts, strict=True)
+    ]
     return [
-        PrunedSet(image_embeds=kept_embeds, prefix=_find_prefix(family, request, draft, prompt, prefixes), **draft.rest)
-        for request, draft, prompt, kept_embeds in zip(requests, drafts, prompts, embeds, strict=True)
+        PrunedSet(image_embeds=kept_embeds, prefix=prefix, **draft.rest)
+        for kept_embeds, prefix, draft in zip(embeds, found, drafts, strict=True)
     ]
 
 
+def _set_with_prefix(
+    family: Family, prefixes: Prefixes, request: EncodedRequest, draft: _Draft, prompt: Tensor
+) -> PrunedSet:
+    """The set with its prefix in place of image embeds. Raises BadInput where it can't go on from one."""
+    if obstacle := _prefix_obstacle(family, request, draft, prompt):
+        raise BadInput(f"{obstacle}, or leave this out", field="with_prefix")
+    prefix = prefixes.find(prompt, request.images)
+    rest = draft.rest | {"placeholder_map": draft.placeholder_map}
+    return PrunedSet(image_embeds=prefix.hidden_states[:0], prefix=prefix, **rest)
+
+
 def _find_prefix(
-    family: Family, request: EncodedRequest, draft: _Draft, prompt: Tensor, prefixes: Prefixes | None
+    family: Family, prefixes: Prefixes | None, request: EncodedRequest, draft: _Draft, prompt: Tensor
 ) -> Prefix | None:
-    """The prefix that a set can go on from, where it is held or in the cache. `prompt` (L,) is the unpruned one."""
-    if prefixes is None or not _continues_prefix(family, request, draft, prompt):
+    """The prefix that a set can go on from, where it is held or in the cache. `prompt` (L,) is the unpruned one.
+
+    Of a selection it is computed where it is not there, so that the next question costs what pruning before does.
+    """
+    if prefixes is None or _prefix_obstacle(family, request, draft, prompt):
         return None
-    return prefixes.find(prompt, request.images, compute=False)
+    return prefixes.find(prompt, request.images, compute=request.pruning.ilp == "selection")
 
 
-def _continues_prefix(family: Family, request: EncodedRequest, draft: _Draft, prompt: Tensor) -> bool:
-    """Whether a set begins with what the prefix of its unpruned prompt `(L,)` went through the first d layers as."""
+def _prefix_obstacle(family: Family, request: EncodedRequest, draft: _Draft, prompt: Tensor) -> str:
+    """Why a set does not begin with what the prefix of its unpruned prompt `(L,)` is; empty where it does."""
     images, depth = request.images, family.relevance_depth
     stages = draft.rest["schedule"].stages if draft.rest["schedule"] else ()
-    # 1. all visual tokens enter and stay for d layers, and the text behind them is not there to be seen or to rate them
-    if len(draft.rest["kept"]) < sum(image.count for image in images) or image_sees_question(family, request):
-        return False
-    if prefix_length(family, prompt) == len(prompt) or not family.first_inner <= depth < family.depth:
-        return False
-    if any(stage.layer < depth or stage.rule.rated for stage in stages):
-        return False
-    # 2. with the positions and the features of the unpruned prompt
+    # 1. the text behind the visual tokens is there, and not to be seen by them
+    if family.sees_question:
+        return "this model's image tokens see the question, so that no prefix is free of it; take another model"
+    if image_sees_question(family, request):
+        return "the image sees the question; put that behind all images in `template`"
+    if prefix_length(family, prompt) == len(prompt):
+        return "there is no text behind the last image; put the question there"
+    # 2. all visual tokens enter and stay for d layers, and nothing rates them there
+    if len(draft.rest["kept"]) < sum(image.count for image in images):
+        return "visual tokens are left out before the language model; take `ilp=selection`"
+    if not family.first_inner <= depth < family.depth:
+        return f"a prefix of {depth} layers does not do for this model of {family.depth}; take another model"
+    if any(stage.layer < depth for stage in stages):
+        return f"tokens leave before the prefix ends; let them leave at layer {depth} or later"
+    if any(stage.rule.rated for stage in stages):
+        return "the method lets the text rate the tokens in the first layer; take another method"
+    # 3. with the positions and the features of the unpruned prompt
     positions = family.positions(prompt, images)
-    return torch.equal(draft.rest["position_ids"].expand_as(positions), positions) and torch.equal(
-        draft.vision_features, concatenate([image.vision_features for image in images])
-    )
+    if not torch.equal(draft.rest["position_ids"].expand_as(positions), positions):
+        return "positions differ from those of the whole prompt; take `positions=original`"
+    if not torch.equal(draft.vision_features, concatenate([image.vision_features for image in images])):
+        return "tokens are merged before the language model; take `plc=off`"
+    return ""
 
 
 def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> tuple[str, ...]:

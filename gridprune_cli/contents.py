@@ -23,6 +23,7 @@ MAX_POSITION = 1 << 24  # from there on float32, in which rotary angles are comp
 MAX_LAYERS = 1 << 10  # of a language model; the deepest have about 130
 MAX_COORDINATE = 1e6  # of a view's box, in pictures: a tile that is padded leaves 0..1, but not by far
 MIN_SHARE = 1e-3  # of the picture's sides, that some view must cover; a centre crop of 200 : 1 covers five times that
+PREFIX_TENSORS = ("ids", "keys", "values", "hidden_states")  # fields of `tokens.Prefix`
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # what a model computes in
 
 
@@ -75,7 +76,7 @@ def check_prefix(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
 
 def check_prefix_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError, with the reason, where these are not the tensors of a `tokens.Prefix`."""
-    names = {"ids", "keys", "values", "hidden_states"}
+    names = set(PREFIX_TENSORS)
     _need(tensors.keys() == names, f"it holds {_listed(tensors)}, not {_listed(names)}")
     ids, keys, values = (tensors[name] for name in ("ids", "keys", "values"))
     _check_shape("ids", ids, torch.int64, (-1,))
@@ -110,7 +111,9 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     # 2. which tensors, of which images
     _need(isinstance(images, list) and len(images) > 0, "it holds no images")
     assert isinstance(images, list)
-    needed, known = {"image_embeds", "kept", "input_ids", "position_ids", "saliency"}, {"relevance", "placeholder_map"}
+    holds_prefix = "prefix_ids" in tensors
+    needed, known = {"kept", "input_ids", "position_ids", "saliency"}, {"relevance", "placeholder_map"}
+    needed |= {"placeholder_map", *(f"prefix_{name}" for name in PREFIX_TENSORS)} if holds_prefix else {"image_embeds"}
     _need(needed <= tensors.keys() <= needed | known, f"it holds {_listed(tensors)}")
     counts = []
     for image in images:
@@ -119,26 +122,34 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
         _need(_all_texts(image.get("notes")), "an image's notes are no texts")
         counts.append(_count(image.get("views")))
     total = sum(counts)
-    # 3. image embeds, and the tokens that they stand for
-    image_embeds, kept, ids, places = (tensors[name] for name in ("image_embeds", "kept", "input_ids", "position_ids"))
-    shape = _dtype_and_shape(image_embeds)
-    _need(image_embeds.dtype in FLOATS.values() and image_embeds.dim() == 2, f"image_embeds are {shape}")
-    _need(0 < image_embeds.numel() <= MAX_NUMBERS, f"image_embeds are {shape}, empty or too many")
-    check_range("image_embeds", image_embeds)
+    # 3. image embeds, or the prefix in their place, and the tokens that they stand for
+    kept, ids, places = (tensors[name] for name in ("kept", "input_ids", "position_ids"))
+    if holds_prefix:
+        check_prefix_tensors({name: tensors[f"prefix_{name}"] for name in PREFIX_TENSORS})
+        _check_shape("placeholder_map", tensors["placeholder_map"], torch.int64, (-1,))
+        placeholders = len(tensors["placeholder_map"])
+    else:
+        image_embeds = tensors["image_embeds"]
+        shape = _dtype_and_shape(image_embeds)
+        _need(image_embeds.dtype in FLOATS.values() and image_embeds.dim() == 2, f"image_embeds are {shape}")
+        _need(0 < image_embeds.numel() <= MAX_NUMBERS, f"image_embeds are {shape}, empty or too many")
+        check_range("image_embeds", image_embeds)
+        placeholders = len(image_embeds)
     _check_shape("kept", kept, torch.int64, (-1,))
     _need(
-        0 < len(kept) <= len(image_embeds),
-        f"{len(kept)} kept tokens and {len(image_embeds)} image_embeds do not fit each other",
+        0 < len(kept) <= placeholders,
+        f"{len(kept)} kept tokens and {placeholders} image tokens do not fit each other",
     )
     check_range("kept", kept, 0, total - 1)
     _need(_ascending(kept), "kept is not sorted, or holds a token twice")
     # 4. the prompt
     _check_shape("input_ids", ids, torch.int64, (-1,))
-    _need(
-        len(ids) >= len(image_embeds),
-        f"{len(ids)} input_ids and {len(image_embeds)} image_embeds do not fit each other",
-    )
+    _need(len(ids) >= placeholders, f"{len(ids)} input_ids and {placeholders} image tokens do not fit each other")
     check_range("input_ids", ids, 0)
+    if holds_prefix:
+        prefix_ids = tensors["prefix_ids"]
+        _need(torch.equal(ids[: len(prefix_ids)], prefix_ids), "its prefix is that of another prompt")
+        _need(len(kept) == total, "its prefix holds all visual tokens, and kept does not")
     _check_shape("position_ids", places, torch.int64, (3, len(ids)) if places.dim() == 2 else (len(ids),))
     check_range("position_ids", places, 0, MAX_POSITION)
     if header["positions"] == "compact" and not _lists_selection(
@@ -156,7 +167,7 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     # 6. what needs all of these: the map, each image, the schedule
     if "placeholder_map" in tensors:
         placeholder_map = tensors["placeholder_map"]
-        _check_shape("placeholder_map", placeholder_map, torch.int64, (len(image_embeds),))
+        _check_shape("placeholder_map", placeholder_map, torch.int64, (placeholders,))
         check_range("placeholder_map", placeholder_map, -1)
         _need(
             torch.equal(placeholder_map[placeholder_map >= 0].sort().values, kept),

@@ -105,11 +105,11 @@ def _misfit(family: Family, pruned: PrunedSet) -> str:
     """What of a set this model can't work with, or nothing. Indices out of range would end a GPU's whole process."""
     ids, text = pruned.input_ids, family.config.get_text_config()
     images = ids == family.image_token
-    if int(images.sum()) != len(pruned.image_embeds):
-        return f"{int(images.sum())} image tokens for {len(pruned.image_embeds)} image embeds"
+    if int(images.sum()) != pruned.placeholders:
+        return f"{int(images.sum())} image tokens for {pruned.placeholders} image embeds"
     if not images.all() and int(ids[~images].max()) >= text.vocab_size:
         return f"a token id of {int(ids[~images].max())}, where there are {text.vocab_size}"
-    if pruned.image_embeds.shape[1] != family.embed_width:
+    if pruned.prefix is None and pruned.image_embeds.shape[1] != family.embed_width:
         return f"image embeds of {pruned.image_embeds.shape[1]} numbers, not {family.embed_width}"
     if pruned.position_ids.dim() == 2 and family.axes != len(pruned.position_ids):
         return f"positions in {len(pruned.position_ids)} axes, not {family.axes}"

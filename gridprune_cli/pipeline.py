@@ -172,13 +172,16 @@ class Pipeline:
         *,
         system: str | None = None,
         template: str | None = None,
+        with_prefix: bool = False,
     ) -> PrunedSet:
         """The pruned set of a question about one image or several, from image files or encoded images.
 
-        Arguments and errors are those of `ask`. A localiser that is a model looks at the image file.
+        Arguments and errors are those of `ask`. A localiser that is a model looks at the image file. `with_prefix`: in
+        place of its image embeds it holds what the first layers of the language model make of the prompt up to its last
+        image, which they need not do again. Raises BadInput where an answer can't go on from that.
         """
         request = Request(_as_tuple(images), question, pruning or Pruning(), system, template)
-        return self.runner().prune_one(request).pruned
+        return self.runner().prune_one(request, with_prefix=with_prefix).pruned
 
     def generate(self, pruned: PrunedSet, *, max_new_tokens: int = 128, **options: Any) -> str:
         """The answer from a pruned set. `options` go to transformers' `generate`. Raises BadInput for a set of another

@@ -13,13 +13,12 @@ from torch import Tensor
 from gridprune_cli.cache import files, layout
 from gridprune_cli.cache.files import RawTensor
 from gridprune_cli.cache.store import Store
-from gridprune_cli.contents import check_prefix
+from gridprune_cli.contents import PREFIX_TENSORS, check_prefix
 from gridprune_cli.tokens import EncodedImage, Prefix, load_tensors, raw_tensor
 from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.prefix import compute_prefix, misfit, prefix_length
 
 VERSION = 2  # part of every key: raise it when `compute_prefix` changes what it gives
-_TENSORS = ("ids", "keys", "values", "hidden_states")
 
 
 class Prefixes:
@@ -94,13 +93,13 @@ class Prefixes:
             "encoder": self.identity,
             "tokens": len(prefix.ids),
         }
-        return files.encode({name: raw_tensor(getattr(prefix, name)) for name in _TENSORS}, header)
+        return files.encode({name: raw_tensor(getattr(prefix, name)) for name in PREFIX_TENSORS}, header)
 
     def _from_parts(self, header: dict[str, Any], raw: dict[str, RawTensor], ids: Tensor) -> Prefix:
         """The inverse of `_to_bytes`. Raises ValueError for what is none of this model's, or of other token ids."""
         tensors = load_tensors(raw)
         check_prefix(header, tensors)
-        prefix = Prefix(*(tensors[name] for name in _TENSORS))
+        prefix = Prefix(*(tensors[name] for name in PREFIX_TENSORS))
         if prefix.depth != self.family.relevance_depth or (reason := misfit(self.family, prefix)):
             raise ValueError(f"{prefix.depth} layers" if prefix.depth != self.family.relevance_depth else reason)
         if prefix.keys.dtype != self.family.dtype or not torch.equal(prefix.ids, ids):

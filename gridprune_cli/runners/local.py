@@ -93,12 +93,16 @@ class Runner:
     # ---- prune -------------------------------------------------------------------------------------------------------
 
     def prune(
-        self, requests: Sequence[Request], *, parts: Sequence[str] = ("projector",)
+        self,
+        requests: Sequence[Request],
+        *,
+        parts: Sequence[str] = ("projector",),
+        with_prefix: bool | None = None,
     ) -> Iterator[tuple[int, Pruned | GridpruneError]]:
         """Prunes for every request, image by image: the request's index, and what came of it. In no order.
 
         An image that several requests are about is read and encoded once. `parts` of the model are loaded together
-        with the tower, or alone where that is not needed.
+        with the tower, or alone where that is not needed. `with_prefix` is that of `build_pruned_sets`.
         """
         # 1. what would fail for every request fails before any work
         for pruning in {request.pruning for request in requests}:
@@ -123,13 +127,15 @@ class Runner:
                     continue
                 ready.append((index, EncodedRequest(requests[index], encoded[0]), encoded[1]))
                 if len(ready) >= self._to_prune.size:
-                    yield from self._prune(ready)
+                    yield from self._prune(ready, with_prefix)
                     ready.clear()
-            yield from self._prune(ready)
+            yield from self._prune(ready, with_prefix)
 
-    def prune_one(self, request: Request, *, parts: Sequence[str] = ("projector",)) -> Pruned:
+    def prune_one(
+        self, request: Request, *, parts: Sequence[str] = ("projector",), with_prefix: bool | None = None
+    ) -> Pruned:
         """What came of one request. Raises its error."""
-        ((_, result),) = self.prune([request], parts=parts)
+        ((_, result),) = self.prune([request], parts=parts, with_prefix=with_prefix)
         return result_or_raise(result)
 
     def _load_signals(self, requests: Sequence[Request], parts: Sequence[str]) -> None:
@@ -150,7 +156,7 @@ class Runner:
         self.family.check_length(self.family.count_words(request.question), "ask shorter")
 
     def _prune(
-        self, ready: Sequence[tuple[int, EncodedRequest, tuple[bool, ...]]]
+        self, ready: Sequence[tuple[int, EncodedRequest, tuple[bool, ...]]], with_prefix: bool | None
     ) -> Iterator[tuple[int, Pruned | GridpruneError]]:
         """Localises and prunes for requests whose images are encoded."""
 
@@ -159,7 +165,9 @@ class Runner:
             with self.stopwatch.measure("select"):
                 signals = compute_signals(self.family, localized, self.encoder.prefixes)
                 kept = select_tokens(localized, signals)
-                return build_pruned_sets(self.family, localized, signals, kept, self.encoder.prefixes)
+                return build_pruned_sets(
+                    self.family, localized, signals, kept, self.encoder.prefixes, with_prefix=with_prefix
+                )
 
         results = self._to_prune.run([request for _, request, _ in ready], prune_batch)
         for (index, _, hits), result in zip(ready, results, strict=True):
