@@ -122,6 +122,32 @@ def test_a_selection_inside_is_told_and_drawn_as_what_stays(run, image, tmp_path
     assert len(answers) == 1
 
 
+def test_prune_with_prefix_then_generate_equals_ask(run, image, tmp_path, monkeypatch):
+    from gridprune_cli.tokens import load_pruned
+
+    options = ("--keep", "0.25", "--ilp", "selection")
+    saved, pruned = tmp_path / "p.safetensors", tmp_path / "q.safetensors"
+    code, out, err = run("prune", image, QUESTION, *options, "--with-prefix", "-o", saved)
+    assert (code, out) == (0, "") and "16 of 16 visual tokens, 4 from layer 1 on, with the prefix" in err
+    assert load_pruned(saved).prefix.depth == 1
+    answer = run("ask", image, QUESTION, *options, "--save", pruned)[1]
+    assert load_pruned(pruned).prefix is None  # the same file, whatever the cache holds
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"id": 1, "image": str(image), "question": QUESTION}))
+    assert run("prune", "--batch", lines, *options, "--with-prefix", "-o", tmp_path)[0] == 0
+    assert (tmp_path / "1.safetensors").read_bytes() == saved.read_bytes()
+    monkeypatch.setenv("GRIDPRUNE_CACHE_DIR", str(tmp_path / "empty"))
+    image.unlink()
+    assert run("generate", saved, pruned)[1] == answer * 2
+
+
+def test_where_no_prefix_holds_none_is_saved(run, image, tmp_path):
+    saved = tmp_path / "p.safetensors"
+    code, out, err = run("prune", image, QUESTION, "--keep", "0.25", "--with-prefix", "-o", saved)
+    assert (code, out) == (2, "") and not saved.exists() and err.count("\n") == 1
+    assert "--with-prefix: visual tokens are left out before the language model; take --ilp selection, or leave" in err
+
+
 def test_methods_inside_the_language_model(run, image):
     fastv = ("--method", "fastv", "--method-option", "layer=1")
     record = json.loads(run("ask", image, QUESTION, *fastv, "--keep", "0.25", "--json")[1])

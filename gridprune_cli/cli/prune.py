@@ -91,7 +91,8 @@ def prune(
         emit_json(pruned.to_json() | {"cache": cache_outcome(result.hits), "file": str(output), "bytes": len(data)})
     for note in pruned.notes:
         say(note)
-    say(f"{output}: {pruned.counts}, {size(len(data))}")
+    counts = f"{pruned.counts}, with the prefix" if pruned.prefix else pruned.counts
+    say(f"{output}: {counts}, {size(len(data))}")
 
 
 def prune_lines(

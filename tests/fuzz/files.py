@@ -2,7 +2,8 @@
 
 `raw` changes bytes, so that the digests tell. `semantic` changes what a file says and writes the digests anew, so that
 only a look at the contents tells: the result is refused, or as good as any other file. `PRUNED_FAULTS`,
-`SELECTION_FAULTS` (of a set whose schedule lists what stays) and `ENTRY_FAULTS` are changes that must be refused.
+`SELECTION_FAULTS` (of a set whose schedule lists what stays), `PREFIX_FAULTS` (of one that holds its prefix) and
+`ENTRY_FAULTS` are changes that must be refused.
 """
 
 import copy
@@ -325,4 +326,18 @@ SELECTION_FAULTS: dict[str, Fault] = {
     ),
     "budgets of all tokens": put("images", 0, "zones", "budgets", value=[2]),
     "another rule's compact positions": put("schedule", "stages", 0, "rule", value={"name": "attention"}),
+}
+
+PREFIX_FAULTS: dict[str, Fault] = {
+    **_tensor_faults(("prefix_keys", "prefix_values", "prefix_hidden_states"), ("prefix_ids",)),
+    "no placeholder_map": drop("placeholder_map"),
+    "placeholder_map without an axis": swap("placeholder_map", lambda places: places[0]),
+    "image_embeds beside it": lambda _, tensors: tensors.update(image_embeds=torch.zeros(6, 4)),
+    "another prompt's": swap("prefix_ids", lambda ids: ids + 1),
+    "of a longer prompt": lambda _, tensors: tensors.update(
+        input_ids=tensors["input_ids"][:6], position_ids=tensors["position_ids"][:6]
+    ),
+    "of other tokens": lambda _, tensors: tensors.update(
+        kept=tensors["kept"][:5], placeholder_map=tensors["placeholder_map"][:5]
+    ),
 }
