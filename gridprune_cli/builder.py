@@ -75,13 +75,13 @@ def build_pruned_sets(
         prefixes = prefixes or Prefixes(family)
         return [_set_with_prefix(family, prefixes, *parts) for parts in zip(requests, drafts, prompts, strict=True)]
     embeds = project(family, [(draft.vision_features, draft.placeholder_map) for draft in drafts])
-    found = [
+    shared = [
         None if with_prefix is False else _find_prefix(family, prefixes, *parts)
         for parts in zip(requests, drafts, prompts, strict=True)
     ]
     return [
         PrunedSet(image_embeds=kept_embeds, prefix=prefix, **draft.rest)
-        for kept_embeds, prefix, draft in zip(embeds, found, drafts, strict=True)
+        for kept_embeds, prefix, draft in zip(embeds, shared, drafts, strict=True)
     ]
 
 

@@ -23,6 +23,7 @@ from gridprune_cli.runners.images import Encoded, ImageRunner
 from gridprune_cli.selector import EncodedRequest, compute_signals, find_relevance, select_tokens
 from gridprune_cli.settings import Request
 from gridprune_cli.tokens import EncodedImage, PrunedSet
+from gridprune_cli.vlm.family import Family
 
 MAX_BYTES = 1 << 29  # of image embeds and prefixes of pruned sets that wait for their turn
 GROUP = 4  # batches of questions among which those of like length are put together
@@ -117,7 +118,8 @@ class Runner:
                 continue
             by_encoding.setdefault(self.family.encodes_multi_image and len(request.images) > 1, []).append(index)
         with MODELS, self.stopwatch.measure("load"):
-            self._load_signals([requests[index] for indices in by_encoding.values() for index in indices], parts)
+            to_ask = [requests[index] for indices in by_encoding.values() for index in indices]
+            _load_signals(self.family, to_ask, parts)
         # 3. images through the tower, and requests pruned as soon as theirs are there
         for several, indices in by_encoding.items():
             ready: list[tuple[int, EncodedRequest, tuple[bool, ...]]] = []
@@ -131,23 +133,10 @@ class Runner:
                     ready.clear()
             yield from self._prune(ready, with_prefix)
 
-    def prune_one(
-        self, request: Request, *, parts: Sequence[str] = ("projector",), with_prefix: bool | None = None
-    ) -> Pruned:
-        """What came of one request. Raises its error."""
-        ((_, result),) = self.prune([request], parts=parts, with_prefix=with_prefix)
+    def prune_one(self, request: Request, **settings: Any) -> Pruned:
+        """What came of one request, with the settings of `prune`. Raises its error."""
+        ((_, result),) = self.prune([request], **settings)
         return result_or_raise(result)
-
-    def _load_signals(self, requests: Sequence[Request], parts: Sequence[str]) -> None:
-        """Loads what pruning needs beside `parts`: a text tower, embeddings or layers, the trained compressor."""
-        in_parts = self.family.relevance_kind == "attention" and "language" in parts
-        for request in requests:
-            if request.pruning.plc == "trained":
-                _ = self.family.compressor
-            if "question_embeds" in request.pruning.method.requires:
-                self.family.vocabulary.load()
-            if request.pruning.needs_relevance and not in_parts:
-                self.family.load_relevance()
 
     def _check(self, request: Request) -> None:
         """Raises BadInput for a request that can't be asked, whatever its images hold."""
@@ -264,6 +253,18 @@ class Runner:
             send()
             while in_flight:
                 yield from receive()
+
+
+def _load_signals(family: Family, requests: Sequence[Request], parts: Sequence[str]) -> None:
+    """Loads what pruning needs beside `parts`: a text tower, embeddings or layers, the trained compressor."""
+    in_parts = family.relevance_kind == "attention" and "language" in parts
+    for request in requests:
+        if request.pruning.plc == "trained":
+            _ = family.compressor
+        if "question_embeds" in request.pruning.method.requires:
+            family.vocabulary.load()
+        if request.pruning.needs_relevance and not in_parts:
+            family.load_relevance()
 
 
 def _batch_order(pruned: PrunedSet) -> tuple[bool, int]:
