@@ -728,6 +728,13 @@ def test_bench_prints_a_table(run, image):
     assert re.search(r"The prefill is [\d.]+ times faster with [\d.]+ times fewer operations", lines[-2])
 
 
+def test_bench_sets_a_selection_inside_against_pruning_before(run, image):
+    options = ("--keep", "0.25", "--ilp", "selection", "--repeat", "1", "--new-tokens", "2")
+    code, out, _ = run("bench", image, QUESTION, *options)
+    assert code == 0 and "BEFORE THE MODEL  INSIDE FROM SCRATCH  PRUNED" in re.sub("  +", "  ", out)
+    assert re.search(r"Inside, from the cached prefix, the prefill takes [\d.]+ of the time and [\d.]+ of the ", out)
+
+
 def test_bench_json_names_what_was_measured(run, image):
     code, out, _ = run("bench", image, QUESTION, "--json", "--repeat", "2", "--new-tokens", "3", "--tokens", "2")
     record = json.loads(out)

@@ -188,7 +188,7 @@ def test_positions_with_gaps_are_refused(llava, noise):
         to_vllm(llava.family, llava.prune(image, QUESTION, original))
     everything = replace(original, keep=1.0)
     whole = to_vllm(llava.family, llava.prune(image, QUESTION, everything))  # there are no gaps
-    with pytest.raises(BadInput, match="a prefix in place of its image embeds; prune without .with_prefix."):
+    with pytest.raises(BadInput, match=r"a prefix in place of its image embeds; prune without .with_prefix."):
         to_vllm(llava.family, llava.prune(image, QUESTION, everything, with_prefix=True))
     assert whole.image_embeds.shape == (1, 16, 48)
 
