@@ -7,7 +7,7 @@ are made here, since the model makes its own for layers that hold the whole prom
 prefix have no other hooks than these: see `prefix.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -58,14 +58,15 @@ def prune_inside(
 class _KeyRecorder:
     """Stands before the cache for one layer: passes all on, and holds the keys, some of which a window drops.
 
-    `earlier` (B, heads, P, C) are those that the cache holds already.
+    `prefixes` are those whose keys the cache may hold already, in layer `number`.
     """
 
-    def __init__(self, cache: DynamicCache, earlier: Tensor | None):
-        self.cache, self.earlier = cache, earlier
+    def __init__(self, cache: DynamicCache, prefixes: PrefixBatch | None, number: int):
+        self.cache = cache
+        self.prefixes = prefixes if prefixes and number < prefixes.depth else None
 
     def update(self, keys: Tensor, values: Tensor, *layer: Any) -> tuple[Tensor, Tensor]:
-        self.keys = keys if self.earlier is None else torch.cat([self.earlier.to(keys), keys], 2)  # (B, heads, n, C)
+        self.keys = self.prefixes.prepend_keys(keys) if self.prefixes else keys  # (B, heads, n, C)
         return self.cache.update(keys, values, *layer)
 
     def of_prompt(self, number: int) -> Tensor:
@@ -100,9 +101,9 @@ class _Run:
         self.mask = mask.cpu().bool()  # (B, L)
         is_image_token = (ids.cpu() == family.image_token) & self.mask
         self.prompts = [PromptStages(*pair) for pair in zip(batch, is_image_token, strict=True)]
-        firsts = [layer - 1 for prompt in self.prompts for layer in prompt.stages]
-        firsts += [prefixes.depth] if prefixes else []
-        self.start = 0 if any(prompt.rated for prompt in self.prompts) else min(firsts)  # the first layer with a hook
+        hooked = [layer - 1 for prompt in self.prompts for layer in prompt.stages]
+        hooked += [prefixes.depth] if prefixes else []
+        self.start = 0 if any(prompt.rated for prompt in self.prompts) else min(hooked)  # the first layer with a hook
         self.watching = ExitStack()  # of the attention of one layer at a time
         self.attention: list[Tensor] = []  # what that recorded
         self.recorder: _KeyRecorder | None = None  # of the layer before a stage that looks at its keys
@@ -159,10 +160,7 @@ class _Run:
             weights = self._query_weights(number + 1, hidden)
             self.attention = self.watching.enter_context(watch_queries(layer.self_attn, weights))
         if any(rule.keys == -1 for rule in next_rules):
-            earlier = None
-            if self.prefixes and number < self.prefixes.depth:
-                earlier = self.prefixes.last_keys(len(hidden) // len(self.prompts))
-            self.recorder = _KeyRecorder(kwargs["past_key_values"], earlier)
+            self.recorder = _KeyRecorder(kwargs["past_key_values"], self.prefixes, number)
             kwargs = kwargs | {"past_key_values": self.recorder}
         return hidden, kwargs
 
@@ -178,9 +176,8 @@ class _Run:
             if (stage := prompt.stages.get(number)) and stage.rule.rated:
                 weights[item] = prompt.rater_weights
         weights = weights.repeat_interleave(len(hidden) // len(self.prompts), 0).to(hidden.device)
-        if self.remaining is None:
-            return weights[:, -hidden.shape[1] :]  # in a layer of the prefix, of the text alone
-        return weights.gather(1, self.remaining.places) * self.remaining.valid
+        text = weights[:, -hidden.shape[1] :]  # which is all of the prompt but in a layer of a prefix
+        return text if self.remaining is None else weights.gather(1, self.remaining.places) * self.remaining.valid
 
     def _drop(self, number: int, layer: Any, hidden: Tensor, own_attention: list[Tensor]) -> Tensor:
         """Applies the stages at a layer: hidden states (B, n', D) of what stays."""
@@ -231,9 +228,7 @@ class _Run:
         if rule.keys == -1:
             assert self.recorder is not None
             measured["keys"] = self.recorder.of_prompt(item)[here.to(self.recorder.keys.device)]
-        for name, values in measured.items():
-            if not bool(torch.isfinite(values).all()):
-                raise GridpruneError(f"the model's {name} hold values that are not finite; try `dtype=float32`")
+        _check_finite(measured)
         return measured
 
     def _layer_arguments(self, arguments: dict[str, Any], hidden: Tensor, number: int, layer: Any) -> dict[str, Any]:
@@ -278,3 +273,10 @@ class _Run:
             "attention_mask": decode_mask(new, answer, layer_cache, length, remaining, hidden, eager=self.eager),
             "position_embeddings": embeddings,
         }
+
+
+def _check_finite(measured: Mapping[str, Tensor]) -> None:
+    """Raises GridpruneError where what a rule looks at can't be compared."""
+    for name, values in measured.items():
+        if not bool(torch.isfinite(values).all()):
+            raise GridpruneError(f"the model's {name} hold values that are not finite; try `dtype=float32`")

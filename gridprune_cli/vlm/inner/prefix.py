@@ -56,9 +56,10 @@ class PrefixBatch:
             cache.update(keys, values, layer)
         return cache
 
-    def last_keys(self, repeats: int) -> Tensor:
-        """The keys (B * repeats, H, P, C) of layer d - 1, also those that its sliding window hides."""
-        return self._stack([prefix.keys[-1] for prefix in self.prefixes], repeats)
+    def prepend_keys(self, keys: Tensor) -> Tensor:
+        """The keys (B * repeats, H, L, C) of layer d - 1, also those that its window drops, from the text's."""
+        repeats = len(keys) // len(self.prefixes)
+        return torch.cat([self._stack([prefix.keys[-1] for prefix in self.prefixes], repeats).to(keys), keys], 2)
 
     def join(self, hidden: Tensor) -> Tensor:
         """The hidden states (B * repeats, L, D) of the prompts at layer d, from those of their text (.., T, D)."""
