@@ -154,7 +154,9 @@ def check(pipeline, pruned, staying):
 
 
 def prune(pipeline, pictures, pruning):
-    return pipeline.prune([pipeline.encoder.encode([picture])[0] for picture in pictures], QUESTION, pruning)
+    """The pruned set of the pictures, whose whole prompt goes through all layers."""
+    images = [pipeline.encoder.encode([picture])[0] for picture in pictures]
+    return replace(pipeline.prune(images, QUESTION, pruning), prefix=None)
 
 
 def last(pipeline):
