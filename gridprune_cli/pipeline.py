@@ -173,13 +173,17 @@ class Pipeline:
         *,
         system: str | None = None,
         template: str | None = None,
+        with_prefix: bool | None = None,
     ) -> PrunedSet:
         """The pruned set of a question about one image or several, from image files or encoded images.
 
-        Arguments and errors are those of `ask`. A localiser that is a model looks at the image file.
+        Arguments and errors are those of `ask`. A localiser that is a model looks at the image file. `with_prefix`: in
+        place of its image embeds it holds what the first layers of the language model make of the prompt up to its last
+        image, also in a file; BadInput where an answer can't go on from that. None: it holds both, where the prefix is
+        cached, and its file the image embeds. False: it holds image embeds alone.
         """
         request = Request(_as_tuple(images), question, pruning or Pruning(), system, template)
-        return self.runner().prune_one(request).pruned
+        return self.runner().prune_one(request, with_prefix=with_prefix).pruned
 
     def generate(self, pruned: PrunedSet, *, max_new_tokens: int = 128, **options: Any) -> str:
         """The answer from a pruned set. `options` go to transformers' `generate`. Raises BadInput for a set of another

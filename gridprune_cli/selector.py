@@ -108,7 +108,7 @@ def _relevance(family: Family, requests: Sequence[EncodedRequest], prefixes: Pre
     if family.relevance_kind == "attention":
         prefixes = prefixes or Prefixes(family)
         for request, prompt in zip(requests, write_prompts(family, requests, queries), strict=True):
-            prefix = None if _image_sees_question(family, request) else prefixes.find(prompt, request.images)
+            prefix = None if image_sees_question(family, request) else prefixes.find(prompt, request.images)
             yield attention_relevance(family, prompt, request.images, prefix, one_scale=request.shares_budget)
     elif queries:
         family.relevance.read(queries)  # by the text tower in one batch; each call below then only compares
@@ -116,7 +116,7 @@ def _relevance(family: Family, requests: Sequence[EncodedRequest], prefixes: Pre
             yield [family.relevance(image.vision_features, request.query) for image in request.images]
 
 
-def _image_sees_question(family: Family, request: EncodedRequest) -> bool:
+def image_sees_question(family: Family, request: EncodedRequest) -> bool:
     """Whether what the language model makes of the images depends on the question, so that each has its own."""
     template = request.request.template
     return family.sees_question or (template is not None and template.find("{question}") < template.rfind("{image}"))

@@ -173,7 +173,15 @@ def test_a_keep_of_1_is_asked_for_where_it_is_not_all_tokens():
         "gridprune --positions compact",
         "gridprune --plc pool --inside-ratio 1 --outside-ratio 4",
     ]
-    same = ["gridprune", "vtw", "fastv", "pyramiddrop", "sparsevlm", "gridprune --plc pool --inside-ratio 2"]
+    same = [
+        "gridprune",
+        "gridprune --ilp selection",
+        "vtw",
+        "fastv",
+        "pyramiddrop",
+        "sparsevlm",
+        "gridprune --plc pool --inside-ratio 2",
+    ]
     assert [cell.name for cell in read_cells([*same, *more], "1")] == more
 
 

@@ -375,6 +375,8 @@ def test_rules_pick_by_attention():
         [1, 3],
         [0, 1, 2, 3],
     ]
+    left = replace(layer_signals, tokens=torch.tensor([1, 2, 5, 7, 9]))
+    assert RULES["selection"](tokens=(2, 5, 8, 9)).select(left, 3).tolist() == [1, 2, 4]  # of the prompt's tokens
     assert {rule.name for rule in RULES.values()} == set(RULES)
 
 

@@ -135,7 +135,7 @@ def _says_more(pruning: "Pruning") -> bool:
     """Whether a keep of 1 gives something else than all tokens: fewer, further inside too, or other positions."""
     inside = pruning.method.stages([1], [1], range(1, 2))
     return (
-        pruning.ilp is not None
+        pruning.ilp not in (None, "selection")
         or any(stage.budgets != (1,) for stage in inside)
         or bool(pruning.inside_ratio and pruning.outside_ratio)
         or pruning.positions != "original"

@@ -257,15 +257,20 @@ def pruning(
     ilp: Annotated[
         str | None,
         option(
-            "Visual tokens that stay inside the language model: a share, or region.",
+            "What stays inside the language model: selection (what --keep would leave before it), a share, or region.",
             REGIONS,
             metavar="SHARE",
             show_default="everything",
-            **_complete("region"),
+            **_complete("selection", "region"),
         ),
     ] = None,
     ilp_layer: Annotated[
-        int | None, option("Layer, from 0, at whose input the others leave.", REGIONS, show_default="3")
+        int | None,
+        option(
+            "Layer, from 0, at whose input the others leave.",
+            REGIONS,
+            show_default="3; for selection the depth of relevance from attention",
+        ),
     ] = None,
     plc: Annotated[
         choices.Plc,

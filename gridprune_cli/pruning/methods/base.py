@@ -47,6 +47,11 @@ class Method(ABC):
         """The same method with other values for some of its options. Raises ValueError for values out of range."""
         return replace(self, **options)
 
+    @property
+    def merges(self) -> bool:
+        """Whether other tokens are merged into those that it keeps."""
+        return type(self).merge_weights is not Method.merge_weights
+
     # ---- for callers -------------------------------------------------------------------------------------------------
 
     def select_batch(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:

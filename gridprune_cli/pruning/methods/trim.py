@@ -33,6 +33,10 @@ class Trim(Method):
         if self.relevance_sign not in (1, -1, 0):
             raise ValueError(f"relevance_sign must be 1, -1 or 0, not {self.relevance_sign}")
 
+    @property
+    def merges(self) -> bool:
+        return self.mean_token
+
     def score(self, signals: Signals) -> Tensor:
         return signed_relevance(signals, self.relevance_sign)
 
