@@ -67,9 +67,10 @@ class Pipeline:
                  already, and then only `store` and `cache_dtype` count of the rest. None: none was chosen, so it is
                  `scenes`, and a picture that is no scene is refused, where `scenes` by name answers, with a note
     revision     branch, tag or commit of a hub model
-    clip         the CLIP that the model's tower was taken from, a folder or hub name, where it is not known
-    relevance    what it comes from: "clip", the CLIP of the model's tower; "attention", the language model's;
-                 "words", its word embeddings; or "auto", CLIP where the tower is a CLIP's, else attention
+    clip         the CLIP or SigLIP that the model's tower was taken from, a folder or hub name, where it is not known
+    relevance    what it comes from: "clip", the CLIP or SigLIP of the model's tower; "attention", the language model's;
+                 "words", its word embeddings; or "auto", clip where the tower is a CLIP's or `clip` is named, else
+                 attention
     store        the cache; None: there is none
     cache_dtype  how vision features are stored, see `Encoder`
 
@@ -172,13 +173,17 @@ class Pipeline:
         *,
         system: str | None = None,
         template: str | None = None,
+        with_prefix: bool | None = None,
     ) -> PrunedSet:
         """The pruned set of a question about one image or several, from image files or encoded images.
 
-        Arguments and errors are those of `ask`. A localiser that is a model looks at the image file.
+        Arguments and errors are those of `ask`. A localiser that is a model looks at the image file. `with_prefix`: in
+        place of its image embeds it holds what the first layers of the language model make of the prompt up to its last
+        image, also in a file; BadInput where an answer can't go on from that. None: it holds both, where the prefix is
+        cached, and its file the image embeds. False: it holds image embeds alone.
         """
         request = Request(_as_tuple(images), question, pruning or Pruning(), system, template)
-        return self.runner().prune_one(request).pruned
+        return self.runner().prune_one(request, with_prefix=with_prefix).pruned
 
     def generate(self, pruned: PrunedSet, *, max_new_tokens: int = 128, **options: Any) -> str:
         """The answer from a pruned set. `options` go to transformers' `generate`. Raises BadInput for a set of another

@@ -5,7 +5,7 @@ what it was computed from: the encoded images in their order, the token ids, the
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -13,13 +13,12 @@ from torch import Tensor
 from gridprune_cli.cache import files, layout
 from gridprune_cli.cache.files import RawTensor
 from gridprune_cli.cache.store import Store
-from gridprune_cli.contents import check_prefix
-from gridprune_cli.tokens import EncodedImage, load_tensors, raw_tensor
+from gridprune_cli.contents import PREFIX_TENSORS, check_prefix
+from gridprune_cli.tokens import EncodedImage, Prefix, load_tensors, raw_tensor
 from gridprune_cli.vlm.family import Family
-from gridprune_cli.vlm.prefix import Prefix, compute_prefix, prefix_length
+from gridprune_cli.vlm.prefix import compute_prefix, misfit, prefix_length
 
-VERSION = 1  # part of every key: raise it when `compute_prefix` changes what it gives
-_TENSORS = ("ids", "keys", "values")
+VERSION = 2  # part of every key: raise it when `compute_prefix` changes what it gives
 
 
 class Prefixes:
@@ -32,16 +31,24 @@ class Prefixes:
         self.family, self.store = family, store
         self._latest: tuple[str, Prefix] | None = None  # with its key
 
-    def find(self, prompt: Tensor, images: Sequence[EncodedImage]) -> Prefix:
+    @overload
+    def find(self, prompt: Tensor, images: Sequence[EncodedImage]) -> Prefix: ...
+
+    @overload
+    def find(self, prompt: Tensor, images: Sequence[EncodedImage], *, compute: bool) -> Prefix | None: ...
+
+    def find(self, prompt: Tensor, images: Sequence[EncodedImage], *, compute: bool = True) -> Prefix | None:
         """The prefix of a prompt's token ids `(L,)`, of `relevance_depth` layers, stored where it was computed.
 
-        Raises as `compute_prefix`.
+        Without `compute` only one that is there already, else None. Raises as `compute_prefix`.
         """
         ids = prompt[: prefix_length(self.family, prompt)]
         key = self.key(ids, images)
         if self._latest is None or self._latest[0] != key:
             prefix = self._look_up(key, ids)
             if prefix is None:
+                if not compute:
+                    return None
                 prefix = compute_prefix(self.family, prompt, images, self.family.relevance_depth)
                 if self.store is not None:
                     self.store.put(self.identity, key, self._to_bytes(key, prefix, images), spared=False)
@@ -86,17 +93,15 @@ class Prefixes:
             "encoder": self.identity,
             "tokens": len(prefix.ids),
         }
-        return files.encode({name: raw_tensor(getattr(prefix, name)) for name in _TENSORS}, header)
+        return files.encode({name: raw_tensor(getattr(prefix, name)) for name in PREFIX_TENSORS}, header)
 
     def _from_parts(self, header: dict[str, Any], raw: dict[str, RawTensor], ids: Tensor) -> Prefix:
         """The inverse of `_to_bytes`. Raises ValueError for what is none of this model's, or of other token ids."""
         tensors = load_tensors(raw)
         check_prefix(header, tensors)
-        text = self.family.config.get_text_config()
-        heads, width = text.num_key_value_heads, getattr(text, "head_dim", None)
-        shape = (self.family.relevance_depth, heads, len(ids), width or text.hidden_size // text.num_attention_heads)
-        if tuple(tensors["keys"].shape) != shape:
-            raise ValueError(f"keys of {tuple(tensors['keys'].shape)}, not {shape}")
-        if tensors["keys"].dtype != self.family.dtype or not torch.equal(tensors["ids"], ids):
+        prefix = Prefix(*(tensors[name] for name in PREFIX_TENSORS))
+        if prefix.depth != self.family.relevance_depth or (reason := misfit(self.family, prefix)):
+            raise ValueError(f"{prefix.depth} layers" if prefix.depth != self.family.relevance_depth else reason)
+        if prefix.keys.dtype != self.family.dtype or not torch.equal(prefix.ids, ids):
             raise ValueError("of another dtype, or other token ids")
-        return Prefix(*(tensors[name] for name in _TENSORS))
+        return prefix

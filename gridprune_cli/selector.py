@@ -58,8 +58,14 @@ def find_relevance(family: Family, pruning: Pruning) -> None:
 
 
 def relevance_source(family: Family, pruning: Pruning) -> dict[str, Any] | None:
-    """What relevance comes from, as results have it; None where the pruning needs none. Raises as `Family.clip`."""
-    return family.relevance_source if pruning.needs_relevance else None
+    """What relevance comes from, as results have it; None where the pruning needs none. Raises as `Family.clip`.
+
+    Of a method that leaves the sign of relevance to the model, also that.
+    """
+    if not pruning.needs_relevance:
+        return None
+    sign = {"sign": family.relevance_sign} if pruning.method.relevance_sign == 0 else {}
+    return family.relevance_source | sign
 
 
 def compute_signals(
@@ -102,7 +108,7 @@ def _relevance(family: Family, requests: Sequence[EncodedRequest], prefixes: Pre
     if family.relevance_kind == "attention":
         prefixes = prefixes or Prefixes(family)
         for request, prompt in zip(requests, write_prompts(family, requests, queries), strict=True):
-            prefix = None if _image_sees_question(family, request) else prefixes.find(prompt, request.images)
+            prefix = None if image_sees_question(family, request) else prefixes.find(prompt, request.images)
             yield attention_relevance(family, prompt, request.images, prefix, one_scale=request.shares_budget)
     elif queries:
         family.relevance.read(queries)  # by the text tower in one batch; each call below then only compares
@@ -110,7 +116,7 @@ def _relevance(family: Family, requests: Sequence[EncodedRequest], prefixes: Pre
             yield [family.relevance(image.vision_features, request.query) for image in request.images]
 
 
-def _image_sees_question(family: Family, request: EncodedRequest) -> bool:
+def image_sees_question(family: Family, request: EncodedRequest) -> bool:
     """Whether what the language model makes of the images depends on the question, so that each has its own."""
     template = request.request.template
     return family.sees_question or (template is not None and template.find("{question}") < template.rfind("{image}"))
@@ -151,7 +157,7 @@ def _image_signals(family: Family, request: EncodedRequest, n: int, relevance: T
         question_embeds=(
             family.vocabulary.vectors(keywords(request.query)) if "question_embeds" in needs else None  # (M, D)
         ),
-        relevance_by_clip=family.relevance_kind == "clip",
+        relevance_sign=family.relevance_sign,
     )
 
 

@@ -11,6 +11,7 @@ from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.vlm import FAMILIES
 from gridprune_cli.vlm.attention_relevance import scale_attention
+from gridprune_cli.vlm.relevance import candidate_depths
 
 QUESTION = "what colour is the left object?"
 TOP = Pruning(keep=0.3, method=make_method("topk-relevance"))
@@ -138,6 +139,9 @@ def test_the_layer_of_relevance_attends_to_everything(checkpoint, monkeypatch):
         family.__dict__.pop("relevance_depth", None)
         assert family.relevance_depth == depth
     family.__dict__.pop("relevance_depth")
+    assert candidate_depths([full] * 28) == (3, 7, 10, 14, 17, 21)
+    assert candidate_depths([full] * 6) == (1, 2, 3, 4) and candidate_depths([full]) == ()
+    assert candidate_depths(([sliding] * 5 + [full]) * 3) == (6, 12)
 
 
 def test_many_questions_at_once_are_answered_as_one_at_a_time(tiny_llava, tmp_path, noise):

@@ -98,9 +98,8 @@ def problems(draw):
     dtype = draw(st.sampled_from(DTYPES))
     region = draw(st.sampled_from(REGIONS))
     vectors = {name: vector.to(dtype) for name, vector in vectors.items()}
-    signals = Signals(
-        views, relevance.to(dtype), saliency.to(dtype), region, **vectors, relevance_by_clip=draw(st.booleans())
-    )
+    sign = -1 if draw(st.booleans()) else 1
+    signals = Signals(views, relevance.to(dtype), saliency.to(dtype), region, **vectors, relevance_sign=sign)
     return signals, draw(st.integers(1, count))
 
 
@@ -376,6 +375,8 @@ def test_rules_pick_by_attention():
         [1, 3],
         [0, 1, 2, 3],
     ]
+    left = replace(layer_signals, tokens=torch.tensor([1, 2, 5, 7, 9]))
+    assert RULES["selection"](tokens=(2, 5, 8, 9)).select(left, 3).tolist() == [1, 2, 4]  # of the prompt's tokens
     assert {rule.name for rule in RULES.values()} == set(RULES)
 
 

@@ -10,15 +10,18 @@ import torch
 from gridprune_cli.cache import files
 from gridprune_cli.cache.files import RawTensor
 from gridprune_cli.cache.store import Store
+from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.prefixes import Prefixes
 from gridprune_cli.pruning.methods import make_method
-from gridprune_cli.settings import Pruning
+from gridprune_cli.runners import local
+from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.vlm import FAMILIES
 from gridprune_cli.vlm.prefix import compute_prefix
 
 QUESTION = "what colour is the left object?"
 TOP = Pruning(keep=0.3, method=make_method("topk-relevance"))
+LATER = Pruning(keep=0.3, method=make_method("fastv", layer=2))
 
 
 @pytest.fixture
@@ -104,13 +107,20 @@ def changed(name, **fields):
     return spoil
 
 
-def other_bytes(header, tensors):
-    keys = tensors["keys"]
-    return header, tensors | {"keys": replace(keys, data=b"\xff" * len(keys.data))}  # not finite
+def not_finite(name):
+    def spoil(header, tensors):
+        return header, tensors | {name: replace(tensors[name], data=b"\xff" * len(tensors[name].data))}
+
+    return spoil
 
 
 SPOILT = {
-    "not finite": other_bytes,
+    "not finite": not_finite("keys"),
+    "hidden states that are not finite": not_finite("hidden_states"),
+    "without hidden states": lambda header, tensors: (
+        header,
+        {name: tensor for name, tensor in tensors.items() if name != "hidden_states"},
+    ),
     "another kind": lambda header, tensors: (header | {"kind": "encoded"}, tensors),
     "another schema": lambda header, tensors: (header | {"schema": 1}, tensors),
     "no text": lambda header, tensors: (header | {"name": 1}, tensors),
@@ -125,6 +135,10 @@ SPOILT = {
         header,
         tensors | {name: replace(tensors[name], shape=_swapped(tensors[name])) for name in ("keys", "values")},
     ),
+    "narrower hidden states": lambda header, tensors: (
+        header,
+        tensors | {"hidden_states": _without_half(tensors["hidden_states"])},
+    ),
 }
 
 
@@ -134,9 +148,16 @@ def _swapped(tensor: RawTensor) -> tuple[int, ...]:
     return depth, 2 * heads, length, width // 2
 
 
+def _without_half(tensor: RawTensor) -> RawTensor:
+    """Half as many numbers for each token."""
+    length, width = tensor.shape
+    return replace(tensor, shape=(length, width // 2), data=tensor.data[: len(tensor.data) // 2])
+
+
 @pytest.mark.parametrize("how", [*SPOILT, "cut off", "empty"])
 def test_an_entry_that_is_spoilt_is_a_miss_with_the_same_answer(how, tiny_llava, tmp_path, picture_files, computed):
-    expected = open_cached(tiny_llava, tmp_path).prune(picture_files[0], QUESTION, TOP)
+    pipeline = open_cached(tiny_llava, tmp_path)
+    expected = pipeline.prune(picture_files[0], QUESTION, TOP)
     (entry,) = prefix_entries(tmp_path)
     whole = Path(entry.path).read_bytes()
     if how in SPOILT:
@@ -146,6 +167,10 @@ def test_an_entry_that_is_spoilt_is_a_miss_with_the_same_answer(how, tiny_llava,
     else:
         spoilt = whole[:-100] if how == "cut off" else b""
     assert spoilt != whole
+    Path(entry.path).write_bytes(spoilt)
+    again = open_cached(tiny_llava, tmp_path).prune(picture_files[0], QUESTION, LATER)  # which does not compute one
+    assert again.prefix is None and len(computed) == 1
+    assert pipeline.generate(again) == pipeline.generate(pipeline.prune(picture_files[0], QUESTION, LATER))
     Path(entry.path).write_bytes(spoilt)
     pruned = open_cached(tiny_llava, tmp_path).prune(picture_files[0], QUESTION, TOP)
     assert pruned.to_bytes() == expected.to_bytes() and len(computed) == 2
@@ -180,3 +205,76 @@ def test_many_prefixes_make_room_for_one_another(tiny_llava, tmp_path, picture_f
         limited.prune(picture_files[0], QUESTION, TOP, system=f"{n}")
         assert sum(e.bytes for e in limited.store.entries()) <= limited.store.limit + entry.bytes
     assert limited.encode(picture_files[0])[1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_cached_is_used_where_all_tokens_enter_and_else_nothing_is_computed(
+    name, checkpoint, tmp_path, picture_files, computed
+):
+    first, again = (open_cached(checkpoint(name), tmp_path) for _ in range(2))
+
+    def answer(pipeline, pruning):
+        pruned = pipeline.prune(picture_files, QUESTION, pruning)
+        return prefix_depth(pruned), pipeline.generate(pruned, max_new_tokens=4)
+
+    def prefix_depth(pruned):
+        return pruned.prefix.depth if pruned.prefix else None
+
+    def depth_of(pruning, **options):
+        return prefix_depth(again.prune(picture_files, QUESTION, pruning, **options))
+
+    family = again.family
+    depth, blind = family.relevance_depth, make_method("uniform")
+    later = [
+        Pruning(keep=1.0, method=blind),
+        Pruning(keep=1.0, method=blind, ilp=0.3, ilp_layer=family.depth - 1),
+        Pruning(keep=0.3, method=make_method("fastv", layer=family.depth - 1)),
+    ]
+    before = [answer(first, pruning) for pruning in later]
+    assert not computed and [depth for depth, _ in before] == [None] * 3  # there is none yet
+    first.prune(picture_files, QUESTION, TOP)
+    stored = not family.sees_question
+    assert len(computed) == len(prefix_entries(tmp_path)) == stored
+    fits = stored and family.first_inner <= depth
+    assert [answer(again, pruning) for pruning in later] == [(depth if fits else None, text) for _, text in before]
+    # fewer tokens, other features or positions, tokens that leave before or by words, another prompt: not from it
+    assert depth_of(Pruning(keep=0.3, method=blind)) is None
+    assert depth_of(later[0], system=None if name == "paligemma" else "Be brief.") is None
+    assert depth_of(later[0], template="{question} {image} Answer:") is None
+    assert depth_of(Pruning(keep=0.5, method=make_method("sparsevlm"))) is None
+    if family.axes > 1:
+        assert depth_of(Pruning(keep=1.0, method=blind, positions="compact")) is None
+    if depth > family.first_inner:
+        assert depth_of(Pruning(keep=0.3, method=make_method("fastv", layer=family.first_inner))) is None
+    assert len(computed) == stored
+
+
+def test_a_prefix_is_looked_up_and_held_without_being_computed(tiny_llava, tmp_path, picture_files, computed):
+    pipeline = open_cached(tiny_llava, tmp_path)
+    images = [pipeline.encode(path)[0] for path in picture_files]
+    prompt = pipeline.family.write_prompt(QUESTION, images)
+    prefixes = Prefixes(pipeline.family, pipeline.store)
+    assert prefixes.find(prompt, images, compute=False) is None and not computed
+    prefix = prefixes.find(prompt, images)
+    assert prefixes.find(prompt, images, compute=False) is prefix and len(computed) == 1
+    stored = Prefixes(pipeline.family, pipeline.store).find(prompt, images, compute=False)
+    for name in ("ids", "keys", "values", "hidden_states"):
+        assert torch.equal(getattr(stored, name), getattr(prefix, name))
+
+
+def test_a_batch_of_questions_about_one_image_shares_its_prefix(tiny_llava, tmp_path, picture_files, monkeypatch):
+    """And the bytes that wait count it once."""
+    pipeline = open_cached(tiny_llava, tmp_path)
+    pipeline.prune(picture_files[0], QUESTION, TOP)
+    requests = [Request((picture_files[0],), f"is it {n}?", LATER) for n in range(4)]
+    results = [result.pruned for _, result in pipeline.runner().prune(requests)]
+    prefix = results[0].prefix
+    assert prefix is not None and all(pruned.prefix is prefix for pruned in results)
+    batches = []
+    monkeypatch.setattr(local, "MAX_BYTES", 4 * results[0].image_embeds.nbytes + prefix.nbytes)
+    monkeypatch.setattr(local, "generate", lambda *a, **k: batches.append(len(a[1])) or generate(*a, **k))
+    answers = [reply.text for reply in pipeline.runner().answer(requests, max_new_tokens=4)]
+    assert batches == [4] and answers == [pipeline.generate(pruned, max_new_tokens=4) for pruned in results]
+    monkeypatch.setattr(local, "MAX_BYTES", 4 * results[0].image_embeds.nbytes)
+    batches.clear()
+    assert len(list(pipeline.runner().answer(requests, max_new_tokens=4))) == sum(batches) == 4 > max(batches)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.tokens import EncodedImage
+from gridprune_cli.tokens import EncodedImage, Prefix
 from gridprune_cli.vlm.family import Family
-from gridprune_cli.vlm.prefix import Prefix, attend_images, prefix_length
+from gridprune_cli.vlm.prefix import attend_images, prefix_length
 
 SINKS = 100  # one token in so many may have more than c; where there are no sinks, as in the scenes, it changes nothing
 

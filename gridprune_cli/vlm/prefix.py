@@ -2,41 +2,22 @@
 
 In a causal language model nothing up to a prompt's last image depends on the question behind it. So that *prefix* goes
 through the first `depth` layers once; a question then runs its few tokens alone against the keys and values that these
-layers made of the prefix, and its attention to the image's tokens in the last of them says what it asks about. The
-numbers are those of the whole model on the whole prompt.
+layers made of the prefix, and its attention to the image's tokens in the last of them says what it asks about. With the
+hidden states that the next layer receives, a prompt also goes on from there: see `vlm.inner`. The numbers are those of
+the whole model on the whole prompt.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from gridprune_cli.errors import GridpruneError
-from gridprune_cli.tokens import EncodedImage
+from gridprune_cli.tokens import EncodedImage, Prefix
 from gridprune_cli.vlm.attention import Combination, watch_queries
 from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.projection import project
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What the first d layers of a language model made of a prompt up to its last placeholder. P tokens.
-
-    ids     (P,)          int64, its token ids
-    keys    (d, H, P, C)  of each layer, with the positions already in them; H heads of C numbers
-    values  (d, H, P, C)  of each layer
-    """
-
-    ids: Tensor
-    keys: Tensor
-    values: Tensor
-
-    @property
-    def depth(self) -> int:
-        """d."""
-        return len(self.keys)
 
 
 def prefix_length(family: Family, prompt: Tensor) -> int:
@@ -52,12 +33,27 @@ def compute_prefix(family: Family, prompt: Tensor, images: Sequence[EncodedImage
     """
     ids = prompt[: prefix_length(family, prompt)]
     cache = DynamicCache()
-    _run(family, ids, family.positions(ids, images), images, depth, cache)
+    hidden_states = _run(family, ids, family.positions(ids, images), images, depth, cache)[0].cpu()  # (P, D)
     keys = torch.stack([layer.keys[0].cpu() for layer in cache.layers])  # (d, H, P, C)
     values = torch.stack([layer.values[0].cpu() for layer in cache.layers])
-    if not bool(torch.isfinite(keys).all() and torch.isfinite(values).all()):
-        raise GridpruneError("the language model gave keys or values that are not finite; try `dtype=float32`")
-    return Prefix(ids, keys, values)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in (keys, values, hidden_states)):
+        raise GridpruneError(
+            "the language model gave keys, values or hidden states that are not finite; try `dtype=float32`"
+        )
+    return Prefix(ids, keys, values, hidden_states)
+
+
+def misfit(family: Family, prefix: Prefix) -> str:
+    """Why a prefix is none of this model's, by its shapes; empty where it may be."""
+    text, depth = family.config.get_text_config(), prefix.depth
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    shape = (depth, text.num_key_value_heads, len(prefix.ids), width)
+    for name in ("keys", "values"):
+        if tuple(getattr(prefix, name).shape) != shape:
+            return f"{name} of {tuple(getattr(prefix, name).shape)}, not {shape}"
+    if tuple(prefix.hidden_states.shape) != (len(prefix.ids), text.hidden_size):
+        return f"hidden states of {tuple(prefix.hidden_states.shape)}, not {(len(prefix.ids), text.hidden_size)}"
+    return "" if 0 < depth < family.depth else f"{depth} layers, where there are {family.depth}"
 
 
 @torch.inference_mode()
@@ -107,14 +103,17 @@ def attend_images(
 
 def _run(
     family: Family, ids: Tensor, positions: Tensor, images: Sequence[EncodedImage], depth: int, cache: DynamicCache
-) -> None:
-    """Runs tokens `(n,)` through the first layers, behind what the cache holds, as `generate` runs a prompt."""
+) -> Tensor:
+    """Runs tokens `(n,)` through the first layers, behind what the cache holds, as `generate` runs a prompt.
+
+    Gives what the next layer would receive, `(1, n, D)`.
+    """
     model, inputs = family.first_layers(depth), ids[None].to(family.device)
     encoder_outputs = {}
     if images:
         embeds = project(family, [(image.vision_features, image.placeholder_map) for image in images])
         encoder_outputs["mm_encoder_outputs"] = {"image": family.features([torch.cat(embeds)])}
-    model.model(
+    out = model.model(
         input_ids=inputs,
         position_ids=positions[..., None, :].to(family.device),
         past_key_values=cache,
@@ -122,3 +121,5 @@ def _run(
         **encoder_outputs,
         **(family.extras(inputs) if images else {}),
     )
+    hidden_states: Tensor = out.last_hidden_state
+    return hidden_states
