@@ -163,7 +163,7 @@ def pipeline(
     cache_dtype: Annotated[
         choices.CacheDtype,
         option(
-            "How vision features are stored: as the tower gives them (full), or in 8 bits, which is less exact.",
+            "How vision features and prefixes are stored: as computed (full), or in 8 bits, which is less exact.",
             MODEL,
             envvar="GRIDPRUNE_CACHE_DTYPE",
         ),
