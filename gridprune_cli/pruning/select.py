@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,29 +53,45 @@ def best_spaced(
     """
     # 1. scores in 0..1; all are 1 where they are equal
     low, high = score.aminmax(dim=-1, keepdim=True)
-    lowered = torch.where(high > low, (score - low) / (high - low), 1.0)  # (B, N)
-    # 2. each token's view and place on its grid, and by what a token at a squared distance is multiplied
-    row = torch.cat([torch.arange(view.rows).repeat_interleave(view.cols) for view in views])  # (N,)
-    col = torch.cat([torch.arange(view.cols).repeat(view.rows) for view in views])
-    number = torch.repeat_interleave(torch.arange(len(views)), torch.tensor([view.count for view in views]))
-    furthest = max((view.rows - 1) ** 2 + (view.cols - 1) ** 2 for view in views)
-    factors = -torch.expm1(-torch.arange(furthest + 1).double() / (2 * spacing**2))
-    factors = (factors * GRAIN).round() / GRAIN  # so that what libraries differ by can't decide between equal scores
-    # 3. one by one; a question that has its tokens is left as it is
-    group, everyone = zone // (limits.shape[1] // quotas.shape[1]), torch.arange(len(score))
-    limits, quotas = limits.clone(), quotas.clone()
-    stays = torch.zeros_like(score, dtype=torch.bool)
-    for _ in range(int(quotas.sum(1).max())):
-        free = ~stays & (limits.gather(1, zone) > 0) & (quotas.gather(1, group) > 0)  # (B, N)
-        best = lowered.masked_fill(~free, -1.0).argmax(1)  # (B,), the first of equal ones
-        taken = free[everyone, best]  # (B,) false where nothing is free
-        stays[everyone, best] |= taken
-        limits[everyone, zone[everyone, best]] -= taken.long()
-        quotas[everyone, group[everyone, best]] -= taken.long()
-        squares = (row - row[best, None]) ** 2 + (col - col[best, None]) ** 2  # (B, N)
-        squares.clamp_(max=furthest)  # of tokens of other views, which are left as they are
-        lowered = torch.where(number == number[best, None], lowered * factors[squares], lowered)
-    return stays
+    scaled = torch.where(high > low, (score - low) / (high - low), 1.0).numpy()  # (B, N)
+    # 2. where each token lies, and by what the tokens around one are multiplied, itself in the middle
+    places = [(number, row, col) for number, view in enumerate(views) for row, col in np.ndindex(view.rows, view.cols)]
+    ends = np.cumsum([view.count for view in views])[:-1]
+    factors = [_spacing_factors(view, spacing) for view in views]  # (2 * rows - 1, 2 * cols - 1) each
+    # 3. one by one. numpy, since these are many operations on few numbers, which torch is slow to start
+    zones_per_group = limits.shape[1] // quotas.shape[1]
+    stays = np.zeros(scaled.shape, dtype=bool)
+    for values, zone_of, limit, quota, taken in zip(
+        scaled, zone.numpy(), limits.clone().numpy(), quotas.clone().numpy(), stays, strict=True
+    ):
+        group_of = zone_of // zones_per_group  # (N,)
+        barred = np.where((limit[zone_of] > 0) & (quota[group_of] > 0), 0.0, -np.inf)  # (N,)
+        grids = [
+            grid.reshape(view.rows, view.cols) for grid, view in zip(np.split(values, ends), views, strict=True)
+        ]  # of the same memory as values
+        for _ in range(quota.sum()):
+            best = int((values + barred).argmax())  # the first of equal ones
+            taken[best], barred[best] = True, -np.inf
+            limit[zone_of[best]] -= 1
+            quota[group_of[best]] -= 1
+            if limit[zone_of[best]] == 0:
+                barred[zone_of == zone_of[best]] = -np.inf
+            if quota[group_of[best]] == 0:
+                barred[group_of == group_of[best]] = -np.inf
+            number, row, col = places[best]
+            top_row, left_col = views[number].rows - 1 - row, views[number].cols - 1 - col
+            grids[number] *= factors[number][top_row:, left_col:][: views[number].rows, : views[number].cols]
+    return torch.from_numpy(stays)
+
+
+def _spacing_factors(view: View, spacing: float) -> np.ndarray:
+    """`1 - exp(-d^2 / (2 * spacing^2))` for every offset between two tokens of a view: `(2 * rows - 1, 2 * cols - 1)`.
+
+    Rounded, so that what libraries differ by can't decide between equal scores.
+    """
+    row, col = np.arange(1 - view.rows, view.rows), np.arange(1 - view.cols, view.cols)
+    factors = -np.expm1(-(row[:, None] ** 2 + col**2) / (2 * spacing**2))
+    return np.round(factors * GRAIN) / GRAIN
 
 
 def _descending(score: Tensor) -> Tensor:
