@@ -20,7 +20,7 @@ from gridprune_cli.pipeline import Pipeline
 
 SOURCES = {"clip": "CLIP", "attention": "attention", "words": "words"}
 METHODS = (
-    "gridprune, gridprune --literal, topk-relevance, "
+    "gridprune, gridprune --ilp selection, gridprune --literal, topk-relevance, "
     "cdpruner, cdpruner --relevance-sign 1, trim, trim --relevance-sign 1"
 )
 

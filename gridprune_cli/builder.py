@@ -338,7 +338,7 @@ def _origin(request: EncodedRequest, n: int, signals: Signals, selected: Tensor)
 def _zones(method: Method, signals: Signals, selected: Tensor) -> dict[str, Any] | None:
     """Rows, columns and budgets of the zones, for methods that have them; lists of rows and columns for several views.
 
-    A zone keeps just its budget, so the budgets are counted from what was selected.
+    The budgets are how many tokens of each zone were selected.
     """
     zoned = method.zones(signals)
     if zoned is None:

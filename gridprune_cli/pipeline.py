@@ -72,7 +72,7 @@ class Pipeline:
                  "words", its word embeddings; or "auto", clip where the tower is a CLIP's or `clip` is named, else
                  attention
     store        the cache; None: there is none
-    cache_dtype  how vision features are stored, see `Encoder`
+    cache_dtype  how vision features and prefixes are stored, see `Encoder`
 
     Raises BadInput for a model, device or dtype that can't be used, GridpruneError where the hub can't be asked.
     """
@@ -155,15 +155,16 @@ class Pipeline:
         return result_or_raise(encoded), hit
 
     def encode_all(
-        self, images: Iterable[Source], *, batch: int = 16, refresh: bool = False
+        self, images: Iterable[Source], *, batch: int = 16, refresh: bool = False, with_prefix: bool = False
     ) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
         """Encodes many images in batches into the cache: (name, what came of it, whether it was a hit), in turn.
 
         An image that can't be read, encoded or stored gives its error in place of an encoded image, and the rest goes
-        on. Where memory runs out, batches are smaller from then on, as the log says. Raises GridpruneError where the
-        cache can't be written, since then all of it would be for nothing.
+        on. `with_prefix` also stores what the language model's first layers make of a prompt about each. Where memory
+        runs out, batches are smaller from then on, as the log says. Raises BadInput as `add_prefixes`, and
+        GridpruneError where the cache can't be written, since then all of it would be for nothing.
         """
-        return self.runner(images=batch).encode(images, refresh=refresh, store=True)
+        return self.runner(images=batch).encode(images, refresh=refresh, with_prefix=with_prefix, store=True)
 
     def prune(
         self,

@@ -100,7 +100,8 @@ def test_a_prefix_and_the_attention_to_it_are_those_of_the_whole_model(case, dep
             torch.testing.assert_close(prefix.values[layer], cached.values[0, :, :length], **CLOSE)
         torch.testing.assert_close(prefix.hidden_states, case.reference.received[depth][0, :length], **CLOSE)
     for (heads, queries), combine in COMBINATIONS.items():
-        attention = attend_images(family, prompt, case.images, depth, prefix, heads=heads, queries=queries)
+        find = None if prefix is None else lambda *_, prefix=prefix: prefix
+        (attention,) = attend_images(family, [prompt], [case.images], depth, find, heads=heads, queries=queries)
         for of_image, expected in zip(attention, attention_of(case, depth, combine), strict=True):
             assert of_image.dtype == torch.float32
             torch.testing.assert_close(of_image, expected, **CLOSE)
@@ -115,8 +116,10 @@ def tiny(tiny_llava, noise):
 
 
 def attend(case, depth=2, **options):
-    prefix = compute_prefix(case.family, case.prompt, case.images, depth)
-    return attend_images(case.family, case.prompt, case.images, depth, prefix, **options)[0]
+    def find(prompt, images):
+        return compute_prefix(case.family, prompt, images, depth)
+
+    return attend_images(case.family, [case.prompt], [case.images], depth, find, **options)[0][0]
 
 
 def test_only_the_first_layers_are_read_where_nothing_else_is_needed(tiny):

@@ -10,6 +10,7 @@ import torch
 from gridprune_cli.cache import files
 from gridprune_cli.cache.files import RawTensor
 from gridprune_cli.cache.store import Store
+from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.prefixes import Prefixes
@@ -47,8 +48,8 @@ def picture_files(tmp_path, noise):
 
 def open_cached(folder, tmp_path, **options):
     """A pipeline as another process would open it: nothing is loaded, the cache is there."""
-    options = {"dtype": "float32", "relevance": "attention"} | options
-    return Pipeline(str(folder), store=Store(tmp_path / "cache", None), **options)
+    options = {"dtype": "float32", "relevance": "attention", "store": Store(tmp_path / "cache", None)} | options
+    return Pipeline(str(folder), **options)
 
 
 def prefix_entries(tmp_path):
@@ -205,6 +206,93 @@ def test_many_prefixes_make_room_for_one_another(tiny_llava, tmp_path, picture_f
         limited.prune(picture_files[0], QUESTION, TOP, system=f"{n}")
         assert sum(e.bytes for e in limited.store.entries()) <= limited.store.limit + entry.bytes
     assert limited.encode(picture_files[0])[1]
+
+
+@pytest.mark.parametrize("storage", ["float8", "int8"])
+def test_a_prefix_in_eight_bits_gives_the_same_answer_new_old_and_uncached(
+    storage, tiny_llava, tmp_path, picture_files
+):
+    options = {"cache_dtype": storage, "dtype": "bfloat16"}
+    new = open_cached(tiny_llava, tmp_path, **options).prune(picture_files, QUESTION, TOP)
+    (entry,) = prefix_entries(tmp_path)
+    old = open_cached(tiny_llava, tmp_path, **options).prune(picture_files, QUESTION, TOP)
+    uncached = open_cached(tiny_llava, tmp_path, **options, store=None).prune(picture_files, QUESTION, TOP)
+    assert new.to_bytes() == old.to_bytes() == uncached.to_bytes()
+    header, tensors = files.read_path(entry.path)
+    assert header["encoder"]["storage"] == storage
+    kind = {"float8": "F8_E4M3", "int8": "I8"}[storage]
+    for name in ("keys", "values", "hidden_states"):
+        assert tensors[name].dtype == kind and tensors[f"{name}_scales"].dtype == "F32"
+        assert tensors[f"{name}_scales"].shape == tensors[name].shape[:-1]
+    # as exact as eight bits are
+    pipeline = open_cached(tiny_llava, tmp_path, **options)
+    images = [pipeline.encode(path)[0] for path in picture_files]
+    prompt = pipeline.family.write_prompt(QUESTION, images)
+    cached = pipeline.encoder.prefixes.find(prompt, images)
+    exact = compute_prefix(pipeline.family, prompt, images, pipeline.family.relevance_depth)
+    for name in ("keys", "values", "hidden_states"):
+        stored, computed = getattr(cached, name).float(), getattr(exact, name).float()
+        assert not torch.equal(stored, computed)
+        assert bool(((stored - computed).abs() <= computed.abs().amax(-1, keepdim=True) / 14).all())
+    # codes, scales and their dtypes must fit one another
+    for name, fields in (
+        ("keys_scales", {"shape": (1,), "data": bytes(4)}),
+        ("keys", {"dtype": "U8"}),
+        ("values_scales", {"data": b"\xff" * len(tensors["values_scales"].data)}),  # not finite
+    ):
+        spoilt = tensors | {name: replace(tensors[name], **fields)}
+        Path(entry.path).write_bytes(files.encode(spoilt, {k: v for k, v in header.items() if k != "tensors"}))
+        again = open_cached(tiny_llava, tmp_path, **options)
+        assert again.encoder.prefixes.find(prompt, images, compute=False) is None
+        assert again.prune(picture_files, QUESTION, TOP).to_bytes() == new.to_bytes()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prefix_that_was_made_ahead_is_the_one_that_questions_look_for(
+    name, checkpoint, tmp_path, picture_files, computed
+):
+    folder = checkpoint(name)
+    encoding = open_cached(folder, tmp_path)
+    if encoding.family.sees_question:
+        with pytest.raises(BadInput, match=r"^with_prefix: in .* the image sees the question"):
+            list(encoding.encode_all(picture_files, with_prefix=True))
+        return
+    assert [hit for _, _, hit in encoding.encode_all(picture_files, with_prefix=True)] == [False, False]
+    assert len(computed) == len(prefix_entries(tmp_path)) == 2
+    expected = open_cached(folder, tmp_path, store=None).prune(picture_files[0], QUESTION, TOP)
+    del computed[:]
+    assert open_cached(folder, tmp_path).prune(picture_files[0], QUESTION, TOP).to_bytes() == expected.to_bytes()
+    assert not computed
+    # made where it lacks, and made again where all is
+    Path(prefix_entries(tmp_path)[0].path).unlink()
+    assert [hit for _, _, hit in open_cached(folder, tmp_path).encode_all(picture_files, with_prefix=True)] == [
+        True
+    ] * 2
+    assert len(computed) == 1
+    list(open_cached(folder, tmp_path).encode_all(picture_files, with_prefix=True, refresh=True))
+    assert len(computed) == 3 and len(prefix_entries(tmp_path)) == 2
+
+
+def test_a_prefix_that_fails_fails_its_image_alone(tiny_llava, tmp_path, picture_files, monkeypatch):
+    def fail(family, prompt, images, depth):
+        if images[0].name == str(picture_files[0]):
+            raise RuntimeError("broken")
+        return compute_prefix(family, prompt, images, depth)
+
+    monkeypatch.setattr("gridprune_cli.prefixes.compute_prefix", fail)
+    (_, first, _), (_, second, _) = open_cached(tiny_llava, tmp_path).encode_all(picture_files, with_prefix=True)
+    assert isinstance(first, GridpruneError) and str(first).startswith(f"{picture_files[0]}: unexpected RuntimeError")
+    assert second.count and len(prefix_entries(tmp_path)) == 1
+
+
+def test_the_command_makes_prefixes_where_it_is_told_to(command, tmp_path, picture_files):
+    options = (*picture_files, "--model", "scenes", "--relevance", "attention")
+    assert command("encode", *options)[0] == 0 and not prefix_entries(tmp_path)
+    code, _, err = command("encode", *options, "--with-prefix")
+    assert code == 0 and "2 images, 2 of them cached already, 0 B new beside prefixes" in err
+    assert len(prefix_entries(tmp_path)) == 2
+    ask = ("ask", picture_files[0], QUESTION, "--model", "scenes", "--relevance", "attention")
+    assert command(*ask)[0] == 0 and len(prefix_entries(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -179,7 +179,7 @@ def pipeline(
     cache_dtype: Annotated[
         choices.CacheDtype,
         option(
-            "How vision features are stored: as the tower gives them (full), or in 8 bits, which is less exact.",
+            "How vision features and prefixes are stored: as computed (full), or in 8 bits, which is less exact.",
             MODEL,
             envvar="GRIDPRUNE_CACHE_DTYPE",
         ),
@@ -249,7 +249,7 @@ def pruning(
         bool, option("Several images share one budget, without regions.", PRUNING, "--share-budget")
     ] = False,
     literal: Annotated[
-        bool, option("GridPrune as published: T = 1, saliency unscaled, no region.", PRUNING, "--literal")
+        bool, option("GridPrune as published: T = 1, saliency unscaled, no spacing, no region.", PRUNING, "--literal")
     ] = False,
     localizer: Annotated[
         str | None,

@@ -18,9 +18,9 @@ from gridprune_cli.generation import Generated, Watcher, generate
 from gridprune_cli.images import Picture, Source, identify, load_image
 from gridprune_cli.questions import check_question
 from gridprune_cli.regions import MAX_ANSWER, Localized, Localizers, localizer_request, read_answer
-from gridprune_cli.runners.batches import MODELS, Batches, Stopwatch, in_order, result_or_raise
+from gridprune_cli.runners.batches import MODELS, Batches, Stopwatch, as_error, in_order, result_or_raise
 from gridprune_cli.runners.images import Encoded, ImageRunner
-from gridprune_cli.selector import EncodedRequest, compute_signals, find_relevance, select_tokens
+from gridprune_cli.selector import EncodedRequest, compute_signals, find_relevance, select_tokens, with_prompts
 from gridprune_cli.settings import Request
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm.family import Family
@@ -89,9 +89,10 @@ class Runner:
         self._to_prune = Batches(questions, "questions to prune for")
         self._to_answer = Batches(questions, "questions")
 
-    def encode(self, images: Iterable[Source], **settings: Any) -> Iterator[Encoded]:
-        """Encodes images into the cache, in turn, with the settings of `ImageRunner.encode`."""
-        return self._images.encode(images, **settings)
+    def encode(self, images: Iterable[Source], *, with_prefix: bool = False, **settings: Any) -> Iterator[Encoded]:
+        """Encodes images into the cache, in turn, with the settings of `ImageRunner.encode`, and as `add_prefixes`."""
+        encoded = self._images.encode(images, **settings)
+        return add_prefixes(self, encoded, settings.get("refresh", False)) if with_prefix else encoded
 
     # ---- prune -------------------------------------------------------------------------------------------------------
 
@@ -154,11 +155,7 @@ class Runner:
         def prune_batch(batch: Sequence[EncodedRequest]) -> list[PrunedSet]:
             localized = _localize(self, batch)
             with self.stopwatch.measure("select"):
-                signals = compute_signals(self.family, localized, self.encoder.prefixes)
-                kept = select_tokens(localized, signals)
-                return build_pruned_sets(
-                    self.family, localized, signals, kept, self.encoder.prefixes, with_prefix=with_prefix
-                )
+                return _select(self.encoder, localized, with_prefix)
 
         results = self._to_prune.run([request for _, request, _ in ready], prune_batch)
         for (index, _, hits), result in zip(ready, results, strict=True):
@@ -275,6 +272,37 @@ def _load_signals(family: Family, requests: Sequence[Request], parts: Sequence[s
 def _batch_order(pruned: PrunedSet) -> tuple[bool, int]:
     """Sorts sets with a prefix to one another, since these are run apart from the others, and then by length."""
     return pruned.prefix is not None, len(pruned.input_ids)
+
+
+def _select(encoder: Encoder, requests: Sequence[EncodedRequest], with_prefix: bool | None) -> list[PrunedSet]:
+    """The pruned sets of requests whose images are encoded, and localised; `with_prefix` as in `build_pruned_sets`."""
+    requests = with_prompts(encoder.family, requests)
+    signals = compute_signals(encoder.family, requests, encoder.prefixes)
+    kept = select_tokens(requests, signals)
+    return build_pruned_sets(encoder.family, requests, signals, kept, encoder.prefixes, with_prefix=with_prefix)
+
+
+def add_prefixes(runner: Runner, encoded: Iterable[Encoded], refresh: bool) -> Iterator[Encoded]:
+    """The encoded images, once the prefix of a prompt about each is in the cache. One without gives its error.
+
+    Loads the projector and the first layers of the language model. Raises BadInput where the image sees the question,
+    so that there is no prefix for all questions.
+    """
+    family = runner.family
+    if family.sees_question:
+        reason = f"in {family.checkpoint.name} the image sees the question, so each has a prefix of its own"
+        raise BadInput(f"{reason}; leave it out", field="with_prefix")
+    with MODELS, runner.stopwatch.measure("load"):
+        family.load("projector")
+        family.first_layers(family.relevance_depth)
+    for name, result, hit in encoded:
+        outcome = result
+        if isinstance(result, EncodedImage):
+            try:
+                runner.encoder.prefixes.warm(result, refresh=refresh)
+            except Exception as error:
+                outcome = as_error(error).about(name)
+        yield name, outcome, hit
 
 
 def _localize(runner: Runner, requests: Sequence[EncodedRequest]) -> list[EncodedRequest]:
