@@ -24,7 +24,7 @@ def figure_of(source: Source, pruned: PrunedSet, answer: str | None) -> Figure:
     return Figure(
         image=load_image(source).image,
         views=origin.views,
-        kept=pruned.kept.tolist(),
+        kept=pruned.selected.tolist(),
         relevance=None if pruned.relevance is None else pruned.relevance.tolist(),
         zones=_budgets(origin, pruned.method.get("zone", 1)),
         region=origin.region,

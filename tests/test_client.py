@@ -101,12 +101,13 @@ def records(text: str) -> list[dict[str, Any]]:
         ["--method-option", "zone=2", "--query", "the T"],
         ["--plc", "pool", "--inside-ratio", "1.5"],
         ["--ilp", "region", "--ilp-layer", "1"],
+        ["--ilp", "selection"],
         ["--literal", "--max-new-tokens", "1"],
         ["--generation", "num_beams=3", "--no-cache"],
         ["--localizer", "vlm"],
         ["--prompt-template", "USER: {image}{question} ASSISTANT:"],
     ],
-    ids=lambda arguments: arguments[0],
+    ids=lambda arguments: " ".join(arguments[:2]),
 )
 def test_ask_gives_what_it_gives_here(both, arguments):
     here, there = both("ask", SCENE, QUESTION, "--json", *arguments)
@@ -138,10 +139,13 @@ def test_show_and_prune_and_generate(both, tmp_path):
     assert here == there
     assert "#" in there[1]
     both("show", SCENE, QUESTION, "-o", "figure.png")
+    here, there = both("prune", SCENE, QUESTION, "-o", "prefix", "--ilp", "selection", "--with-prefix")
+    assert here[0] == there[0] == 0
+    assert "with the prefix" in there[2]
     here, there = both("prune", SCENE, QUESTION, "-o", "set.safetensors", "--json")
     assert here[0] == there[0] == 0
     assert records(there[1]) == records(here[1])
-    for name in ("figure.png", "set.safetensors"):
+    for name in ("figure.png", "prefix", "set.safetensors"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     (tmp_path / "damaged").write_bytes(b"no set")
     files = ["set.safetensors", tmp_path / "damaged", tmp_path / "missing"]
@@ -279,6 +283,11 @@ def test_a_server_is_found_by_its_socket_and_used_where_it_does_the_same(home, c
     assert command("ask", SCENE, QUESTION, "-q") == (0, "red star\n", "")
     for more in (["--no-server"], ["--server", "off"]):
         assert command("ask", SCENE, QUESTION, *more) == (1, "", "gridprune: opened here\n")
+    config = Path(os.environ["XDG_CONFIG_HOME"], "gridprune/config.toml")
+    config.parent.mkdir(parents=True)
+    config.write_text('[models."scenes"]\nrelevance = "words"\n')  # after the server has read it
+    assert "other settings for scenes" in command("ask", SCENE, QUESTION)[2]
+    config.unlink()
     for more in (["--relevance", "words"], ["--cache-dir", "other"], ["--model", "scenes-2"], ["--localizer", "m"]):
         code, out, err = command("ask", SCENE, QUESTION, *more)
         assert (code, out) == (1, "")

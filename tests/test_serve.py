@@ -170,6 +170,19 @@ def test_options_of_pruning(served, pipeline):
     assert record["cache"] == "hit" and record["image"] == "-"
 
 
+def test_sets_with_a_prefix_beside_others(served, pipeline):
+    """They make batches of their own; each answer, streamed and to its length, is that of `ask`."""
+    options = [{"ilp": "selection"}, {"ilp": 0.3}, {"keep": 0.3}]
+    expected = [
+        pipeline.ask(SAMPLES / "scene-1.png", QUESTION, Pruning.from_options(values)).text for values in options
+    ]
+    with ThreadPoolExecutor(6) as threads:
+        whole = [threads.submit(served.ask, stream=True, gridprune=values) for values in options]
+        cut = [threads.submit(served.ask, max_tokens=1, gridprune=values) for values in options]
+        assert ["".join(texts(reply.result())) for reply in whole] == expected
+        assert [reply.result().json()["usage"]["completion_tokens"] for reply in cut] == [1, 1, 1]
+
+
 def test_the_cache_may_be_left_out(served, pipeline):
     def count() -> int:
         return sum(1 for _ in pipeline.store.entries())

@@ -23,7 +23,10 @@ from gridprune_cli.settings import Pruning, parse_pairs
         ({"method_option": {"zone": 2}, "alpha": 0.5}, Pruning(method=make_method("gridprune", zone=2, alpha=0.5))),
         (
             {"literal": True, "method_option": ["alpha=0.5"]},
-            Pruning(method=make_method("gridprune", alpha=0.5, temperature=1.0, saliency_scale="none"), region="none"),
+            Pruning(
+                method=make_method("gridprune", alpha=0.5, temperature=1.0, saliency_scale="none", spacing=0.0),
+                region="none",
+            ),
         ),
         ({"method": "trim", "region": "none", "literal": False}, Pruning(method=make_method("trim"), region="none")),
     ],

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from gridprune_cli.runners.local import Pruned
 
 _LONGEST = 243  # characters of a file's name before .safetensors; file systems take 255
-_FILE = {"file": True}  # what a server sends back beside the record
 _AT_ONCE = 32  # questions that a server is sent
 _WINDOW = 128  # lines of --batch that are looked at together, to find those of one image
 
@@ -54,6 +53,13 @@ def prune(
             metavar="FILE", help="Lines of questions, as of `batch`, or - for stdin: a file ID.safetensors each."
         ),
     ] = None,
+    with_prefix: Annotated[
+        bool,
+        typer.Option(
+            "--with-prefix",
+            help="Save what the first layers make of the prompt up to its last image, in place of its image embeds.",
+        ),
+    ] = False,
     fail_fast: FailFast = False,
     shard: options.Shard = None,
     json: options.Json = False,
@@ -67,7 +73,7 @@ def prune(
     if batch is not None:
         if images or question:
             raise BadInput("images and questions come from its lines; leave the others out", field="batch")
-        prune_lines(batch, output, pipeline, pruning, prompt, fail_fast, shard, json)
+        prune_lines(batch, output, pipeline, pruning, prompt, with_prefix, fail_fast, shard, json)
         return
     if fail_fast or shard:
         raise BadInput("only with --batch", field="fail_fast" if fail_fast else "shard")
@@ -78,11 +84,13 @@ def prune(
     with pipeline:
         result: Pruned | RemoteAnswer
         if isinstance(pipeline, RemotePipeline):
-            result = pipeline.run(RemoteRequest(tuple(sources), text, pruning, **prompt), outputs=_FILE)
+            request = RemoteRequest(tuple(sources), text, pruning, **prompt)
+            result = pipeline.run(request, outputs=_outputs(with_prefix))
         else:
             from gridprune_cli.settings import Request
 
-            result = pipeline.runner().prune_one(Request(tuple(sources), text, pruning, **prompt))
+            local_request = Request(tuple(sources), text, pruning, **prompt)
+            result = pipeline.runner().prune_one(local_request, with_prefix=with_prefix)
     pruned = result.pruned
     data = pruned.to_bytes()
     write_atomic(output, data, sync=True)
@@ -90,7 +98,8 @@ def prune(
         emit_json(pruned.to_json() | {"cache": cache_outcome(result.hits), "file": str(output), "bytes": len(data)})
     for note in pruned.notes:
         say(note)
-    say(f"{output}: {pruned.counts}, {size(len(data))}")
+    counts = f"{pruned.counts}, with the prefix" if with_prefix else pruned.counts
+    say(f"{output}: {counts}, {size(len(data))}")
 
 
 def prune_lines(
@@ -99,6 +108,7 @@ def prune_lines(
     pipeline: "Pipeline | RemotePipeline",
     pruning: Any,
     prompt: dict[str, Any],
+    with_prefix: bool,
     fail_fast: bool,
     shard: str | None,
     json: bool,
@@ -110,7 +120,7 @@ def prune_lines(
     if not os.path.isdir(folder):
         raise BadInput("with --batch, a folder; make it first", field="output", value=folder)
     reader = Reader(file, in_shard=options.in_shard(shard))
-    tally, prune_all = Tally(), _pruner(pipeline)
+    tally, prune_all = Tally(), _pruner(pipeline, with_prefix)
     written: set[Path] = set()
     with pipeline, progress("pruning", reader.count()) as step:
         for item, result in work(reader, pruning, prompt, prune_all, _WINDOW, fail_fast):
@@ -139,14 +149,20 @@ def prune_lines(
         raise typer.Exit(3)
 
 
-def _pruner(pipeline: "Pipeline | RemotePipeline") -> "Callable[[list[Any]], Iterator[Any]]":
+def _outputs(with_prefix: bool) -> dict[str, Any]:
+    """What a server sends back beside the record: the file."""
+    return {"file": True, "with_prefix": with_prefix}
+
+
+def _pruner(pipeline: "Pipeline | RemotePipeline", with_prefix: bool) -> "Callable[[list[Any]], Iterator[Any]]":
     """Gives what comes of requests, in turn."""
     if isinstance(pipeline, RemotePipeline):
-        return lambda requests: pipeline.map(lambda one: pipeline.run(one, outputs=_FILE), requests, _AT_ONCE)
+        outputs = _outputs(with_prefix)
+        return lambda requests: pipeline.map(lambda one: pipeline.run(one, outputs=outputs), requests, _AT_ONCE)
     from gridprune_cli.runners.batches import in_order
 
     runner = pipeline.runner()
-    return lambda requests: in_order(runner.prune(requests))
+    return lambda requests: in_order(runner.prune(requests, with_prefix=with_prefix))
 
 
 def _target(folder: Path, ident: Any, written: set[Path]) -> Path:

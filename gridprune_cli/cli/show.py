@@ -36,10 +36,10 @@ def show(
     pruned: PrunedSet | RemotePruned
     with pipeline:
         if isinstance(pipeline, RemotePipeline):
-            figure = "png" if output else "colour" if is_colour() else "plain"
-            pruned = pipeline.run(RemoteRequest((source,), text, pruning), outputs={"figure": figure}).pruned
+            outputs = {"figure": "png" if output else "colour" if is_colour() else "plain", "with_prefix": False}
+            pruned = pipeline.run(RemoteRequest((source,), text, pruning), outputs=outputs).pruned
         else:
-            pruned = pipeline.prune(source, text, pruning)
+            pruned = pipeline.prune(source, text, pruning, with_prefix=False)
     if output is None:
         print_figure(source, pruned)
     else:

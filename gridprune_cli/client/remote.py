@@ -139,7 +139,8 @@ class RemotePipeline:
         """Has a request pruned, and answered where there are options for that. Raises its error.
 
         stream   gets the answer as it comes
-        outputs  what else comes back: `file=True`, the pruned set's file; `figure=`, one of `protocol.FIGURES`
+        outputs  what else comes back: `file=True`, the pruned set's file; `figure=`, one of `protocol.FIGURES`; and
+                 `with_prefix=`, as of `Runner.prune`
         """
         body: dict[str, Any] = dict(self._common) | {"generation": generation, "stream": stream is not None}
         body |= {"question": request.question, "pruning": dict(request.pruning), **(outputs or {})}

@@ -10,7 +10,7 @@ from gridprune_cli.cache.root import default_root
 from gridprune_cli.client.connection import Connection
 from gridprune_cli.client.protocol import SESSION, installed_version
 from gridprune_cli.client.remote import RemotePipeline
-from gridprune_cli.config import choose_model
+from gridprune_cli.config import choose_model, config_path, model_settings
 from gridprune_cli.errors import BadInput
 
 EMBEDDED = "scenes"
@@ -52,6 +52,8 @@ def open_remote(
         if "model" in settings:
             _check_model(session, named_model, named)
         _check_settings(session, settings, named)
+        if not named and model_settings(session["key"]) != session["remembered"]:
+            raise Mismatch(f"{config_path()} has other settings for {session['model']} than the server read")
         if session["changed"]:
             raise Mismatch(f"the files of {session['model']} have changed since the server read them; start it anew")
     except Mismatch as fault:

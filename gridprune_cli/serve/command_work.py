@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gridprune_cli.builder import remarks
+from gridprune_cli.config import model_settings
 from gridprune_cli.drawing import figure_of, to_png
 from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput, GridpruneError
@@ -24,7 +25,7 @@ from gridprune_cli.serve.metrics import Metrics
 from gridprune_cli.serve.replies import Outcome
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import PrunedSet
-from gridprune_cli.vlm.checkpoint import EMBEDDED
+from gridprune_cli.vlm.checkpoint import EMBEDDED, model_key
 from gridprune_cli.vlm.identity import list_files
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class CommandRunner:
         self._pipeline, self._metrics = pipeline, metrics
         self._runners: dict[tuple[bool, bool], Runner] = {}
         self._files = self._list_files()
+        self._key = model_key(pipeline.model)
+        self._remembered = model_settings(self._key)
 
     # ---- of any thread -----------------------------------------------------------------------------------------------
 
@@ -86,6 +89,8 @@ class CommandRunner:
             "model": checkpoint.name,
             "folder": os.path.realpath(checkpoint.folder) if plain else None,
             "chosen": not encoder.scenes_only,
+            "key": self._key,
+            "remembered": self._remembered,
             "changed": self._files != self._list_files(),
             "settings": {name: [settings.get(name), value] for name, value in in_force.items()},
             "cache_dtype": encoder.cache_dtype,
@@ -167,7 +172,7 @@ class CommandRunner:
             asking.append(job)
         parts = ("projector",) if jobs[0].command.generation is None else ("projector", "language")
         done: list[_Done | None] = []
-        for index, result in runner.prune(requests, parts=parts):
+        for index, result in runner.prune(requests, parts=parts, with_prefix=jobs[0].command.with_prefix):
             if isinstance(result, Pruned):
                 done.append(_Done(asking[index], result.pruned, result.hits, result.image_notes))
             else:
@@ -201,7 +206,7 @@ class CommandRunner:
             ms |= {"prefill": generated.prefill, "decode": generated.decode}
         record = pruned.to_json()
         if generated is not None:
-            counts = len(pruned.input_ids), len(pruned.image_embeds), len(generated.ids)
+            counts = len(pruned.input_ids), pruned.placeholders, len(generated.ids)
             reason = "stop" if generated.ended else "length"
             outcome = Outcome(generated.text, *counts, reason, record | {"ms": ms})
             self._metrics.add_outcome(outcome, done.hits)

@@ -114,6 +114,7 @@ class Commands:
             cache=values.get("cache") is True,
             scenes_only=values.get("scenes_only") is True,
             file=values.get("file") is True,
+            with_prefix=None if values.get("with_prefix") is None else values["with_prefix"] is True,
             figure=values.get("figure"),
         )
         if bool(images) == bool(pruned) or (pruned and generation is None):

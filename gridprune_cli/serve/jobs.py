@@ -97,6 +97,7 @@ class Command:
     generation   options of transformers' `generate`; None: no answer is wanted
     scenes_only  whether a picture is refused that is no scene, since no model was chosen
     file         whether the pruned set's file goes back
+    with_prefix  as of `Runner.prune`
     figure       which of `client.protocol.FIGURES` goes back, if any
     """
 
@@ -111,6 +112,7 @@ class Command:
     cache: bool
     scenes_only: bool
     file: bool
+    with_prefix: bool | None
     figure: str | None
 
 
@@ -126,7 +128,7 @@ class CommandJob(Turn):
         command = self.command
         options = None if command.generation is None else json.dumps(command.generation, sort_keys=True)
         alone = command.stream or bool(command.generation and command.generation.get("do_sample"))
-        kind = command.pruned is None, command.cache, command.scenes_only
+        kind = command.pruned is None, command.cache, command.scenes_only, command.with_prefix
         return ("command", id(self) if alone else None, options, *kind)
 
 
