@@ -317,6 +317,7 @@ class Strange(BaseHTTPRequestHandler):
 
     reply: Any = None
     status = 200
+    timeout = 10  # seconds for which a request is waited for
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))

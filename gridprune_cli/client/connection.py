@@ -126,9 +126,10 @@ class Connection:
             raise self._error(reason) from error
         connection.sock.settimeout(SILENCE_SECONDS)
         with self._lock:
+            if self._closed.is_set():
+                connection.close()
+                raise self._error("interrupted")
             self._open.add(connection.sock)
-        if self._closed.is_set():
-            raise self._error("interrupted")
         return connection
 
     def _send(self, connection: http.client.HTTPConnection, path: str, data: bytes) -> http.client.HTTPResponse:
