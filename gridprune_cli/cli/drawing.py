@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gridprune_cli.figure import Figure
     from gridprune_cli.images import Source
-    from gridprune_cli.tokens import Origin, PrunedSet
+    from gridprune_cli.tokens import PrunedSet
 
 
 def draw_figure(source: "Source", pruned: "PrunedSet", answer: str | None, path: Path) -> None:
@@ -26,27 +26,17 @@ def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Fig
     from gridprune_cli.figure import Figure
     from gridprune_cli.images import load_image
 
-    (origin,) = pruned.images
+    (origin,), (figure,) = pruned.images, pruned.figures()
     kept = f"{len(pruned.kept)} of {pruned.count} tokens"
     compressed = "" if pruned.plc == "off" else f"plc {pruned.plc}"
     return Figure(
         image=load_image(source).image,
         views=origin.views,
-        kept=pruned.kept.tolist(),
-        relevance=None if pruned.relevance is None else pruned.relevance.tolist(),
-        zones=_budgets(origin, pruned.method.get("zone", 1)),
+        kept=figure["kept"],
+        relevance=figure["relevance"],
+        zones=figure["zones"],
         region=origin.region,
         question=pruned.question,
         answer=answer,
         details=" · ".join(filter(None, (kept, pruned.method["name"], compressed, str(pruned.schedule or "")))),
     )
-
-
-def _budgets(origin: "Origin", zone: int) -> list[tuple[int, int, int, int, int, int]]:
-    """Every zone's rectangle with its budget."""
-    from gridprune_cli.pruning.zones import zone_index
-
-    if origin.zones is None:
-        return []
-    _, zones = zone_index(origin.views, zone)
-    return [(*rectangle, n) for rectangle, n in zip(zones.rectangles(), origin.zones["budgets"], strict=True)]

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gridprune_cli.serve.chat import Chat
 from gridprune_cli.serve.gate import Access, Gate, Json
 from gridprune_cli.serve.metrics import CONTENT_TYPE, Metrics
+from gridprune_cli.serve.page import page
 from gridprune_cli.serve.pictures import Pictures
 from gridprune_cli.serve.uploads import Budget
 from gridprune_cli.serve.wire import Refusal, models_json
@@ -37,7 +38,7 @@ def create_app(worker: Worker, pictures: Pictures, access: Access, budget: Budge
         return Json({"status": "ok"})
 
     async def models(_: Request) -> Response:
-        return Json(models_json(worker.check_ready().model, created))
+        return Json(models_json(worker.check_ready().model, created, worker.defaults))
 
     async def metrics_text(_: Request) -> Response:
         gauges = {"requests_waiting": worker.waiting, "held_bytes": budget.held}
@@ -47,6 +48,7 @@ def create_app(worker: Worker, pictures: Pictures, access: Access, budget: Budge
         raise Refusal(404, "not here; there are /v1/models and /v1/chat/completions", code="not_found")
 
     routes = [
+        Route("/", page),
         Route("/v1/chat/completions", Chat(worker, pictures, budget), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/cache/stats", stats),
@@ -54,7 +56,7 @@ def create_app(worker: Worker, pictures: Pictures, access: Access, budget: Budge
         Route("/metrics", metrics_text),
     ]
     router = Router(routes, redirect_slashes=False, default=not_found, lifespan=lifespan)
-    return Gate(router, access, metrics, public={"/health"}, paths={route.path for route in routes})
+    return Gate(router, access, metrics, public={"/", "/health"}, paths={route.path for route in routes})
 
 
 class CacheStats:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gridprune_cli.cache.files import deeper
+from gridprune_cli.choices import list_methods
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.questions import MAX_DEPTH, MAX_IMAGES, check_question, check_text
 
@@ -121,6 +122,7 @@ class ChatRequest:
     pruning: Mapping[str, Any] = field(default_factory=dict)
     cache: bool = True
     template: str | None = None
+    figure: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def parse_chat(body: bytes) -> ChatRequest:
     options = values.get("gridprune") or {}
     if not isinstance(options, dict):
         raise _bad("gridprune", 'must be an object of options, as in {"keep": 0.2}')
-    pruning = {name: value for name, value in options.items() if name not in ("cache", "template")}
+    pruning = {name: value for name, value in options.items() if name not in ("cache", "template", "figure")}
     if pruning.get("localizer") not in (None, "relevance", "vlm"):
         raise _bad("gridprune.localizer", "must be relevance or vlm: no other model is loaded for a request")
     template = options.get("template")
@@ -192,6 +194,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         pruning=pruning,
         cache=_flag(options, "cache", True),
         template=template,
+        figure=_flag(options, "figure"),
     )
 
 
@@ -348,8 +351,10 @@ def _stops(stop: Any) -> tuple[str, ...]:
 # ---- out -------------------------------------------------------------------------------------------------------------
 
 
-def models_json(model: str, created: int) -> dict[str, Any]:
+def models_json(model: str, created: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The list of the one model. Beside it what requests may choose from, and get where they choose nothing."""
     entry = {"id": model, "object": "model", "created": created, "owned_by": "gridprune"}
+    entry["gridprune"] = {"methods": list_methods(), **defaults}
     return {"object": "list", "data": [entry]}
 
 

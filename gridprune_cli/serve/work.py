@@ -48,7 +48,7 @@ class Worker:
         max_waiting: int = 64,
     ):
         self._open_pipeline, self._metrics = open_pipeline, metrics
-        self._defaults, self._max_tokens, self._max_waiting = defaults or {}, max_tokens, max_waiting
+        self.defaults, self._max_tokens, self._max_waiting = defaults or {}, max_tokens, max_waiting
         self._queue, self._changed = FairQueue(), Condition()
         self._stopping = False
         self._last_batch = 0
@@ -124,7 +124,7 @@ class Worker:
         from gridprune_cli.runners.local import Runner
         from gridprune_cli.settings import Pruning
 
-        pruning = Pruning.from_options(self._defaults)
+        pruning = Pruning.from_options(self.defaults)
         encoder = pipeline.encoder
         uncached = Encoder(encoder.family, None, encoder.cache_dtype, encoder.scenes_only)
         pipeline.family.load("tower", "projector", "language")
@@ -179,7 +179,7 @@ class Worker:
         from gridprune_cli.settings import Pruning, Request
 
         chat = job.request
-        pruning = Pruning.from_options({**self._defaults, **chat.pruning})
+        pruning = Pruning.from_options({**self.defaults, **chat.pruning})
         return Request(job.pictures, chat.question, pruning, chat.system, chat.template)
 
     def _answer_together(self, requests: Sequence[tuple[Job, "Request"]]) -> None:
@@ -267,6 +267,9 @@ class Answer:
             "batch": batch,
             "ms": {name: round(value, 2) for name, value in ms.items()},
         }
+        if self.job.request.figure:
+            figures = pruned.figures()
+            record["figure"] = figures if len(figures) > 1 else figures[0]
         return Outcome(
             text,
             prompt_tokens=len(pruned.input_ids),
