@@ -113,12 +113,9 @@ def main() -> None:
         )
     ratios = [many / one for one, many in zip(*rates.values(), strict=True)]
     print(f"ratio: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
-    different = sum(
-        a != b for results in rounds.values() for _, _, got in results for a, b in zip(got, expected, strict=True)
-    )
-    print(
-        f"answers other than those of one client: {different} of {2 * options.rounds * len(asked)}; server ended with {code}"
-    )
+    pairs = [pair for results in rounds.values() for _, _, got in results for pair in zip(got, expected, strict=True)]
+    different = sum(answer != other for answer, other in pairs)
+    print(f"answers other than those of one client: {different} of {len(pairs)}; the server ended with {code}")
     if different or code:
         sys.exit(1)
 

@@ -15,6 +15,8 @@ _OTHERS = {
     "template": "--prompt-template",
     "revision": "OWNER/NAME@REVISION",
     "cache_limit": "--cache-limit",
+    "api_key": "--api-key",
+    "max_held": "--max-held",
     "shape": "--shape",
     "layers": "--layers",
     "images": "IMAGE",

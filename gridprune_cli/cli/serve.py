@@ -99,8 +99,6 @@ def serve(
     )
     app = create_app(worker, pictures, Access(api_key, (host.lower(),)), budget, metrics)
     with listen(host, port) as listener:
-        shown = f"[{host}]" if ":" in host else host
-        say(f"listening on http://{shown}:{listener.getsockname()[1]}/v1")
         run(app, worker, listener)
     say("stopped")
 

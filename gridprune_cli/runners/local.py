@@ -24,6 +24,8 @@ from gridprune_cli.selector import EncodedRequest, compute_signals, find_relevan
 from gridprune_cli.settings import Request
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 
+Watchers = Sequence[Watcher] | None  # one for each pruned set
+
 MAX_BYTES = 1 << 29  # of image embeds of pruned sets that wait for their turn
 GROUP = 4  # batches of questions among which those of like length are put together
 
@@ -167,27 +169,18 @@ class Runner:
     # ---- generate ----------------------------------------------------------------------------------------------------
 
     def generate(
-        self,
-        sets: Sequence[PrunedSet],
-        *,
-        max_new_tokens: int = 128,
-        watchers: Sequence[Watcher] | None = None,
-        **options: Any,
+        self, sets: Sequence[PrunedSet], *, max_new_tokens: int = 128, watchers: Watchers = None, **options: Any
     ) -> Iterator[tuple[int, Generated | GridpruneError]]:
         """Answers from pruned sets, those of like length together: index of the set, and its answer. In no order.
 
-        `watchers`, one for each set, are those of `generation.generate`, where `options` go too. Where a batch fails
-        and is run again in smaller ones, its watchers see its answers once more from the start.
+        `watchers` and `options` go to `generation.generate`. Where a batch fails and is run again in smaller ones, its
+        watchers see its answers once more from the start.
         """
         with MODELS:
             self.family.load("language")  # what fails here would fail for every set
         order = sorted(range(len(sets)), key=lambda index: len(sets[index].input_ids))
-        answers = self._generate(
-            [sets[index] for index in order],
-            max_new_tokens,
-            options,
-            None if watchers is None else [watchers[index] for index in order],
-        )
+        sorted_watchers = watchers and [watchers[index] for index in order]
+        answers = self._generate([sets[index] for index in order], max_new_tokens, options, sorted_watchers)
         yield from zip(order, answers, strict=True)
 
     def generate_one(self, pruned: PrunedSet, *, max_new_tokens: int = 128, **options: Any) -> Generated:
@@ -196,17 +189,12 @@ class Runner:
         return result_or_raise(result)
 
     def _generate(
-        self,
-        sets: Sequence[PrunedSet],
-        max_new_tokens: int,
-        options: dict[str, Any],
-        watchers: Sequence[Watcher] | None = None,
+        self, sets: Sequence[PrunedSet], max_new_tokens: int, options: dict[str, Any], watchers: Watchers = None
     ) -> Iterator[Generated | GridpruneError]:
         def generate_batch(batch: Sequence[int]) -> list[Generated]:
-            chosen = [sets[n] for n in batch]
-            watching = None if watchers is None else [watchers[n] for n in batch]
+            of_batch = watchers and [watchers[n] for n in batch]
             with MODELS:
-                return generate(self.family, chosen, max_new_tokens, watchers=watching, **options)
+                return generate(self.family, [sets[n] for n in batch], max_new_tokens, watchers=of_batch, **options)
 
         return self._to_answer.run(range(len(sets)), generate_batch)
 

@@ -15,8 +15,9 @@ from gridprune_cli.serve.gate import Access, Gate, Json
 from gridprune_cli.serve.metrics import CONTENT_TYPE, Metrics
 from gridprune_cli.serve.page import page
 from gridprune_cli.serve.pictures import Pictures
+from gridprune_cli.serve.replies import models_json
 from gridprune_cli.serve.uploads import Budget
-from gridprune_cli.serve.wire import Refusal, models_json
+from gridprune_cli.serve.wire import Refusal
 from gridprune_cli.serve.work import Worker
 
 STATS_SECONDS = 5.0  # for which a walk over the cache counts

@@ -12,17 +12,9 @@ from starlette.types import Receive, Scope, Send
 from gridprune_cli.serve.gate import Json
 from gridprune_cli.serve.jobs import Event, Job, Left
 from gridprune_cli.serve.pictures import Pictures
+from gridprune_cli.serve.replies import Chunks, Outcome, completion_json
 from gridprune_cli.serve.uploads import Budget, Share, read_body
-from gridprune_cli.serve.wire import (
-    ChatRequest,
-    Chunks,
-    Outcome,
-    PicturePart,
-    Refusal,
-    completion_json,
-    parse_chat,
-    refusal_of,
-)
+from gridprune_cli.serve.wire import ChatRequest, PicturePart, Refusal, parse_chat, refusal_of
 from gridprune_cli.serve.work import Worker
 
 PING = 10.0  # seconds without an event after which a stream says that it is alive
@@ -89,11 +81,11 @@ async def _wait_for_leave(receive: Receive) -> None:
 
 
 async def _outcome(job: Job) -> Outcome | None:
-    """What became of a job; None where the client left. Raises what failed."""
+    """What became of a job; None where the client left. Raises Refusal for what failed."""
     while True:
         event = await job.events.get()
         if isinstance(event, Exception):
-            raise event
+            raise refusal_of(event) from event
         if isinstance(event, Left):
             return None
         if isinstance(event, Outcome):
@@ -103,7 +95,7 @@ async def _outcome(job: Job) -> Outcome | None:
 async def _stream(job: Job, model: str, send: Send) -> None:
     """Sends the events of a job as server-sent events, with a comment now and then where there is nothing to say.
 
-    Raises what fails before the first event, which then has a status of its own. Later it is an event with an error.
+    Raises Refusal for what fails before the first event, which then has its status. Later it is an event with an error.
     """
     chunks = Chunks(_ident(), int(time.time()), model, job.request.include_usage)
 
@@ -112,7 +104,7 @@ async def _stream(job: Job, model: str, send: Send) -> None:
 
     event = await _next_event(job)
     if isinstance(event, Exception):
-        raise event
+        raise refusal_of(event) from event
     headers = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await write(*_lines([chunks.first()]))

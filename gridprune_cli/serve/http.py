@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from gridprune_cli.serve.work import Worker
 
 MAX_CONNECTIONS = 256  # more are answered with 503; twice as many are not taken
 HEAD_SECONDS = 15.0  # within which the head of a request must be there
+_log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -102,6 +104,12 @@ class _Server(uvicorn.Server):
             os._exit(128 + sig)
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            _log.info("listening on http://%s:%d/v1", f"[{host}]" if ":" in host else host, port)
+
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self._worker.fault is not None
 
@@ -131,17 +139,22 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(app: ASGIApp, worker: Worker, listener: socket.socket) -> None:
     """Serves until SIGTERM or SIGINT, finishes what is being answered, and returns. Raises why the worker failed."""
-    config = uvicorn.Config(
+    _Server(configure(app), worker).run([listener])
+    if worker.fault is not None:
+        raise worker.fault
+
+
+def configure(app: ASGIApp) -> uvicorn.Config:
+    """How uvicorn serves an application: in this process, over `Protocol`, without a word of its own."""
+    return uvicorn.Config(
         app,
         http=Protocol,
         ws="none",
         lifespan="on",
         loop="asyncio",
         log_config=None,
+        log_level="critical",  # what goes wrong in a request, the gate reports
         access_log=False,
         server_header=False,
         timeout_keep_alive=int(HEAD_SECONDS),
     )
-    _Server(config, worker).run([listener])
-    if worker.fault is not None:
-        raise worker.fault

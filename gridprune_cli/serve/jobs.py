@@ -7,7 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 
-from gridprune_cli.serve.wire import ChatRequest, Outcome
+from gridprune_cli.serve.replies import Outcome
+from gridprune_cli.serve.wire import ChatRequest
 
 Client = tuple[str, str]
 """Who asks: the host's address, and the `user` that a request names."""

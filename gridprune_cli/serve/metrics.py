@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from threading import Lock
 
-from gridprune_cli.serve.wire import Outcome
+from gridprune_cli.serve.replies import Outcome
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)  # upper bounds of the histogram's buckets

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.serve.jobs import FairQueue, Job, Started
 from gridprune_cli.serve.metrics import Metrics
-from gridprune_cli.serve.wire import Outcome, Refusal
+from gridprune_cli.serve.replies import Outcome
+from gridprune_cli.serve.wire import Refusal
 
 if TYPE_CHECKING:
     from gridprune_cli.generation import Generated

@@ -1,0 +1,161 @@
+"""OpenAI's wire format: what a body may say, and what is refused because an answer would not heed it."""
+
+import json
+
+import pytest
+
+from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.serve.wire import Refusal, Sampling, parse_chat, refusal_of
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+TEXT = {"type": "text", "text": "What is left of the star?"}
+MESSAGES = [{"role": "user", "content": [TEXT, IMAGE]}]
+
+
+def body(**values: object) -> bytes:
+    return json.dumps({"model": "scenes", "messages": MESSAGES} | values).encode()
+
+
+def test_a_plain_request():
+    chat = parse_chat(body())
+    assert (chat.model, chat.question, chat.system, chat.max_tokens) == ("scenes", TEXT["text"], None, None)
+    assert (chat.sampling, chat.stop, chat.stream, chat.cache, chat.pruning) == (Sampling(), (), False, True, {})
+    (picture,) = chat.pictures
+    assert (picture.place, picture.url, picture.uuid) == ("messages[0].content[1]", IMAGE["image_url"]["url"], None)
+
+
+def test_all_that_a_request_may_say():
+    images = [
+        {"type": "image_url", "image_url": "file:///a.png"},
+        {"type": "image_url", "image_url": {"url": "http://h/b.png", "detail": "low"}, "uuid": "b"},
+        {"type": "image_url", "uuid": "c", "image_url": None},
+    ]
+    chat = parse_chat(
+        body(
+            messages=[
+                {"role": "system", "content": "Be short."},
+                {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]},
+                {"role": "user", "content": [*images, TEXT, {"type": "text", "text": "And right?"}]},
+            ],
+            max_completion_tokens=7,
+            temperature=0.5,
+            top_p=0.9,
+            seed=3,
+            stop=["\n", "."],
+            stream=True,
+            stream_options={"include_usage": True},
+            user="ann",
+            gridprune={"keep": 0.5, "region": "none", "cache": False, "template": "{image}{question}"},
+            # what asks for nothing, and what no answer depends on
+            **{
+                "n": 1,
+                "logprobs": False,
+                "presence_penalty": 0.0,
+                "tools": None,
+                "tool_choice": "auto",
+                "metadata": {},
+            },
+        )
+    )
+    assert chat.system == "Be short.\nBe kind." and chat.question == "What is left of the star?\nAnd right?"
+    assert [(p.url, p.uuid) for p in chat.pictures] == [("file:///a.png", None), ("http://h/b.png", "b"), (None, "c")]
+    assert (chat.max_tokens, chat.stop, chat.stream, chat.include_usage, chat.user) == (
+        7,
+        ("\n", "."),
+        True,
+        True,
+        "ann",
+    )
+    assert chat.sampling == Sampling(0.5, 0.9, 3)
+    assert chat.sampling.to_options() == {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 0}
+    assert (chat.pruning, chat.cache) == ({"keep": 0.5, "region": "none"}, False)
+    assert chat.template == "{image}{question}"
+
+
+@pytest.mark.parametrize(
+    "values, sampling",
+    [
+        ({}, Sampling()),
+        ({"temperature": 0, "top_p": 0.5, "seed": 1}, Sampling()),  # greedy whatever else is said
+        ({"top_p": 0.5}, Sampling(1.0, 0.5)),
+        ({"temperature": 1, "seed": 1}, Sampling(1.0, 1.0, 1)),
+    ],
+)
+def test_answers_are_greedy_unless_asked_otherwise(values, sampling):
+    assert parse_chat(body(**values)).sampling == sampling
+    assert bool(sampling.to_options()) == bool(sampling.temperature)
+
+
+def user(*content: object) -> list[object]:
+    return [{"role": "user", "content": list(content)}]
+
+
+@pytest.mark.parametrize(
+    "values, param",
+    [
+        # what would change the answer
+        ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"logprobs": True}, "logprobs"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"best_of": 2}, "best_of"),
+        # messages
+        ({"messages": []}, "messages"),
+        ({"messages": "What?"}, "messages"),
+        ({"messages": [3]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "What?"}]}, "messages[0]"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "content": "red"}, *MESSAGES]}, "messages"),
+        ({"messages": [{"role": "system", "content": [IMAGE]}, *MESSAGES]}, "messages[0]"),
+        ({"messages": user(TEXT, {"type": "input_audio"})}, "messages[0].content[1]"),
+        ({"messages": user(TEXT, {"type": "image_url"})}, "messages[0].content[1].image_url"),
+        ({"messages": user(TEXT, {"type": "image_url", "uuid": 3})}, "messages[0].content[1].uuid"),
+        ({"messages": user(TEXT, {"type": "image_url", "uuid": "\x1b[2J"})}, "messages[0].content[1].uuid"),
+        ({"messages": user(TEXT, *[IMAGE] * 65)}, "messages[0].content"),
+        ({"messages": user(IMAGE)}, None),  # no question
+        ({"messages": user(IMAGE, {"type": "text", "text": "\ud800"})}, None),
+        # values
+        ({"model": 3}, "model"),
+        ({"model": None}, "model"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"seed": 1.5}, "seed"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stream": 1}, "stream"),
+        ({"stream_options": {"other": 1}}, "stream_options"),
+        ({"gridprune": [1]}, "gridprune"),
+        ({"gridprune": {"localizer": "owner/name"}}, "gridprune.localizer"),
+        ({"gridprune": {"template": 3}}, "gridprune.template"),
+        ({"gridprune": {"cache": "no"}}, "cache"),
+    ],
+)
+def test_what_is_refused_names_the_parameter(values, param):
+    with pytest.raises(Refusal) as fault:
+        parse_chat(body(**values))
+    error = fault.value.to_json()["error"]
+    assert fault.value.status == 400 and error["type"] == "invalid_request_error" and error["param"] == param
+    assert error["message"] and error["code"]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[1]", b"\xff\xfe\x00", b'{"model": NaN}', b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}"]
+)
+def test_a_body_that_is_no_json_object(data):
+    with pytest.raises(Refusal) as fault:
+        parse_chat(data)
+    assert fault.value.status == 400 and fault.value.code == "invalid_json"
+
+
+def test_failures_of_the_library_have_a_status():
+    bad = refusal_of(BadInput("must be above 0", field="keep", value=-1))
+    assert (bad.status, bad.param, bad.message) == (400, "keep", "keep=-1: must be above 0")
+    assert refusal_of(GridpruneError("the disk is full")).to_json()["error"]["type"] == "server_error"
+    unexpected = refusal_of(ValueError("a secret"))
+    assert unexpected.status == 500 and "secret" not in unexpected.message
