@@ -152,7 +152,7 @@ class Origin:
         return grids[0] if len(grids) == 1 else grids
 
     def budgeted_zones(self, zone: int) -> list[tuple[int, ...]]:
-        """Every zone of the side `zone`: view, row0, col0, row1, col1 and its budget; none for methods without zones."""
+        """Each zone of side `zone`: view, row0, col0, row1, col1 and its budget. Nothing for methods without zones."""
         if self.zones is None:
             return []
         rectangles = zone_index(self.views, zone)[1].rectangles()

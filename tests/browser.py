@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by its DevTools protocol over a pair of pipes: nothing but the system's browser is needed."""
+"""A headless Chromium, driven by its DevTools protocol over a pair of pipes, which takes nothing but the browser."""
 
 import base64
 import itertools
