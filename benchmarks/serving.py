@@ -8,7 +8,6 @@ alone. Pictures are in the cache, and sent again with each question, as clients 
 import argparse
 import base64
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -16,7 +15,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http.client import HTTPConnection
 from io import BytesIO
 
@@ -74,6 +74,23 @@ def ask(port: int, asked: Sequence[bytes], clients: int) -> tuple[float, list[fl
     return taken, [seconds for thread in threads for seconds in thread.seconds], answers
 
 
+@contextmanager
+def server(cache: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server of the embedded model that is ready, as a process, and its port."""
+    command = [sys.executable, "-m", "gridprune_cli", "serve", "--port", "0", "--cache-dir", cache, "--model", "scenes"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    try:
+        port = int(process.stderr.readline().rstrip("\n").removesuffix("/v1").rpartition(":")[2])
+        threading.Thread(target=sys.stderr.writelines, args=(process.stderr,), daemon=True).start()
+        while not is_ready(port):
+            time.sleep(0.2)
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
@@ -85,23 +102,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     asked = bodies(options.questions)
-    with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, "-m", "gridprune_cli", "serve", "--port", "0", "--cache-dir", cache]
-        server = subprocess.Popen([*command, "--model", "scenes"], stderr=subprocess.PIPE, text=True, env=os.environ)
-        assert server.stderr
-        try:
-            port = int(server.stderr.readline().rstrip("\n").removesuffix("/v1").rpartition(":")[2])
-            while not is_ready(port):
-                time.sleep(0.2)
-            expected = ask(port, asked, 1)[2]  # fills the cache
-            ask(port, asked, options.clients)
-            rounds: dict[int, list[tuple[float, list[float], list[str]]]] = {1: [], options.clients: []}
-            for _ in range(options.rounds):
-                for clients, results in rounds.items():
-                    results.append(ask(port, asked, clients))
-        finally:
-            server.terminate()
-            code = server.wait()
+    with tempfile.TemporaryDirectory() as cache, server(cache) as (process, port):
+        expected = ask(port, asked, 1)[2]  # fills the cache
+        ask(port, asked, options.clients)
+        rounds: dict[int, list[tuple[float, list[float], list[str]]]] = {1: [], options.clients: []}
+        for _ in range(options.rounds):
+            for clients, results in rounds.items():
+                results.append(ask(port, asked, clients))
+        process.terminate()
+        code = process.wait()
     rates = {}
     for clients, results in rounds.items():
         seconds = [value for _, values, _ in results for value in values]

@@ -485,6 +485,38 @@ def test_ends_of_a_batch_are_cut_where_an_answer_ends(pipeline, pictures):
         assert results.ids == expected == generate(pipeline.family, [pruned], 8, eos_token_id=stop)[0].ids
 
 
+def test_watchers_follow_their_own_answers_and_end_them(pipeline, pictures, monkeypatch, caplog):
+    """Also where sets are sorted by length, and batches are run again: then from the start."""
+    sets = [
+        pipeline.prune(pipeline.encode(path)[0], QUESTIONS[n % 3], Pruning(keep=0.5)) for n, path in enumerate(pictures)
+    ]
+    free = [pipeline.runner().generate_one(pruned, max_new_tokens=8).ids for pruned in sets]
+    watched: list[list[tuple[int, ...]]] = [[] for _ in sets]
+
+    def follow(n: int):
+        def watch(ids) -> bool:
+            watched[n].append(tuple(ids))
+            return len(ids) > n  # the first ends after one token
+
+        return watch
+
+    model = pipeline.family.load("language")
+    generate = model.generate
+
+    def small(**options):
+        if len(options["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(**options)
+
+    monkeypatch.setattr(model, "generate", small)
+    results = dict(pipeline.runner().generate(sets, max_new_tokens=8, watchers=[follow(n) for n in range(len(sets))]))
+    caplog.clear()
+    for n, ids in enumerate(free):
+        assert results[n].ids == ids[: n + 1]
+        assert watched[n] == [ids[:length] for length in range(1, len(results[n].ids) + 1)]
+        assert results[n].ended == (results[n].ids[-1] == model.generation_config.eos_token_id)
+
+
 def test_a_reply_holds_no_tensors(pipeline, pictures):
     (reply,) = pipeline.runner().answer([requests(pictures)[0]], max_new_tokens=2)
     assert not any(isinstance(value, torch.Tensor) for value in [*vars(reply).values(), *reply.record.values()])

@@ -3,7 +3,8 @@
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -70,18 +71,34 @@ def client(served) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", api_key="any", max_retries=0)
 
 
+class HeldBack:
+    """Answers stop at their first token until they are released."""
+
+    def __init__(self) -> None:
+        self._released, self._reached = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self._reached.set()
+        self._released.wait(60)
+
+    def wait_until_reached(self) -> None:
+        assert self._reached.wait(60)
+
+    def release(self) -> None:
+        self._released.set()
+
+
 @pytest.fixture
-def held_back(monkeypatch) -> Iterator[Callable[[], None]]:
-    """Answers stop at their first token until this is called."""
-    released, watch = threading.Event(), work.Answer.watch
+def held_back(monkeypatch) -> Iterator[HeldBack]:
+    barrier, watch = HeldBack(), work.Answer.watch
 
     def wait_and_watch(answer: work.Answer, ids: Any) -> bool:
-        released.wait(30)
+        barrier.wait()
         return watch(answer, ids)
 
     monkeypatch.setattr(work.Answer, "watch", wait_and_watch)
-    yield released.set
-    released.set()
+    yield barrier
+    barrier.release()
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -246,11 +263,11 @@ def test_bad_requests_have_a_status_and_the_server_lives_on(served):
 def test_one_bad_request_does_not_fail_those_beside_it(served, held_back):
     with ThreadPoolExecutor(8) as threads:
         first = threads.submit(served.ask)
-        wait_until(lambda: served.worker.waiting == 0 and served.budget.held)
+        held_back.wait_until_reached()
         bad = [threads.submit(served.ask, gridprune=options) for options in ({"keep": "x"}, {"tokens": 999})]
         good = [threads.submit(served.ask) for _ in range(3)]
         wait_until(lambda: served.worker.waiting == 5)
-        held_back()
+        held_back.release()
         assert [reply.result().status_code for reply in (first, *good)] == [200] * 4
         assert [error(reply.result()) for reply in bad] == [(400, "invalid_value")] * 2
 
@@ -266,10 +283,10 @@ def test_a_request_that_fails_the_whole_batch_fails_alone(served, held_back, mon
     monkeypatch.setattr(Runner, "prune", fail)
     with ThreadPoolExecutor(8) as threads:
         first = threads.submit(served.ask)
-        wait_until(lambda: served.worker.waiting == 0 and served.budget.held)
+        held_back.wait_until_reached()
         replies = [threads.submit(served.ask, question) for question in (QUESTION, "Bad?", QUESTION)]
         wait_until(lambda: served.worker.waiting == 3)
-        held_back()
+        held_back.release()
         assert first.result().status_code == 200
         assert [reply.result().status_code for reply in replies] == [200, 400, 200]
 
@@ -352,14 +369,14 @@ def test_who_leaves_before_its_turn_is_not_answered(served, held_back):
     before = answered()
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(served.ask)
-        wait_until(lambda: served.worker.waiting == 0 and served.budget.held)
+        held_back.wait_until_reached()
         connections = [open_request(served, stream=stream) for stream in (False, True)]
         wait_until(lambda: served.worker.waiting == 2)
         for connection in connections:
             connection.close()
         held_alone = len(json.dumps(chat_body(QUESTION, "scene-1.png")))
         wait_until(lambda: served.budget.held < 2 * held_alone)  # what they held was given back
-        held_back()
+        held_back.release()
         assert first.result().status_code == 200
     assert served.ask().status_code == 200
     assert answered() == before + 2
@@ -387,8 +404,12 @@ def test_who_leaves_amid_its_answer_ends_it(served, monkeypatch, stream):
 
 def test_a_stream_says_that_it_is_alive(served, monkeypatch, held_back):
     monkeypatch.setattr(chat, "PING", 0.05)
-    threading.Timer(0.4, held_back).start()
-    reply = served.ask(stream=True)
+    with ThreadPoolExecutor(1) as threads:
+        answering = threads.submit(served.ask, stream=True)
+        held_back.wait_until_reached()
+        time.sleep(0.5)
+        held_back.release()
+        reply = answering.result()
     assert "".join(texts(reply)) == "red star" and reply.text.count(": working\n\n") >= 2
 
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import httpx2
 import openai
@@ -56,6 +58,10 @@ def test_the_answers_of_ask_and_an_end_in_order(start, command):
     assert "".join(pieces) == expected["answer"]
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="other", max_retries=0).models.list()
+    status = Path(f"/proc/{process.pid}/status")
+    if status.exists():  # a client that left while it is written to must not end the server, as it would other commands
+        ignored = int(re.search(r"SigIgn:\s*([0-9a-f]+)", status.read_text())[1], 16)
+        assert ignored & 1 << (signal.SIGPIPE - 1)
     # what runs is finished, what waits is refused, and who comes later finds nobody
     replies: list[tuple[int, str]] = []
 

@@ -22,7 +22,7 @@ def port():
                 await receive()
                 await send({"type": answer})
         else:
-            await Response("here")(scope, receive, send)
+            await Response("here" if scope["path"] == "/" else "x" * (1 << 24))(scope, receive, send)
 
     with serving(app) as number:
         yield number
@@ -47,6 +47,23 @@ def test_half_a_head_is_not_waited_for(port, monkeypatch):
         answer = send_raw(port, data, seconds=5)  # which would raise if the connection stayed
         assert answer.count(b"here") == data.count(b"\r\n\r\n")
     assert lives(port)
+
+
+def test_who_does_not_read_is_dropped(port, monkeypatch):
+    monkeypatch.setattr(http, "WRITE_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        wait_until(lambda: is_closed(connection), 10)
+    assert lives(port)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other end dropped a connection, of which nothing is read."""
+    try:
+        connection.send(b" ")
+    except ConnectionError:
+        return True
+    return False
 
 
 def test_a_thousand_connections(port):

@@ -528,6 +528,20 @@ def test_what_a_command_wrote_outlives_its_own_clean_up(store: Store) -> None:
     assert sum(entry.bytes for entry in store.entries()) <= 4 * size
 
 
+def test_what_was_released_goes_for_the_limit_like_all_else(store: Store) -> None:
+    new = [made_entry(number, size=1000) for number in range(100, 105)]
+    size = len(new[0][1])
+    limited = Store(store.root, 4 * size)
+    for key, data in new:
+        limited.put(ENCODER, key, data)
+    limited.finish()
+    assert len(keys_in(store)) == 5
+    limited.release()
+    limited.put(ENCODER, *made_entry(200, size=1000))
+    limited.finish()
+    assert sum(entry.bytes for entry in store.entries()) <= 4 * size and made_entry(200)[0] in keys_in(store)
+
+
 def test_the_limit_is_looked_at_once_in_a_tenth_of_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = 0
     trim = sweep.trim

@@ -21,6 +21,7 @@ from gridprune_cli.serve.wire import Refusal
 from gridprune_cli.serve.work import Worker
 
 MAX_CONNECTIONS = 256  # more are answered with 503; twice as many are not taken
+WRITE_SECONDS = 30.0  # for which a client may leave what was sent unread, once its buffer is full
 HEAD_SECONDS = 15.0  # within which the head of a request must be there
 _log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -34,9 +35,10 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 whose connections are bounded in number, and in the time that the head of a request may take."""
+    """HTTP/1.1 whose connections are bounded in number, and in the time that a client may take to ask and to read."""
 
-    _timer: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None  # until a head is there
+    _unread: asyncio.TimerHandle | None = None  # until what was written is read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -48,6 +50,8 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
@@ -59,6 +63,15 @@ class Protocol(H11Protocol):
         self._stop_timer()
         self._timer = self.loop.call_later(HEAD_SECONDS, self._give_up)  # for the next one
         super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state is not h11.IDLE:  # a response is on its way
@@ -93,6 +106,8 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        if hasattr(signal, "SIGPIPE"):  # which ends other commands: here a client has left, and no more
+            before[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         try:
             yield
         finally:

@@ -218,7 +218,8 @@ class Worker:
                 continue
             ms = {"wait": waits[answer.job], "prune": prune_seconds}
             outcome = answer.outcome(generated, {name: 1e3 * seconds for name, seconds in ms.items()}, len(answering))
-            self._metrics.add_outcome(outcome, answer.pruned.hits)
+            if not answer.job.cancelled:
+                self._metrics.add_outcome(outcome, answer.pruned.hits)
             answer.job.tell(outcome)
 
 
