@@ -86,6 +86,15 @@ def test_the_package_is_typed():
     assert "py.typed" in setuptools["package-data"]["gridprune_cli"]
 
 
+def test_the_wheel_has_every_file_that_the_package_reads():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    package, patterns = ROOT / "gridprune_cli", setuptools["package-data"]["gridprune_cli"]
+    listed = {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
+    data = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert data <= listed and package / "serve" / "page.html" in listed
+    assert [pattern for pattern in patterns if not any(package.glob(pattern))] == []
+
+
 def test_versions_are_said_once_or_agree():
     citation = (ROOT / "CITATION.cff").read_text("utf-8")
     assert f"\nversion: {PROJECT['version']}\n" in citation
