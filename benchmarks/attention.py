@@ -3,6 +3,7 @@
 The whole model runs once over each prompt with all visual tokens, and what the text behind the image attends to is
 reduced to maps of one value per visual token. Each map then takes the place of CLIP's relevance, and the questions are
 answered from the tokens that it selects. The scenes are those of `benchmarks.sweeps`: neither trained on nor reported.
+The table `selection` compares how tokens are selected, before the language model and at a layer inside it.
 
 Layers count from 0. Attention of layer n is there once a question has gone through d = n + 1 layers.
 """
@@ -11,6 +12,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from gridprune_cli.generation import prompts
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.pruning.region import contextual_regions
+from gridprune_cli.pruning.schedule import LayerSignals, Rule, Stage, plan
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.runners.batches import in_order, result_or_raise
 from gridprune_cli.scenes.scene import TUNE
@@ -144,6 +147,27 @@ def without_top(maps: Tensor) -> Tensor:
     return maps.scatter(1, maps.argmax(1, keepdim=True), maps.median(1, keepdim=True).values)
 
 
+# ---- selection inside the language model -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listed(Rule):
+    """The tokens that were selected beforehand, whatever the layer says of them."""
+
+    name: ClassVar[str] = "listed"
+    tokens: tuple[int, ...] = ()
+
+    def select(self, signals: LayerSignals, k: int) -> Tensor:
+        return torch.isin(signals.tokens, torch.tensor(self.tokens)).nonzero()[:, 0]
+
+
+def select_inside(family: Family, whole: PrunedSet, kept: Tensor, layer: int) -> PrunedSet:
+    """A set of all N tokens of one image, of which only those in `kept` (K,) stay from a layer on."""
+    stage = Stage(layer, Listed(tuple(kept.tolist())), (len(kept),))
+    schedule = plan([stage], [len(whole.kept)], family.depth)
+    return replace(whole, placeholder_map=whole.kept, schedule=schedule)
+
+
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +191,7 @@ class Trial:
         self.encoded = [encoded[item.images[0], False] for item in self.items]
         self.images = np.array([image.key for image in self.encoded])  # (Q,)
         sets = prune(self.runner, plan, FULL, list(self.items), encoded)
+        self.whole = sets  # all tokens, as the language model gets them
         self.full = self._scores(sets)  # (Q,)
         watched = Pipeline(model).family  # a second one, since reading attention leaves it eager
         self.attention = list(read_attention(watched, sets))
@@ -189,11 +214,18 @@ class Trial:
             [reduced(reduced(attention[layer], 0, heads)[masks[tokens]], 0, over) for attention, masks in pairs]
         ).double()
 
-    def figure(self, relevance: Tensor, pruning: Pruning) -> Figure:
-        """What answers are worth when the tokens are selected by a relevance (Q, N)."""
+    def figure(self, relevance: Tensor, pruning: Pruning, layer: int = 0) -> Figure:
+        """What answers are worth when the tokens are selected by a relevance (Q, N), and the others leave at a layer.
+
+        Layer 0 is before the language model.
+        """
         of_full, errors = [], []
         for share in SHARES:
-            scores = self._scores(self._select(relevance, replace(pruning, keep=share)))
+            sets = self._select(relevance, replace(pruning, keep=share))
+            if layer > 0:
+                pairs = zip(self.whole, sets, strict=True)
+                sets = [select_inside(self.family, whole, pruned.kept, layer) for whole, pruned in pairs]
+            scores = self._scores(sets)
             of_full.append(float(scores.mean() / self.full.mean()))
             errors.append(clustered_error(scores - self.full, self.images))
         return Figure(tuple(of_full), tuple(errors))
@@ -216,8 +248,8 @@ class Trial:
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
-Entry = tuple[str, Tensor, Pruning]
-"""A line of a table: its name, the relevance (Q, N), and what is selected by it."""
+Entry = tuple[str, Tensor, Pruning] | tuple[str, Tensor, Pruning, int]
+"""A line of a table: name, relevance (Q, N), what is selected by it, and where the others leave, as of `figure`."""
 
 
 def gridprune(region: bool = True, **options: float) -> Pruning:
@@ -286,11 +318,29 @@ def sources(trial: Trial, layer: int) -> Iterator[Entry]:
         yield f"{name}, gridprune without region", maps, gridprune(region=False)
 
 
+def selection(trial: Trial, layer: int) -> Iterator[Entry]:
+    """GridPrune with and without spacing and region, before the language model and behind a layer of it."""
+    attention = minmax(trial.maps(layer))
+    relevance = {"attention": attention, "CLIP": trial.clip, "half each": (attention + minmax(trial.clip)) / 2}
+    for leaving, where in ((layer + 1, "inside"), (0, "before")):
+        for name, maps in relevance.items():
+            for spacing in (0.0, 2.0):
+                for region in (True, False):
+                    pruning = gridprune(region, spacing=spacing)
+                    yield (
+                        f"{where}, {name}, spacing {spacing:g}{'' if region else ', no region'}",
+                        maps,
+                        pruning,
+                        leaving,
+                    )
+
+
 TABLES: dict[str, Callable[[Trial, int], Iterator[Entry]]] = {
     "layers": lambda trial, _: layers(trial),
     "scales": scales,
     "sinks": sinks,
     "sources": sources,
+    "selection": selection,
 }
 
 
@@ -298,8 +348,8 @@ def table(trial: Trial, entries: Iterator[Entry]) -> Iterator[str]:
     """The lines of a table in Markdown, each as soon as its answers are there."""
     yield "| relevance | " + " | ".join(f"{share:g}" for share in SHARES) + " |"
     yield "|---|" + "---:|" * len(SHARES)
-    for name, relevance, pruning in entries:
-        figure = trial.figure(relevance, pruning)
+    for name, relevance, pruning, *layer in entries:
+        figure = trial.figure(relevance, pruning, *layer)
         values = zip(figure.of_full, figure.errors, strict=True)
         yield (
             f"| {name} | " + " | ".join(f"{100 * of_full:.1f} ± {100 * error:.1f}" for of_full, error in values) + " |"

@@ -75,7 +75,7 @@ class Layout:
     tokens     texts of special tokens: their ids go into the config, or, where the tokenizer has names for them, there
     pictures   of its preprocessor_config.json
     processor  of its processor_config.json
-    decoder    of the published language model: layers, key-value heads, and the width of one
+    decoder    of the published language model: layers, key-value heads, the width of one, and that of a hidden state
     """
 
     source: str
@@ -84,13 +84,14 @@ class Layout:
     tokens: dict[str, str]
     pictures: dict[str, Any]
     processor: dict[str, Any]
-    decoder: tuple[int, int, int]
+    decoder: tuple[int, int, int, int]
 
 
 def _shape(name: str) -> Layout:
     shape, text = SHAPES[name], SHAPES[name].config["text_config"]
     heads = text["num_attention_heads"]
-    decoder = text["num_hidden_layers"], text.get("num_key_value_heads", heads), text["hidden_size"] // heads
+    hidden = text["hidden_size"]
+    decoder = text["num_hidden_layers"], text.get("num_key_value_heads", heads), hidden // heads, hidden
     config = {key: value for key, value in shape.config.items() if key != "text_config"}
     return Layout(shape.source, shape.family, config, shape.tokens, shape.pictures, shape.processor, decoder)
 
@@ -125,7 +126,7 @@ LAYOUTS = (
             "vision_feature_select_strategy": "full",
             "vision_aspect_ratio": "anyres_max_9",
         },
-        (28, 4, 128),
+        (28, 4, 128, 3584),
     ),
     Layout(
         "Qwen/Qwen2-VL-7B-Instruct",
@@ -137,7 +138,7 @@ LAYOUTS = (
         _QWEN_TOKENS,
         SHAPES["qwen2.5-vl-7b"].pictures,
         {"processor_class": "Qwen2VLProcessor"},
-        (28, 4, 128),
+        (28, 4, 128, 3584),
     ),
     _shape("qwen2.5-vl-7b"),
     Layout(
@@ -164,7 +165,7 @@ LAYOUTS = (
             "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
         },
         {"processor_class": "Qwen3VLProcessor"},
-        (36, 8, 128),
+        (36, 8, 128, 4096),
     ),
     Layout(
         "OpenGVLab/InternVL3-8B-hf",
@@ -188,7 +189,7 @@ LAYOUTS = (
         },
         _square("GotOcr2ImageProcessor", 448, crop_to_patches=False, min_patches=1, max_patches=12),
         {"processor_class": "InternVLProcessor", "image_seq_length": 256},  # which crops to patches all the same
-        (28, 4, 128),
+        (28, 4, 128, 3584),
     ),
     Layout(
         "HuggingFaceM4/Idefics3-8B-Llama3",
@@ -197,7 +198,7 @@ LAYOUTS = (
         {"image_token_id": "<image>"},
         _tiles("Idefics3ImageProcessor", 364),
         {"processor_class": "Idefics3Processor", "image_seq_len": 169},
-        (32, 8, 128),
+        (32, 8, 128, 4096),
     ),
     Layout(
         "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
@@ -206,7 +207,7 @@ LAYOUTS = (
         {"image_token_id": "<image>"},
         _tiles("SmolVLMImageProcessor", 384),
         {"processor_class": "SmolVLMProcessor", "image_seq_len": 81},
-        (24, 32, 64),
+        (24, 32, 64, 2048),
     ),
     Layout(
         "google/gemma-3-4b-it",
@@ -220,7 +221,7 @@ LAYOUTS = (
         },
         _square("Gemma3ImageProcessor", 896),
         {"processor_class": "Gemma3Processor", "image_seq_length": 256},
-        (34, 4, 256),
+        (34, 4, 256, 2560),
     ),
     Layout(
         "google/paligemma2-3b-mix-448",
@@ -229,7 +230,7 @@ LAYOUTS = (
         {"image_token_index": "<image>"},
         _square("SiglipImageProcessor", 448, image_seq_length=1024),
         {"processor_class": "PaliGemmaProcessor"},
-        (26, 4, 256),
+        (26, 4, 256, 2304),
     ),
 )
 
@@ -265,16 +266,16 @@ def thin(layout: Layout, folder: Path) -> Family:
 
 
 def prefix_bytes(layout: Layout, image: EncodedImage) -> int:
-    """Of the keys and values of an image's placeholders in 16 bit, without header; 0 where the image sees the question.
+    """Of keys, values and hidden states of an image's placeholders in 16 bit; 0 where the image sees the question.
 
     In Gemma 3 each sixth layer attends to everything, the others to a window.
     """
     if layout.family.sees_question:
         return 0
-    layers, heads, width = layout.decoder
+    layers, heads, width, hidden = layout.decoder
     wide = 6 if layout.family is Gemma3 else 1
     kinds = ["sliding_attention" if (layer + 1) % wide else "full_attention" for layer in range(layers)]
-    return 2 * 2 * middle_depth(kinds) * heads * width * len(image.placeholder_map)
+    return 2 * (2 * middle_depth(kinds) * heads * width + hidden) * len(image.placeholder_map)
 
 
 def picture(width: int, height: int) -> Picture:

@@ -1,4 +1,6 @@
-"""What storing vision features in eight bits costs in accuracy, on held-out scenes: `python -m benchmarks.storage`.
+"""What storing in eight bits costs in accuracy, on held-out scenes: `python -m benchmarks.storage`.
+
+With `--relevance attention`, prefixes are stored so as well as vision features, and count among an image's bytes.
 
 The same questions to the embedded model, from entries of each storage, computed in one dtype. A difference
 is to the full storage at the same keep, question by question, with the 95 % interval that follows from its error
@@ -7,7 +9,6 @@ clustered by image. Prints the table of docs/cache.md.
 
 import argparse
 from pathlib import Path
-from statistics import mean
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -23,14 +24,14 @@ from gridprune_cli.settings import Pruning
 PRUNED = Cell("gridprune", Pruning(keep=0.11))
 
 
-def ask(data: Data, storage: str, dtype: str) -> tuple[Rows, float]:
-    """Every answer, and the mean bytes of an entry of the cache."""
+def ask(data: Data, storage: str, dtype: str, relevance: str) -> tuple[Rows, float]:
+    """Every answer, and the mean bytes of an image in the cache."""
     samples: Rows = {}
     with TemporaryDirectory() as folder, Store(Path(folder), limit=None) as store:
-        pipeline = Pipeline("scenes", dtype=dtype, cache_dtype=storage, store=store)
+        pipeline = Pipeline("scenes", dtype=dtype, relevance=relevance, cache_dtype=storage, store=store)
         for _ in answers(pipeline, Plan(data, (PRUNED,)), samples):
             pass
-        size = mean(entry.bytes for entry in store.entries())
+        size = sum(entry.bytes for entry in store.entries()) / len({item.images[0] for item in data.items})
     return samples, size
 
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--relevance", default="auto")
     options = parser.parse_args()
     data = open_data(f"scenes:{options.questions}")
     images = np.array([item.images[0] for item in data.items])
@@ -50,7 +52,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     full: Rows = {}
     for storage in STORAGES:
-        samples, size = ask(data, storage, options.dtype)
+        samples, size = ask(data, storage, options.dtype, options.relevance)
         full = full or samples
         for cell in (FULL, PRUNED):
             answered, base = column(samples, cell, data), column(full, cell, data)

@@ -12,8 +12,8 @@ def start(module: str, *arguments: object, paths: Sequence[str], **options: Any)
     """Runs `module.serve(*arguments)` in a new interpreter, which imports from the package's folder and `paths` alone.
 
     Neither site nor the environment's settings of Python are heeded, and no bytecode is written: Python keeps what it
-    wrote of a `.pyc` up to a limit of FSIZE, and every later import fails by it. `options` are those of Popen; stdout is
-    a pipe.
+    wrote of a `.pyc` up to a limit of FSIZE, and every later import fails by it. `options` are those of Popen; stdout
+    is a pipe.
     """
     folders = [str(Path(__file__).resolve().parents[1]), *paths]
     code = f"import sys; sys.path[:0] = {folders!r}; from {module} import serve; serve(*{arguments!r})"

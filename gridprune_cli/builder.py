@@ -11,16 +11,25 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.errors import BadInput
+from gridprune_cli.prefixes import Prefixes
 from gridprune_cli.pruning.compress import cell_weights, cells, pool, ratios
 from gridprune_cli.pruning.methods import Method
 from gridprune_cli.pruning.placeholders import staying
 from gridprune_cli.pruning.region import inside
-from gridprune_cli.pruning.schedule import LayerSchedule, Region, RegionAttention, Rule, Stage, plan
+from gridprune_cli.pruning.schedule import LayerSchedule, Region, RegionAttention, Rule, Selection, Stage, plan
 from gridprune_cli.pruning.signals import Signals
-from gridprune_cli.selector import EncodedRequest, join_signals, relevance_source, within_region, write_prompts
+from gridprune_cli.selector import (
+    EncodedRequest,
+    image_sees_question,
+    join_signals,
+    relevance_source,
+    within_region,
+    write_prompts,
+)
 from gridprune_cli.settings import RELEVANCE, Pruning
-from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet
+from gridprune_cli.tokens import EncodedImage, Origin, Prefix, PrunedSet
 from gridprune_cli.vlm.family import Family
+from gridprune_cli.vlm.prefix import prefix_length
 from gridprune_cli.vlm.projection import concatenate, project
 
 ILP_LAYER = 3  # at whose input tokens leave the language model, where the pruning names no layer
@@ -45,29 +54,95 @@ def build_pruned_sets(
     requests: Sequence[EncodedRequest],
     signals: Sequence[Sequence[Signals]],
     kept: Sequence[Sequence[Tensor]],
+    prefixes: Prefixes | None = None,
+    with_prefix: bool | None = None,
 ) -> list[PrunedSet]:
     """The pruned set of every request, from the signals of its images and the tokens that `select_tokens` kept.
 
-    Raises BadInput where a pruning does not fit its images, a prompt can't be written, or has more positions than the
-    model.
+    prefixes     the model's
+    with_prefix  True: each set holds its prefix, and no image embeds. False: none holds a prefix. None: a set that can
+                 go on from a prefix also holds that, where it is there; of `ilp` "selection" it is computed
+
+    Raises BadInput where a pruning does not fit its images or its set can't go on from a prefix, and a prompt can't be
+    written, or has more positions than the model.
     """
     prompts = write_prompts(family, requests, [request.request.question for request in requests])
     drafts = [_draft(family, *parts) for parts in zip(requests, signals, kept, prompts, strict=True)]
     for draft in drafts:
         last = int(draft.rest["position_ids"].max())
         family.check_length(last + 1, "ask shorter, of fewer images, or take `positions=compact`")
+    if with_prefix:
+        prefixes = prefixes or Prefixes(family)
+        return [_set_with_prefix(family, prefixes, *parts) for parts in zip(requests, drafts, prompts, strict=True)]
     embeds = project(family, [(draft.vision_features, draft.placeholder_map) for draft in drafts])
-    return [
-        PrunedSet(image_embeds=kept_embeds, **draft.rest) for kept_embeds, draft in zip(embeds, drafts, strict=True)
+    shared = [
+        None if with_prefix is False else _find_prefix(family, prefixes, *parts)
+        for parts in zip(requests, drafts, prompts, strict=True)
     ]
+    return [
+        PrunedSet(image_embeds=kept_embeds, prefix=prefix, **draft.rest)
+        for kept_embeds, prefix, draft in zip(embeds, shared, drafts, strict=True)
+    ]
+
+
+def _set_with_prefix(
+    family: Family, prefixes: Prefixes, request: EncodedRequest, draft: _Draft, prompt: Tensor
+) -> PrunedSet:
+    """The set with its prefix in place of image embeds. Raises BadInput where it can't go on from one."""
+    if obstacle := _prefix_obstacle(family, request, draft, prompt):
+        raise BadInput(f"{obstacle}, or leave this out", field="with_prefix")
+    prefix = prefixes.find(prompt, request.images)
+    rest = draft.rest | {"placeholder_map": draft.placeholder_map}
+    return PrunedSet(image_embeds=prefix.hidden_states[:0], prefix=prefix, **rest)
+
+
+def _find_prefix(
+    family: Family, prefixes: Prefixes | None, request: EncodedRequest, draft: _Draft, prompt: Tensor
+) -> Prefix | None:
+    """The prefix that a set can go on from, where it is held or in the cache. `prompt` (L,) is the unpruned one.
+
+    Of a selection it is computed where it is not there, so that the next question costs what pruning before does.
+    """
+    if prefixes is None or _prefix_obstacle(family, request, draft, prompt):
+        return None
+    return prefixes.find(prompt, request.images, compute=request.pruning.ilp == "selection")
+
+
+def _prefix_obstacle(family: Family, request: EncodedRequest, draft: _Draft, prompt: Tensor) -> str:
+    """Why a set does not begin with what the prefix of its unpruned prompt `(L,)` is; empty where it does."""
+    images, depth = request.images, family.relevance_depth
+    stages = draft.rest["schedule"].stages if draft.rest["schedule"] else ()
+    # 1. the text behind the visual tokens is there, and not to be seen by them
+    if family.sees_question:
+        return "this model's image tokens see the question, so that no prefix is free of it; take another model"
+    if image_sees_question(family, request):
+        return "the image sees the question; put that behind all images in `template`"
+    if prefix_length(family, prompt) == len(prompt):
+        return "there is no text behind the last image; put the question there"
+    # 2. all visual tokens enter and stay for d layers, and nothing rates them there
+    if len(draft.rest["kept"]) < sum(image.count for image in images):
+        return "visual tokens are left out before the language model; take `ilp=selection`"
+    if not family.first_inner <= depth < family.depth:
+        return f"a prefix of {depth} layers does not do for this model of {family.depth}; take another model"
+    if any(stage.layer < depth for stage in stages):
+        return f"tokens leave before the prefix ends; let them leave at layer {depth} or later"
+    if any(stage.rule.rated for stage in stages):
+        return "the method lets the text rate the tokens in the first layer; take another method"
+    # 3. with the positions and the features of the unpruned prompt
+    positions = family.positions(prompt, images)
+    if not torch.equal(draft.rest["position_ids"].expand_as(positions), positions):
+        return "positions differ from those of the whole prompt; take `positions=original`"
+    if not torch.equal(draft.vision_features, concatenate([image.vision_features for image in images])):
+        return "tokens are merged before the language model; take `plc=off`"
+    return ""
 
 
 def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> tuple[str, ...]:
     """What a user should know of how this model prunes, and pruned these images."""
     out = []
     # where the CLIP was not looked for yet, nothing was pruned by it
-    if pruning.needs_relevance and "clip" in vars(family) and family.clip:
-        if pruning.method.relevance_sign == 0:
+    if pruning.needs_relevance and family.knows_clip and family.clip:
+        if pruning.method.relevance_sign == 0 and family.relevance_sign < 0:
             out.append(
                 f"{pruning.method.name} turns CLIP's relevance round, as published; its option relevance_sign=1 takes "
                 "it as it is"
@@ -93,17 +168,19 @@ def _draft(
     images, pruning = request.images, request.pruning
     counts = [image.count for image in images]
     firsts = [sum(counts[:n]) for n in range(len(counts))]  # where each image's tokens begin among all N
-    # 1. kept tokens, counted over all images and for each image
+    # 1. the tokens that the method selected, counted over all images and for each image; kept are those that enter the
+    #    language model
     if request.shares_budget:
-        (kept,) = kept_by_pool  # (K,)
+        (selected,) = kept_by_pool  # (K,)
         owner = torch.repeat_interleave(torch.arange(len(images)), torch.tensor(counts))  # (N,)
-        kept_of = [kept[owner[kept] == n] - first for n, first in enumerate(firsts)]
+        selected_of = [selected[owner[selected] == n] - first for n, first in enumerate(firsts)]
     else:
-        kept = torch.cat([first + indices for first, indices in zip(firsts, kept_by_pool, strict=True)])  # (K,)
-        kept_of = list(kept_by_pool)
+        selected = torch.cat([first + indices for first, indices in zip(firsts, kept_by_pool, strict=True)])  # (K,)
+        selected_of = list(kept_by_pool)
+    kept = torch.arange(sum(counts)) if pruning.ilp == "selection" else selected
     # 2. features of kept tokens, into which others may have been merged or compressed
     if pruning.plc != "off":  # takes the place of what the method merges
-        compressed = zip(images, signals, kept_of, strict=True)
+        compressed = zip(images, signals, selected_of, strict=True)
         vision_features = torch.cat([_compress(family, *of_image, pruning.plc) for of_image in compressed])  # (N, C)
     elif request.shares_budget:
         whole = torch.cat([image.vision_features for image in images])
@@ -122,13 +199,13 @@ def _draft(
     in_prompt = torch.ones(len(prompt), dtype=torch.bool)
     in_prompt[prompt == family.image_token] = stays
     input_ids = prompt[in_prompt]
-    if pruning.positions == "original":
+    if pruning.positions == "original" or pruning.ilp == "selection":  # which numbers on where tokens leave
         position_ids = family.positions(prompt, images)[..., in_prompt]
     else:
         position_ids = torch.arange(len(input_ids))
     # 4. what leaves later, inside the language model, and where everything came from
-    schedule = _schedule(family, pruning, signals, kept_by_pool)
-    origins = tuple(_origin(request, n, signals[n], kept_of[n]) for n in range(len(images)))
+    schedule = _schedule(family, pruning, signals, kept_by_pool, selected)
+    origins = tuple(_origin(request, n, signals[n], selected_of[n]) for n in range(len(images)))
     known = signals[0].relevance is not None
     rest: dict[str, Any] = {
         "kept": kept,
@@ -176,9 +253,12 @@ def _compress(family: Family, image: EncodedImage, signals: Signals, kept: Tenso
 
 
 def _schedule(
-    family: Family, pruning: Pruning, signals: Sequence[Signals], kept_by_pool: Sequence[Tensor]
+    family: Family, pruning: Pruning, signals: Sequence[Signals], kept_by_pool: Sequence[Tensor], selected: Tensor
 ) -> LayerSchedule | None:
-    """What leaves inside the language model; None where nothing does. Raises BadInput for a layer where none can."""
+    """What leaves inside the language model; None where nothing does. `selected` (K,) count the tokens of all images.
+
+    Raises BadInput for a layer where none can leave.
+    """
     if pruning.ilp is None and not pruning.method.inner:
         return None
     layers = range(family.first_inner, family.depth)
@@ -190,9 +270,14 @@ def _schedule(
         if not stages:
             return None
     else:
-        nearest = min(max(ILP_LAYER, layers.start), layers.stop - 1)
+        usual = family.relevance_depth if pruning.ilp == "selection" else ILP_LAYER
+        nearest = min(max(usual, layers.start), layers.stop - 1)
         layer = nearest if pruning.ilp_layer is None else pruning.ilp_layer
-        rule, budgets = _ilp(pruning.ilp, signals, counts, kept_by_pool)
+        rule: Rule
+        if pruning.ilp == "selection":
+            rule, budgets = Selection(tuple(selected.tolist())), tuple(len(indices) for indices in kept_by_pool)
+        else:
+            rule, budgets = _ilp(pruning.ilp, signals, counts, kept_by_pool)
         stages = (Stage(layer, rule, budgets, pruning.positions),)
     for stage in stages:
         if stage.layer not in layers:
@@ -201,13 +286,17 @@ def _schedule(
                 field="method_option" if pruning.ilp is None else "ilp_layer",
                 value=f"layer={stage.layer}" if pruning.ilp is None else stage.layer,
             )
-    return plan(stages, [len(kept) for kept in kept_by_pool], layers.stop)
+    present = counts if pruning.ilp == "selection" else [len(indices) for indices in kept_by_pool]
+    return plan(stages, present, layers.stop)
 
 
 def _ilp(
     ilp: float | str, signals: Sequence[Signals], counts: Sequence[int], kept: Sequence[Tensor]
 ) -> tuple[Rule, tuple[int, ...]]:
-    """The rule and the budgets of `Pruning.ilp`. Raises BadInput where it is the region's, and an image has none."""
+    """The rule and the budgets of `Pruning.ilp` where it is a share, or the region.
+
+    Raises BadInput where it is the region, and an image has none.
+    """
     if isinstance(ilp, float):
         return RegionAttention(), tuple(max(1, int(ilp * count + 0.5)) for count in counts)
     budgets = []
@@ -225,8 +314,8 @@ def _ilp(
     return Region(), tuple(budgets)
 
 
-def _origin(request: EncodedRequest, n: int, signals: Signals, kept: Tensor) -> Origin:
-    """What image `n` of a request was, and how it was divided; `kept` (K,) counts its tokens alone."""
+def _origin(request: EncodedRequest, n: int, signals: Signals, selected: Tensor) -> Origin:
+    """What image `n` of a request was, and how it was divided; `selected` (K,) counts its tokens alone."""
     image, pruning = request.images[n], request.pruning
     localizer = None
     if request.localized:
@@ -239,23 +328,23 @@ def _origin(request: EncodedRequest, n: int, signals: Signals, kept: Tensor) -> 
         name=image.name,
         views=image.views,
         region=signals.region,
-        zones=_zones(pruning.method, signals, kept),
+        zones=_zones(pruning.method, signals, selected),
         localizer=localizer,
-        ratios=None if pruning.plc == "off" else ratios(kept, within_region(signals)),
+        ratios=None if pruning.plc == "off" else ratios(selected, within_region(signals)),
         notes=image.notes,
     )
 
 
-def _zones(method: Method, signals: Signals, kept: Tensor) -> dict[str, Any] | None:
+def _zones(method: Method, signals: Signals, selected: Tensor) -> dict[str, Any] | None:
     """Rows, columns and budgets of the zones, for methods that have them; lists of rows and columns for several views.
 
-    A zone keeps just its budget, so the budgets are counted from what was kept.
+    The budgets are how many tokens of each zone were selected.
     """
     zoned = method.zones(signals)
     if zoned is None:
         return None
     zone_of, zones = zoned
     rows, cols = (list(sides) for sides in zip(*zones.grids, strict=True))
-    budgets = torch.bincount(zone_of[kept], minlength=zones.count).tolist()
+    budgets = torch.bincount(zone_of[selected], minlength=zones.count).tolist()
     single = len(zones.grids) == 1
     return {"rows": rows[0] if single else rows, "cols": cols[0] if single else cols, "budgets": budgets}

@@ -15,7 +15,7 @@ from torch import Tensor
 from gridprune_cli.cache.quantize import KINDS
 from gridprune_cli.pruning.methods import RULES
 from gridprune_cli.pruning.region import GRID, inside
-from gridprune_cli.pruning.schedule import LayerSchedule, Region, plan
+from gridprune_cli.pruning.schedule import LayerSchedule, Region, Selection, plan
 from gridprune_cli.pruning.signals import View
 
 MAX_NUMBERS = 1 << 27  # of vision_features or image_embeds: 16,384 visual tokens of 8,192 numbers
@@ -23,6 +23,7 @@ MAX_POSITION = 1 << 24  # from there on float32, in which rotary angles are comp
 MAX_LAYERS = 1 << 10  # of a language model; the deepest have about 130
 MAX_COORDINATE = 1e6  # of a view's box, in pictures: a tile that is padded leaves 0..1, but not by far
 MIN_SHARE = 1e-3  # of the picture's sides, that some view must cover; a centre crop of 200 : 1 covers five times that
+PREFIX_TENSORS = ("ids", "keys", "values", "hidden_states")  # fields of `tokens.Prefix`
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # what a model computes in
 
 
@@ -66,20 +67,27 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
 
 
 def check_prefix(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, with the reason, where these are no prefix; shapes are `vlm.prefix.Prefix`'s."""
+    """Raises ValueError, with the reason, where these are no prefix; shapes are `tokens.Prefix`'s."""
     _check_texts(header, ("key", "model", "image", "name"))
     _need(header.get("kind") == "prefix", "it holds something else")
-    names = {"ids", "keys", "values"}
+    check_prefix_tensors(tensors)
+    _need(header.get("tokens") == len(tensors["ids"]), "it has another number of tokens than it tells")
+
+
+def check_prefix_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, with the reason, where these are not the tensors of a `tokens.Prefix`."""
+    names = set(PREFIX_TENSORS)
     _need(tensors.keys() == names, f"it holds {_listed(tensors)}, not {_listed(names)}")
     ids, keys, values = (tensors[name] for name in ("ids", "keys", "values"))
     _check_shape("ids", ids, torch.int64, (-1,))
-    _need(header.get("tokens") == len(ids), "it has another number of tokens than it tells")
     check_range("ids", ids, 0)
     _check_shape("keys", keys, None, (-1, -1, len(ids), -1))
     _check_shape("values", values, keys.dtype, tuple(keys.shape))
     _need(keys.dtype in FLOATS.values() and keys.numel() > 0, f"keys are {_dtype_and_shape(keys)}")
-    check_range("keys", keys)
-    check_range("values", values)
+    _check_shape("hidden_states", tensors["hidden_states"], keys.dtype, (len(ids), -1))
+    _need(tensors["hidden_states"].numel() > 0, "hidden_states are empty")
+    for name in ("keys", "values", "hidden_states"):
+        check_range(name, tensors[name])
 
 
 def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -93,17 +101,23 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     source = header.get("relevance_source")
     if source is not None:
         _need(
-            isinstance(source, dict) and source.get("source") in ("clip", "attention", "words"),
+            isinstance(source, dict) and source.get("source") in ("clip", "siglip", "attention", "words"),
             "relevance has no source",
         )
         _need(isinstance(source.get("model"), str | None), "relevance has no model")
+        _need(
+            all(isinstance(source.get(name), int | None) for name in ("depth", "sign")),
+            "relevance has no depth or sign",
+        )
     _need((source is None) == ("relevance" not in tensors), "relevance and its source do not fit each other")
     _need("schedule" in header, "it does not say what leaves inside the language model")
     _need(_all_texts(header.get("remarks")), "its remarks are no texts")
     # 2. which tensors, of which images
     _need(isinstance(images, list) and len(images) > 0, "it holds no images")
     assert isinstance(images, list)
-    needed, known = {"image_embeds", "kept", "input_ids", "position_ids", "saliency"}, {"relevance", "placeholder_map"}
+    holds_prefix = "prefix_ids" in tensors
+    needed, known = {"kept", "input_ids", "position_ids", "saliency"}, {"relevance", "placeholder_map"}
+    needed |= {"placeholder_map", *(f"prefix_{name}" for name in PREFIX_TENSORS)} if holds_prefix else {"image_embeds"}
     _need(needed <= tensors.keys() <= needed | known, f"it holds {_listed(tensors)}")
     counts = []
     for image in images:
@@ -112,29 +126,39 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
         _need(_all_texts(image.get("notes")), "an image's notes are no texts")
         counts.append(_count(image.get("views")))
     total = sum(counts)
-    # 3. image embeds, and the tokens that they stand for
-    image_embeds, kept, ids, places = (tensors[name] for name in ("image_embeds", "kept", "input_ids", "position_ids"))
-    shape = _dtype_and_shape(image_embeds)
-    _need(image_embeds.dtype in FLOATS.values() and image_embeds.dim() == 2, f"image_embeds are {shape}")
-    _need(0 < image_embeds.numel() <= MAX_NUMBERS, f"image_embeds are {shape}, empty or too many")
-    check_range("image_embeds", image_embeds)
+    # 3. image embeds, or the prefix in their place, and the tokens that they stand for
+    kept, ids, places = (tensors[name] for name in ("kept", "input_ids", "position_ids"))
+    if holds_prefix:
+        check_prefix_tensors({name: tensors[f"prefix_{name}"] for name in PREFIX_TENSORS})
+        _check_shape("placeholder_map", tensors["placeholder_map"], torch.int64, (-1,))
+        placeholders = len(tensors["placeholder_map"])
+    else:
+        image_embeds = tensors["image_embeds"]
+        shape = _dtype_and_shape(image_embeds)
+        _need(image_embeds.dtype in FLOATS.values() and image_embeds.dim() == 2, f"image_embeds are {shape}")
+        _need(0 < image_embeds.numel() <= MAX_NUMBERS, f"image_embeds are {shape}, empty or too many")
+        check_range("image_embeds", image_embeds)
+        placeholders = len(image_embeds)
     _check_shape("kept", kept, torch.int64, (-1,))
     _need(
-        0 < len(kept) <= len(image_embeds),
-        f"{len(kept)} kept tokens and {len(image_embeds)} image_embeds do not fit each other",
+        0 < len(kept) <= placeholders,
+        f"{len(kept)} kept tokens and {placeholders} image tokens do not fit each other",
     )
     check_range("kept", kept, 0, total - 1)
     _need(_ascending(kept), "kept is not sorted, or holds a token twice")
     # 4. the prompt
     _check_shape("input_ids", ids, torch.int64, (-1,))
-    _need(
-        len(ids) >= len(image_embeds),
-        f"{len(ids)} input_ids and {len(image_embeds)} image_embeds do not fit each other",
-    )
+    _need(len(ids) >= placeholders, f"{len(ids)} input_ids and {placeholders} image tokens do not fit each other")
     check_range("input_ids", ids, 0)
+    if holds_prefix:
+        prefix_ids = tensors["prefix_ids"]
+        _need(torch.equal(ids[: len(prefix_ids)], prefix_ids), "its prefix is that of another prompt")
+        _need(len(kept) == total, "its prefix holds all visual tokens, and kept does not")
     _check_shape("position_ids", places, torch.int64, (3, len(ids)) if places.dim() == 2 else (len(ids),))
     check_range("position_ids", places, 0, MAX_POSITION)
-    if header["positions"] == "compact":
+    if header["positions"] == "compact" and not _lists_selection(
+        header["schedule"]
+    ):  # which numbers on where they leave
         _need(torch.equal(places, torch.arange(len(ids))), "position_ids are not compact")
     _need(places.dim() == 2 or _ascending(places), "position_ids do not ascend")
     # 5. the signals
@@ -147,7 +171,7 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     # 6. what needs all of these: the map, each image, the schedule
     if "placeholder_map" in tensors:
         placeholder_map = tensors["placeholder_map"]
-        _check_shape("placeholder_map", placeholder_map, torch.int64, (len(image_embeds),))
+        _check_shape("placeholder_map", placeholder_map, torch.int64, (placeholders,))
         check_range("placeholder_map", placeholder_map, -1)
         _need(
             torch.equal(placeholder_map[placeholder_map >= 0].sort().values, kept),
@@ -158,9 +182,18 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     kept_of = [group - first for group, first in zip(kept.split(kept_counts), first_tokens, strict=False)]
     for image, group in zip(images, kept_of, strict=True):
         _check_origin(image, len(group))
-    if header.get("schedule") is not None:
+    selected = kept
+    if header["schedule"] is not None:
         _need("placeholder_map" in tensors, "it does not say which visual tokens its image_embeds are")
-        _check_schedule(header["schedule"], images, kept_of)
+        schedule = _check_schedule(header["schedule"], images, kept_of)
+        if schedule.selection is not None:
+            selected = torch.tensor(schedule.selection, dtype=torch.int64)
+            _check_selection(schedule, selected, kept, first_tokens)
+    # 7. of each image, what its zones come to
+    selected_counts = torch.searchsorted(selected, first_tokens).diff().tolist()
+    for image, count in zip(images, selected_counts, strict=True):
+        zones = image["zones"]
+        _need(zones is None or sum(zones["budgets"]) == count, "the zones' budgets are not what was kept")
 
 
 def _check_origin(image: Mapping[str, Any], kept: int) -> None:
@@ -179,7 +212,6 @@ def _check_origin(image: Mapping[str, Any], kept: int) -> None:
         _need(all(_all_whole(side, 1, 1 << 31) and len(side) == len(image["views"]) for side in sides), "zones")
         cells = sum(high * wide for high, wide in zip(*sides, strict=True))
         _need(cells == len(zones["budgets"]), f"{cells} zones have {len(zones['budgets'])} budgets")
-        _need(sum(zones["budgets"]) == kept, "the zones' budgets are not what was kept")
     if localizer is not None:
         _need(isinstance(localizer, dict) and isinstance(localizer.get("name"), str), "a localizer has no name")
         _need(isinstance(localizer.get("answer", ""), str), "a localizer's answer is no text")
@@ -189,7 +221,7 @@ def _check_origin(image: Mapping[str, Any], kept: int) -> None:
         _need(all(ratio is None or _number(ratio, 1, 1 << 31) for ratio in ratios.values()), "ratios are no numbers")
 
 
-def _check_schedule(schedule: Any, images: Sequence[Mapping[str, Any]], kept: Sequence[Tensor]) -> None:
+def _check_schedule(schedule: Any, images: Sequence[Mapping[str, Any]], kept: Sequence[Tensor]) -> LayerSchedule:
     """What leaves inside the language model. `kept` has the kept tokens of each image, counted within the image."""
     stages = schedule.get("stages") if isinstance(schedule, dict) else None
     _need(isinstance(stages, list) and len(stages) > 0, "no stages")
@@ -218,6 +250,24 @@ def _check_schedule(schedule: Any, images: Sequence[Mapping[str, Any]], kept: Se
                 _need(image.get("region") is not None, "a stage keeps a region, and there is none")
                 within = inside(views_of(image["views"]), tuple(image["region"]))[group]
                 _need(int(within.sum()) == count, "a stage does not keep what is inside its region")
+    return leaving
+
+
+def _check_selection(schedule: LayerSchedule, selected: Tensor, kept: Tensor, first_tokens: Tensor) -> None:
+    """The one stage that lists what stays: `selected` of the `kept` tokens, of images from `first_tokens` on."""
+    _need(len(schedule.stages) == 1, "a stage lists what stays, and there are others")
+    _need(_ascending(selected) and bool(torch.isin(selected, kept).all()), "a stage lists tokens that are not kept")
+    (stage,) = schedule.stages
+    counts = torch.searchsorted(selected, first_tokens).diff().tolist()
+    counts = counts if len(stage.budgets) == len(counts) else [sum(counts)]
+    _need(list(stage.budgets) == counts, "a stage does not keep what it lists")
+
+
+def _lists_selection(schedule: Any) -> bool:
+    """Whether a schedule, which need not be one, has a stage that lists what stays."""
+    stages = schedule.get("stages") if isinstance(schedule, dict) else None
+    rules = [stage.get("rule") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    return any(isinstance(rule, dict) and rule.get("name") == Selection.name for rule in rules)
 
 
 def _check_rule(rule: Mapping[str, Any]) -> None:
@@ -228,7 +278,11 @@ def _check_rule(rule: Mapping[str, Any]) -> None:
     kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(RULES[name])}
     _need(rule.keys() == kinds.keys() | {"name"}, f"rule {name} has other options")
     for option, kind in kinds.items():
-        good = _whole(rule[option], 0, 1 << 31) if kind is int else _number(rule[option], 0, 1e9)
+        value = rule[option]
+        if kind is tuple:
+            good = _all_whole(value, 0, 1 << 31)
+        else:
+            good = _whole(value, 0, 1 << 31) if kind is int else _number(value, 0, 1e9)
         _need(good, f"{option} of rule {name} is of no use")
 
 

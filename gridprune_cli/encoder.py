@@ -26,8 +26,9 @@ class Encoder:
 
     family       the model
     store        the cache; None: there is none
-    cache_dtype  how vision features are stored: "full", as the tower gives them, or in eight bits, "float8" or "int8".
-                 Answers come from what is stored, also where it was just encoded, or is not stored at all
+    cache_dtype  how vision features are stored, and what prefixes hold: "full", as the model gives them, or in eight
+                 bits, "float8" or "int8". Answers come from what is stored, also where it was just encoded, or is not
+                 stored at all
     scenes_only  whether a picture is refused that is no scene of the embedded model, since no model was chosen
 
     In some families a picture is encoded in another way where its prompt has several: `several` says so.
@@ -42,7 +43,7 @@ class Encoder:
             raise BadInput(f"not one of {', '.join(STORAGES)}", field="cache_dtype", value=cache_dtype)
         self.family, self.store, self.cache_dtype, self.scenes_only = family, store, cache_dtype, scenes_only
         self.model = family.checkpoint.name
-        self.prefixes = Prefixes(family, store)
+        self.prefixes = Prefixes(family, store, cache_dtype)
 
     def identity(self, several: bool = False) -> dict[str, Any]:
         """What an encoded image depends on besides the picture: tower, its settings, and how it is stored."""

@@ -5,7 +5,7 @@ in `vlm.inner`.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -16,9 +16,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.text import visible
-from gridprune_cli.tokens import PrunedSet
+from gridprune_cli.tokens import Prefix, PrunedSet
 from gridprune_cli.vlm.family import Family
-from gridprune_cli.vlm.inner import prune_inside
+from gridprune_cli.vlm.inner import PrefixBatch, has_sliding_layers, prune_inside
+from gridprune_cli.vlm.prefix import misfit
 
 # Given at each call, since a checkpoint's own settings may differ: training leaves `use_cache: false` behind.
 _FIXED = {
@@ -92,14 +93,22 @@ class _Watch(StoppingCriteria):
 
 
 def prompts(family: Family, batch: Sequence[PrunedSet]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids `(B, L)`, mask `(B, L)` and positions `(B, L)` or `(3, B, L)` of the prompts, padded on the left."""
-    length = max(len(pruned.input_ids) for pruned in batch)
+    """Token ids `(B, L)`, mask `(B, L)` and positions `(B, L)` or `(3, B, L)` of the prompts, padded on the left.
+
+    The prefixes of prompts that have one end at the same column; what follows these is padded on its left again.
+    """
+    lengths = [len(pruned.prefix.ids) if pruned.prefix else 0 for pruned in batch]
     tokenizer = family.processor.tokenizer
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def pad_left(tensors: list[Tensor], value: int) -> Tensor:
-        padded = [pad(tensor, (length - tensor.shape[-1], 0), value=value) for tensor in tensors]
-        return torch.stack(padded).to(family.device)
+        halves = [tensor.tensor_split([length], -1) for tensor, length in zip(tensors, lengths, strict=True)]
+        padded = []
+        for half in zip(*halves, strict=True):  # the prefixes, and the rest
+            longest = max(tensor.shape[-1] for tensor in half)
+            filled = [pad(tensor, (longest - tensor.shape[-1], 0), value=value) for tensor in half]
+            padded.append(torch.stack(filled))
+        return torch.cat(padded, -1).to(family.device)
 
     ids = pad_left([pruned.input_ids for pruned in batch], filler)  # (B, L)
     mask = pad_left([torch.ones_like(pruned.input_ids) for pruned in batch], 0)  # (B, L); a prompt may hold pad ids
@@ -124,11 +133,11 @@ def _misfit(family: Family, pruned: PrunedSet) -> str:
     """What of a set this model can't work with, or nothing. Indices out of range would end a GPU's whole process."""
     ids, text = pruned.input_ids, family.config.get_text_config()
     images = ids == family.image_token
-    if int(images.sum()) != len(pruned.image_embeds):
-        return f"{int(images.sum())} image tokens for {len(pruned.image_embeds)} image embeds"
+    if int(images.sum()) != pruned.placeholders:
+        return f"{int(images.sum())} image tokens for {pruned.placeholders} image embeds"
     if not images.all() and int(ids[~images].max()) >= text.vocab_size:
         return f"a token id of {int(ids[~images].max())}, where there are {text.vocab_size}"
-    if pruned.image_embeds.shape[1] != family.embed_width:
+    if pruned.prefix is None and pruned.image_embeds.shape[1] != family.embed_width:
         return f"image embeds of {pruned.image_embeds.shape[1]} numbers, not {family.embed_width}"
     if pruned.position_ids.dim() == 2 and family.axes != len(pruned.position_ids):
         return f"positions in {len(pruned.position_ids)} axes, not {family.axes}"
@@ -136,6 +145,24 @@ def _misfit(family: Family, pruned: PrunedSet) -> str:
         return f"a schedule for {len(pruned.schedule.tokens)} layers of {family.depth}"
     if pruned.schedule and pruned.schedule.stages[0].layer < family.first_inner:
         return f"tokens leave at layer {pruned.schedule.stages[0].layer}, before layer {family.first_inner}"
+    return _misfit_of_prefix(family, pruned, pruned.prefix) if pruned.prefix else ""
+
+
+def _misfit_of_prefix(family: Family, pruned: PrunedSet, prefix: Prefix) -> str:
+    """Why this model can't go on from a set's prefix, or nothing."""
+    length, stages = len(prefix.ids), pruned.schedule.stages if pruned.schedule else ()
+    if family.sees_question:
+        return "a prefix, where the image sees the question"
+    if reason := misfit(family, prefix):
+        return f"a prefix with {reason}"
+    if not length < len(pruned.input_ids) or not torch.equal(prefix.ids, pruned.input_ids[:length]):
+        return "the prefix of another prompt"
+    if (pruned.input_ids[length:] == family.image_token).any():
+        return "a prefix that ends before the last image"
+    if prefix.depth < family.first_inner:
+        return f"a prefix of {prefix.depth} layers, where the image enters {family.first_inner}"
+    if stages and (stages[0].layer < prefix.depth or any(stage.rule.rated for stage in stages)):
+        return f"a prefix of {prefix.depth} layers, where tokens leave before, or as rated by the first"
     return ""
 
 
@@ -161,6 +188,9 @@ def generate(
 ) -> list[Generated]:
     """Answers from pruned sets, greedily, in one left-padded batch. Loads the language model only.
 
+    Of sets with a prefix only the text behind that goes through the prefix's layers. They make a batch of their own, or
+    several where the prefixes have different depths, or the model's sliding windows count what a batch is padded with.
+
     The answer of a batch of one is written to `stream` as it comes. `watchers`, one for each set, see the answers as
     they come, and may end them; not with beams, of which none is the answer before the end. `options` go to
     transformers' `generate`. Raises BadInput for a set that was made for another model, as `check_options` does, and
@@ -170,22 +200,59 @@ def generate(
     check_options(options)
     for pruned in batch:
         check_model(family, pruned)
-    model = family.load("language")
-    # 2. one left-padded batch; the image embeds stand in for the tower, which is not loaded
+    family.load("language")
+    # 2. sets that can't be padded to one another are run by themselves
+    groups: dict[Hashable, list[int]] = {}
+    for n, pruned in enumerate(batch):
+        groups.setdefault(_alike(family, pruned), []).append(n)
+    answers: dict[int, Generated] = {}
+    for places in groups.values():
+        group = [batch[n] for n in places]
+        of_group = watchers and [watchers[n] for n in places]
+        answers |= zip(places, _generate(family, group, max_new_tokens, stream, of_group, options), strict=True)
+    return [answers[n] for n in range(len(batch))]
+
+
+def _alike(family: Family, pruned: PrunedSet) -> Hashable:
+    """What sets must have in common to be run in one batch."""
+    if pruned.prefix is None:
+        return None
+    text = len(pruned.input_ids) - len(pruned.prefix.ids)
+    return pruned.prefix.depth, text if has_sliding_layers(family.load("language")) else None
+
+
+def _generate(
+    family: Family,
+    batch: Sequence[PrunedSet],
+    max_new_tokens: int,
+    stream: TextIO | None,
+    watchers: Sequence[Watcher] | None,
+    options: dict[str, Any],
+) -> list[Generated]:
+    """`generate` for sets that are run together: all with a prefix, or all without."""
+    # 1. one padded batch; the image embeds stand in for the tower, which is not loaded
+    model, tokenizer = family.load("language"), family.processor.tokenizer
     ids, mask, positions = prompts(family, batch)  # (B, L), (B, L), (B, L) or (3, B, L)
-    length, tokenizer = ids.shape[1], family.processor.tokenizer
     ends = options.get("eos_token_id", model.generation_config.eos_token_id)
     stops = set(ends if isinstance(ends, list) else [ends])
     watch = _Watch(watchers, stops) if watchers is not None else None
-    clock, start = _Clock(), time.perf_counter()
-    with prune_inside(family, model, batch, ids, mask):
+    length, clock, start = ids.shape[1], _Clock(), time.perf_counter()
+    prefixes = None
+    if batch[0].prefix is None:
+        images = {"mm_encoder_outputs": {"image": family.features([pruned.image_embeds for pruned in batch])}}
+        inputs = images | family.extras(ids)
+    else:
+        prefixes = PrefixBatch(family, model, batch, ids, mask, positions)
+        beams = options.get("num_beams") or model.generation_config.num_beams
+        inputs = {"past_key_values": prefixes.cache(beams if isinstance(beams, int) else 1)}
+    # 2. the model's own generate
+    with prune_inside(family, model, batch, ids, mask, prefixes):
         try:
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                mm_encoder_outputs={"image": family.features([pruned.image_embeds for pruned in batch])},
-                **family.extras(ids),
+                **inputs,
                 max_new_tokens=max_new_tokens,
                 logits_processor=LogitsProcessorList([clock]),
                 stopping_criteria=StoppingCriteriaList([watch] if watch else []),

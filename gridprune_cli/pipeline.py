@@ -67,11 +67,12 @@ class Pipeline:
                  already, and then only `store` and `cache_dtype` count of the rest. None: none was chosen, so it is
                  `scenes`, and a picture that is no scene is refused, where `scenes` by name answers, with a note
     revision     branch, tag or commit of a hub model
-    clip         the CLIP that the model's tower was taken from, a folder or hub name, where it is not known
-    relevance    what it comes from: "clip", the CLIP of the model's tower; "attention", the language model's;
-                 "words", its word embeddings; or "auto", CLIP where the tower is a CLIP's, else attention
+    clip         the CLIP or SigLIP that the model's tower was taken from, a folder or hub name, where it is not known
+    relevance    what it comes from: "clip", the CLIP or SigLIP of the model's tower; "attention", the language model's;
+                 "words", its word embeddings; or "auto", clip where the tower is a CLIP's or `clip` is named, else
+                 attention
     store        the cache; None: there is none
-    cache_dtype  how vision features are stored, see `Encoder`
+    cache_dtype  how vision features and prefixes are stored, see `Encoder`
 
     Raises BadInput for a model, device or dtype that can't be used, GridpruneError where the hub can't be asked.
     """
@@ -154,15 +155,16 @@ class Pipeline:
         return result_or_raise(encoded), hit
 
     def encode_all(
-        self, images: Iterable[Source], *, batch: int = 16, refresh: bool = False
+        self, images: Iterable[Source], *, batch: int = 16, refresh: bool = False, with_prefix: bool = False
     ) -> Iterator[tuple[str, EncodedImage | GridpruneError, bool]]:
         """Encodes many images in batches into the cache: (name, what came of it, whether it was a hit), in turn.
 
         An image that can't be read, encoded or stored gives its error in place of an encoded image, and the rest goes
-        on. Where memory runs out, batches are smaller from then on, as the log says. Raises GridpruneError where the
-        cache can't be written, since then all of it would be for nothing.
+        on. `with_prefix` also stores what the language model's first layers make of a prompt about each. Where memory
+        runs out, batches are smaller from then on, as the log says. Raises BadInput as `add_prefixes`, and
+        GridpruneError where the cache can't be written, since then all of it would be for nothing.
         """
-        return self.runner(images=batch).encode(images, refresh=refresh, store=True)
+        return self.runner(images=batch).encode(images, refresh=refresh, with_prefix=with_prefix, store=True)
 
     def prune(
         self,
@@ -172,13 +174,17 @@ class Pipeline:
         *,
         system: str | None = None,
         template: str | None = None,
+        with_prefix: bool | None = None,
     ) -> PrunedSet:
         """The pruned set of a question about one image or several, from image files or encoded images.
 
-        Arguments and errors are those of `ask`. A localiser that is a model looks at the image file.
+        Arguments and errors are those of `ask`. A localiser that is a model looks at the image file. `with_prefix`: in
+        place of its image embeds it holds what the first layers of the language model make of the prompt up to its last
+        image, also in a file; BadInput where an answer can't go on from that. None: it holds both, where the prefix is
+        cached, and its file the image embeds. False: it holds image embeds alone.
         """
         request = Request(_as_tuple(images), question, pruning or Pruning(), system, template)
-        return self.runner().prune_one(request).pruned
+        return self.runner().prune_one(request, with_prefix=with_prefix).pruned
 
     def generate(self, pruned: PrunedSet, *, max_new_tokens: int = 128, **options: Any) -> str:
         """The answer from a pruned set. `options` go to transformers' `generate`. Raises BadInput for a set of another

@@ -4,8 +4,8 @@ Everything is done for many requests at once, since what a text tower makes of s
 for several images of the same views, costs little more than for one.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,11 +26,15 @@ from gridprune_cli.vlm.word_relevance import keywords
 
 @dataclass(frozen=True)
 class EncodedRequest:
-    """A request whose images are encoded, with what a localiser answered for each, where one was asked."""
+    """A request whose images are encoded, with what a localiser answered for each, where one was asked.
+
+    prompt  (L,), token ids of its unpruned prompt, where they are written already
+    """
 
     request: Request
     images: tuple[EncodedImage, ...]
     localized: tuple[Localized, ...] | None = None
+    prompt: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def pruning(self) -> Pruning:
@@ -58,8 +62,14 @@ def find_relevance(family: Family, pruning: Pruning) -> None:
 
 
 def relevance_source(family: Family, pruning: Pruning) -> dict[str, Any] | None:
-    """What relevance comes from, as results have it; None where the pruning needs none. Raises as `Family.clip`."""
-    return family.relevance_source if pruning.needs_relevance else None
+    """What relevance comes from, as results have it; None where the pruning needs none. Raises as `Family.clip`.
+
+    Of a method that leaves the sign of relevance to the model, also that.
+    """
+    if not pruning.needs_relevance:
+        return None
+    sign = {"sign": family.relevance_sign} if pruning.method.relevance_sign == 0 else {}
+    return family.relevance_source | sign
 
 
 def compute_signals(
@@ -71,7 +81,7 @@ def compute_signals(
     `Family.clip`, `Family.relevance` and `attention_relevance`, and BadInput where a prompt can't be written.
     """
     # 1. relevance, for requests whose pruning needs it
-    relevance: list[list[Tensor] | list[None]] = [[None] * len(request.images) for request in requests]
+    relevance: list[Sequence[Tensor] | list[None]] = [[None] * len(request.images) for request in requests]
     needing = [n for n, request in enumerate(requests) if request.pruning.needs_relevance]
     for n, of_images in zip(needing, _relevance(family, [requests[n] for n in needing], prefixes), strict=True):
         relevance[n] = of_images
@@ -96,24 +106,49 @@ def compute_signals(
     return signals
 
 
-def _relevance(family: Family, requests: Sequence[EncodedRequest], prefixes: Prefixes | None) -> Iterator[list[Tensor]]:
+def _relevance(
+    family: Family, requests: Sequence[EncodedRequest], prefixes: Prefixes | None
+) -> Sequence[Sequence[Tensor]]:
     """For each request the relevance `(N,)` of each of its images."""
     queries = [request.query for request in requests]
     if family.relevance_kind == "attention":
-        prefixes = prefixes or Prefixes(family)
-        for request, prompt in zip(requests, write_prompts(family, requests, queries), strict=True):
-            prefix = None if _image_sees_question(family, request) else prefixes.find(prompt, request.images)
-            yield attention_relevance(family, prompt, request.images, prefix, one_scale=request.shares_budget)
-    elif queries:
+        return _relevance_from_attention(family, requests, queries, prefixes or Prefixes(family))
+    if queries:
         family.relevance.read(queries)  # by the text tower in one batch; each call below then only compares
-        for request in requests:
-            yield [family.relevance(image.vision_features, request.query) for image in request.images]
+    return [[family.relevance(image.vision_features, r.query) for image in r.images] for r in requests]
 
 
-def _image_sees_question(family: Family, request: EncodedRequest) -> bool:
+def _relevance_from_attention(
+    family: Family, requests: Sequence[EncodedRequest], queries: Sequence[str], prefixes: Prefixes
+) -> list[list[Tensor]]:
+    """`_relevance` from the language model's attention: from prefixes, but where the images see the question."""
+    prompts = write_prompts(family, requests, queries)
+    by_way: dict[bool, list[int]] = {}
+    for n, request in enumerate(requests):
+        by_way.setdefault(image_sees_question(family, request), []).append(n)
+    relevance: dict[int, list[Tensor]] = {}
+    for sees_question, places in by_way.items():
+        of_places = attention_relevance(
+            family,
+            [prompts[n] for n in places],
+            [requests[n].images for n in places],
+            [requests[n].shares_budget for n in places],
+            None if sees_question else prefixes.find,
+        )
+        relevance |= zip(places, of_places, strict=True)
+    return [relevance[n] for n in range(len(requests))]
+
+
+def image_sees_question(family: Family, request: EncodedRequest) -> bool:
     """Whether what the language model makes of the images depends on the question, so that each has its own."""
     template = request.request.template
     return family.sees_question or (template is not None and template.find("{question}") < template.rfind("{image}"))
+
+
+def with_prompts(family: Family, requests: Sequence[EncodedRequest]) -> list[EncodedRequest]:
+    """The requests with their prompts, so that these are written once. Raises BadInput as `write_prompts`."""
+    prompts = write_prompts(family, requests, [request.request.question for request in requests])
+    return [replace(request, prompt=prompt) for request, prompt in zip(requests, prompts, strict=True)]
 
 
 def write_prompts(family: Family, requests: Sequence[EncodedRequest], questions: Sequence[str]) -> list[Tensor]:
@@ -121,10 +156,13 @@ def write_prompts(family: Family, requests: Sequence[EncodedRequest], questions:
 
     The tokenizer is called once for those that are written alike. Raises BadInput as `Family.write_prompts`.
     """
-    alike: dict[tuple[str | None, str | None], list[int]] = {}
-    for n, request in enumerate(requests):
-        alike.setdefault((request.request.system, request.request.template), []).append(n)
     prompts: dict[int, Tensor] = {}
+    alike: dict[tuple[str | None, str | None], list[int]] = {}
+    for n, (request, question) in enumerate(zip(requests, questions, strict=True)):
+        if request.prompt is not None and question == request.request.question:
+            prompts[n] = request.prompt
+        else:
+            alike.setdefault((request.request.system, request.request.template), []).append(n)
     for (system, template), places in alike.items():
         of_places = [(questions[n], requests[n].images) for n in places]
         prompts |= zip(places, family.write_prompts(of_places, system, template), strict=True)
@@ -151,7 +189,7 @@ def _image_signals(family: Family, request: EncodedRequest, n: int, relevance: T
         question_embeds=(
             family.vocabulary.vectors(keywords(request.query)) if "question_embeds" in needs else None  # (M, D)
         ),
-        relevance_by_clip=family.relevance_kind == "clip",
+        relevance_sign=family.relevance_sign,
     )
 
 

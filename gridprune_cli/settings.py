@@ -34,9 +34,11 @@ class Pruning:
     localizer_template  how such a model is asked, a text with `{question}`; "" is our own (`regions.TEMPLATE`)
     query      what relevance is measured against, and a localiser is asked about, where that is not the question
     share_budget  several images share one K instead of each having its own; then there is no region
-    ilp        what stays inside the language model: "region", exactly the tokens inside the contextual region, or a
-               share of the image's N tokens, those inside first; None: everything
-    ilp_layer  the layer, from 0, at whose input the others leave; None: `ILP_LAYER`, or the nearest that the model has
+    ilp        what stays inside the language model: "region", exactly the tokens inside the contextual region; a share
+               of the image's N tokens, those inside first; or "selection", what the method selects, and then the first
+               layers see all N tokens. None: everything
+    ilp_layer  the layer, from 0, at whose input the others leave; None: for "selection" `Family.relevance_depth`, else
+               `ILP_LAYER`; or the nearest that the model has
     plc        "pool" replaces the features of each kept token outside the region by the mean of its cell, "trained" has
                the checkpoint's compressor refine these, "off" leaves features as they are
     inside_ratio, outside_ratio  visual tokens per kept one, inside and outside of the region, instead of the method's
@@ -86,21 +88,37 @@ class Pruning:
         self._check_plc()
 
     def _check_ilp(self) -> None:
-        """Reads a share that is a text. Raises BadInput for what can't stay inside the language model."""
+        """Reads a share that is a text. Raises BadInput for what can't stay inside the language model.
+
+        Of "selection" all tokens enter it with the features that they have, so there nothing is merged or compressed.
+        """
         if self.ilp is None and self.ilp_layer is not None:
             raise BadInput("only with `ilp`, which says what stays", field="ilp_layer")
         if self.ilp is None:
             return
-        if self.ilp != "region":
+        if self.ilp not in ("region", "selection"):
             try:
                 share = float(self.ilp)
-            except ValueError as fault:
-                raise BadInput("neither region nor a share", field="ilp", value=self.ilp) from fault
+            except (ValueError, OverflowError) as fault:
+                raise BadInput("neither selection, nor region, nor a share", field="ilp", value=self.ilp) from fault
             if not 0 < share <= 1:
-                raise BadInput("must be above 0 and at most 1, or region", field="ilp", value=self.ilp)
+                raise BadInput("must be above 0 and at most 1, or selection, or region", field="ilp", value=self.ilp)
             object.__setattr__(self, "ilp", share)
         if self.method.inner:
             raise BadInput(f"not with `method={self.method.name}`, which prunes there by itself", field="ilp")
+        if self.ilp == "selection" and self.method.merges:
+            raise BadInput(
+                f"not with `method={self.method.name}`, which merges tokens ahead of the language model; take another "
+                "method, or a share as `ilp`",
+                field="ilp",
+                value=self.ilp,
+            )
+        if self.ilp == "selection" and self.plc != "off":
+            raise BadInput(
+                "not with `plc`, since all tokens enter the language model; leave one of them out",
+                field="ilp",
+                value=self.ilp,
+            )
 
     def _check_plc(self) -> None:
         """Raises BadInput for a compression that can't be, or that this pruning leaves no place for."""
@@ -138,6 +156,8 @@ class Pruning:
         method = named.pop("method", DEFAULT_METHOD)
         literal = _read("literal", named.pop("literal", False), bool)
         pairs = named.pop("method_option", {})
+        if not isinstance(pairs, Mapping | list | tuple):
+            raise BadInput("must be a list of NAME=VALUE, or an object", field="method_option", value=pairs)
         chosen = dict(pairs) if isinstance(pairs, Mapping) else parse_pairs(pairs, "method_option")
         if not isinstance(method, str) or method not in METHODS:
             raise BadInput(f"unknown method {method!r}: choose from {', '.join(METHODS)}", field="method", value=method)
@@ -165,7 +185,7 @@ class Pruning:
         settings = {name: _read(name, value, kinds[name]) for name, value in named.items()}
         try:
             chooser = make_method(method, **(LITERAL if literal else {}) | chosen)
-        except ValueError as fault:
+        except (ValueError, OverflowError) as fault:
             raise BadInput(str(fault), field="method", value=method) from fault
         return cls(method=chooser, **settings | ({"region": "none"} if literal else {}))
 
@@ -240,13 +260,13 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     kinds = get_args(kind) or (kind,)
     wanted = next(one for one in (str, bool, int, float) if one in kinds)
     if wanted is str:
-        others = (int, float) if float in kinds else (list, tuple) if len(kinds) > 1 else ()
+        others = (int, float) if float in kinds else (list, tuple) if {*kinds} - {str, type(None)} else ()
         if isinstance(value, bool) or not isinstance(value, (str, *others)):
             raise BadInput("must be a text", field=name, value=value)
         return value  # what it may say, the setting itself checks
     try:
         number = float(value) if wanted is float else _from_text(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         number = None
     if isinstance(value, bool) != (wanted is bool and not isinstance(value, str)) or not isinstance(number, wanted):
         names = {bool: "true or false", int: "a whole number", float: "a number"}

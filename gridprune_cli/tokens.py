@@ -1,4 +1,4 @@
-"""An encoded image and a pruned set, and the safetensors files that they are stored in."""
+"""An encoded image, a prompt's prefix and a pruned set, and the safetensors files of the first and the last."""
 
 import io
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from gridprune_cli.cache import files, layout
 from gridprune_cli.cache.files import RawTensor
 from gridprune_cli.cache.quantize import Packed
-from gridprune_cli.contents import MAX_NUMBERS, check_encoded, check_pruned, check_range, views_of
+from gridprune_cli.contents import MAX_NUMBERS, PREFIX_TENSORS, check_encoded, check_pruned, check_range, views_of
 from gridprune_cli.errors import BadInput
 from gridprune_cli.images import Source
 from gridprune_cli.pruning.methods import RULES
@@ -20,7 +20,7 @@ from gridprune_cli.pruning.schedule import LayerSchedule
 from gridprune_cli.pruning.signals import Box, View
 from gridprune_cli.pruning.zones import zone_index
 
-SCHEMA = 3  # of a pruned set's file; an encoded image's is `cache.layout.SCHEMA`, which the cache checks
+SCHEMA = 4  # of a pruned set's file; an encoded image's is `cache.layout.SCHEMA`, which the cache checks
 
 _DTYPES = {
     torch.float64: "F64",
@@ -175,21 +175,50 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """What the first d layers of a language model made of a prompt up to its last placeholder. P tokens.
+
+    ids            (P,)          int64, its token ids
+    keys           (d, H, P, C)  of each layer, with the positions already in them; H heads of C numbers
+    values         (d, H, P, C)  of each layer
+    hidden_states  (P, D)        what layer d receives, counted from 0: the first that the prefix did not go through
+    """
+
+    ids: Tensor
+    keys: Tensor
+    values: Tensor
+    hidden_states: Tensor
+
+    @property
+    def depth(self) -> int:
+        """d."""
+        return len(self.keys)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.ids.nbytes + self.keys.nbytes + self.values.nbytes + self.hidden_states.nbytes
+
+
+@dataclass(frozen=True)
 class PrunedSet:
     """The visual tokens that were kept of one or several images for a question, projected, and the prompt around them.
 
     Enough to generate from. N visual tokens, of all images in turn, of which K are kept; S image tokens in the prompt,
     K of them for kept tokens, the others for separators.
 
-    image_embeds     (S, D)   what the language model receives in place of its image tokens
+    image_embeds     (S, D)   what the language model receives in place of its image tokens; (0, D) where a prefix was
+                              asked for in their place, which holds what the first layers made of them
     kept             (K,)     int64, indices of the kept among the N visual tokens, ascending
     input_ids        (L,)     int64, the prompt's token ids, with S image tokens
     position_ids     (L,)     int64, or (3, L) for models with rotary positions in three axes
     saliency         (N,)     a signal behind the choice, for `show`
     relevance        (N,)     the same; None where the method needs none
     placeholder_map  (S,)     int64, the visual token that each image embed stands for, -1 for a separator; None where
-                              there is no schedule, which alone needs it
+                              there is no schedule, which alone needs it, and there are image embeds
     schedule                  which tokens leave at which layer of the language model; None where none do
+    prefix                    the prompt's, all N tokens among it, with which only the text behind it goes through the
+                              first d layers; no token leaves before layer d. None where the whole prompt is run
     """
 
     image_embeds: Tensor
@@ -207,13 +236,25 @@ class PrunedSet:
     placeholder_map: Tensor | None = None
     schedule: LayerSchedule | None = None
     plc: str = "off"  # how tokens were compressed: "off", "pool" or "trained"
-    relevance_source: dict[str, Any] | None = None  # {"source": "clip", "model": ...}, or attention or words, of None
+    relevance_source: dict[str, Any] | None = None  # as `selector.relevance_source` gives it
     remarks: tuple[str, ...] = ()  # what a user should know of how it was pruned
+    prefix: Prefix | None = None
 
     @property
     def count(self) -> int:
         """N, the visual tokens before pruning."""
         return sum(image.count for image in self.images)
+
+    @property
+    def placeholders(self) -> int:
+        """S."""
+        return len(self.image_embeds) if self.placeholder_map is None else len(self.placeholder_map)
+
+    @property
+    def selected(self) -> Tensor:
+        """(K,) int64: which visual tokens stay to the end, as far as that is known before the model runs."""
+        listed = self.schedule.selection if self.schedule else None
+        return self.kept if listed is None else torch.tensor(listed, dtype=torch.int64)
 
     @property
     def counts(self) -> str:
@@ -227,15 +268,22 @@ class PrunedSet:
         return (*of_images, *self.remarks)
 
     def to_bytes(self) -> bytes:
-        """The file. Raises BadInput where it would be larger than what is read again."""
+        """The file. It holds the image embeds, or where there are none, the prefix.
+
+        Raises BadInput where it would be larger than what is read again.
+        """
         header = {"kind": "pruned", "schema": SCHEMA, "images": [asdict(image) for image in self.images]}
         header |= {name: getattr(self, name) for name in (*_PRUNED_TEXT, "plc")}
         header["schedule"] = self.schedule.to_json() if self.schedule else None
         header |= {"relevance_source": self.relevance_source, "remarks": list(self.remarks)}
         tensors = {name: raw_tensor(getattr(self, name)) for name in _PRUNED_TENSORS if getattr(self, name) is not None}
+        if self.prefix is not None and not len(self.image_embeds):
+            del tensors["image_embeds"]
+            tensors |= {f"prefix_{name}": raw_tensor(getattr(self.prefix, name)) for name in PREFIX_TENSORS}
         size = sum(len(tensor.data) for tensor in tensors.values()) + files.MAX_HEADER
         if size > files.MAX_BYTES or self.image_embeds.numel() > MAX_NUMBERS:  # which nobody could read again
-            raise BadInput(f"the pruned set takes {size} bytes, more than a file may have; prune with a smaller `keep`")
+            smaller = "without `with_prefix`" if "prefix_ids" in tensors else "with a smaller `keep`"
+            raise BadInput(f"the pruned set takes {size} bytes, more than a file may have; prune {smaller}")
         return files.encode(tensors, header)
 
     def to_json(self) -> dict[str, Any]:
@@ -256,7 +304,7 @@ class PrunedSet:
             "tokens": {
                 "full": self.count,
                 "kept": len(self.kept),
-                "separators": len(self.image_embeds) - len(self.kept),
+                "separators": self.placeholders - len(self.kept),
             },
             "grid": each("grid"),
             "region": each("region"),
@@ -275,13 +323,13 @@ class PrunedSet:
 
         A zone is its view, row0, col0, row1, col1 (exclusive ends, in tokens) and its budget.
         """
-        figures, first = [], 0
+        figures, first, selected = [], 0, self.selected
         for image in self.images:
             end = first + image.count
             figures.append(
                 {
                     "views": [{"rows": view.rows, "cols": view.cols, "box": list(view.box)} for view in image.views],
-                    "kept": (self.kept[(self.kept >= first) & (self.kept < end)] - first).tolist(),
+                    "kept": (selected[(selected >= first) & (selected < end)] - first).tolist(),
                     "relevance": None if self.relevance is None else self.relevance[first:end].tolist(),
                     "zones": image.budgeted_zones(self.method.get("zone", 1)),
                     "region": list(image.region) if image.region else None,
@@ -308,6 +356,9 @@ class PrunedSet:
             raise BadInput(f"{reason}; prune again, with `gridprune prune`")
         loaded: dict[str, Any] = load_tensors(tensors)
         check_pruned(header, loaded)
+        if "prefix_ids" in loaded:
+            loaded["prefix"] = Prefix(*(loaded.pop(f"prefix_{name}") for name in PREFIX_TENSORS))
+            loaded["image_embeds"] = loaded["prefix"].hidden_states[:0]
         return cls(
             **({"relevance": None} | loaded),
             schedule=LayerSchedule.from_json(header["schedule"], RULES) if header["schedule"] else None,

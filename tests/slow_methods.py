@@ -32,7 +32,7 @@ def top_saliency(signals, k, method):
 
 
 def signed_relevance(signals, method):
-    sign = method.relevance_sign or (-1 if signals.relevance_by_clip else 1)
+    sign = method.relevance_sign or signals.relevance_sign
     return [sign * value for value in signals.relevance.tolist()]
 
 

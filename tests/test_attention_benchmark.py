@@ -11,6 +11,7 @@ from gridprune_cli.evaluation.data import scenes
 from gridprune_cli.evaluation.run import FULL, Cell, Plan, answers
 from gridprune_cli.generation import prompts
 from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.pruning.schedule import LayerSignals
 from gridprune_cli.scenes.scene import TUNE
 from gridprune_cli.settings import Request
 from gridprune_cli.vlm.attention import watch_queries
@@ -71,6 +72,16 @@ def test_clip_in_the_place_of_attention_gives_what_an_evaluation_gives(trial):
     sets = trial._select(trial.clip, cell.pruning)
     assert trial._scores(sets).tolist() == expected
     assert {len(pruned.kept) for pruned in sets} == {13}
+
+
+def test_inside_the_listed_tokens_stay_from_the_layer_on(trial):
+    kept = torch.tensor([3, 77, 78, 200])
+    pruned = attention.select_inside(trial.family, trial.whole[0], kept, 3)
+    assert pruned.schedule.tokens == (256, 256, 256, 4, 4, 4)
+    signals = LayerSignals(torch.tensor([1, 3, 78, 200, 255]), torch.zeros(5, dtype=torch.bool))
+    assert pruned.schedule.stages[0].rule.select(signals, 3).tolist() == [1, 2, 3]
+    sets = [attention.select_inside(trial.family, whole, whole.kept[:-1], 3) for whole in trial.whole]
+    assert trial._scores(sets).tolist() == trial.full.tolist()  # the last corner of these scenes holds nothing
 
 
 def test_scales_by_hand():

@@ -1,5 +1,7 @@
 """Relevance from attention, against transformers' eager attentions of the whole prompt."""
 
+from itertools import groupby
+
 import pytest
 import torch
 from test_prefix import attention_of, whole_model
@@ -10,10 +12,14 @@ from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.vlm import FAMILIES
+from gridprune_cli.vlm import prefix as prefix_module
 from gridprune_cli.vlm.attention_relevance import scale_attention
+from gridprune_cli.vlm.prefix import attend_images, compute_prefix
+from gridprune_cli.vlm.relevance import candidate_depths
 
 QUESTION = "what colour is the left object?"
 TOP = Pruning(keep=0.3, method=make_method("topk-relevance"))
+SIZES = (100, 100), (60, 90)
 
 
 def slow_scale(attention):
@@ -138,6 +144,9 @@ def test_the_layer_of_relevance_attends_to_everything(checkpoint, monkeypatch):
         family.__dict__.pop("relevance_depth", None)
         assert family.relevance_depth == depth
     family.__dict__.pop("relevance_depth")
+    assert candidate_depths([full] * 28) == (3, 7, 10, 14, 17, 21)
+    assert candidate_depths([full] * 6) == (1, 2, 3, 4) and candidate_depths([full]) == ()
+    assert candidate_depths(([sliding] * 5 + [full]) * 3) == (6, 12)
 
 
 def test_many_questions_at_once_are_answered_as_one_at_a_time(tiny_llava, tmp_path, noise):
@@ -153,3 +162,54 @@ def test_many_questions_at_once_are_answered_as_one_at_a_time(tiny_llava, tmp_pa
     for request, reply in zip(requests, replies, strict=True):
         answer = single.ask(request.images, request.question, pruning, max_new_tokens=6)
         assert (reply.text, reply.record) == (answer.text, answer.pruned.to_json())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_questions_of_all_lengths_about_all_images_keep_what_single_ones_keep(name, checkpoint, noise, monkeypatch):
+    """About one image, another one of another size, and both, with texts of three lengths; also in little memory."""
+    folder = checkpoint(name)
+    pipeline = Pipeline(str(folder), dtype="float32", relevance="attention")
+    several = [pipeline.encoder.encode([noise(size, seed)], several=True)[0] for seed, size in enumerate(SIZES)]
+    single = [pipeline.encoder.encode([noise(size, seed)])[0] for seed, size in enumerate(SIZES)]
+    questions = ("is it red?", QUESTION, "which of them all is the larger one, the square or the circle?")
+    about = [single[:1], single[1:], single[:1], several, single[1:], single[:1], several]
+    requests = [Request(tuple(images), questions[n % 3], TOP) for n, images in enumerate(about)]
+    alone = [pipeline.prune(request.images, request.question, TOP) for request in requests]
+    batches = []
+    monkeypatch.setattr(prefix_module, "_run", lambda *a, run=prefix_module._run: batches.append(len(a[1])) or run(*a))
+    for most in (1 << 30, 1):
+        monkeypatch.setattr(prefix_module, "MAX_BYTES", most)
+        batches.clear()
+        for n, result in pipeline.runner().prune(requests):
+            torch.testing.assert_close(result.pruned.relevance, alone[n].relevance, rtol=1e-5, atol=1e-5)
+            assert torch.equal(result.pruned.kept, alone[n].kept)
+        assert (max(batches) == 1) == (most == 1)
+        if most > 1 and name != "llava_onevision":  # which encodes several images in another way, so apart
+            slides = name == "gemma3"  # whose texts must be of one length
+            assert max(batches) == (3 if slides else len(requests))
+
+
+def test_prefixes_are_held_while_a_batch_needs_them(pipeline, noise, monkeypatch):
+    """Each is asked for once where all of its questions are in one batch, and batches are within bounds."""
+    images = [pipeline.encoder.encode([noise((100, 100), seed)])[0] for seed in range(4)]
+    prompts = [pipeline.family.write_prompt(f"is it {n}?", [images[n % 4]]) for n in range(12)]
+    of_prompts = [[images[n % 4]] for n in range(12)]
+    depth = pipeline.family.relevance_depth
+    calls, computed = [], {}
+
+    def find(prompt, of_prompt):
+        calls.append(of_prompt[0].key)
+        if of_prompt[0].key not in computed:
+            computed[of_prompt[0].key] = compute_prefix(pipeline.family, prompt, of_prompt, depth)
+        return computed[of_prompt[0].key]
+
+    whole = attend_images(pipeline.family, prompts, of_prompts, depth, find)
+    assert [len(list(group)) for _, group in groupby(calls)] == [3] * 4
+    sizes = []
+    attend_batch = prefix_module._attend_batch
+    monkeypatch.setattr(prefix_module, "_attend_batch", lambda f, b, *a: sizes.append(len(b)) or attend_batch(f, b, *a))
+    monkeypatch.setattr(prefix_module, "MAX_BYTES", 1 << 17)
+    in_batches = attend_images(pipeline.family, prompts, of_prompts, depth, find)
+    assert sum(sizes) == 12 and 1 < max(sizes) < 12
+    for (expected,), (attention,) in zip(whole, in_batches, strict=True):
+        torch.testing.assert_close(attention, expected, rtol=1e-5, atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 
 from gridprune_cli.bench import measure as bench
 from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
-from gridprune_cli.bench.measure import Spread, measure, sample_scene
+from gridprune_cli.bench.measure import Spread, count_steps, measure, sample_scene
 from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import Generated, generate
@@ -76,6 +76,36 @@ def test_tokens_that_leave_inside_count_in_the_layers_that_they_reach(pipeline, 
     layers = [report.pruned.prompt - 16 + there for there in report.pruned.inside]
     assert report.pruned.prefill_flops == prefill_flops(decoder, layers) < report.full.prefill_flops
     assert report.pruned.kv_bytes == kv_bytes(decoder, layers, 4)
+
+
+def test_a_selection_inside_is_measured_beside_pruning_before_and_from_scratch(pipeline, noise, monkeypatch):
+    sets, steps = [], []
+
+    def watched(family, batch, *args, **options):
+        sets.extend(batch)
+        return generate(family, batch, *args, **options)
+
+    monkeypatch.setattr(bench, "generate", watched)
+    pruning, picture = Pruning(keep=0.25, ilp="selection"), png(noise((80, 60)))
+    report = measure(pipeline, picture, QUESTION, pruning, repeat=1, new_tokens=2, step=lambda: steps.append(1))
+    assert len(steps) == count_steps(pruning, 1) == 10 and count_steps(Pruning(), 1) == 6
+    order = [(len(pruned.kept), pruned.schedule is not None, pruned.prefix is not None) for pruned in sets]
+    full, before, scratch, inside = (16, False, False), (4, False, False), (16, True, False), (16, True, True)
+    assert order == [scratch, before, inside, full, full, inside, before, scratch]
+    decoder = Decoder.of(pipeline.family.load("language").config)
+    prompt, prefix = len(sets[0].input_ids), len(sets[2].prefix.ids)
+    layers = [prompt, prompt - 12, prompt - 12]  # of 3 layers 1 sees all
+    assert report.pruned.prefill_flops == prefill_flops(decoder, layers, [prompt - prefix, *layers[1:]])
+    assert report.scratch.prefill_flops == prefill_flops(decoder, layers)
+    assert report.before.prefill_flops == prefill_flops(decoder, [prompt - 12] * 3)
+    assert report.pruned.kv_bytes == report.scratch.kv_bytes == kv_bytes(decoder, layers, 4)
+    assert [name for name, _, _ in report.others] == ["before", "scratch"]
+    record = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert record["pruned_of"]["before"]["flops"] == report.pruned.prefill_flops / report.before.prefill_flops < 1
+    assert record["pruned_of"]["scratch"]["prefill"]["median"] == pytest.approx(
+        report.pruned.prefill.median / report.scratch.prefill.median
+    )
+    assert record["pruned"]["prefix_layers"] == 1 and record["scratch"]["prefix_layers"] == 0
 
 
 def test_a_localizers_time_is_told_and_part_of_the_answer(pipeline, noise, tiny_llava, monkeypatch):

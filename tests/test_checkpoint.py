@@ -313,10 +313,13 @@ def test_words_are_taken_by_name_alone_and_attention_where_the_tower_is_no_clip(
         assert family.relevance_source == {"source": "words", "model": None}
     for model, relevance in ((other, "auto"), (other, "attention"), (alone, "attention")):
         family = Pipeline(str(model), relevance=relevance).family
-        assert family.relevance_source == {"source": "attention", "model": None} and family.clip is None
+        expected = {"source": "attention", "model": None, "depth": family.relevance_depth}
+        assert family.relevance_source == expected and family.clip is None
         with pytest.raises(TypeError, match="of a prompt"):
             _ = family.relevance
-    with pytest.raises(BadInput, match=r"^relevance=clip: the tower of .* is no CLIP; use `relevance=attention`"):
+    with pytest.raises(
+        BadInput, match=r"^relevance=clip: the tower of .* is no CLIP or SigLIP; use `relevance=attention`"
+    ):
         Pipeline(str(other), relevance="clip")
     for relevance in ("attention", "words"):
         with pytest.raises(BadInput, match=rf"^clip=.*: not with `relevance={relevance}`"):
@@ -352,8 +355,8 @@ def test_what_is_no_clip_of_this_tower(tiny_llava, alone, tmp_path, noise):
     vision_features = pipeline.encoder.encode([noise((60, 60))])[0].vision_features
     with pytest.raises(BadInput, match=r"gives 32 numbers per patch, the model's 31; name the CLIP"):
         pipeline.family.relevance(vision_features[:, 1:], "What?")
-    edit(alone, model_type="siglip_vision_model")
-    with pytest.raises(BadInput, match=r"the tower of .* is no CLIP; leave `clip` out"):
+    edit(alone, model_type="pixtral")
+    with pytest.raises(BadInput, match=r"the tower of .* is no CLIP or SigLIP; leave `clip` out"):
         find_clip(find(str(alone)), str(tiny_llava / "clip"))
 
 

@@ -99,6 +99,55 @@ def test_what_leaves_inside_is_said_everywhere(run, image, tmp_path):
     assert json.loads(run("ask", image, QUESTION, "--json")[1])["inside"] is None
 
 
+def test_a_selection_inside_is_told_and_drawn_as_what_stays(run, image, tmp_path):
+    """Zones and picture are those of pruning before the language model; what enters it is everything."""
+    from gridprune_cli.tokens import load_pruned
+
+    options = ("--keep", "0.25", "--ilp", "selection")
+    before = json.loads(run("ask", image, QUESTION, "--keep", "0.25", "--json")[1])
+    saved = tmp_path / "p.safetensors"
+    code, out, err = run("prune", image, QUESTION, *options, "-o", saved, "--json")
+    record = json.loads(out)
+    assert code == 0 and "16 of 16 visual tokens, 4 from layer 1 on" in err
+    assert (record["zones"], record["region"], record["key"]) == (before["zones"], before["region"], before["key"])
+    assert record["tokens"]["kept"] == 16 and record["inside"]["tokens"] == [16, 4, 4]
+    stays = record["inside"]["stages"][0]["rule"]["tokens"]
+    assert stays == load_pruned(saved).selected.tolist() and len(stays) == 4
+    drawn = run("show", image, QUESTION, *options)[1]
+    assert drawn == run("show", image, QUESTION, "--keep", "0.25")[1] and "#" in drawn
+    answers = {run("ask", image, QUESTION, *options)[1], run("generate", saved)[1]}
+    line = tmp_path / "q.jsonl"
+    line.write_text(json.dumps({"id": 1, "image": str(image), "question": QUESTION}))
+    answers.add(json.loads(run("batch", line, *options)[1])["answer"] + "\n")
+    assert len(answers) == 1
+
+
+def test_prune_with_prefix_then_generate_equals_ask(run, image, tmp_path, monkeypatch):
+    from gridprune_cli.tokens import load_pruned
+
+    options = ("--keep", "0.25", "--ilp", "selection")
+    saved, pruned = tmp_path / "p.safetensors", tmp_path / "q.safetensors"
+    code, out, err = run("prune", image, QUESTION, *options, "--with-prefix", "-o", saved)
+    assert (code, out) == (0, "") and "16 of 16 visual tokens, 4 from layer 1 on, with the prefix" in err
+    assert load_pruned(saved).prefix.depth == 1
+    answer = run("ask", image, QUESTION, *options, "--save", pruned)[1]
+    assert load_pruned(pruned).prefix is None  # the same file, whatever the cache holds
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(json.dumps({"id": 1, "image": str(image), "question": QUESTION}))
+    assert run("prune", "--batch", lines, *options, "--with-prefix", "-o", tmp_path)[0] == 0
+    assert (tmp_path / "1.safetensors").read_bytes() == saved.read_bytes()
+    monkeypatch.setenv("GRIDPRUNE_CACHE_DIR", str(tmp_path / "empty"))
+    image.unlink()
+    assert run("generate", saved, pruned)[1] == answer * 2
+
+
+def test_where_no_prefix_holds_none_is_saved(run, image, tmp_path):
+    saved = tmp_path / "p.safetensors"
+    code, out, err = run("prune", image, QUESTION, "--keep", "0.25", "--with-prefix", "-o", saved)
+    assert (code, out) == (2, "") and not saved.exists() and err.count("\n") == 1
+    assert "--with-prefix: visual tokens are left out before the language model; take --ilp selection, or leave" in err
+
+
 def test_methods_inside_the_language_model(run, image):
     fastv = ("--method", "fastv", "--method-option", "layer=1")
     record = json.loads(run("ask", image, QUESTION, *fastv, "--keep", "0.25", "--json")[1])
@@ -122,13 +171,15 @@ def test_methods_inside_the_language_model(run, image):
     ("options", "says"),
     [
         (("--ilp", "0"), "--ilp 0: must be above 0"),
-        (("--ilp", "half"), "--ilp half: neither region nor a share"),
+        (("--ilp", "half"), "--ilp half: neither selection, nor region, nor a share"),
         (("--ilp", "nan"), "--ilp nan: must be above 0"),
         (("--ilp-layer", "1"), "--ilp-layer: only with --ilp"),
         (("--ilp", "0.1", "--ilp-layer", "3"), "--ilp-layer 3: in this model tokens can leave at the layers 1 to 2"),
         (("--ilp", "region", "--region", "none"), "--ilp region: there is no region"),
         (("--ilp", "region", "--method", "fastervlm"), "--ilp region: there is no region"),
         (("--ilp", "0.1", "--method", "fastv"), "--ilp: not with --method fastv"),
+        (("--ilp", "selection", "--plc", "pool"), "--ilp selection: not with --plc, since all tokens enter"),
+        (("--ilp", "selection", "--method", "visionzip"), "--ilp selection: not with --method visionzip, which merges"),
         (("--plc", "pool", "--method", "fastv", "--method-option", "layer=1"), "--plc: not with --method fastv"),
         (("--method", "fastv", "--method-option", "layer=0"), "--method fastv: layer must be at least 1"),
         (("--method", "fastv", "--method-option", "layer=5"), "--method-option layer=5: in this model"),
@@ -675,6 +726,13 @@ def test_bench_prints_a_table(run, image):
     assert cells["visual tokens"][2:] == ["16", "4", "4.00"]
     assert {"load", "encode", "select", "prefill", "decode, a token", "keys and values"} <= set(cells)
     assert re.search(r"The prefill is [\d.]+ times faster with [\d.]+ times fewer operations", lines[-2])
+
+
+def test_bench_sets_a_selection_inside_against_pruning_before(run, image):
+    options = ("--keep", "0.25", "--ilp", "selection", "--repeat", "1", "--new-tokens", "2")
+    code, out, _ = run("bench", image, QUESTION, *options)
+    assert code == 0 and "BEFORE THE MODEL  INSIDE FROM SCRATCH  PRUNED" in re.sub("  +", "  ", out)
+    assert re.search(r"Inside, from the cached prefix, the prefill takes [\d.]+ of the time and [\d.]+ of the ", out)
 
 
 def test_bench_json_names_what_was_measured(run, image):

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from gridprune_cli.config import ModelChoice, choose_model, config_path, remember_model
+from gridprune_cli.config import (
+    ModelChoice,
+    choose_model,
+    config_path,
+    model_settings,
+    remember_model,
+    remember_settings,
+)
 from gridprune_cli.errors import BadInput, GridpruneError
 
 NAMES = ("some/model", "some/model@v2", '/models/with "quotes" and \\ and Ünïcode', "a\tb")
@@ -155,3 +162,38 @@ def test_ask_and_env_heed_the_config(command, tiny_llava, noise, tmp_path, monke
     monkeypatch.setenv("GRIDPRUNE_MODEL", str(tiny_llava))
     assert json.loads(command("env", "--json")[1])["model"]["from"] == "GRIDPRUNE_MODEL"
     assert os.listdir(tmp_path / "config" / "gridprune") == []
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_settings_of_a_model_come_back_as_they_were_written(key):
+    settings = {"fingerprint": "ab" * 32, "relevance_depth": 12, "relevance_sign": -1}
+    remember_model("some/model")
+    path = remember_settings(key, settings)
+    assert model_settings(key) == settings and choose_model().model == "some/model"
+    remember_settings(key, {"relevance_depth": 3})
+    assert model_settings(key) == {"relevance_depth": 3} and model_settings("another") == {}
+    remember_settings(key, None)
+    assert path.read_text() == 'model = "some/model"\n' and model_settings(key) == {}
+
+
+def test_settings_of_other_models_stay_with_their_comments():
+    other = '# mine\nmodel = "a/b"{}\n# of c\n[models."c/d"] # by hand\nrelevance_depth = 4 # tried\n'
+    path = write(other.format('\n[models."a/b"]\nfingerprint = "x"\nrelevance_depth = 9'))
+    remember_settings("a/b", {"relevance_depth": 1})
+    assert path.read_text() == other.format('\n[models."a/b"]\nrelevance_depth = 1')
+    remember_settings("a/b", None)
+    assert path.read_text() == other.format("") and model_settings("c/d") == {"relevance_depth": 4}
+    write('model = "a/b"')  # without an end of line
+    remember_settings("a/b", {"relevance_depth": 1})
+    assert choose_model().model == "a/b" and model_settings("a/b") == {"relevance_depth": 1}
+
+
+@pytest.mark.parametrize("text", ["models = 3\n", '[models]\n"a/b" = 3\n', "[models.'a/b']\nrelevance_depth = 3\n"])
+def test_settings_that_can_not_be_changed_safely_are_left_alone(text):
+    path = write(text)
+    with pytest.raises(BadInput, match=f"^{path}: its settings of a/b can't be changed without harm to the rest"):
+        remember_settings("a/b", {"relevance_depth": 1})
+    assert path.read_text() == text
+    if "'" not in text:
+        with pytest.raises(BadInput, match=f"^{path}: models holds no tables"):
+            model_settings("a/b")

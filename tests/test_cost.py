@@ -12,10 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
+from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.settings import Pruning
+from gridprune_cli.pruning.placeholders import staying
+from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.vlm import FAMILIES
 
+QUESTION = "what colour is the left object?"
 LLAVA = Decoder(4096, 32, 32, 128, 11008, 32064, (None,) * 32)
 
 
@@ -46,6 +49,24 @@ def test_the_formulas_are_what_is_counted(pipeline, noise, keep):
     assert prefill_flops(decoder, tokens) == pytest.approx(counter.get_total_flops(), rel=5e-3)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
     assert kv_bytes(decoder, tokens, 4) == held
+
+
+def test_what_a_prefix_saves_is_what_is_not_counted(pipeline, noise):
+    """The whole of generate's first step: text alone in the first layers, and what was selected in the others."""
+    family = pipeline.family
+    depth = max(family.relevance_depth, family.first_inner)
+    vars(family)["relevance_depth"] = depth  # as deep as Qwen3-VL's image needs, of which the tiny one has few layers
+    (image,) = pipeline.encoder.encode([noise((100, 80))])
+    pruned = pipeline.runner().prune_one(Request((image,), QUESTION, Pruning(keep=0.3, ilp="selection"))).pruned
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        generate(family, [pruned], 1)
+    decoder = Decoder.of(family.load("language").config)
+    prompt = len(pruned.input_ids)
+    gone = int((~staying(pruned.placeholder_map, pruned.selected, pruned.count)).sum())
+    tokens = [prompt] * depth + [prompt - gone] * (decoder.layers - depth)
+    run = [prompt - len(pruned.prefix.ids)] * depth + tokens[depth:] if pruned.prefix else None
+    assert (pruned.prefix is None) == family.sees_question
+    assert prefill_flops(decoder, tokens, run) == pytest.approx(counter.get_total_flops(), rel=2e-2)
 
 
 def test_published_figures():

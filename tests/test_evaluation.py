@@ -101,7 +101,7 @@ def test_data_that_is_none(name):
         ({"question": " "}, "the question is empty"),
         ({"image": "elsewhere.png"}, "no image .*elsewhere.png"),
         ({"image": ["0.png", "x" * 300]}, "no image .*xxx"),
-        ({"keep": 0.5}, "eval compares the shares of its setting `keep`"),
+        ({"keep": 0.5}, "here all lines are asked at the shares of `keep`"),
         ({"answers": "yes"}, "answers is no list"),
         ({"answers": []}, "answers is no list"),
         ({"answers": [3]}, "answers is no list"),
@@ -173,7 +173,15 @@ def test_a_keep_of_1_is_asked_for_where_it_is_not_all_tokens():
         "gridprune --positions compact",
         "gridprune --plc pool --inside-ratio 1 --outside-ratio 4",
     ]
-    same = ["gridprune", "vtw", "fastv", "pyramiddrop", "sparsevlm", "gridprune --plc pool --inside-ratio 2"]
+    same = [
+        "gridprune",
+        "gridprune --ilp selection",
+        "vtw",
+        "fastv",
+        "pyramiddrop",
+        "sparsevlm",
+        "gridprune --plc pool --inside-ratio 2",
+    ]
     assert [cell.name for cell in read_cells([*same, *more], "1")] == more
 
 

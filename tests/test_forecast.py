@@ -77,6 +77,30 @@ def test_the_bytes_of_an_entry_are_about_those_said(scenes, storage, dtype):
     assert abs(entry_bytes(pipeline.encoder, encoded.size) / written - 1) < 0.05
 
 
+@pytest.mark.parametrize("storage", ["full", "int8"])
+def test_the_bytes_of_prefixes_are_counted_where_they_lack(scenes, storage):
+    pipeline = Pipeline("scenes", store=open_store(), cache_dtype=storage, dtype="bfloat16")
+    images = sorted(scenes.iterdir())
+    bare = forecast(pipeline.encoder, pipeline.store, images)
+    first = forecast(pipeline.encoder, pipeline.store, images, with_prefix=True)
+    assert may_lack_room(pipeline.encoder, pipeline.store, images) is False
+    pipeline.store.limit = (bare.total + first.total) // 2
+    assert not may_lack_room(pipeline.encoder, pipeline.store, images)
+    assert may_lack_room(pipeline.encoder, pipeline.store, images, with_prefix=True)
+    pipeline.store.limit = None
+    list(pipeline.encode_all(images[:1]))
+    lacks = forecast(pipeline.encoder, pipeline.store, images, with_prefix=True)
+    assert (lacks.hits, lacks.encode) == (1, 3) and lacks.total == pytest.approx(first.total, rel=0.01)
+    assert first.bytes - lacks.bytes == pytest.approx(bare.bytes / 4, rel=0.01)
+    list(pipeline.encode_all(images, with_prefix=True))
+    done = forecast(pipeline.encoder, pipeline.store, images, with_prefix=True)
+    assert (done.hits, done.bytes, done.growth) == (4, 0, 0)
+    written = sum(entry.bytes for entry in pipeline.store.entries())
+    assert done.total == written and first.total == pytest.approx(written, rel=0.15)  # the prompt's text is a guess
+    again = forecast(pipeline.encoder, pipeline.store, images, with_prefix=True, refresh=True)
+    assert again.bytes == first.bytes and again.growth < 0.15 * again.bytes
+
+
 def test_images_are_counted_as_encode_counts_them(scenes, command):
     (scenes / "twin.png").write_bytes((scenes / "1.png").read_bytes())
     (scenes / "broken.png").write_bytes(b"x")

@@ -154,7 +154,9 @@ def check(pipeline, pruned, staying):
 
 
 def prune(pipeline, pictures, pruning):
-    return pipeline.prune([pipeline.encoder.encode([picture])[0] for picture in pictures], QUESTION, pruning)
+    """The pruned set of the pictures, whose whole prompt goes through all layers."""
+    images = [pipeline.encoder.encode([picture])[0] for picture in pictures]
+    return replace(pipeline.prune(images, QUESTION, pruning), prefix=None)
 
 
 def last(pipeline):
@@ -182,6 +184,40 @@ def test_two_images_have_regions_of_their_own(pipeline, noise):
     pruned = prune(pipeline, [noise((100, 80)), noise((60, 90), seed=1)], pruning)
     assert len(pruned.schedule.stages[0].budgets) == 2
     check(pipeline, pruned, {last(pipeline): within(pruned)})
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_a_selection_leaves_inside(pipeline, attention, noise, positions):
+    """What pruning before the language model would leave out can't be looked at from the layer on, and no earlier."""
+    picture, family = noise((210, 170)), pipeline.family
+    before = prune(pipeline, [picture], Pruning(keep=0.3))
+    pruned = prune(pipeline, [picture], Pruning(keep=0.3, ilp="selection", positions=positions))
+    layer = min(max(family.relevance_depth, family.first_inner), last(pipeline))
+    stays = set(before.kept.tolist())
+    assert len(pruned.kept) == pruned.count and pruned.selected.tolist() == before.kept.tolist()
+    assert pruned.schedule.tokens == (pruned.count,) * layer + (len(stays),) * (family.depth - layer)
+    assert pruned.images[0].zones == before.images[0].zones and sum(pruned.images[0].zones["budgets"]) == len(stays)
+    assert torch.equal(pruned.position_ids, prune(pipeline, [picture], Pruning(keep=1.0)).position_ids)
+    if positions == "original":
+        check(pipeline, pruned, {layer: stays})
+    else:
+        check_compact(pipeline, pruned, layer, stays)
+    again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
+    assert again.schedule == pruned.schedule and again.to_json() == pruned.to_json()
+    assert generate(family, [again], NEW)[0].ids == generate(family, [pruned], NEW)[0].ids
+
+
+def test_two_images_have_selections_of_their_own_or_one(pipeline, noise):
+    """Own budgets, which GridPrune has; and one for both, in which other methods choose."""
+    pictures = [noise((100, 80)), noise((60, 90), seed=1)]
+    for share in (False, True):
+        method = make_method("topk-relevance")
+        pruning = Pruning(keep=0.4, method=method, share_budget=share, ilp="selection", ilp_layer=last(pipeline))
+        pruned = prune(pipeline, pictures, pruning)
+        before = prune(pipeline, pictures, replace(pruning, ilp=None, ilp_layer=None))
+        assert len(pruned.schedule.stages[0].budgets) == (1 if share else 2)
+        check(pipeline, pruned, {last(pipeline): set(before.kept.tolist())})
+        assert PrunedSet.from_bytes(pruned.to_bytes(), "x").selected.tolist() == before.kept.tolist()
 
 
 def eager_rows(pipeline, pruned, layer):
@@ -385,8 +421,14 @@ def test_numbered_on_equals_a_run_with_those_positions(pipeline, noise):
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=1.0, region=WITHIN, ilp="region", ilp_layer=layer))
     (stage,) = pruned.schedule.stages
     compact = replace(pruned, schedule=replace(pruned.schedule, stages=(replace(stage, positions="compact"),)))
-    gone = places_gone(pipeline, pruned, within(pruned))
-    ids, logits, _ = run(pipeline, [compact])
+    _, logits = check_compact(pipeline, compact, layer, within(pruned))
+    assert (logits - run(pipeline, [pruned])[1]).abs().max() > 1e-4  # positions do matter
+
+
+def check_compact(pipeline, pruned, layer, staying):
+    """A set that numbers on at `layer`, against the reference with those positions put in place layer by layer."""
+    gone = places_gone(pipeline, pruned, staying)
+    ids, logits, _ = run(pipeline, [pruned])
     text = pipeline.family.load("language").get_submodule(pipeline.family.text_model)
 
     def renumber(number, args, kwargs):
@@ -407,7 +449,7 @@ def test_numbered_on_equals_a_run_with_those_positions(pipeline, noise):
         handle.remove()
     assert torch.equal(ids, expected_ids)
     assert (logits - expected).abs().max() <= 1e-4
-    assert (logits - run(pipeline, [pruned])[1]).abs().max() > 1e-4  # positions do matter
+    return ids, logits
 
 
 def test_nothing_leaves_is_keep_everything(pipeline, attention, noise):
@@ -415,6 +457,7 @@ def test_nothing_leaves_is_keep_everything(pipeline, attention, noise):
     whole = prune(pipeline, [picture], Pruning(keep=1.0))
     ids, logits, held = run(pipeline, [whole])
     everything = [Pruning(keep=1.0, ilp=1.0, ilp_layer=last(pipeline))]
+    everything += [Pruning(keep=1.0, ilp="selection")]
     everything += [Pruning(keep=1.0, ilp="region", region=(0, 0, 7, 7), ilp_layer=last(pipeline))]
     inner = ("fastv", "dart", "adaptprune")
     everything += [Pruning(keep=1.0, method=make_method(name, layer=last(pipeline))) for name in inner]
@@ -438,13 +481,16 @@ def test_a_batch_answers_as_its_prompts_do_alone(pipeline, attention, noise):
         Pruning(keep=0.3, method=make_method("adaptprune", layer=end)),
         Pruning(keep=0.25, method=make_method("sparsevlm")),
         Pruning(keep=0.4, method=make_method("vtw", layer=end)),
+        Pruning(keep=0.3, ilp="selection"),
+        Pruning(keep=0.2, ilp="selection", positions="compact"),
     ]
     sizes = [(100, 80), (210, 70), (60, 200), (31, 29), (100, 80), (90, 120), (80, 80), (70, 110), (95, 60), (50, 50)]
+    sizes += [(100, 80), (60, 90)]
     sets = [
         prune(pipeline, [noise(size, seed)], pruning)
         for seed, (size, pruning) in enumerate(zip(sizes, prunings, strict=True))
     ]
-    for pruning in (prunings[0], *prunings[6:9]):
+    for pruning in (prunings[0], *prunings[6:9], prunings[-2]):
         sets.append(prune(pipeline, [noise((100, 80)), noise((60, 90), 1)], pruning))
     ids, logits, _ = run(pipeline, sets)
     for own_ids, prompt_logits, pruned in zip(ids, logits, sets, strict=True):
@@ -595,9 +641,16 @@ def test_settings_that_make_no_sense(llava, noise):
     for values, message in (
         ({"ilp": 0.0}, "ilp.0.0: must be above 0"),
         ({"ilp": 1.5}, "ilp.1.5: must be above 0"),
-        ({"ilp": "here"}, "ilp.here: neither region nor a share"),
+        ({"ilp": "here"}, "ilp.here: neither selection, nor region, nor a share"),
         ({"ilp_layer": 2}, "ilp.layer: only with .*ilp"),
         ({"ilp": 0.1, "method": make_method("fastv")}, "ilp: not with .*method.fastv"),
+        ({"ilp": "selection", "method": make_method("fastv")}, "ilp: not with .*method.fastv"),
+        (
+            {"ilp": "selection", "method": make_method("visionzip")},
+            "ilp=selection: not with .*visionzip., which merges",
+        ),
+        ({"ilp": "selection", "method": make_method("trim")}, "ilp=selection: not with .*trim., which merges"),
+        ({"ilp": "selection", "plc": "pool"}, "ilp=selection: not with .plc."),
     ):
         with pytest.raises(BadInput, match=message):
             Pruning(**values)

@@ -98,9 +98,8 @@ def problems(draw):
     dtype = draw(st.sampled_from(DTYPES))
     region = draw(st.sampled_from(REGIONS))
     vectors = {name: vector.to(dtype) for name, vector in vectors.items()}
-    signals = Signals(
-        views, relevance.to(dtype), saliency.to(dtype), region, **vectors, relevance_by_clip=draw(st.booleans())
-    )
+    sign = -1 if draw(st.booleans()) else 1
+    signals = Signals(views, relevance.to(dtype), saliency.to(dtype), region, **vectors, relevance_sign=sign)
     return signals, draw(st.integers(1, count))
 
 
@@ -376,6 +375,8 @@ def test_rules_pick_by_attention():
         [1, 3],
         [0, 1, 2, 3],
     ]
+    left = replace(layer_signals, tokens=torch.tensor([1, 2, 5, 7, 9]))
+    assert RULES["selection"](tokens=(2, 5, 8, 9)).select(left, 3).tolist() == [1, 2, 4]  # of the prompt's tokens
     assert {rule.name for rule in RULES.values()} == set(RULES)
 
 
@@ -395,6 +396,8 @@ def test_unknown_names_and_options_name_the_known_ones():
         ("gridprune", "alpha", 1.1),
         ("gridprune", "alpha", math.nan),
         ("gridprune", "region_share", -0.1),
+        ("gridprune", "spacing", -1.0),
+        ("gridprune", "spacing", math.inf),
         ("gridprune", "temperature", 0.0),
         ("gridprune", "temperature", math.inf),
         ("gridprune", "temperature", math.nan),
@@ -546,12 +549,35 @@ def slow_gridprune(signals, k, method):
             inner -= 1
         outer = min(k - inner, sizes[False])
         quotas = {True: k - outer, False: outer}
-    kept = []
+    kept, limits = [], {}
     for side, zones in sides.items():
         powers = {j: math.exp(statistics.fmean(relevance[i] for i in m) / method.temperature) for j, m in zones.items()}
         budgets = slow_budgets(powers, {j: len(m) for j, m in zones.items()}, quotas[side])
         for j, members in zones.items():
             kept += sorted(members, key=lambda i: -score[i])[: budgets[j]]
+            limits[side, j] = budgets[j] + 1
+    if method.spacing == 0:
+        return sorted(kept)
+    part_of = {i: (side, j) for side, zones in sides.items() for j, members in zones.items() for i in members}
+    return slow_spaced(score, signals.views, part_of, limits, quotas, method.spacing)
+
+
+def slow_spaced(score, views, part_of, limits, quotas, spacing):
+    """Again and again the best token that may still be taken; what is near it counts less from then on."""
+    places = [(v, row, col) for v, view in enumerate(views) for row in range(view.rows) for col in range(view.cols)]
+    low, high = min(score), max(score)
+    value = [(s - low) / (high - low) for s in score]
+    limits, quotas, kept = dict(limits), dict(quotas), []
+    while sum(quotas.values()):
+        free = [i for i in range(len(score)) if i not in kept and limits[part_of[i]] and quotas[part_of[i][0]]]
+        best = max(free, key=lambda i: value[i])
+        kept.append(best)
+        limits[part_of[best]] -= 1
+        quotas[part_of[best][0]] -= 1
+        for i, (view, row, col) in enumerate(places):
+            if view == places[best][0]:
+                square = (row - places[best][1]) ** 2 + (col - places[best][2]) ** 2
+                value[i] *= round((1 - math.exp(-square / (2 * spacing**2))) * 2**32) / 2**32
     return sorted(kept)
 
 
@@ -587,6 +613,7 @@ def test_gridprune_is_what_the_formulas_say(data):
         temperature=data.draw(st.sampled_from([0.05, 0.1, 1.0])),
         saliency_scale=data.draw(st.sampled_from(SALIENCY_SCALES)),
         region_share=data.draw(st.sampled_from([0.0, 0.5, 0.8, 1.0])),
+        spacing=data.draw(st.sampled_from([0.0, 0.7, 2.0])),
         relevance_sign=data.draw(st.sampled_from([1, -1])),
     )
     k = data.draw(st.integers(1, count - 1))
@@ -599,10 +626,31 @@ def test_relevant_zones_keep_more_the_colder_the_more():
     signals = Signals((View(8, 8),), relevance.flatten(), torch.rand(64, generator=torch.Generator().manual_seed(0)))
     budgets = []
     for options in (LITERAL, {"temperature": 0.1}, {"temperature": 0.01}):
-        method = GridPrune(**options)
+        method = GridPrune(**{"spacing": 0.0} | options)
         index, zones = method.zones(signals)
         budgets.append(torch.bincount(index[select(method, signals, 16)], minlength=zones.count).tolist())
     assert budgets == [[5, 4, 4, 3], [14, 1, 1, 0], [16, 0, 0, 0]]
+
+
+def test_spacing_takes_a_token_of_each_object_before_a_second_of_the_most_relevant():
+    relevance = torch.zeros(16, 16)
+    relevance[1:4, 1:4], relevance[11:14, 2:5], relevance[6:9, 12:15] = 0.9, 0.8, 0.7
+    signals = Signals((View(16, 16),), relevance.flatten(), torch.zeros(256))
+    objects = {}
+    for spacing in (0.0, 2.0):
+        kept = select(GridPrune(spacing=spacing, zone=16), signals, 3)
+        objects[spacing] = sorted({round(float(value), 1) for value in relevance.flatten()[kept]})
+    assert objects == {0.0: [0.9], 2.0: [0.7, 0.8, 0.9]}
+
+
+def test_a_zone_exceeds_its_budget_by_one_at_most():
+    signals = Signals((View(8, 8), View(4, 4)), *torch.rand(2, 80, generator=torch.Generator().manual_seed(0)))
+    index, zones = GridPrune().zones(signals)
+    counts = [
+        torch.bincount(index[select(GridPrune(spacing=spacing), signals, 30)], minlength=zones.count)
+        for spacing in (0.0, 2.0)
+    ]
+    assert int(counts[1].sum()) == 30 and int((counts[1] - counts[0]).max()) == 1
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def test_what_is_in_the_hubs_cache_is_listed(command, hub_cache, tiny_llava, tmp
     whole = put(hub_cache, "some/llava", tiny_llava)
     put(hub_cache, "some/llava", tiny_llava, OTHER, "v2")
     put(hub_cache, "some/clip", tiny_llava / "clip")
+    put(hub_cache, "some/siglip", configured(tmp_path / "siglip", model_type="siglip"))
     put(hub_cache, "some/bert", configured(tmp_path / "bert", model_type="bert"))
     put(hub_cache, "some/pickled", configured(tmp_path / "pickled", model_type="llava"))
     put(hub_cache, "some/nameless", configured(tmp_path / "nameless", hidden_size=4))
@@ -47,7 +48,7 @@ def test_what_is_in_the_hubs_cache_is_listed(command, hub_cache, tiny_llava, tmp
 
     models, err = listed(command)
     assert err == ""
-    names = ("bert", "clip", "gguf", "llava", "llava@v2", "nameless", "pickled", "sharded")
+    names = ("bert", "clip", "gguf", "llava", "llava@v2", "nameless", "pickled", "sharded", "siglip")
     assert list(models) == [f"some/{name}" for name in names]
     assert models["some/llava"] == models["some/llava@v2"] | {"cached": "some/llava"}
     size = sum(path.stat().st_size for path in whole.rglob("*") if path.is_file())
@@ -57,7 +58,8 @@ def test_what_is_in_the_hubs_cache_is_listed(command, hub_cache, tiny_llava, tmp
     assert [name for name, line in models.items() if line["usable"]] == ["some/llava", "some/llava@v2"]
     assert models["some/llava"]["reason"] is None
     reasons = {
-        "clip": "for relevance alone",
+        "clip": "a CLIP, for relevance alone",
+        "siglip": "a SigLIP, for relevance alone",
         "bert": "model type 'bert' is not supported",
         "pickled": "no weights",
         "nameless": "names no model_type",

@@ -167,7 +167,7 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
         for name in ("relevance", "vision_features", "image_embeds", "question_embeds")
         if getattr(signals, name) is not None
     }
-    assert known == method.requires - {"saliency"} and signals.relevance_by_clip
+    assert known == method.requires - {"saliency"} and signals.relevance_sign == -1
     assert ("language" in pipeline.family._loaded, "projector" in pipeline.family._loaded) == (False, True)
 
 
@@ -267,7 +267,8 @@ def test_a_set_says_what_its_relevance_came_from(pipeline, image, tiny_llava):
         (pipeline, Pruning(), clip),
         (pipeline, Pruning(plc="pool"), clip),
         (by_words, Pruning(), {"source": "words", "model": None}),
-        (by_attention, Pruning(), {"source": "attention", "model": None}),
+        (by_attention, Pruning(), {"source": "attention", "model": None, "depth": 1}),
+        (pipeline, Pruning(method=make_method("trim")), clip | {"sign": -1}),
         (pipeline, Pruning(method=make_method("uniform")), None),
     ):
         pruned = asking.prune(encoded, QUESTION, pruning)

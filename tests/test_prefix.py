@@ -20,7 +20,10 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def whole_model(folder, name, pictures):
-    """What plain transformers makes of the processor's inputs: its prompt (L,), cache, attentions, hidden states."""
+    """What plain transformers makes of the processor's inputs: its prompt (L,), cache, attentions, hidden states.
+
+    Its `received` are the inputs (1, L, D) of each layer and of the last norm.
+    """
     processor = open_pipeline(folder).family.processor
     tiny, images = import_module(f"tiny_families.{name}"), [picture.image for picture in pictures]
     if hasattr(tiny, "inputs"):
@@ -30,8 +33,18 @@ def whole_model(folder, name, pictures):
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         inputs = dict(ProcessorMixin.apply_chat_template(processor, [{"role": "user", "content": content}], **options))
     model = load_reference(folder, attn_implementation="eager")
+    text, received = model.get_submodule(open_pipeline(folder).family.text_model), []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: received.append(args[0].clone()))
+        for module in (*text.layers, text.norm)
+    ]
     with torch.no_grad():
         out = model(**inputs, use_cache=True, output_attentions=True, output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    if name != "qwen3_vl":  # of which transformers records the hidden states before deepstack adds to them
+        assert all(map(torch.equal, received[:-1], out.hidden_states))
+    out.received = received
     return inputs["input_ids"][0], out
 
 
@@ -85,8 +98,10 @@ def test_a_prefix_and_the_attention_to_it_are_those_of_the_whole_model(case, dep
             cached = case.reference.past_key_values.layers[layer]
             torch.testing.assert_close(prefix.keys[layer], cached.keys[0, :, :length], **CLOSE)
             torch.testing.assert_close(prefix.values[layer], cached.values[0, :, :length], **CLOSE)
+        torch.testing.assert_close(prefix.hidden_states, case.reference.received[depth][0, :length], **CLOSE)
     for (heads, queries), combine in COMBINATIONS.items():
-        attention = attend_images(family, prompt, case.images, depth, prefix, heads=heads, queries=queries)
+        find = None if prefix is None else lambda *_, prefix=prefix: prefix
+        (attention,) = attend_images(family, [prompt], [case.images], depth, find, heads=heads, queries=queries)
         for of_image, expected in zip(attention, attention_of(case, depth, combine), strict=True):
             assert of_image.dtype == torch.float32
             torch.testing.assert_close(of_image, expected, **CLOSE)
@@ -101,8 +116,10 @@ def tiny(tiny_llava, noise):
 
 
 def attend(case, depth=2, **options):
-    prefix = compute_prefix(case.family, case.prompt, case.images, depth)
-    return attend_images(case.family, case.prompt, case.images, depth, prefix, **options)[0]
+    def find(prompt, images):
+        return compute_prefix(case.family, prompt, images, depth)
+
+    return attend_images(case.family, [case.prompt], [case.images], depth, find, **options)[0][0]
 
 
 def test_only_the_first_layers_are_read_where_nothing_else_is_needed(tiny):

@@ -131,8 +131,8 @@ def test_a_model_is_asked_for_a_box_with_all_tokens(pipeline, image, tiny_llava,
     prompts = []
     build = local.build_pruned_sets
 
-    def spy(family, requests, *rest):
-        sets = build(family, requests, *rest)
+    def spy(family, requests, *rest, **options):
+        sets = build(family, requests, *rest, **options)
         prompts.extend((pruned.question, len(pruned.kept) == pruned.count) for pruned in sets)
         return sets
 

@@ -17,7 +17,7 @@ from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.runners.local import Runner
-from gridprune_cli.serve import chat, uploads, work
+from gridprune_cli.serve import answering, chat, uploads
 from gridprune_cli.serve.app import create_app
 from gridprune_cli.serve.fetching import Hosts
 from gridprune_cli.serve.gate import Access
@@ -90,13 +90,13 @@ class HeldBack:
 
 @pytest.fixture
 def held_back(monkeypatch) -> Iterator[HeldBack]:
-    barrier, watch = HeldBack(), work.Answer.watch
+    barrier, watch = HeldBack(), answering.Answer.watch
 
-    def wait_and_watch(answer: work.Answer, ids: Any) -> bool:
+    def wait_and_watch(answer: answering.Answer, ids: Any) -> bool:
         barrier.wait()
         return watch(answer, ids)
 
-    monkeypatch.setattr(work.Answer, "watch", wait_and_watch)
+    monkeypatch.setattr(answering.Answer, "watch", wait_and_watch)
     yield barrier
     barrier.release()
 
@@ -168,6 +168,19 @@ def test_options_of_pruning(served, pipeline):
         pruned = json.loads(json.dumps(pipeline.prune(SAMPLES / "scene-1.png", QUESTION, wanted).to_json()))
         assert all(record[name] == pruned[name] for name in ("tokens", "region", "zones", "method", "options"))
     assert record["cache"] == "hit" and record["image"] == "-"
+
+
+def test_sets_with_a_prefix_beside_others(served, pipeline):
+    """They make batches of their own; each answer, streamed and to its length, is that of `ask`."""
+    options = [{"ilp": "selection"}, {"ilp": 0.3}, {"keep": 0.3}]
+    expected = [
+        pipeline.ask(SAMPLES / "scene-1.png", QUESTION, Pruning.from_options(values)).text for values in options
+    ]
+    with ThreadPoolExecutor(6) as threads:
+        whole = [threads.submit(served.ask, stream=True, gridprune=values) for values in options]
+        cut = [threads.submit(served.ask, max_tokens=1, gridprune=values) for values in options]
+        assert ["".join(texts(reply.result())) for reply in whole] == expected
+        assert [reply.result().json()["usage"]["completion_tokens"] for reply in cut] == [1, 1, 1]
 
 
 def test_the_cache_may_be_left_out(served, pipeline):
@@ -384,15 +397,15 @@ def test_who_leaves_before_its_turn_is_not_answered(served, held_back):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_amid_its_answer_ends_it(served, monkeypatch, stream):
-    lengths, watch, entered = [], work.Answer.watch, threading.Event()
+    lengths, watch, entered = [], answering.Answer.watch, threading.Event()
 
-    def wait_and_watch(answer: work.Answer, ids: Any) -> bool:
+    def wait_and_watch(answer: answering.Answer, ids: Any) -> bool:
         entered.set()
         wait_until(lambda: answer.job.cancelled)
         lengths.append(len(ids))
         return watch(answer, ids)
 
-    monkeypatch.setattr(work.Answer, "watch", wait_and_watch)
+    monkeypatch.setattr(answering.Answer, "watch", wait_and_watch)
     connection = open_request(served, stream=stream)
     assert entered.wait(30)
     connection.close()
@@ -417,7 +430,7 @@ def test_an_error_amid_a_stream_is_an_event(served, client, monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("the model is broken")
 
-    monkeypatch.setattr(work.Answer, "watch", fail)
+    monkeypatch.setattr(answering.Answer, "watch", fail)
     reply = served.ask(stream=True)
     last = json.loads(reply.text.strip().rpartition("data: ")[2])
     assert reply.status_code == 200 and last["error"]["code"] == "internal_error"
@@ -479,3 +492,17 @@ def test_a_model_that_can_not_be_opened_ends_the_worker():
     assert isinstance(worker.fault, ValueError)
     with pytest.raises(Refusal):
         worker.check_ready()
+
+
+def test_a_fault_of_the_worker_itself_is_told_and_ends_it(pipeline, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("not foreseen")
+
+    worker, metrics = Worker(lambda: pipeline, Metrics()), Metrics()
+    app = create_app(worker, Pictures([], Hosts([]), 1 << 20), Access(), Budget(1 << 20, 1 << 20), metrics)
+    with serving(app) as port:
+        wait_until(lambda: worker.pipeline)
+        monkeypatch.setattr(answering.Answerer, "answer", fail)
+        assert error(ask(port, chat_body(QUESTION, "scene-1.png"))) == (500, "internal_error")
+        assert error(ask(port, chat_body(QUESTION, "scene-1.png"))) == (503, "stopping")
+        assert isinstance(worker.fault, RuntimeError)  # for which the command ends, too

@@ -112,6 +112,7 @@ def folder(tmp_path) -> Path:
     (tmp_path / "open/folder").symlink_to(tmp_path / "closed")
     (tmp_path / "open/inside.png").symlink_to(tmp_path / "open/below/a b.png")
     (tmp_path / "open/text.png").write_text("no image")
+    (tmp_path / "open/large.png").write_bytes(SCENE + bytes(MOST))
     return tmp_path
 
 
@@ -135,7 +136,7 @@ def test_files_elsewhere_also_by_dots_and_links(folder, path):
     assert refusal(Pictures([], Hosts([]), MOST), f"file://{folder}/open/a%20b.png") == (403, "path_not_allowed")
 
 
-@pytest.mark.parametrize("path", ["open/none.png", "open/below", "open/text.png", "open/%00.png"])
+@pytest.mark.parametrize("path", ["open/none.png", "open/below", "open/text.png", "open/%00.png", "open/large.png"])
 def test_what_is_no_picture_in_an_allowed_folder(folder, path):
     assert refusal(Pictures([folder / "open"], Hosts([]), MOST), f"file://{folder}/{path}") == (400, "invalid_image")
     for url in (f"file://host{folder}/open/a%20b.png", "file:open/a.png", "file:///" + "x" * 5000):

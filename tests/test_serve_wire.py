@@ -1,5 +1,7 @@
 """OpenAI's wire format: what a body may say, and what is refused because an answer would not heed it."""
 
+import functools
+import itertools
 import json
 
 import pytest
@@ -151,6 +153,32 @@ def test_a_body_that_is_no_json_object(data):
     with pytest.raises(Refusal) as fault:
         parse_chat(data)
     assert fault.value.status == 400 and fault.value.code == "invalid_json"
+
+
+def test_whatever_stands_in_a_body_is_taken_or_refused():
+    """Bodies with values of other kinds in any place, or with places left out."""
+    values = (None, True, 0, -1, 2.5, 10**400, "", "x", "\ud800", "\0", [], [1], [None], {}, {"a": 1}, {"": None})
+    whole = json.loads(body(stop=["a"], stream_options={"include_usage": True}, gridprune={"keep": 0.5}, n=1, user="u"))
+
+    def places(value: object, path: tuple = ()):
+        for name in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            yield (*path, name)
+            yield from places(value[name], (*path, name))
+
+    taken = 0
+    for path, value in itertools.product(places(whole), (*values, ...)):
+        changed = json.loads(json.dumps(whole))
+        holder = functools.reduce(lambda inner, name: inner[name], path[:-1], changed)
+        if value is ...:
+            del holder[path[-1]]
+        else:
+            holder[path[-1]] = value
+        try:
+            parse_chat(json.dumps(changed).encode())
+            taken += 1
+        except Refusal as refusal:
+            assert refusal.status == 400 and json.dumps(refusal.to_json())
+    assert taken > 50
 
 
 def test_failures_of_the_library_have_a_status():

@@ -23,7 +23,10 @@ from gridprune_cli.settings import Pruning, parse_pairs
         ({"method_option": {"zone": 2}, "alpha": 0.5}, Pruning(method=make_method("gridprune", zone=2, alpha=0.5))),
         (
             {"literal": True, "method_option": ["alpha=0.5"]},
-            Pruning(method=make_method("gridprune", alpha=0.5, temperature=1.0, saliency_scale="none"), region="none"),
+            Pruning(
+                method=make_method("gridprune", alpha=0.5, temperature=1.0, saliency_scale="none", spacing=0.0),
+                region="none",
+            ),
         ),
         ({"method": "trim", "region": "none", "literal": False}, Pruning(method=make_method("trim"), region="none")),
     ],
@@ -42,6 +45,10 @@ def test_options_as_texts_and_as_values(options, pruning):
         ({"tokens": "9" * 5000}, "tokens=999"),
         ({"share_budget": "maybe"}, "share_budget=maybe: must be true or false"),
         ({"query": 5}, "query=5: must be a text"),
+        ({"query": ["a"]}, r"query=\['a'\]: must be a text"),
+        ({"keep": 10**400}, "keep=1000.*: must be a number"),
+        ({"temperature": 10**400}, "method=gridprune: int too large"),
+        ({"method_option": 5}, "method_option=5: must be a list of NAME=VALUE, or an object"),
         ({"ilp": True}, "ilp=True: must be a text"),
         ({"kep": 1}, "kep: neither a setting of pruning nor an option of the method gridprune; there are .*zone, "),
         ({"method": "magic"}, "method=magic: unknown method 'magic': choose from gridprune"),

@@ -23,6 +23,6 @@ def test_the_table_is_what_the_command_counts(tmp_path):
         assert float(mib) == round(total / 2**20, 1) and int(most.replace(",", "")) == 20 * 2**30 // total
     (image,) = Pipeline(thin(LAYOUTS[0], tmp_path)).encoder.run_tower([picture(*PICTURES[0])])
     assert lines[0][3:6] == (str(image.count), "1024", f"{len(image.to_bytes()):,}")
-    # 16 of 32 layers, 32 heads of 128 numbers, keys and values in 16 bits
-    assert prefix_bytes(LAYOUTS[0], image) == 16 * 32 * 128 * 2 * 2 * 576
+    # 16 of 32 layers, 32 heads of 128 numbers, keys and values, and 4096 numbers of a hidden state, in 16 bits
+    assert prefix_bytes(LAYOUTS[0], image) == (16 * 32 * 128 * 2 + 4096) * 2 * 576
     assert lines[0][8] == f"{prefix_bytes(LAYOUTS[0], image) / 2**20:.1f}"

@@ -8,15 +8,15 @@ import tracemalloc
 
 import pytest
 import torch
-from fuzz.files import ENTRY_FAULTS, PRUNED_FAULTS, changed, put, raw, semantic
+from fuzz.files import ENTRY_FAULTS, PREFIX_FAULTS, PRUNED_FAULTS, SELECTION_FAULTS, changed, put, raw, semantic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gridprune_cli.cache import files, layout, store
 from gridprune_cli.errors import BadInput
-from gridprune_cli.pruning.schedule import Attention, Stage, plan
+from gridprune_cli.pruning.schedule import Attention, Selection, Stage, plan
 from gridprune_cli.pruning.signals import View
-from gridprune_cli.tokens import EncodedImage, Origin, PrunedSet, load_pruned
+from gridprune_cli.tokens import EncodedImage, Origin, Prefix, PrunedSet, load_pruned
 
 
 def same(a, b):
@@ -24,6 +24,8 @@ def same(a, b):
         x, y = getattr(a, field.name), getattr(b, field.name)
         if isinstance(x, torch.Tensor):
             assert x.dtype == y.dtype and torch.equal(x.view(torch.uint8), y.view(torch.uint8)), field.name
+        elif isinstance(x, Prefix):
+            same(x, y)
         else:
             assert x == y, field.name
 
@@ -139,7 +141,7 @@ def of_schema(schema, data):
         (lambda data: b"", "not a pruned set"),
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "not a pruned set"),
         (lambda data: encoded_image(torch.float32).to_bytes(), "it holds something else"),
-        (lambda data: of_schema(2, data), "its schema is 2, and this version reads 3; prune again"),
+        (lambda data: of_schema(3, data), "its schema is 3, and this version reads 4; prune again"),
         (lambda data: of_schema("9\n" * 99, data), "its schema is '9.*; prune again"),
         (
             lambda data: dataclasses.replace(pruned_set(), image_embeds=torch.zeros(1, 4)).to_bytes(),
@@ -167,8 +169,35 @@ def staged_set():
     return dataclasses.replace(pruned_set(), placeholder_map=torch.tensor([1, 5]), schedule=inside)
 
 
+def selected_set():
+    """A pruned set of two images, all tokens of which enter, and one of each stays from a layer on."""
+    inside = plan((Stage(2, Selection((1, 5)), (1, 1), "compact"),), [2, 4], 5)
+    return dataclasses.replace(
+        pruned_set(),
+        image_embeds=torch.randn(6, 4),
+        kept=torch.arange(6),
+        placeholder_map=torch.arange(6),
+        input_ids=torch.tensor([3, 4, 4, 4, 4, 4, 4, 9]),
+        position_ids=torch.tensor([0, 2, 6, 7, 8, 9, 11, 12]),
+        positions="compact",
+        schedule=inside,
+    )
+
+
+def set_with_prefix():
+    """The same with a prefix of two layers in place of image embeds; the prompt's last token is behind it."""
+    torch.manual_seed(0)
+    pruned = selected_set()
+    keys, values = torch.randn(2, 2, 3, 7, 4, dtype=torch.bfloat16)
+    prefix = Prefix(pruned.input_ids[:7], keys, values, torch.randn(7, 12, dtype=torch.bfloat16))
+    return dataclasses.replace(pruned, image_embeds=prefix.hidden_states[:0], prefix=prefix)
+
+
 def test_what_the_faults_start_from_is_whole():
-    same(staged_set(), PrunedSet.from_bytes(staged_set().to_bytes(), "x"))
+    for pruned in (staged_set(), selected_set(), set_with_prefix()):
+        same(pruned, PrunedSet.from_bytes(pruned.to_bytes(), "x"))
+    assert staged_set().selected.tolist() == selected_set().selected.tolist() == [1, 5]
+    assert selected_set().counts == "6 of 6 visual tokens, 2 from layer 2 on"
     data = encoded_image(torch.bfloat16).to_bytes()
     assert changed(data, lambda header, tensors: None) == data
 
@@ -178,9 +207,30 @@ def test_a_pruned_set_of_no_sense_is_refused(what):
     data = changed(staged_set().to_bytes(), PRUNED_FAULTS[what])
     with pytest.raises(BadInput) as caught:
         PrunedSet.from_bytes(data, "x.safetensors")
-    reason = "its schema is 9, and this version reads 3" if what == "another schema" else "not a pruned set ("
+    reason = "its schema is 9, and this version reads 4" if what == "another schema" else "not a pruned set ("
     assert str(caught.value).startswith(f"x.safetensors: {reason}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", SELECTION_FAULTS)
+def test_a_selection_of_no_sense_is_refused(what):
+    data = changed(selected_set().to_bytes(), SELECTION_FAULTS[what])
+    with pytest.raises(BadInput, match=r"^x: not a pruned set \("):
+        PrunedSet.from_bytes(data, "x")
+
+
+@pytest.mark.parametrize("what", PREFIX_FAULTS)
+def test_a_saved_prefix_of_no_sense_is_refused(what):
+    data = changed(set_with_prefix().to_bytes(), PREFIX_FAULTS[what])
+    with pytest.raises(BadInput, match=r"^x: not a pruned set \("):
+        PrunedSet.from_bytes(data, "x")
+
+
+def test_a_file_holds_image_embeds_or_their_prefix():
+    pruned = set_with_prefix()
+    assert pruned.to_json()["tokens"] == {"full": 6, "kept": 6, "separators": 0}
+    both = dataclasses.replace(pruned, image_embeds=torch.randn(6, 4))
+    assert PrunedSet.from_bytes(both.to_bytes(), "x").prefix is None
 
 
 @pytest.mark.parametrize("what", ENTRY_FAULTS)
@@ -194,7 +244,7 @@ def test_an_encoded_image_of_no_sense_is_refused(what):
 @given(st.integers(0, 2**32))
 def test_a_changed_pruned_set_is_refused_or_as_good_as_any(seed):
     rng = random.Random(seed)
-    data = staged_set().to_bytes()
+    data = rng.choice((staged_set, selected_set, set_with_prefix))().to_bytes()
     with pytest.raises(BadInput, match=r"^x: not a pruned set \("):
         PrunedSet.from_bytes(raw(rng, data), "x")
     try:

@@ -186,7 +186,10 @@ def test_positions_with_gaps_are_refused(llava, noise):
     original = replace(COMPACT, positions="original")
     with pytest.raises(BadInput, match=r"original positions.*prune with `positions=compact`"):
         to_vllm(llava.family, llava.prune(image, QUESTION, original))
-    whole = to_vllm(llava.family, llava.prune(image, QUESTION, replace(original, keep=1.0)))  # there are no gaps
+    everything = replace(original, keep=1.0)
+    whole = to_vllm(llava.family, llava.prune(image, QUESTION, everything))  # there are no gaps
+    with pytest.raises(BadInput, match=r"a prefix in place of its image embeds; prune without .with_prefix."):
+        to_vllm(llava.family, llava.prune(image, QUESTION, everything, with_prefix=True))
     assert whole.image_embeds.shape == (1, 16, 48)
 
 

@@ -44,19 +44,23 @@ class Decoder:
         return len(self.windows)
 
 
-def prefill_flops(decoder: Decoder, tokens: Sequence[int]) -> int:
-    """Operations until the first new token, with n = tokens[l] tokens in layer l.
+def prefill_flops(decoder: Decoder, tokens: Sequence[int], run: Sequence[int] | None = None) -> int:
+    """Operations until the first new token, with n = tokens[l] tokens in layer l, of which q = run[l] are run.
 
-        sum over layers of  4 n d H h + 4 n d KV h + 4 n^2 H h + 6 n d m,  and 2 d V for the logits of the last token
+        sum over layers of  4 q d H h + 4 q d KV h + 4 q n H h + 6 q d m,  and 2 d V for the logits of the last token
 
-    The terms are the projections of queries and outputs, those of keys and values, attention, and the MLP. Attention is
-    counted in full, every token with every other, as torch's own counter does; kernels that leave out what a causal
-    mask hides do half of that term. Raises ValueError where there is not a count for each layer.
+    The others' keys and values are there already, those of a prefix; without `run` all are run. The terms are the
+    projections of queries and outputs, those of keys and values, attention, and the MLP. Attention is counted in full,
+    every token with every other, as torch's own counter does; kernels that leave out what a causal mask hides do half
+    of that term. Raises ValueError where there is not a count for each layer.
     """
+    run = tokens if run is None else run
     _check(decoder, tokens)
+    _check(decoder, run)
     d, m, inner = decoder.width, decoder.mlp_width, decoder.heads * decoder.head_width
     linear = 4 * d * inner + 4 * d * decoder.kv_heads * decoder.head_width + 6 * d * m
-    return sum(n * linear + 4 * n * n * inner for n in tokens) + 2 * d * decoder.vocabulary
+    layers = zip(tokens, run, strict=True)
+    return sum(q * linear + 4 * q * n * inner for n, q in layers) + 2 * d * decoder.vocabulary
 
 
 def kv_bytes(decoder: Decoder, tokens: Sequence[int], itemsize: int) -> int:

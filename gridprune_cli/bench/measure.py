@@ -1,4 +1,8 @@
-"""Full against pruned: one question answered from all visual tokens and from the kept ones, in turn, both measured."""
+"""Full against pruned: one question answered from all visual tokens and from the kept ones, in turn, all measured.
+
+Where a selection leaves inside the language model, the same choice is also measured before it, and inside from scratch,
+without the prefix that the first layers' work on the image is taken from.
+"""
 
 import io
 import time
@@ -44,13 +48,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two ways to answer. Times are milliseconds.
+    """One of the ways to answer. Times are milliseconds.
 
     localize       by a localiser that is a model, reading and encoding the image among it; 0 without one
     decode         per token after the first
     answer         localize, select, prefill and decode together
     tokens         visual tokens
     inside         visual tokens in each layer of the language model
+    prefix_layers  how many of them run only the text behind the image, the rest being cached
     prompt         tokens of the whole prompt
     kv_bytes       of the prompt, by formula
     prefill_flops  by formula
@@ -59,6 +64,7 @@ class Side:
 
     tokens: int
     inside: tuple[int, ...]
+    prefix_layers: int
     prompt: int
     localize: Spread
     select: Spread
@@ -74,6 +80,9 @@ class Side:
 class Report:
     """What `measure` found. Ratios are full over pruned, of answers that were measured one after the other.
 
+    before      what is selected inside, pruned before the language model; None but for `ilp` "selection"
+    scratch     the pruned answer without the prefix; None likewise
+    of_before, of_scratch  the pruned prefill over these
     load        milliseconds to read all of the model; None where it was in memory already, as random weights are
     encode      milliseconds for the picture, which is done once however many questions there are
     selecting   the pruned answer's `select` as a share of its `prefill`
@@ -89,10 +98,20 @@ class Report:
     decode: Spread
     answer: Spread
     selecting: Spread
+    before: Side | None = None
+    scratch: Side | None = None
+    of_before: Spread | None = None
+    of_scratch: Spread | None = None
 
     @property
     def flops(self) -> float:
         return self.full.prefill_flops / self.pruned.prefill_flops
+
+    @property
+    def others(self) -> list[tuple[str, Side, Spread]]:
+        """The further ways that there are: name, what was measured, and the pruned prefill over theirs."""
+        ways = (("before", self.before, self.of_before), ("scratch", self.scratch, self.of_scratch))
+        return [(name, way, prefill) for name, way, prefill in ways if way and prefill]
 
     @property
     def achieved(self) -> float:
@@ -112,10 +131,16 @@ class Report:
             "encode_peak_bytes": self.encode_peak_bytes,
             "full": side(self.full),
             "pruned": side(self.pruned),
+            "before": side(self.before) if self.before else None,
+            "scratch": side(self.scratch) if self.scratch else None,
             "ratio": {
                 **{name: asdict(getattr(self, name)) for name in ("prefill", "decode", "answer")},
                 "flops": self.flops,
                 "kv": self.full.kv_bytes / self.pruned.kv_bytes,
+            },
+            "pruned_of": {
+                name: {"prefill": asdict(prefill), "flops": self.pruned.prefill_flops / other.prefill_flops}
+                for name, other, prefill in self.others
             },
             "achieved": self.achieved,
             "selecting": asdict(self.selecting),
@@ -129,6 +154,8 @@ class _Run:
     tokens: int
     inside: tuple[int, ...]  # empty where none leaves inside the language model
     prompt: int
+    prefix_layers: int  # 0 without a prefix
+    prefix_tokens: int
     localize: float
     select: float
     prefill: float
@@ -152,11 +179,11 @@ def measure(
 ) -> Report:
     """Encodes an image and answers from all of its tokens and from the kept ones, `repeat` times each.
 
-    Full and pruned take turns, and so does which of them is first; a first round of everything is not counted, since
-    much is set up in it. `new_tokens` are generated, whatever the model wants to stop at. Each time relevance is
-    measured against a text that was not seen before, since what a text tower makes of a question is kept; a localiser
-    sees the picture anew. The full answer has no relevance to compute, and asks no localiser. `step` is called after
-    each encoding and answer, 3 * (repeat + 1) times.
+    The ways to answer take turns, and so does which of them is first; a first round of everything is not counted, since
+    much is set up in it, a prefix among it. `new_tokens` are generated, whatever the model wants to stop at. Each time
+    relevance is measured against a text that was not seen before, since what a text tower makes of a question is kept;
+    a localiser sees the picture anew. The full answer has no relevance to compute, and asks no localiser. `step` is
+    called after each encoding and answer, `count_steps` times.
 
     Raises BadInput where `repeat` is below 1 or `new_tokens` below 2, and what `Pipeline` raises.
     """
@@ -187,22 +214,28 @@ def measure(
     rounds = []
     for turn in range(repeat + 1):
         fresh = replace(pruning, query=f"{pruning.query or question} {turn}")
-        ways = (("full", whole), ("pruned", fresh))
+        ways = [("full", whole, False), ("pruned", fresh, None)]
+        if pruning.ilp == "selection":
+            ways += [("before", replace(fresh, ilp=None, ilp_layer=None), False), ("scratch", fresh, False)]
         runs = {}
-        for name, kept in ways if turn % 2 else reversed(ways):
-            runs[name] = _answer(pipeline, image, question, kept, new_tokens)
+        for name, kept, with_prefix in ways if turn % 2 else reversed(ways):
+            runs[name] = _answer(pipeline, image, question, kept, new_tokens, with_prefix)
             step()
         rounds.append(runs)
-    full, pruned = ([runs[name] for runs in rounds[1:]] for name in ("full", "pruned"))
+    runs_of = {name: [runs[name] for runs in rounds[1:]] for name in rounds[0]}
+    full, pruned = runs_of["full"], runs_of["pruned"]
     decoder = Decoder.of(family.load("language").config)
 
     def side(runs: Sequence[_Run]) -> Side:
         prompt = median_low(run.prompt for run in runs)  # separators come and go with the tokens of their row
         inside = runs[0].inside or (runs[0].tokens,) * decoder.layers
         layers = [prompt - runs[0].tokens + there for there in inside]
+        text = prompt - runs[0].prefix_tokens  # what is run of the prompt in the prefix's layers
+        run = [text if layer < runs[0].prefix_layers else n for layer, n in enumerate(layers)]
         return Side(
             tokens=runs[0].tokens,
             inside=inside,
+            prefix_layers=runs[0].prefix_layers,
             prompt=prompt,
             localize=Spread.of([run.localize for run in runs]),
             select=Spread.of([run.select for run in runs]),
@@ -210,13 +243,19 @@ def measure(
             decode=Spread.of([run.decode / (new_tokens - 1) for run in runs]),
             answer=Spread.of([run.answer for run in runs]),
             kv_bytes=kv_bytes(decoder, layers, family.dtype.itemsize),
-            prefill_flops=prefill_flops(decoder, layers),
+            prefill_flops=prefill_flops(decoder, layers, run),
             peak_bytes=_largest([run.peak for run in runs]),
         )
 
     def ratio(of: Callable[[_Run], float]) -> Spread:
         return Spread.of([of(a) / of(b) for a, b in zip(full, pruned, strict=True)])
 
+    def prefill_of(name: str) -> Spread:
+        return Spread.of([a.prefill / b.prefill for a, b in zip(pruned, runs_of[name], strict=True)])
+
+    further: dict[str, Any] = {}
+    for name in runs_of.keys() - {"full", "pruned"}:
+        further |= {name: side(runs_of[name]), f"of_{name}": prefill_of(name)}
     return Report(
         load=load,
         encode=Spread.of(encodes[1:]),
@@ -227,7 +266,13 @@ def measure(
         decode=ratio(lambda run: run.decode),
         answer=ratio(lambda run: run.answer),
         selecting=Spread.of([run.select / run.prefill for run in pruned]),
+        **further,
     )
+
+
+def count_steps(pruning: Pruning, repeat: int) -> int:
+    """How often `measure` calls its `step`."""
+    return (5 if pruning.ilp == "selection" else 3) * (repeat + 1)
 
 
 def sample_scene(model: str) -> bytes:
@@ -238,16 +283,26 @@ def sample_scene(model: str) -> bytes:
     return png.getvalue()
 
 
-def _answer(pipeline: Pipeline, image: EncodedImage, question: str, pruning: Pruning, new_tokens: int) -> _Run:
-    """One answer from an encoded image, measured."""
+def _answer(
+    pipeline: Pipeline,
+    image: EncodedImage,
+    question: str,
+    pruning: Pruning,
+    new_tokens: int,
+    with_prefix: bool | None,
+) -> _Run:
+    """One answer from an encoded image, measured. `with_prefix` is that of `build_pruned_sets`."""
     device, stopwatch = pipeline.family.device, Stopwatch()
     _reset_peak(device)
-    pruned = pipeline.runner(stopwatch=stopwatch).prune_one(Request((image,), question, pruning)).pruned
+    request = Request((image,), question, pruning)
+    pruned = pipeline.runner(stopwatch=stopwatch).prune_one(request, with_prefix=with_prefix).pruned
     (generated,) = generate(pipeline.family, [pruned], new_tokens, min_new_tokens=new_tokens)
     return _Run(
         tokens=len(pruned.kept),
         inside=pruned.schedule.tokens if pruned.schedule else (),
         prompt=len(pruned.input_ids),
+        prefix_layers=pruned.prefix.depth if pruned.prefix else 0,
+        prefix_tokens=len(pruned.prefix.ids) if pruned.prefix else 0,
         localize=stopwatch.ms.get("localize", 0.0),
         select=stopwatch.ms["select"],
         prefill=generated.prefill,

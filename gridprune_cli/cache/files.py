@@ -30,7 +30,7 @@ ITEM_BYTES = {
 MAX_HEADER = 1 << 20  # bytes; a header has some KiB, with the placeholders of 16,384 visual tokens 0.3 MiB
 MAX_BYTES = 640 << 20  # of a file: 16,384 visual tokens of 8,192 numbers in 32 bits are 512 MiB
 MAX_TENSORS = 16  # in a file; there are at most seven
-MAX_AXES = 8  # of a tensor; there are at most two
+MAX_AXES = 8  # of a tensor; there are at most four
 MAX_DEPTH = 64  # of lists and objects in each other in a header; there are seven, and Python's limit varies by caller
 _FIRST_READ = 8192  # bytes; holds most headers, so that reading one costs one read
 

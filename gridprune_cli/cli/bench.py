@@ -13,7 +13,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.text import printable
 
 if TYPE_CHECKING:
-    from gridprune_cli.bench.measure import Report, Spread
+    from gridprune_cli.bench.measure import Report, Side, Spread
     from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.settings import Pruning
 
@@ -51,6 +51,9 @@ def subject(
     return lambda: Pipeline(build(published, placed.dtype, placed.device, layers, relevance))
 
 
+_WAYS = {"before": "before the model", "scratch": "inside from scratch"}  # titles of what `Report.others` names
+
+
 @examples(
     "gridprune bench --keep 0.11",
     "gridprune bench photo.jpg --shape llava-1.5-7b --layers 8 --dtype bfloat16 --keep 0.111",
@@ -75,7 +78,7 @@ def bench(
 
     import torch
 
-    from gridprune_cli.bench.measure import measure, sample_scene
+    from gridprune_cli.bench.measure import count_steps, measure, sample_scene
     from gridprune_cli.builder import remarks
     from gridprune_cli.images import load_image, read_source
     from gridprune_cli.selector import relevance_source
@@ -88,7 +91,7 @@ def bench(
         source = sample_scene(pipeline.model)
         picture = load_image(source)
         picture = replace(picture, name=f"a scene of {picture.image.width} x {picture.image.height} pixels")
-    with progress("measuring", 3 * (repeat + 1)) as step:
+    with progress("measuring", count_steps(pruning, repeat)) as step:
         report = measure(pipeline, source, question, pruning, repeat=repeat, new_tokens=new_tokens, step=step)
     device = pipeline.family.device
     place = {
@@ -108,44 +111,55 @@ def bench(
         return
     where = place["device"] if device.startswith("cuda") else f"{device}, {place['threads']} threads"
     put(printable(f"{pipeline.model}, {place['dtype']}, {where}; {picture.name}; medians of {repeat}, quartiles"))
-    table(("", "full ", "pruned ", "full / pruned"), _lines(report))
+    table(
+        ("", "full ", *(f"{_WAYS[name]} " for name, _, _ in report.others), "pruned ", "full / pruned"), _lines(report)
+    )
     put(
         f"The prefill is {report.prefill.median:.2f} times faster with {report.flops:.2f} times fewer operations: "
         f"{report.achieved:.2f} of the ratio.\n"
         f"Selecting takes {report.selecting.median:.1%} of the pruned prefill."
     )
+    way = "from the cached prefix" if report.pruned.prefix_layers else "without a prefix"
+    for name, other, prefill in report.others:
+        operations = report.pruned.prefill_flops / other.prefill_flops
+        put(
+            f"Inside, {way}, the prefill takes {prefill.median:.2f} of the time and {operations:.2f} of the operations "
+            f"{_WAYS[name]}."
+        )
     for note in remarks(pipeline.family, pruning):
         say(note)
 
 
-def _lines(report: "Report") -> list[tuple[str, str, str, str]]:
+def _lines(report: "Report") -> list[tuple[str, ...]]:
+    """Rows of the table: a name, a cell for each way to answer, and full over pruned."""
     full, pruned = report.full, report.pruned
+    ways = [full, *(way for _, way, _ in report.others), pruned]
 
-    def counts(name: str, a: int, b: int, text: Any = "{:,}".format) -> tuple[str, str, str, str]:
-        return name, text(a), text(b), f"{a / b:.2f}"
+    def counts(name: str, of: Callable[["Side"], float], text: Callable[[Any], str] = "{:,}".format) -> tuple[str, ...]:
+        return name, *(text(of(way)) for way in ways), f"{of(full) / of(pruned):.2f}"
 
-    def times(name: str, a: "Spread", b: "Spread", ratio: "Spread | None") -> tuple[str, str, str, str]:
+    def times(name: str, of: Callable[["Side"], "Spread"], ratio: "Spread | None" = None) -> tuple[str, ...]:
         shown = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
-        return name, f"{a.median:,.1f} ms", f"{b.median:,.1f} ms", shown
+        return name, *(f"{of(way).median:,.1f} ms" for way in ways), shown
 
-    lines = [counts("visual tokens", full.tokens, pruned.tokens)]
+    lines = [counts("visual tokens", lambda way: way.tokens)]
     if sum(pruned.inside) < pruned.tokens * len(pruned.inside):
-        a, b = (sum(side.inside) / len(side.inside) for side in (full, pruned))
-        lines.append(("visual tokens, mean of the layers", f"{a:,.1f}", f"{b:,.1f}", f"{a / b:.2f}"))
-    lines.append(counts("tokens of the prompt", full.prompt, pruned.prompt))
+        mean = "visual tokens, mean of the layers"
+        lines.append(counts(mean, lambda way: sum(way.inside) / len(way.inside), "{:,.1f}".format))
+    lines.append(counts("tokens of the prompt", lambda way: way.prompt))
     if report.load is not None:
-        lines.append(("load", f"{report.load:,.1f} ms", f"{report.load:,.1f} ms", ""))
-    lines.append(times("encode", report.encode, report.encode, None))
+        lines.append(("load", *(f"{report.load:,.1f} ms" for _ in ways), ""))
+    lines.append(("encode", *(f"{report.encode.median:,.1f} ms" for _ in ways), ""))
     if pruned.localize.median:
-        lines.append(times("localize", full.localize, pruned.localize, None))
+        lines.append(times("localize", lambda way: way.localize))
     lines += [
-        times("select", full.select, pruned.select, None),
-        times("prefill", full.prefill, pruned.prefill, report.prefill),
-        times("decode, a token", full.decode, pruned.decode, report.decode),
-        times("question to last token", full.answer, pruned.answer, report.answer),
-        counts("prefill operations", full.prefill_flops, pruned.prefill_flops, "{:.3g}".format),
-        counts("keys and values", full.kv_bytes, pruned.kv_bytes, size),
+        times("select", lambda way: way.select),
+        times("prefill", lambda way: way.prefill, report.prefill),
+        times("decode, a token", lambda way: way.decode, report.decode),
+        times("question to last token", lambda way: way.answer, report.answer),
+        counts("prefill operations", lambda way: way.prefill_flops, "{:.3g}".format),
+        counts("keys and values", lambda way: way.kv_bytes, size),
     ]
-    if full.peak_bytes and pruned.peak_bytes:
-        lines.append(counts("most memory held", full.peak_bytes, pruned.peak_bytes, size))
+    if all(way.peak_bytes for way in ways):
+        lines.append(counts("most memory held", lambda way: way.peak_bytes or 0, size))
     return lines

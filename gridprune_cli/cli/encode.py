@@ -40,6 +40,15 @@ def encode(
         int,
         options.option("Images that go through the tower at once; halved if memory runs out.", options.WORK, min=1),
     ] = 16,
+    with_prefix: Annotated[
+        bool,
+        options.option(
+            "Also store what the language model's first layers, which are loaded for it, make of each image: relevance "
+            "from attention needs it. Often several times the image's bytes; else the first question stores it.",
+            options.WORK,
+            "--with-prefix",
+        ),
+    ] = False,
     refresh: Annotated[bool, options.option("Encode again what is cached.", options.WORK, "--refresh")] = False,
     dry_run: Annotated[
         bool, options.option("Say what would be done; write nothing.", options.WORK, "--dry-run")
@@ -63,9 +72,11 @@ def encode(
     images = [image for image in find_images(listed) if in_shard is None or in_shard(str(image))]
     if dry_run:
         pipeline.store.writable = False
-    if dry_run or may_lack_room(pipeline.encoder, pipeline.store, images):
+    if dry_run or may_lack_room(pipeline.encoder, pipeline.store, images, with_prefix=with_prefix):
         with progress("looking", len(images)) as step:
-            expected = forecast(pipeline.encoder, pipeline.store, images, refresh=refresh, step=step)
+            expected = forecast(
+                pipeline.encoder, pipeline.store, images, refresh=refresh, with_prefix=with_prefix, step=step
+            )
         if dry_run:
             _print(expected, json)
         check_room(expected, pipeline.store.root, pipeline.encoder.cache_dtype)
@@ -76,8 +87,9 @@ def encode(
     start = time.perf_counter()
     runner = pipeline.runner(images=batch_size)
     encode_all = partial(engine.encode, runner) if engine else partial(runner.encode, store=True)
-    with pipeline, progress("encoding", len(images)) as step:
-        for name, result, hit in encode_all(images, refresh=refresh):
+    layers = f", and {pipeline.family.relevance_depth} layers of the language model" if with_prefix else ""
+    with pipeline, progress(f"encoding{layers}", len(images)) as step:
+        for name, result, hit in encode_all(images, refresh=refresh, with_prefix=with_prefix):
             if isinstance(result, GridpruneError):
                 failed += 1
                 warn(describe(result))
@@ -93,8 +105,9 @@ def encode(
             if json:
                 emit_json(line)
             step(1, f"{(done + failed) / (time.perf_counter() - start):.1f} images/s, {hits} hits")
+    prefixes = " beside prefixes" if with_prefix else ""
     rate = done / (time.perf_counter() - start)
-    say(f"{done} images, {hits} of them cached already, {size(size_of_new)} new, {rate:.1f} images/s")
+    say(f"{done} images, {hits} of them cached already, {size(size_of_new)} new{prefixes}, {rate:.1f} images/s")
     if failed:
         warn(f"{failed} of {len(images)} could not be encoded")
         raise typer.Exit(3)

@@ -31,7 +31,9 @@ def env(
     root = str(store.open_store(cache_dir).root)
     settings = [
         ("model", model, choice.origin),
-        ("relevance", *_setting("RELEVANCE", _default(options.pipeline, "relevance"))),
+        ("relevance", *_of_model(model, "relevance", *_setting("RELEVANCE", _default(options.pipeline, "relevance")))),
+        ("relevance-depth", *_of_model(model, "relevance_depth", "half of the layers", "default")),
+        ("relevance-sign", *_of_model(model, "relevance_sign", "as published", "default")),
         ("keep", *_setting("KEEP", _default(options.pruning, "keep"))),
         ("method", *_setting("METHOD", _default(options.pruning, "method"))),
         ("plc", *_setting("PLC", _default(options.pruning, "plc"))),
@@ -54,6 +56,15 @@ def _setting(name: str, default: str) -> tuple[str, str]:
     """The value in force, and where it comes from. An empty variable is one that is not set."""
     value = os.environ.get(f"GRIDPRUNE_{name}")
     return (value, f"GRIDPRUNE_{name}") if value else (default, "default")
+
+
+def _of_model(model: str, name: str, value: str, origin: str) -> tuple[str, str]:
+    """What the config file holds for the model in place of a default, and where that is."""
+    from gridprune_cli.config import config_path, model_settings
+    from gridprune_cli.vlm.checkpoint import model_key
+
+    settings = model_settings(model_key(model))
+    return (str(settings[name]), str(config_path())) if origin == "default" and name in settings else (value, origin)
 
 
 def _default(function: Callable[..., Any], name: str) -> str:

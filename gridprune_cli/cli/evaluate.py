@@ -101,13 +101,7 @@ def read_cells(methods: list[str], keeps: str) -> tuple["Cell", ...]:
 
     from gridprune_cli.evaluation.run import Cell
 
-    shares = []
-    for text in keeps.split(","):
-        try:
-            shares.append(float(text))
-        except ValueError as fault:
-            reason = f"{text.strip()!r} is no number; give shares, as in 0.22,0.11"
-            raise BadInput(reason, field="keep", value=keeps) from fault
+    shares = read_shares(keeps)
     prunings = []
     for text in methods:
         for line in _BETWEEN.split(text.strip().strip(",")):
@@ -125,11 +119,23 @@ def read_cells(methods: list[str], keeps: str) -> tuple["Cell", ...]:
     )
 
 
+def read_shares(keeps: str) -> list[float]:
+    """Numbers with commas between. Raises BadInput for a text that is none."""
+    shares = []
+    for text in keeps.split(","):
+        try:
+            shares.append(float(text))
+        except ValueError as fault:
+            reason = f"{text.strip()!r} is no number; give shares, as in 0.22,0.11"
+            raise BadInput(reason, field="keep", value=keeps) from fault
+    return shares
+
+
 def _says_more(pruning: "Pruning") -> bool:
     """Whether a keep of 1 gives something else than all tokens: fewer, further inside too, or other positions."""
     inside = pruning.method.stages([1], [1], range(1, 2))
     return (
-        pruning.ilp is not None
+        pruning.ilp not in (None, "selection")
         or any(stage.budgets != (1,) for stage in inside)
         or bool(pruning.inside_ratio and pruning.outside_ratio)
         or pruning.positions != "original"

@@ -90,6 +90,27 @@ def default(
         table(("model", "from"), [(choice.model or EMBEDDED, choice.origin)])
 
 
+@app.command("forget", epilog="   gridprune models forget HuggingFaceTB/SmolVLM-256M-Instruct", cls=Command)
+def forget(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="A folder or a hub name.", show_default="the model in force"),
+    ] = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Forget what `gridprune calibrate` has remembered for a model, or what stands there by hand."""
+    from gridprune_cli.config import choose_model, config_path, model_settings, remember_settings
+    from gridprune_cli.vlm.checkpoint import EMBEDDED, model_key
+
+    set_quiet(quiet)
+    key = model_key(name or choose_model().model or EMBEDDED)
+    if model_settings(key):
+        remember_settings(key, None)
+        say(f"{config_path()}: holds nothing for {key} any more")
+    else:
+        say(f"{config_path()}: holds nothing for {key}")
+
+
 def _check(name: str) -> tuple[str, str]:
     """The name as it is found again from anywhere, and the family. Raises BadInput where it can't be used.
 

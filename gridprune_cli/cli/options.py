@@ -62,13 +62,14 @@ Model = Annotated[
     ),
 ]
 Clip = Annotated[
-    str | None, option("CLIP that the model's tower was taken from, for relevance: a folder or hub name.", MODEL)
+    str | None,
+    option("CLIP or SigLIP that the model's tower was taken from, for relevance: a folder or hub name.", MODEL),
 ]
 Relevance = Annotated[
     choices.Relevance,
     option(
-        "What relevance comes from: the CLIP of the model's tower, the language model's attention, or its word "
-        "embeddings; auto: clip where the tower is a CLIP's, else attention.",
+        "What relevance comes from: the CLIP or SigLIP of the model's tower, the language model's attention, or its "
+        "word embeddings; auto: clip where the tower is a CLIP's or --clip is named, else attention.",
         MODEL,
         envvar="GRIDPRUNE_RELEVANCE",
     ),
@@ -178,7 +179,7 @@ def pipeline(
     cache_dtype: Annotated[
         choices.CacheDtype,
         option(
-            "How vision features are stored: as the tower gives them (full), or in 8 bits, which is less exact.",
+            "How vision features and prefixes are stored: as computed (full), or in 8 bits, which is less exact.",
             MODEL,
             envvar="GRIDPRUNE_CACHE_DTYPE",
         ),
@@ -248,7 +249,7 @@ def pruning(
         bool, option("Several images share one budget, without regions.", PRUNING, "--share-budget")
     ] = False,
     literal: Annotated[
-        bool, option("GridPrune as published: T = 1, saliency unscaled, no region.", PRUNING, "--literal")
+        bool, option("GridPrune as published: T = 1, saliency unscaled, no spacing, no region.", PRUNING, "--literal")
     ] = False,
     localizer: Annotated[
         str | None,
@@ -267,15 +268,20 @@ def pruning(
     ilp: Annotated[
         str | None,
         option(
-            "Visual tokens that stay inside the language model: a share, or region.",
+            "What stays inside the language model: selection (what --keep would leave before it), a share, or region.",
             REGIONS,
             metavar="SHARE",
             show_default="everything",
-            **_complete("region"),
+            **_complete("selection", "region"),
         ),
     ] = None,
     ilp_layer: Annotated[
-        int | None, option("Layer, from 0, at whose input the others leave.", REGIONS, show_default="3")
+        int | None,
+        option(
+            "Layer, from 0, at whose input the others leave.",
+            REGIONS,
+            show_default="3; for selection the depth of relevance from attention",
+        ),
     ] = None,
     plc: Annotated[
         choices.Plc,

@@ -1,6 +1,7 @@
 """`gridprune prune`: the pruned set of a question, for `generate` to answer from."""
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
@@ -17,7 +18,8 @@ from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline
-    from gridprune_cli.settings import Pruning
+    from gridprune_cli.runners.local import Pruned
+    from gridprune_cli.settings import Pruning, Request
 
 _LONGEST = 243  # characters of a file's name before .safetensors; file systems take 255
 _WINDOW = 128  # lines of --batch that are looked at together, to find those of one image
@@ -50,6 +52,13 @@ def prune(
             metavar="FILE", help="Lines of questions, as of `batch`, or - for stdin: a file ID.safetensors each."
         ),
     ] = None,
+    with_prefix: Annotated[
+        bool,
+        typer.Option(
+            "--with-prefix",
+            help="Save what the first layers make of the prompt up to its last image, in place of its image embeds.",
+        ),
+    ] = False,
     fail_fast: FailFast = False,
     shard: options.Shard = None,
     json: options.Json = False,
@@ -64,7 +73,7 @@ def prune(
     if batch is not None:
         if images or question:
             raise BadInput("images and questions come from its lines; leave the others out", field="batch")
-        prune_lines(batch, output, pipeline, pruning, prompt, fail_fast, shard, json)
+        prune_lines(batch, output, pipeline, pruning, prompt, with_prefix, fail_fast, shard, json)
         return
     if fail_fast or shard:
         raise BadInput("only with --batch", field="fail_fast" if fail_fast else "shard")
@@ -73,7 +82,8 @@ def prune(
     check_target(output, "output")
     sources, text = read_inputs(images, question)
     with pipeline:
-        result = pipeline.runner().prune_one(Request(tuple(sources), text, pruning, **prompt))
+        request = Request(tuple(sources), text, pruning, **prompt)
+        result = pipeline.runner().prune_one(request, with_prefix=with_prefix)
     pruned = result.pruned
     data = pruned.to_bytes()
     write_atomic(output, data, sync=True)
@@ -81,7 +91,8 @@ def prune(
         emit_json(pruned.to_json() | {"cache": cache_outcome(result.hits), "file": str(output), "bytes": len(data)})
     for note in pruned.notes:
         say(note)
-    say(f"{output}: {pruned.counts}, {size(len(data))}")
+    counts = f"{pruned.counts}, with the prefix" if pruned.prefix else pruned.counts
+    say(f"{output}: {counts}, {size(len(data))}")
 
 
 def prune_lines(
@@ -90,6 +101,7 @@ def prune_lines(
     pipeline: "Pipeline",
     pruning: "Pruning",
     prompt: dict[str, Any],
+    with_prefix: bool,
     fail_fast: bool,
     shard: str | None,
     json: bool,
@@ -105,8 +117,12 @@ def prune_lines(
     reader = Reader(file, in_shard=options.in_shard(shard))
     runner, tally = pipeline.runner(), Tally()
     written: set[Path] = set()
+
+    def prune_requests(requests: Sequence["Request"]) -> "Iterator[Pruned | GridpruneError]":
+        return in_order(runner.prune(requests, with_prefix=with_prefix))
+
     with pipeline, progress("pruning", reader.count()) as step:
-        results = work(reader, pruning, prompt, lambda requests: in_order(runner.prune(requests)), _WINDOW, fail_fast)
+        results = work(reader, pruning, prompt, prune_requests, _WINDOW, fail_fast)
         for item, result in results:
             if not isinstance(result, GridpruneError):
                 try:

@@ -36,7 +36,7 @@ def show(
     check_target(output, "output")
     (source,), text = read_inputs([image], question)
     with pipeline:
-        pruned = pipeline.prune(source, text, pruning)
+        pruned = pipeline.prune(source, text, pruning, with_prefix=False)
     if output is None:
         put(coarse(figure_of(source, pruned, None), colour=stdout().isatty() and not os.environ.get("NO_COLOR")))
     else:

@@ -98,13 +98,13 @@ def _draw(image: str) -> bytes:
     return png.getvalue()
 
 
-def read_jsonl(path: str | Path) -> Data:
-    """Lines of questions as `batch` takes them, with `answers` and perhaps `category`; `-` is stdin.
+def read_jsonl(path: str | Path, *, scored: bool = True) -> Data:
+    """Lines of questions as `batch` takes them, with `answers`, where they are scored, and perhaps `category`.
 
-    Raises BadInput, with file and line, for the first that can't be used.
+    `-` is stdin. Raises BadInput, with file and line, for the first that can't be used.
     """
     reader = Reader(str(path))
-    items = tuple(_item(line, reader) for line in reader)
+    items = tuple(_item(line, reader, scored) for line in reader)
     if not items:
         raise BadInput("no question in it; write one a line, as JSON", place=reader.name)
     seen: set[Any] = set()
@@ -115,14 +115,16 @@ def read_jsonl(path: str | Path) -> Data:
     return Data(reader.name, items, lambda image: Path(reader.place(image)))
 
 
-def _item(line: Line, reader: Reader) -> Item:
-    """Raises BadInput for a line that can't be asked, or not be scored."""
+def _item(line: Line, reader: Reader, scored: bool) -> Item:
+    """Raises BadInput for a line that can't be asked, or can't be scored though it is to be."""
     if line.fault is not None:
         raise BadInput(line.fault)
     answers, category = line.extra.get("answers"), line.extra.get("category", "")
     if line.keep is not None:
-        raise BadInput("eval compares the shares of its setting `keep`; leave keep out of the line", place=line.place)
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise BadInput("here all lines are asked at the shares of `keep`; leave keep out of the line", place=line.place)
+    if not scored:
+        answers, category = [], ""
+    elif not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise BadInput('answers is no list of texts; give the true ones, as "answers": ["stop"]', place=line.place)
     if not isinstance(category, str):
         raise BadInput("category is no text; change it, or leave it out", place=line.place)

@@ -87,6 +87,7 @@ class Plan:
         """What must be the same for a stopped run to go on."""
         family = pipeline.family
         relevance = any(cell.pruning.needs_relevance for cell in self.cells)
+        by_model = any(cell.pruning.method.relevance_sign == 0 for cell in self.cells)
         return {
             "data": self.data.name,
             "questions": len(self.data.items),
@@ -94,6 +95,7 @@ class Plan:
             "model": pipeline.model,
             "model_digest": family.checkpoint.identity,
             "relevance": family.relevance_source if relevance else None,
+            "relevance_sign": family.relevance_sign if by_model else None,
             "relevance_digest": family.clip.identity if relevance and family.clip else None,
             "device": str(family.device),
             "dtype": str(family.dtype).removeprefix("torch."),
@@ -164,7 +166,7 @@ def answers(pipeline: Pipeline, plan: Plan, rows: Rows) -> Iterator[list[dict[st
     """
     runner = pipeline.runner(questions=plan.batch)
     encoded: Encoded = {}
-    for batch in _batches(plan):
+    for batch in batches(plan):
         todo = [cell for cell in plan.cells if any(place(cell, item) not in rows for item in batch)]
         if todo:
             encoded = encode(runner, plan.data, batch, encoded)
@@ -194,7 +196,8 @@ def prune(runner: Runner, plan: Plan, cell: Cell, batch: list[Item], encoded: "E
     return [result_or_raise(result).pruned for result in in_order(runner.prune(requests))]
 
 
-def _batches(plan: Plan) -> list[list[Item]]:
+def batches(plan: Plan) -> list[list[Item]]:
+    """The questions in batches of `plan.batch`, those about one image one after the other."""
     by_images: dict[tuple[str, ...], list[Item]] = {}
     for item in plan.data.items:
         by_images.setdefault(item.images, []).append(item)

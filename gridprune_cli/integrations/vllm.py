@@ -58,6 +58,8 @@ def to_vllm(family: Family, pruned: PrunedSet) -> VllmRequest:
         raise BadInput(
             "tokens leave inside the language model, which vLLM can't do; prune without `ilp`, or by another `method`"
         )
+    if not len(pruned.image_embeds):
+        raise BadInput("the pruned set holds a prefix in place of its image embeds; prune without `with_prefix`")
     ids = pruned.input_ids
     if not torch.equal(pruned.position_ids, torch.arange(len(ids))):
         raise BadInput(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.select import top
@@ -118,6 +119,20 @@ class RegionAttention(Rule):
 
 
 @dataclass(frozen=True)
+class Selection(Rule):
+    """What a method selected ahead of the language model, from signals that need none of its layers. Ours.
+
+    tokens  (K,) which of the prompt's N visual tokens these are, ascending; k must be how many of them are there
+    """
+
+    name: ClassVar[str] = "selection"
+    tokens: tuple[int, ...] = ()
+
+    def select(self, signals: LayerSignals, k: int) -> Tensor:
+        return torch.isin(signals.tokens, torch.tensor(self.tokens, dtype=torch.int64)).nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
 class Stage:
     """At the input of a layer, counted from 0, all but the budgets of the visual tokens leave.
 
@@ -131,13 +146,18 @@ class Stage:
     positions: str = "original"
 
     def to_json(self) -> dict[str, Any]:
-        rule = {"name": self.rule.name, **asdict(self.rule)}
+        options = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.rule).items()
+        }
+        rule = {"name": self.rule.name, **options}
         return {"layer": self.layer, "rule": rule, "keep": list(self.budgets), "positions": self.positions}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], rules: Mapping[str, type[Rule]]) -> "Stage":
         """The inverse of `to_json`, with rules by their names. Raises KeyError or TypeError for what is no stage."""
-        options = dict(fields["rule"])
+        options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields["rule"].items()
+        }
         rule = rules[options.pop("name")](**options)
         return cls(fields["layer"], rule, tuple(fields["keep"]), fields["positions"])
 
@@ -151,6 +171,12 @@ class LayerSchedule:
 
     stages: tuple[Stage, ...]
     tokens: tuple[int, ...]
+
+    @property
+    def selection(self) -> tuple[int, ...] | None:
+        """The visual tokens that stay, where a rule lists them; None where they are known only when the model runs."""
+        listed = [stage.rule.tokens for stage in self.stages if isinstance(stage.rule, Selection)]
+        return listed[-1] if listed else None
 
     def to_json(self) -> dict[str, Any]:
         mean = round(sum(self.tokens) / len(self.tokens), 2)

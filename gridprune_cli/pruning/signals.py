@@ -34,7 +34,8 @@ class Signals:
     vision_features     (N, C)  what the vision tower gave
     image_embeds        (N, D)  what the language model receives
     question_embeds     (M, D)  the language model's embeddings of the question's tokens, without stop words
-    relevance_by_clip           whether relevance is CLIP's, not that of the language model's attention or embeddings
+    relevance_sign              what methods that leave the sign to the model multiply relevance with: -1 as published
+                                for CLIP's, 1 for that of the language model
     """
 
     views: tuple[View, ...]
@@ -44,7 +45,7 @@ class Signals:
     vision_features: Tensor | None = None
     image_embeds: Tensor | None = None
     question_embeds: Tensor | None = None
-    relevance_by_clip: bool = True
+    relevance_sign: int = -1
 
     def __post_init__(self) -> None:
         """Raises ValueError where a signal has another length than the views, or values that are not finite."""

@@ -18,15 +18,16 @@ from gridprune_cli.generation import Generated, Watcher, generate
 from gridprune_cli.images import Picture, Source, identify, load_image
 from gridprune_cli.questions import check_question
 from gridprune_cli.regions import MAX_ANSWER, Localized, Localizers, localizer_request, read_answer
-from gridprune_cli.runners.batches import MODELS, Batches, Stopwatch, in_order, result_or_raise
+from gridprune_cli.runners.batches import MODELS, Batches, Stopwatch, as_error, in_order, result_or_raise
 from gridprune_cli.runners.images import Encoded, ImageRunner
-from gridprune_cli.selector import EncodedRequest, compute_signals, find_relevance, select_tokens
+from gridprune_cli.selector import EncodedRequest, compute_signals, find_relevance, select_tokens, with_prompts
 from gridprune_cli.settings import Request
 from gridprune_cli.tokens import EncodedImage, PrunedSet
+from gridprune_cli.vlm.family import Family
 
 Watchers = Sequence[Watcher] | None  # one for each pruned set
 
-MAX_BYTES = 1 << 29  # of image embeds of pruned sets that wait for their turn
+MAX_BYTES = 1 << 29  # of image embeds and prefixes of pruned sets that wait for their turn
 GROUP = 4  # batches of questions among which those of like length are put together
 
 
@@ -88,19 +89,24 @@ class Runner:
         self._to_prune = Batches(questions, "questions to prune for")
         self._to_answer = Batches(questions, "questions")
 
-    def encode(self, images: Iterable[Source], **settings: Any) -> Iterator[Encoded]:
-        """Encodes images into the cache, in turn, with the settings of `ImageRunner.encode`."""
-        return self._images.encode(images, **settings)
+    def encode(self, images: Iterable[Source], *, with_prefix: bool = False, **settings: Any) -> Iterator[Encoded]:
+        """Encodes images into the cache, in turn, with the settings of `ImageRunner.encode`, and as `add_prefixes`."""
+        encoded = self._images.encode(images, **settings)
+        return add_prefixes(self, encoded, settings.get("refresh", False)) if with_prefix else encoded
 
     # ---- prune -------------------------------------------------------------------------------------------------------
 
     def prune(
-        self, requests: Sequence[Request], *, parts: Sequence[str] = ("projector",)
+        self,
+        requests: Sequence[Request],
+        *,
+        parts: Sequence[str] = ("projector",),
+        with_prefix: bool | None = None,
     ) -> Iterator[tuple[int, Pruned | GridpruneError]]:
         """Prunes for every request, image by image: the request's index, and what came of it. In no order.
 
         An image that several requests are about is read and encoded once. `parts` of the model are loaded together
-        with the tower, or alone where that is not needed.
+        with the tower, or alone where that is not needed. `with_prefix` is that of `build_pruned_sets`.
         """
         # 1. what would fail for every request fails before any work
         for pruning in {request.pruning for request in requests}:
@@ -115,7 +121,8 @@ class Runner:
                 continue
             by_encoding.setdefault(self.family.encodes_multi_image and len(request.images) > 1, []).append(index)
         with MODELS, self.stopwatch.measure("load"):
-            self._load_signals([requests[index] for indices in by_encoding.values() for index in indices], parts)
+            to_ask = [requests[index] for indices in by_encoding.values() for index in indices]
+            _load_signals(self.family, to_ask, parts)
         # 3. images through the tower, and requests pruned as soon as theirs are there
         for several, indices in by_encoding.items():
             ready: list[tuple[int, EncodedRequest, tuple[bool, ...]]] = []
@@ -125,25 +132,14 @@ class Runner:
                     continue
                 ready.append((index, EncodedRequest(requests[index], encoded[0]), encoded[1]))
                 if len(ready) >= self._to_prune.size:
-                    yield from self._prune(ready)
+                    yield from self._prune(ready, with_prefix)
                     ready.clear()
-            yield from self._prune(ready)
+            yield from self._prune(ready, with_prefix)
 
-    def prune_one(self, request: Request, *, parts: Sequence[str] = ("projector",)) -> Pruned:
-        """What came of one request. Raises its error."""
-        ((_, result),) = self.prune([request], parts=parts)
+    def prune_one(self, request: Request, **settings: Any) -> Pruned:
+        """What came of one request, with the settings of `prune`. Raises its error."""
+        ((_, result),) = self.prune([request], **settings)
         return result_or_raise(result)
-
-    def _load_signals(self, requests: Sequence[Request], parts: Sequence[str]) -> None:
-        """Loads what pruning needs beside `parts`: a text tower, embeddings or layers, the trained compressor."""
-        in_parts = self.family.relevance_kind == "attention" and "language" in parts
-        for request in requests:
-            if request.pruning.plc == "trained":
-                _ = self.family.compressor
-            if "question_embeds" in request.pruning.method.requires:
-                self.family.vocabulary.load()
-            if request.pruning.needs_relevance and not in_parts:
-                self.family.load_relevance()
 
     def _check(self, request: Request) -> None:
         """Raises BadInput for a request that can't be asked, whatever its images hold."""
@@ -152,15 +148,14 @@ class Runner:
         self.family.check_length(self.family.count_words(request.question), "ask shorter")
 
     def _prune(
-        self, ready: Sequence[tuple[int, EncodedRequest, tuple[bool, ...]]]
+        self, ready: Sequence[tuple[int, EncodedRequest, tuple[bool, ...]]], with_prefix: bool | None
     ) -> Iterator[tuple[int, Pruned | GridpruneError]]:
         """Localises and prunes for requests whose images are encoded."""
 
         def prune_batch(batch: Sequence[EncodedRequest]) -> list[PrunedSet]:
             localized = _localize(self, batch)
             with self.stopwatch.measure("select"):
-                signals = compute_signals(self.family, localized, self.encoder.prefixes)
-                return build_pruned_sets(self.family, localized, signals, select_tokens(localized, signals))
+                return _select(self.encoder, localized, with_prefix)
 
         results = self._to_prune.run([request for _, request, _ in ready], prune_batch)
         for (index, _, hits), result in zip(ready, results, strict=True):
@@ -178,7 +173,7 @@ class Runner:
         """
         with MODELS:
             self.family.load("language")  # what fails here would fail for every set
-        order = sorted(range(len(sets)), key=lambda index: len(sets[index].input_ids))
+        order = sorted(range(len(sets)), key=lambda index: _batch_order(sets[index]))
         sorted_watchers = watchers and [watchers[index] for index in order]
         answers = self._generate([sets[index] for index in order], max_new_tokens, options, sorted_watchers)
         yield from zip(order, answers, strict=True)
@@ -218,13 +213,14 @@ class Runner:
             stack.callback(generator.shutdown, cancel_futures=True)
             in_flight: deque[tuple[list[tuple[int, Pruned]], Future[list[Generated | GridpruneError]]]] = deque()
             waiting: list[tuple[int, Pruned]] = []
-            held = 0  # bytes of image embeds that wait
+            held = 0  # bytes of image embeds that wait, and of their prefixes, each of which several sets may share
+            prefixes: set[int] = set()
 
             def texts(sets: Sequence[PrunedSet]) -> list[Generated | GridpruneError]:
                 return list(self._generate(sets, max_new_tokens, options))
 
             def send() -> None:
-                waiting.sort(key=lambda pair: len(pair[1].pruned.input_ids))
+                waiting.sort(key=lambda pair: _batch_order(pair[1].pruned))
                 size = self._to_answer.size
                 for start in range(0, len(waiting), size):
                     batch = waiting[start : start + size]
@@ -246,14 +242,67 @@ class Runner:
                     continue
                 waiting.append((index, pruned))
                 held += pruned.pruned.image_embeds.nbytes
+                prefix = pruned.pruned.prefix
+                if prefix is not None and id(prefix) not in prefixes:
+                    held += prefix.nbytes
+                    prefixes.add(id(prefix))
                 if len(waiting) >= GROUP * self._to_answer.size or held > MAX_BYTES:
                     send()
                     held = 0
+                    prefixes.clear()
                 while in_flight and (len(in_flight) > GROUP or in_flight[0][1].done()):
                     yield from receive()
             send()
             while in_flight:
                 yield from receive()
+
+
+def _load_signals(family: Family, requests: Sequence[Request], parts: Sequence[str]) -> None:
+    """Loads what pruning needs beside `parts`: a text tower, embeddings or layers, the trained compressor."""
+    in_parts = family.relevance_kind == "attention" and "language" in parts
+    for request in requests:
+        if request.pruning.plc == "trained":
+            _ = family.compressor
+        if "question_embeds" in request.pruning.method.requires:
+            family.vocabulary.load()
+        if request.pruning.needs_relevance and not in_parts:
+            family.load_relevance()
+
+
+def _batch_order(pruned: PrunedSet) -> tuple[bool, int]:
+    """Sorts sets with a prefix to one another, since these are run apart from the others, and then by length."""
+    return pruned.prefix is not None, len(pruned.input_ids)
+
+
+def _select(encoder: Encoder, requests: Sequence[EncodedRequest], with_prefix: bool | None) -> list[PrunedSet]:
+    """The pruned sets of requests whose images are encoded, and localised; `with_prefix` as in `build_pruned_sets`."""
+    requests = with_prompts(encoder.family, requests)
+    signals = compute_signals(encoder.family, requests, encoder.prefixes)
+    kept = select_tokens(requests, signals)
+    return build_pruned_sets(encoder.family, requests, signals, kept, encoder.prefixes, with_prefix=with_prefix)
+
+
+def add_prefixes(runner: Runner, encoded: Iterable[Encoded], refresh: bool) -> Iterator[Encoded]:
+    """The encoded images, once the prefix of a prompt about each is in the cache. One without gives its error.
+
+    Loads the projector and the first layers of the language model. Raises BadInput where the image sees the question,
+    so that there is no prefix for all questions.
+    """
+    family = runner.family
+    if family.sees_question:
+        reason = f"in {family.checkpoint.name} the image sees the question, so each has a prefix of its own"
+        raise BadInput(f"{reason}; leave it out", field="with_prefix")
+    with MODELS, runner.stopwatch.measure("load"):
+        family.load("projector")
+        family.first_layers(family.relevance_depth)
+    for name, result, hit in encoded:
+        outcome = result
+        if isinstance(result, EncodedImage):
+            try:
+                runner.encoder.prefixes.warm(result, refresh=refresh)
+            except Exception as error:
+                outcome = as_error(error).about(name)
+        yield name, outcome, hit
 
 
 def _localize(runner: Runner, requests: Sequence[EncodedRequest]) -> list[EncodedRequest]:

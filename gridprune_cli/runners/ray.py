@@ -71,11 +71,11 @@ class Ray:
             )
 
     def encode(
-        self, runner: "Runner", images: Sequence[str | Path], *, refresh: bool = False
+        self, runner: "Runner", images: Sequence[str | Path], *, refresh: bool = False, with_prefix: bool = False
     ) -> Iterator[tuple[str, Encoded | GridpruneError, bool]]:
         """As `runner.encode` with `store`; the encoded images themselves stay in the cache."""
         names = [str(image) for image in images]
-        job = partial(_encode, refresh=refresh)
+        job = partial(_encode, refresh=refresh, with_prefix=with_prefix)
         return self._run(runner, names, lambda name: (name,), runner.batch_sizes[0], job, refresh)
 
     def answer(
@@ -325,6 +325,7 @@ class _Worker:
         self.pictures: dict[str, Picture] = {}
         encoder, localizers = pickle.loads(model)
         self.store = encoder.store = _Noting(encoder.store.root, self.notices.append) if encoder.store else None
+        encoder.prefixes.store = self.store
         self.runner = Runner(encoder, localizers, images=size, questions=size, load=self._load)
         self.job = job
 
@@ -380,9 +381,11 @@ class _Noting(Store):
         self.written += written
 
 
-def _encode(runner: "Runner", names: list[str], refresh: bool) -> list[tuple[str, Encoded | GridpruneError, bool]]:
+def _encode(
+    runner: "Runner", names: list[str], refresh: bool, with_prefix: bool
+) -> list[tuple[str, Encoded | GridpruneError, bool]]:
     results: list[tuple[str, Encoded | GridpruneError, bool]] = []
-    for name, encoded, hit in runner.encode(names, refresh=refresh, store=True):
+    for name, encoded, hit in runner.encode(names, refresh=refresh, with_prefix=with_prefix, store=True):
         if isinstance(encoded, GridpruneError):
             results.append((name, encoded, hit))
         else:

@@ -115,7 +115,7 @@ def _request(url: str, hosts: Hosts, most: int, end: float) -> tuple[int, str | 
         while piece := response.read1(_CHUNK):
             size += len(piece)
             if size > most:
-                raise BadInput(f"more than {most >> 20} MiB")
+                raise BadInput(f"more than {most} bytes")
             pieces.append(piece)
         if time.monotonic() > end or response.length:  # the alarm, or the host, cut it off
             raise BadInput(f"not all there after {SECONDS:g} s")

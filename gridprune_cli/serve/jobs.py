@@ -10,6 +10,8 @@ from time import monotonic
 from gridprune_cli.serve.replies import Outcome
 from gridprune_cli.serve.wire import ChatRequest
 
+MAX_BATCH = 32  # jobs that are answered together, as many questions as in `batch`
+
 Client = tuple[str, str]
 """Who asks: the host's address, and the `user` that a request names."""
 
@@ -45,6 +47,7 @@ class Job:
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     arrived: float = field(default_factory=monotonic)  # seconds
     cancelled: bool = False  # whether nobody waits for it any more
+    sent: str = ""  # of the answer, as a stream
     resolved: bool = False  # whether its last event was sent
 
     def tell(self, event: Event) -> None:

@@ -80,6 +80,8 @@ class Pictures:
             raise Refusal(403, "outside of the folders that the server was allowed to read", code="path_not_allowed")
         if not os.path.isfile(resolved):
             raise BadInput("no such file")
+        if os.path.getsize(resolved) > self._most:
+            raise BadInput(f"more than {self._most} bytes")
         data = read_image(resolved)
         if os.path.realpath(resolved) != resolved:  # a link took the place of a folder meanwhile
             raise Refusal(403, "outside of the folders that the server was allowed to read", code="path_not_allowed")

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.vlm.checkpoint import Checkpoint, find, find_clip
+from gridprune_cli.vlm.checkpoint import Checkpoint, find
 from gridprune_cli.vlm.support import FAMILIES, quantization, unsupported
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def open_model(
     if clip:
         if relevance not in ("auto", "clip"):
             raise BadInput(f"not with `relevance={relevance}`; leave one of them out", field="clip", value=clip)
-        family.clip = find_clip(checkpoint, clip)
+        family.take_clip(clip)
     checkpoint.complete(field)
     return family
 

@@ -9,43 +9,48 @@ below which all but one in a hundred tokens are, so that the few *sinks* that la
 tower; this is ours. Chosen on tuning seeds of the synthetic scenes, see docs/method.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.tokens import EncodedImage
+from gridprune_cli.tokens import EncodedImage, Prefix
 from gridprune_cli.vlm.family import Family
-from gridprune_cli.vlm.prefix import Prefix, attend_images, prefix_length
+from gridprune_cli.vlm.prefix import attend_images, prefix_length
 
 SINKS = 100  # one token in so many may have more than c; where there are no sinks, as in the scenes, it changes nothing
 
 
 def attention_relevance(
     family: Family,
-    prompt: Tensor,
-    images: Sequence[EncodedImage],
-    prefix: Prefix | None = None,
-    *,
-    one_scale: bool = False,
-) -> list[Tensor]:
+    prompts: Sequence[Tensor],
+    images: Sequence[Sequence[EncodedImage]],
+    one_scale: Sequence[bool],
+    find_prefix: Callable[[Tensor, Sequence[EncodedImage]], Prefix] | None = None,
+) -> list[list[Tensor]]:
     """The relevance of each image's visual tokens to the text behind the images: `(N,)` float32 in 0..1, on the CPU.
 
-    `prompt` are the token ids `(L,)` with all placeholders. `prefix` is the prompt's own, of `relevance_depth` layers;
-    without one all of the prompt goes through the layers. Each image has a scale of its own, or all of them have one.
-    Raises BadInput where there is no text behind the last image, GridpruneError as `attend_images`.
+    `prompts` are token ids `(L,)` with all placeholders, each with its images. Each image has a scale of its own, or
+    all of a prompt's have one, as `one_scale` says of each prompt. `find_prefix` gives the prefix of a prompt and its
+    images, of `relevance_depth` layers; without it all of each prompt goes through the layers. Raises BadInput where
+    there is no text behind the last image, GridpruneError as `attend_images`.
     """
-    if prefix_length(family, prompt) == len(prompt):
+    if any(prefix_length(family, prompt) == len(prompt) for prompt in prompts):
         raise BadInput(
             "relevance from attention is that of the text behind the last image, and there is none; put the question "
             "behind it",
             field="template",
         )
     depth = family.relevance_depth
-    attention = attend_images(family, prompt, images, depth, prefix, heads="max", queries="max")
+    attention = attend_images(family, prompts, images, depth, find_prefix, heads="max", queries="max")
+    return [_scale_images(*of_prompt) for of_prompt in zip(attention, one_scale, strict=True)]
+
+
+def _scale_images(attention: Sequence[Tensor], one_scale: bool) -> list[Tensor]:
+    """Attention to each image's visual tokens `(N,)`, brought to 0..1: each image's by itself, or all on one scale."""
     if one_scale:
-        return list(scale_attention(torch.cat(attention)).split([len(of_image) for of_image in attention]))
+        return list(scale_attention(torch.cat(list(attention))).split([len(of_image) for of_image in attention]))
     return [scale_attention(of_image) for of_image in attention]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
 from gridprune_cli.errors import BadInput
-from gridprune_cli.vlm.checkpoint import Checkpoint
+from gridprune_cli.vlm.checkpoint import CLIP_NAMES, Checkpoint
 from gridprune_cli.vlm.support import quantization, unsupported
 
 
@@ -54,8 +54,8 @@ def _look_into(name: str, folder: Path, commit: str, size: int) -> CachedModel:
         return CachedModel(name, None, size, "no config.json, so no model in transformers' format")
     except (OSError, ValueError, KeyError, TypeError):
         return CachedModel(name, None, size, "its config.json can't be read, or names no model_type")
-    if family == "clip":
-        reason = "a CLIP, for relevance alone: name it as `clip`"
+    if family in CLIP_NAMES:
+        reason = f"a {CLIP_NAMES[family]}, for relevance alone: name it as `clip`"
     else:
         try:
             reason = unsupported(checkpoint.config) or checkpoint.lacks()

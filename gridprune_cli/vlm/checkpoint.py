@@ -16,14 +16,20 @@ from gridprune_cli.vlm.identity import identify_folder
 from gridprune_cli.vlm.weights import SAFE, weight_files
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionConfig
-
     from gridprune_cli.cache.store import Store
 
 EMBEDDED = "scenes"
 EMBEDDED_LOCALIZER = "scenes-localizer"
 
 CLIP_TOWER = "clip_vision_model"
+# the model_type of a vision tower -> that of the model with a text tower which such towers are taken from
+_TEXT_TOWERS = {
+    CLIP_TOWER: "clip",
+    "siglip_vision_model": "siglip",
+    "idefics3_vision": "siglip",
+    "smolvlm_vision": "siglip",
+}
+CLIP_NAMES = {"clip": "CLIP", "siglip": "SigLIP"}  # as errors write them
 _KNOWN_TOWERS = {  # the CLIP on the hub that towers were taken from: what their config says
     "openai/clip-vit-large-patch14-336": {
         "model_type": CLIP_TOWER,
@@ -42,6 +48,9 @@ _TOWER_SIZES = (
     "patch_size",
     "hidden_act",
 )
+# SigLIP's towers are used at other image sizes than its own, with position embeddings to fit (Gemma 3 at 896 pixels,
+# PaliGemma at 448), and with the last layer left out (the LLaVA models): neither changes what scores patches
+_FREE_OF_SIGLIP = ("image_size", "num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,20 @@ class Checkpoint:
         return self.config.get("vision_config") or {}
 
     @cached_property
-    def clip_tower(self) -> "CLIPVisionConfig | None":
-        """The config of its vision tower, with the values that it leaves out, where that is a CLIP's."""
+    def clip_tower(self) -> Any:
+        """The config of its vision tower, with the values that it leaves out, where that is a CLIP's or SigLIP's.
+
+        None where it is neither.
+        """
         from transformers import AutoConfig
 
         tower = getattr(AutoConfig.from_pretrained(self.folder, local_files_only=True), "vision_config", None)
-        return tower if getattr(tower, "model_type", None) == CLIP_TOWER else None
+        return tower if getattr(tower, "model_type", None) in _TEXT_TOWERS else None
+
+    @property
+    def clip_kind(self) -> str | None:
+        """Of which kind of model with a text tower its vision tower is: "clip", "siglip", or None for neither."""
+        return None if self.clip_tower is None else _TEXT_TOWERS[self.clip_tower.model_type]
 
     @property
     def stored(self) -> str:
@@ -158,14 +175,21 @@ def find(model: str, revision: str | None = None, *, field: str = "model", store
     return checkpoint
 
 
+def model_key(model: str) -> str:
+    """What a model is remembered by: a folder by its whole path, from wherever it is named; any other by its name."""
+    folder = os.path.expanduser(model)
+    embedded = model in (EMBEDDED, EMBEDDED_LOCALIZER)
+    return os.path.realpath(folder) if os.path.isdir(folder) and not embedded else model
+
+
 def find_clip(checkpoint: Checkpoint, named: str | None = None) -> Checkpoint:
-    """The CLIP checkpoint that a model's tower was taken from, for relevance.
+    """The CLIP or SigLIP checkpoint that a model's tower was taken from, for relevance.
 
     It is what the user named; else the sub-folder `clip`; else, for towers that are known, the one on the hub, which is
     fetched where it is not here. Raises BadInput where there is none of these, or it can't be the tower's.
     """
-    if checkpoint.clip_tower is None:
-        reason = f"the tower of {checkpoint.name} is no CLIP; leave `clip` out"
+    if checkpoint.clip_kind is None:
+        reason = f"the tower of {checkpoint.name} is no CLIP or SigLIP; leave `clip` out"
         raise BadInput(reason, field="clip", value=named)
     if named:
         clip = find(named, field="clip", store=checkpoint.store)
@@ -179,7 +203,8 @@ def find_clip(checkpoint: Checkpoint, named: str | None = None) -> Checkpoint:
     repo = next((name for name, sizes in _KNOWN_TOWERS.items() if sizes.items() <= tower.items()), None)
     if repo is None:
         raise BadInput(
-            "which CLIP its tower was taken from is not known; name it as `clip`, or take `relevance=attention`",
+            f"which {CLIP_NAMES[checkpoint.clip_kind]} its tower was taken from is not known; name it as `clip`, or "
+            "take `relevance=attention`",
             place=checkpoint.name,
         )
     return _known_clip(repo)
@@ -208,21 +233,36 @@ def _known_clip(repo: str) -> Checkpoint:
 
 
 def _check_clip(clip: Checkpoint, checkpoint: Checkpoint, subject: dict[str, str]) -> None:
-    """Raises BadInput, about a subject, where the tower of a model can't have been taken from a CLIP."""
-    if clip.family != "clip":
-        raise BadInput(f"model type {clip.family!r} is no CLIP with a text tower; name another", **subject)
+    """Raises BadInput, about a subject, where the tower of a model can't have been taken from a CLIP or SigLIP."""
+    kind = checkpoint.clip_kind
+    assert kind is not None
+    name = CLIP_NAMES[kind]
+    if clip.family != kind:
+        raise BadInput(f"model type {clip.family!r} is no {name} with a text tower; name another", **subject)
     from transformers import AutoConfig
 
+    # 1. what must be equal: (of the CLIP, of the model's tower)
     config, tower = AutoConfig.from_pretrained(clip.folder, local_files_only=True), checkpoint.clip_tower
     pairs = {size: (getattr(config.vision_config, size), getattr(tower, size)) for size in _TOWER_SIZES}
-    # many configs repeat in their tower's the width that CLIP's two halves meet in
-    stated = checkpoint.tower.get("projection_dim")
-    if stated not in (None, config.projection_dim, config.vision_config.projection_dim):
-        pairs["projection_dim"] = config.projection_dim, stated
+    if kind == "siglip":
+        layers = pairs["num_hidden_layers"]
+        for size in _FREE_OF_SIGLIP:
+            del pairs[size]
+        if layers[0] < layers[1]:
+            pairs["num_hidden_layers"] = layers
+        if not config.vision_config.vision_use_head:
+            reason = "its vision tower has no pooling head, by which patches are scored; name a copy that has it"
+            raise BadInput(reason, **subject)
+    else:
+        # many configs repeat in their tower's the width that CLIP's two halves meet in
+        stated = checkpoint.tower.get("projection_dim")
+        if stated not in (None, config.projection_dim, config.vision_config.projection_dim):
+            pairs["projection_dim"] = config.projection_dim, stated
+    # 2. the first that is not
     for size, (its, needed) in pairs.items():
         if its != needed:
             raise BadInput(
-                f"can't be the CLIP of this tower: its {size} is {its}, that of {checkpoint.name} {needed}; "
-                "name the CLIP that the tower was taken from as `clip`, or take `relevance=attention`",
+                f"can't be the {name} of this tower: its {size} is {its}, that of {checkpoint.name} {needed}; "
+                f"name the {name} that the tower was taken from as `clip`, or take `relevance=attention`",
                 **subject,
             )

@@ -9,12 +9,12 @@ h_i is the patch's hidden state of the penultimate layer, LN_post and W_v CLIP's
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPModel, PreTrainedModel
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.vlm.checkpoint import Checkpoint
@@ -23,15 +23,13 @@ from gridprune_cli.vlm.weights import tensors
 
 _TEXTS = 8192  # questions whose vectors are held: 25 MB at 768 numbers each
 _BATCH = 64  # texts that the text tower reads at once
-# all of the vision tower but its last layer norm
-_WITHOUT = tuple(f"vision_model.{name}" for name in ("embeddings", "pre_layrnorm", "encoder"))
 # weights of a tower that are compared with its CLIP's: few, of its start and its middle, so that it costs no time
 _COMPARED = tuple(f"{n}.weight" for n in ("patch_embedding", "layers.0.self_attn.q_proj", "layers.{}.self_attn.q_proj"))
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def weights_differ(model: Path, clip: Path) -> bool:
-    """Whether some weights of a model's tower differ from its CLIP's by more than rounding to 16 bits makes.
+    """Whether weights of a model's tower differ from its CLIP's or SigLIP's by more than rounding to 16 bits makes.
 
     The arguments are folders of checkpoints. What can't be compared, as quantised weights, counts as equal.
     """
@@ -54,7 +52,18 @@ def _towers_weights(folder: Path) -> dict[str, Tensor]:
 
 
 class ClipRelevance:
-    """The companion CLIP checkpoint of a tower, without the tower. Loaded at first use."""
+    """The companion CLIP checkpoint of a tower, without the tower. Loaded at first use.
+
+    model_class  transformers' class of it
+    without      dotted paths of what is not read: the vision tower, but for what stands behind its layers
+    """
+
+    model_class: ClassVar[type[PreTrainedModel]] = CLIPModel
+    without: ClassVar[tuple[str, ...]] = (
+        "vision_model.embeddings",
+        "vision_model.pre_layrnorm",
+        "vision_model.encoder",
+    )
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
@@ -63,7 +72,7 @@ class ClipRelevance:
 
     @cached_property
     def model(self) -> Any:
-        return load_part(CLIPModel, self.checkpoint.folder, _WITHOUT, self.dtype, self.device)
+        return load_part(self.model_class, self.checkpoint.folder, self.without, self.dtype, self.device)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -109,15 +118,10 @@ class ClipRelevance:
         A question longer than the text tower takes is read in pieces of its full length; the cosines of the pieces are
         averaged, so no word is dropped.
         """
-        room = self.model.config.text_config.max_position_embeddings - 2
-        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         lengths: dict[int, list[tuple[str, list[int]]]] = {}
         for question in dict.fromkeys(questions):
             if question not in self._texts:
-                # not `verbose`: it would warn of a length that is never read at once
-                ids = self.tokenizer(question, add_special_tokens=False, verbose=False).input_ids
-                for i in range(0, max(1, len(ids)), room):
-                    piece = [first, *ids[i : i + room], last]
+                for piece in self._pieces(question):
                     lengths.setdefault(len(piece), []).append((question, piece))
         vectors: dict[str, list[Tensor]] = {}
         for pieces in lengths.values():
@@ -130,3 +134,15 @@ class ClipRelevance:
         self._texts |= {question: torch.stack(of_pieces) for question, of_pieces in vectors.items()}
         for question in list(self._texts)[:-_TEXTS]:
             del self._texts[question]
+
+    def _pieces(self, question: str) -> list[list[int]]:
+        """Token ids of a question as the text tower reads it, in pieces that are no longer than it takes."""
+        room = self.model.config.text_config.max_position_embeddings - 2
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return [[first, *piece, last] for piece in self._split(question, room)]
+
+    def _split(self, text: str, room: int) -> list[list[int]]:
+        """Token ids of a text without special tokens, `room` at a time; at least one piece, which may be empty."""
+        # not `verbose`: it would warn of a length that is never read at once
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return [ids[i : i + room] for i in range(0, max(1, len(ids)), room)]

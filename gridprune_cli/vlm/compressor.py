@@ -2,7 +2,7 @@
 
 It starts from the features that pooling gives and adds what it was trained to add: each kept token looks, by
 cross-attention, at all tokens on its own side of the region's border. The query of a token inside comes from its pooled
-features; one outside has a learnable query on top of that. CROP's layers and sizes are not public; these are ours.
+features; one outside has a learnable query on top of that. CROP's layers and sizes were not read; these are ours.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gridprune_cli.errors import GridpruneError
 
 FILE = "compressor.safetensors"
-HEAD = 32  # width of an attention head; with QUERIES ours, since CROP's are not public
+HEAD = 32  # width of an attention head; with QUERIES ours, since CROP's were not read
 QUERIES = 16  # learnable ones
 _RELEVANCE_SCALE = 10.0  # relevance is a cosine; times this it is about as large as normed features are
 

@@ -194,5 +194,5 @@ class Family(RelevanceSource, PromptWriter):
         return 1
 
     def rotary(self, hidden_states: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """The position embeddings that a layer gets for `positions` `(B, n)` in a text."""
+        """The position embeddings that a layer gets for `positions` `(B, n)` in a text, or `(axes, B, n)`."""
         return self.load("language").get_submodule(self.text_model).rotary_emb(hidden_states, positions)

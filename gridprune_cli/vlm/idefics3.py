@@ -25,6 +25,7 @@ class Idefics3(InternVL):
     }
     text_model = "model.text_model"
     batched = False
+    patches_normed: ClassVar[bool | None] = True
     vllm = "vLLM counts its image tokens by the picture's size and takes no image embeds in their place"
 
     @property

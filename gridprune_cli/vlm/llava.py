@@ -16,6 +16,7 @@ from gridprune_cli.vlm.family import Encoding, Family
 class Llava(Family):
     model_class = LlavaForConditionalGeneration
     processor_class = LlavaProcessor
+    patches_normed: ClassVar[bool | None] = False
     vllm = ""
     modules: ClassVar = {
         "tower": ("model.vision_tower",),

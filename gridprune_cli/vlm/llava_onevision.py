@@ -21,6 +21,7 @@ class LlavaOnevision(LlavaNext):
     model_class = LlavaOnevisionForConditionalGeneration
     processor_class = LlavaOnevisionProcessor
     encodes_multi_image = True
+    patches_normed = None
 
     @property
     def width(self) -> int:

@@ -28,6 +28,7 @@ class PaliGemma(Family):
     }
     batched = True
     sees_question: ClassVar[bool] = True
+    patches_normed: ClassVar[bool | None] = True
     vllm = "vLLM takes image embeds for it, but writes more tokens around them, which this version does not allow for"
 
     @torch.inference_mode()

@@ -94,5 +94,5 @@ class Qwen2VL(Family):
         return places
 
     def rotary(self, hidden_states: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """All axes count on as in text."""
-        return super().rotary(hidden_states, positions[None], layer)
+        """In a text all axes count on alike."""
+        return super().rotary(hidden_states, positions if positions.dim() == 3 else positions[None], layer)

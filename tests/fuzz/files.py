@@ -1,7 +1,8 @@
 """Mutated cache entries and pruned sets, from whole ones and a `random.Random`.
 
 `raw` changes bytes, so that the digests tell. `semantic` changes what a file says and writes the digests anew, so that
-only a look at the contents tells: the result is refused, or as good as any other file. `PRUNED_FAULTS` and
+only a look at the contents tells: the result is refused, or as good as any other file. `PRUNED_FAULTS`,
+`SELECTION_FAULTS` (of a set whose schedule lists what stays), `PREFIX_FAULTS` (of one that holds its prefix) and
 `ENTRY_FAULTS` are changes that must be refused.
 """
 
@@ -304,4 +305,39 @@ PRUNED_FAULTS: dict[str, Fault] = {
     "no remarks": lambda header, _: header.pop("remarks"),
     "remarks a text": put("remarks", value="turned"),
     "method a text": put("method", value="gridprune"),
+}
+
+_LISTED = ("schedule", "stages", 0, "rule", "tokens")
+
+SELECTION_FAULTS: dict[str, Fault] = {
+    "no list": put(*_LISTED, value=3),
+    "a list of text": put(*_LISTED, value=["1", "5"]),
+    "one twice": put(*_LISTED, value=[1, 1]),
+    "unsorted": put(*_LISTED, value=[5, 1]),
+    "below 0": put(*_LISTED, value=[-1, 5]),
+    "out of range": put(*_LISTED, value=[1, 6]),
+    "beyond 64 bits": put(*_LISTED, value=[1, 2**70]),
+    "more than the budget": put(*_LISTED, value=[1, 4, 5]),
+    "less than the budget": put(*_LISTED, value=[5]),
+    "another image's": put(*_LISTED, value=[4, 5]),
+    "no option": put("schedule", "stages", 0, "rule", value={"name": "selection"}),
+    "a stage more": lambda header, _: header["schedule"]["stages"].append(
+        {"layer": 3, "rule": {"name": "attention"}, "keep": [1, 1], "positions": "original"}
+    ),
+    "budgets of all tokens": put("images", 0, "zones", "budgets", value=[2]),
+    "another rule's compact positions": put("schedule", "stages", 0, "rule", value={"name": "attention"}),
+}
+
+PREFIX_FAULTS: dict[str, Fault] = {
+    **_tensor_faults(("prefix_keys", "prefix_values", "prefix_hidden_states"), ("prefix_ids",)),
+    "no placeholder_map": drop("placeholder_map"),
+    "placeholder_map without an axis": swap("placeholder_map", lambda places: places[0]),
+    "image_embeds beside it": lambda _, tensors: tensors.update(image_embeds=torch.zeros(6, 4)),
+    "another prompt's": swap("prefix_ids", lambda ids: ids + 1),
+    "of a longer prompt": lambda _, tensors: tensors.update(
+        input_ids=tensors["input_ids"][:6], position_ids=tensors["position_ids"][:6]
+    ),
+    "of other tokens": lambda _, tensors: tensors.update(
+        kept=tensors["kept"][:5], placeholder_map=tensors["placeholder_map"][:5]
+    ),
 }

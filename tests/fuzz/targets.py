@@ -300,7 +300,7 @@ def run_signals(random: Random) -> str:
         vision_features=numbers(count, 6),
         image_embeds=numbers(count, 4),
         question_embeds=numbers(random.choice((1, 3)), 4),
-        relevance_by_clip=random.random() < 0.5,
+        relevance_sign=random.choice((1, -1)),
     )
     k = random.randint(1, count)
     name = random.choice(list(METHODS))

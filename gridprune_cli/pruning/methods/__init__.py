@@ -24,7 +24,7 @@ from gridprune_cli.pruning.methods.uniform import Uniform
 from gridprune_cli.pruning.methods.visionzip import VisionZip
 from gridprune_cli.pruning.methods.vispruner import VisPruner
 from gridprune_cli.pruning.methods.vtw import VTW
-from gridprune_cli.pruning.schedule import Region, RegionAttention, Rule
+from gridprune_cli.pruning.schedule import Region, RegionAttention, Rule, Selection
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -52,11 +52,12 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
-# the rules of stages, for those that are read from a file: the methods', and those of inner pruning by region
+# the rules of stages, for those that are read from a file: the methods', and those of `Pruning.ilp`
 _RULES: tuple[type[Rule], ...] = (
     *(rule for method in METHODS.values() for rule in method.rules),
     Region,
     RegionAttention,
+    Selection,
 )
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in _RULES}
 

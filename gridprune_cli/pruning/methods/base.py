@@ -47,6 +47,11 @@ class Method(ABC):
         """The same method with other values for some of its options. Raises ValueError for values out of range."""
         return replace(self, **options)
 
+    @property
+    def merges(self) -> bool:
+        """Whether other tokens are merged into those that it keeps."""
+        return type(self).merge_weights is not Method.merge_weights
+
     # ---- for callers -------------------------------------------------------------------------------------------------
 
     def select_batch(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:
@@ -138,8 +143,8 @@ def values(signals: Signals, name: str) -> Tensor:
 
 
 def signed_relevance(signals: Signals, sign: int) -> Tensor:
-    """Relevance times its sign, (N,) float64. Sign 0 stands for -1 with CLIP's relevance and 1 with any other."""
-    return values(signals, "relevance") * (sign or (-1 if signals.relevance_by_clip else 1))
+    """Relevance times its sign, (N,) float64. Sign 0 stands for the model's, `Signals.relevance_sign`."""
+    return values(signals, "relevance") * (sign or signals.relevance_sign)
 
 
 def merge_matrix(

@@ -22,7 +22,7 @@ class CDPruner(Method):
         L_ij = q_i * cos(x_i, x_j) * q_j
         argmax_j det(L of taken and j) / det(L of taken), by a Cholesky factor that grows by a row per token
 
-    relevance_sign  1, -1, or 0 for the published choice: -1 with CLIP's relevance, 1 with any other
+    relevance_sign  1, -1, or 0 for the model's: as published -1 with CLIP's relevance, 1 with any other
 
     Departures: a question longer than CLIP's text tower takes is read in the pieces of our own relevance. Where all
     tokens left are combinations of taken ones, which the published code does not look at and may answer with NaN, the

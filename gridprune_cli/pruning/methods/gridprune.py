@@ -11,13 +11,13 @@ from torch import Tensor
 from gridprune_cli.pruning.budget import allocate, softmax_shares
 from gridprune_cli.pruning.methods.base import Method, check_sign, values
 from gridprune_cli.pruning.region import inside_each
-from gridprune_cli.pruning.select import best_by_zone
+from gridprune_cli.pruning.select import best_by_zone, best_spaced
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.zones import Zones, zone_index
 
 SALIENCY_SCALES = ("minmax", "max", "rank", "none")
 
-LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none"}
+LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none", "spacing": 0.0}
 """The options under which the published formulas are taken as they stand; signals then have no region."""
 
 
@@ -25,11 +25,15 @@ LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none"}
 class GridPrune(Method):
     """Budgets per zone from the zones' mean relevance, and within a zone the top tokens by relevance and saliency.
 
+    With a spacing, tokens are taken one by one over all zones, each lowering the scores of the tokens around it, and a
+    zone's budget may be exceeded by one. So tokens of several objects stay, where the highest scores are all of one.
+
     zone            side of a zone in tokens
     alpha           weight of saliency in a token's score, 0..1; relevance, mapped to 0..1, has the rest
     temperature     of the softmax over zones, above 0: lower gives relevant zones more
     saliency_scale  how saliency is brought to 0..1: "minmax", "max", "rank" or "none"
     region_share    share of K for the contextual region, 0..1, where the signals have one
+    spacing         how far around it a token lowers the others' scores: a standard deviation in tokens, 0 or more
     relevance_sign  1, or -1 where low relevance marks what the question is about
 
     The paper publishes no values; the defaults were chosen by `python -m benchmarks.sweeps`, see docs/results.md.
@@ -43,6 +47,7 @@ class GridPrune(Method):
     temperature: float = 0.3
     saliency_scale: str = "minmax"
     region_share: float = 0.5
+    spacing: float = 2.0
     relevance_sign: int = 1
 
     def __post_init__(self) -> None:
@@ -54,6 +59,8 @@ class GridPrune(Method):
                 raise ValueError(f"{option} must be from 0 to 1, not {getattr(self, option)}")
         if not (self.temperature > 0 and isfinite(self.temperature)):
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if not (self.spacing >= 0 and isfinite(self.spacing)):
+            raise ValueError(f"spacing must be 0 or more, not {self.spacing}")
         if self.saliency_scale not in SALIENCY_SCALES:
             raise ValueError(f"saliency_scale must be one of {', '.join(SALIENCY_SCALES)}, not {self.saliency_scale}")
         check_sign(self.relevance_sign)
@@ -86,8 +93,12 @@ class GridPrune(Method):
         means = (zeros.scatter_add(1, zone, relevance) / caps.clamp(min=1)).unflatten(1, (-1, zones.count))
         caps = caps.unflatten(1, (-1, zones.count))  # (B, H, Z)
         budgets = allocate(softmax_shares(means, caps, self.temperature), caps, torch.tensor(quotas))  # (B, H, Z)
-        # 4. the best of each zone
-        stays = best_by_zone(score, zone, budgets.flatten(1))  # (B, N)
+        # 4. the best of each zone; or the best of all, apart from each other, one more than its budget from a zone
+        if self.spacing == 0:
+            stays = best_by_zone(score, zone, budgets.flatten(1))  # (B, N)
+        else:
+            limits = torch.minimum(budgets + 1, caps).flatten(1)  # (B, H * Z)
+            stays = best_spaced(score, zone, limits, torch.tensor(quotas), first.views, self.spacing)  # (B, N)
         return list(stays.nonzero()[:, 1].split(list(ks)))
 
 

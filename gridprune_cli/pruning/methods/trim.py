@@ -15,7 +15,7 @@ from gridprune_cli.pruning.signals import Signals
 class Trim(Method):
     """The top K - 1 by relevance, and the mean of all others, which takes the place of the K-th.
 
-    relevance_sign  1, -1, or 0 for what the published code does: -1 with CLIP's relevance, 1 with any other
+    relevance_sign  1, -1, or 0 for the model's: as the published code -1 with CLIP's relevance, 1 with any other
     mean_token      False leaves the mean out, and the K-th token stays itself; so it does where K is 1
 
     Departures: relevance is a cosine, as in the paper, where the published code leaves out the patches' lengths. K is
@@ -32,6 +32,10 @@ class Trim(Method):
         """Raises ValueError where the sign is not 1, -1 or 0."""
         if self.relevance_sign not in (1, -1, 0):
             raise ValueError(f"relevance_sign must be 1, -1 or 0, not {self.relevance_sign}")
+
+    @property
+    def merges(self) -> bool:
+        return self.mean_token
 
     def score(self, signals: Signals) -> Tensor:
         return signed_relevance(signals, self.relevance_sign)

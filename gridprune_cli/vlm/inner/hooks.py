@@ -3,10 +3,11 @@
 At a stage's layer the hidden states of what leaves are dropped from the prompt. For that layer and all after it,
 position embeddings, position ids and masks are cut alike, and their part of the cache is that much shorter. Prompts of
 a batch may keep different numbers of tokens, and are padded on the left again. In decoding, these layers get masks that
-are made here, since the model makes its own for layers that hold the whole prompt.
+are made here, since the model makes its own for layers that hold the whole prompt. Prompts that go on from a cached
+prefix have no other hooks than these: see `prefix.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,24 +22,31 @@ from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.attention import NAME, watch_queries
 from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.inner.masks import cut_embeddings, cut_prefill_mask, decode_mask
+from gridprune_cli.vlm.inner.prefix import PrefixBatch
 from gridprune_cli.vlm.inner.prompt import PromptStages, Remaining
 
 
 @contextmanager
 def prune_inside(
-    family: Family, model: nn.Module, batch: Sequence[PrunedSet], ids: Tensor, mask: Tensor
+    family: Family,
+    model: nn.Module,
+    batch: Sequence[PrunedSet],
+    ids: Tensor,
+    mask: Tensor,
+    prefixes: PrefixBatch | None = None,
 ) -> Iterator[None]:
     """While this lasts, one run of the model over the left-padded prompts `ids` (B, L) prunes as the sets say.
 
-    `mask` (B, L) is 0 for padding. The prompt must be taken in one piece, with a cache that grows; prompts that
+    `mask` (B, L) is 0 for padding. With `prefixes` the run must be given their cache, and only the text behind them is
+    run through their layers. The prompt must be taken in one piece, with a cache that grows; prompts that
     `generate` repeats, as for beams, prune alike. Raises BadInput at a run that does otherwise, and GridpruneError
     where attention is not finite, or was set to a kind that can't be followed: neither eager nor what `Family.load`
     sets.
     """
-    if all(pruned.schedule is None for pruned in batch):
+    if prefixes is None and all(pruned.schedule is None for pruned in batch):
         yield
         return
-    run = _Run(family, model, batch, ids, mask)
+    run = _Run(family, model, batch, ids, mask, prefixes)
     with run.watching, ExitStack() as hooks:
         for number, layer in enumerate(run.layers):
             if number >= run.start:
@@ -48,13 +56,17 @@ def prune_inside(
 
 
 class _KeyRecorder:
-    """Stands before the cache for one layer: passes all on, and holds the keys, some of which a window drops."""
+    """Stands before the cache for one layer: passes all on, and holds the keys, some of which a window drops.
 
-    def __init__(self, cache: DynamicCache):
+    `prefixes` are those whose keys the cache may hold already, in layer `number`.
+    """
+
+    def __init__(self, cache: DynamicCache, prefixes: PrefixBatch | None, number: int):
         self.cache = cache
+        self.prefixes = prefixes if prefixes and number < prefixes.depth else None
 
     def update(self, keys: Tensor, values: Tensor, *layer: Any) -> tuple[Tensor, Tensor]:
-        self.keys = keys  # (B, heads, n, C)
+        self.keys = self.prefixes.prepend_keys(keys) if self.prefixes else keys  # (B, heads, n, C)
         return self.cache.update(keys, values, *layer)
 
     def of_prompt(self, number: int) -> Tensor:
@@ -68,8 +80,16 @@ class _Run:
     `generate` may repeat each of the B prompts, as for beams; tensors of the model then have B * repeats prompts.
     """
 
-    def __init__(self, family: Family, model: nn.Module, batch: Sequence[PrunedSet], ids: Tensor, mask: Tensor):
-        self.family = family
+    def __init__(
+        self,
+        family: Family,
+        model: nn.Module,
+        batch: Sequence[PrunedSet],
+        ids: Tensor,
+        mask: Tensor,
+        prefixes: PrefixBatch | None,
+    ):
+        self.family, self.prefixes = family, prefixes
         text: Any = model.get_submodule(family.text_model)
         self.layers, self.norm = text.layers, text.norm
         kind = text.config._attn_implementation
@@ -81,8 +101,9 @@ class _Run:
         self.mask = mask.cpu().bool()  # (B, L)
         is_image_token = (ids.cpu() == family.image_token) & self.mask
         self.prompts = [PromptStages(*pair) for pair in zip(batch, is_image_token, strict=True)]
-        first = min(layer for prompt in self.prompts for layer in prompt.stages)
-        self.start = 0 if any(prompt.rated for prompt in self.prompts) else first - 1  # the first layer with a hook
+        hooked = [layer - 1 for prompt in self.prompts for layer in prompt.stages]
+        hooked += [prefixes.depth] if prefixes else []
+        self.start = 0 if any(prompt.rated for prompt in self.prompts) else min(hooked)  # the first layer with a hook
         self.watching = ExitStack()  # of the attention of one layer at a time
         self.attention: list[Tensor] = []  # what that recorded
         self.recorder: _KeyRecorder | None = None  # of the layer before a stage that looks at its keys
@@ -96,7 +117,7 @@ class _Run:
             cache = kwargs.get("past_key_values")
             if not isinstance(cache, DynamicCache):
                 raise BadInput("pruning inside the language model needs generate's own cache", field="generation")
-            if cache.get_seq_length(number) == 0:
+            if cache.get_seq_length(number) == (self.prefixes.cached(number) if self.prefixes else 0):
                 hidden, kwargs = self._prefill(number, layer, args[0], kwargs)
                 return (hidden, *args[1:]), kwargs
             if number in self.remaining_at:
@@ -114,11 +135,13 @@ class _Run:
         # 1. at the first layer with a hook: a new run begins
         if number == self.start:
             self.remaining, self.remaining_at = None, {}
-            if hidden.shape[1] != self.mask.shape[1]:
+            if hidden.shape[1] != self.mask.shape[1] - (self.prefixes.length if self.prefixes else 0):
                 raise BadInput("pruning inside the language model needs the prompt in one piece", field="generation")
             for item, prompt in enumerate(self.prompts):
                 if rule := prompt.rated:
                     prompt.rate(rule, hidden[item * (len(hidden) // len(self.prompts))])
+        if self.prefixes and number == self.prefixes.depth:
+            hidden = self.prefixes.join(hidden)
         kwargs = self._layer_arguments(arguments, hidden, number, layer)
         # 2. at a stage: measure what is still missing, and drop what leaves
         if stages := self._stages(number):
@@ -137,7 +160,7 @@ class _Run:
             weights = self._query_weights(number + 1, hidden)
             self.attention = self.watching.enter_context(watch_queries(layer.self_attn, weights))
         if any(rule.keys == -1 for rule in next_rules):
-            self.recorder = _KeyRecorder(kwargs["past_key_values"])
+            self.recorder = _KeyRecorder(kwargs["past_key_values"], self.prefixes, number)
             kwargs = kwargs | {"past_key_values": self.recorder}
         return hidden, kwargs
 
@@ -153,7 +176,8 @@ class _Run:
             if (stage := prompt.stages.get(number)) and stage.rule.rated:
                 weights[item] = prompt.rater_weights
         weights = weights.repeat_interleave(len(hidden) // len(self.prompts), 0).to(hidden.device)
-        return weights if self.remaining is None else weights.gather(1, self.remaining.places) * self.remaining.valid
+        text = weights[:, -hidden.shape[1] :]  # which is all of the prompt but in a layer of a prefix
+        return text if self.remaining is None else weights.gather(1, self.remaining.places) * self.remaining.valid
 
     def _drop(self, number: int, layer: Any, hidden: Tensor, own_attention: list[Tensor]) -> Tensor:
         """Applies the stages at a layer: hidden states (B, n', D) of what stays."""
@@ -195,7 +219,8 @@ class _Run:
         measured: dict[str, Tensor] = {}
         here = entries.to(hidden.device)
         if rule.attention is not None:
-            measured["attention"] = attention[-1][item].cpu().double()[entries]
+            to_keys = attention[-1][item]  # (n,), or fewer: of a prefix, a window's cache holds the last keys alone
+            measured["attention"] = pad(to_keys, (hidden.shape[1] - len(to_keys), 0)).cpu().double()[entries]
         if rule.hidden_states:
             measured["hidden_states"] = self.norm(hidden[item, here])
         if rule.keys == 0:
@@ -203,13 +228,13 @@ class _Run:
         if rule.keys == -1:
             assert self.recorder is not None
             measured["keys"] = self.recorder.of_prompt(item)[here.to(self.recorder.keys.device)]
-        for name, values in measured.items():
-            if not bool(torch.isfinite(values).all()):
-                raise GridpruneError(f"the model's {name} hold values that are not finite; try `dtype=float32`")
+        _check_finite(measured)
         return measured
 
     def _layer_arguments(self, arguments: dict[str, Any], hidden: Tensor, number: int, layer: Any) -> dict[str, Any]:
         """A layer's arguments, cut to what remains of the prompts."""
+        if self.prefixes and number >= self.prefixes.depth:
+            arguments = self.prefixes.arguments(number, hidden, arguments)
         remaining = self.remaining
         if remaining is None:
             return arguments
@@ -248,3 +273,10 @@ class _Run:
             "attention_mask": decode_mask(new, answer, layer_cache, length, remaining, hidden, eager=self.eager),
             "position_embeddings": embeddings,
         }
+
+
+def _check_finite(measured: Mapping[str, Tensor]) -> None:
+    """Raises GridpruneError where what a rule looks at can't be compared."""
+    for name, values in measured.items():
+        if not bool(torch.isfinite(values).all()):
+            raise GridpruneError(f"the model's {name} hold values that are not finite; try `dtype=float32`")
