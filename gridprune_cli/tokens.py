@@ -18,7 +18,6 @@ from gridprune_cli.images import Source
 from gridprune_cli.pruning.methods import RULES
 from gridprune_cli.pruning.schedule import LayerSchedule
 from gridprune_cli.pruning.signals import Box, View
-from gridprune_cli.pruning.zones import zone_index
 
 SCHEMA = 4  # of a pruned set's file; an encoded image's is `cache.layout.SCHEMA`, which the cache checks
 
@@ -150,13 +149,6 @@ class Origin:
         """Rows and columns; of several views, a list of those."""
         grids = [[view.rows, view.cols] for view in self.views]
         return grids[0] if len(grids) == 1 else grids
-
-    def budgeted_zones(self, zone: int) -> list[tuple[int, ...]]:
-        """Each zone of side `zone`: view, row0, col0, row1, col1 and its budget. Nothing for methods without zones."""
-        if self.zones is None:
-            return []
-        rectangles = zone_index(self.views, zone)[1].rectangles()
-        return [(*rectangle, n) for rectangle, n in zip(rectangles, self.zones["budgets"], strict=True)]
 
     @classmethod
     def from_header(cls, image: dict[str, Any]) -> "Origin":
@@ -317,26 +309,6 @@ class PrunedSet:
             "ratios": each("ratios"),
             "notes": list(self.notes),
         }
-
-    def figures(self) -> list[dict[str, Any]]:
-        """What there is to draw of each image, in plain values. Indices of `kept` count the image's own tokens.
-
-        A zone is its view, row0, col0, row1, col1 (exclusive ends, in tokens) and its budget.
-        """
-        figures, first, selected = [], 0, self.selected
-        for image in self.images:
-            end = first + image.count
-            figures.append(
-                {
-                    "views": [{"rows": view.rows, "cols": view.cols, "box": list(view.box)} for view in image.views],
-                    "kept": (selected[(selected >= first) & (selected < end)] - first).tolist(),
-                    "relevance": None if self.relevance is None else self.relevance[first:end].tolist(),
-                    "zones": image.budgeted_zones(self.method.get("zone", 1)),
-                    "region": list(image.region) if image.region else None,
-                }
-            )
-            first = end
-        return figures
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> "PrunedSet":

@@ -16,7 +16,8 @@ import httpx2
 import pytest
 from browser import CHROMIUM, Browser
 from PIL import Image
-from served import SAMPLES, wait_until
+from served import SAMPLES, chat_body, wait_until
+from served import ask as post
 
 from gridprune_cli.choices import list_methods
 from gridprune_cli.tokens import load_pruned
@@ -214,6 +215,23 @@ def test_models_say_what_the_page_offers(port):
     reply = httpx2.get(f"http://127.0.0.1:{port}/v1/models", headers={"Authorization": f"Bearer {KEY}"})
     expected = {"methods": [*list_methods()], "keep": 0.11, "method": "gridprune"}
     assert reply.json()["data"][0]["gridprune"] == expected
+
+
+def test_the_figure_of_several_pictures_is_that_of_each(port):
+    def figure(*images: str) -> Any:
+        body = chat_body(QUESTION, *images, gridprune={"figure": True}, max_tokens=1)
+        reply = post(port, body, Authorization=f"Bearer {KEY}").json()
+        assert "figure" not in reply["gridprune"]["options"]
+        return reply["gridprune"]["figure"]
+
+    single = [figure("scene-1.png"), figure("scene-2.png")]
+    assert figure("scene-1.png", "scene-2.png") == single
+    for values in single:
+        assert len(values["kept"]) == 28 and len(values["relevance"]) == 256
+        assert sum(budget for *_, budget in values["zones"]) == 28
+        for _, row0, col0, row1, col1, budget in values["zones"]:
+            inside = [n for n in values["kept"] if row0 <= n // 16 < row1 and col0 <= n % 16 < col1]
+            assert len(inside) == budget
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------

@@ -24,9 +24,10 @@ def draw_figure(source: "Source", pruned: "PrunedSet", answer: str | None, path:
 def figure_of(source: "Source", pruned: "PrunedSet", answer: str | None) -> "Figure":
     """What there is to draw of a pruned set."""
     from gridprune_cli.figure import Figure
+    from gridprune_cli.figure.plain import plain_figures
     from gridprune_cli.images import load_image
 
-    (origin,), (figure,) = pruned.images, pruned.figures()
+    (origin,), (figure,) = pruned.images, plain_figures(pruned)
     kept = f"{len(pruned.kept)} of {pruned.count} tokens"
     compressed = "" if pruned.plc == "off" else f"plc {pruned.plc}"
     return Figure(
