@@ -186,6 +186,15 @@ def drawn_tokens(page: Browser, rows: int, cols: int) -> list[int]:
     return [token for token, (plain, drawn) in enumerate(pairs) if plain == drawn]
 
 
+def point_at(page: Browser, token: int, rows: int, cols: int) -> None:
+    """Moves the pointer to the middle of a token of the only view."""
+    box = page.evaluate("document.querySelector('canvas').getBoundingClientRect().toJSON()")
+    x = box["x"] + 6 + (token % cols + 0.5) / cols * (box["width"] - 12)
+    y = box["y"] + 6 + (token // cols + 0.5) / rows * (box["height"] - 12)
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    page.wait("document.querySelector('#token').textContent")
+
+
 # ---- without a browser -----------------------------------------------------------------------------------------------
 
 
@@ -248,6 +257,8 @@ def test_it_answers_as_ask_does_and_draws_what_prune_keeps(page, command, tmp_pa
     assert page.text("#keep-value") == "11 % · 28 of 256"
     assert "28 kept" in page.text("#legend") and "contextual region" in page.text("#legend")
     assert drawn_tokens(page, *expected["grid"]) == kept
+    point_at(page, kept[0], *expected["grid"])
+    assert page.text("#token").startswith(f"Row {kept[0] // 16 + 1}, column {kept[0] % 16 + 1}: kept, relevance ")
     # a key of the keyboard moves the slider, which asks again, without the picture
     page.evaluate("document.querySelector('#keep').focus()")
     page.press("ArrowRight", 39)
