@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 ONE_LINE = re.compile(r"^```sh\n(.+)\n```$", re.MULTILINE)
-MACHINE = ("cache ls", "env", "models default")  # commands whose output depends on the machine
+MACHINE = ("cache ls", "env", "models default", "serve")  # output that depends on the machine, or never ends
 
 
 def shown(page: str) -> list[tuple[str, list[str]]]:
