@@ -20,8 +20,8 @@ from gridprune_cli.pipeline import Pipeline
 
 SOURCES = {"clip": "CLIP", "attention": "attention", "both": "both", "words": "words"}
 METHODS = (
-    "gridprune, gridprune --ilp selection, gridprune --ilp selection --region none, gridprune --literal, topk-relevance, "
-    "cdpruner --relevance-sign 1, trim --relevance-sign 1"
+    "gridprune, gridprune --literal, gridprune --ilp selection, gridprune --ilp selection --region none, "
+    "topk-relevance, cdpruner --relevance-sign 1, trim --relevance-sign 1"
 )
 
 
