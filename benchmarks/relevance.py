@@ -1,6 +1,6 @@
 """CLIP, attention and words as relevance, on the same questions: `python -m benchmarks.relevance -o run`.
 
-Every method that looks at relevance, once by each source that the embedded model has. It goes through the code of
+Every method that looks at relevance, by each source that the embedded model has. It goes through the code of
 `gridprune eval`, on the scenes that are reported; a stopped run goes on from there.
 """
 
@@ -18,10 +18,10 @@ from gridprune_cli.evaluation.results import summarise
 from gridprune_cli.evaluation.run import Plan, fill, resume
 from gridprune_cli.pipeline import Pipeline
 
-SOURCES = {"clip": "CLIP", "attention": "attention", "words": "words"}
+SOURCES = {"clip": "CLIP", "attention": "attention", "both": "both", "words": "words"}
 METHODS = (
-    "gridprune, gridprune --ilp selection, gridprune --literal, topk-relevance, "
-    "cdpruner, cdpruner --relevance-sign 1, trim, trim --relevance-sign 1"
+    "gridprune, gridprune --literal, gridprune --ilp selection, gridprune --ilp selection --region none, "
+    "topk-relevance, cdpruner --relevance-sign 1, trim --relevance-sign 1"
 )
 
 

@@ -7,7 +7,7 @@ import os
 import pkgutil
 from typing import TYPE_CHECKING, Literal
 
-Relevance = Literal["auto", "clip", "attention", "words"]
+Relevance = Literal["auto", "clip", "attention", "both", "words"]
 Positions = Literal["original", "compact"]
 Plc = Literal["off", "pool", "trained"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

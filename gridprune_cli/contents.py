@@ -101,7 +101,7 @@ def check_pruned(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     source = header.get("relevance_source")
     if source is not None:
         _need(
-            isinstance(source, dict) and source.get("source") in ("clip", "siglip", "attention", "words"),
+            isinstance(source, dict) and source.get("source") in ("clip", "siglip", "attention", "both", "words"),
             "relevance has no source",
         )
         _need(isinstance(source.get("model"), str | None), "relevance has no model")

@@ -64,8 +64,8 @@ class Pipeline:
     revision     branch, tag or commit of a hub model
     clip         the CLIP or SigLIP that the model's tower was taken from, a folder or hub name, where it is not known
     relevance    what it comes from: "clip", the CLIP or SigLIP of the model's tower; "attention", the language model's;
-                 "words", its word embeddings; or "auto", clip where the tower is a CLIP's or `clip` is named, else
-                 attention
+                 "both", half of each; "words", its word embeddings; or "auto", clip where the tower is a CLIP's or
+                 `clip` is named, else attention
     store        the cache; None: there is none
     cache_dtype  how vision features and prefixes are stored, see `Encoder`
 

@@ -19,7 +19,7 @@ from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.regions import Localized
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import EncodedImage
-from gridprune_cli.vlm.attention_relevance import attention_relevance
+from gridprune_cli.vlm.attention_relevance import attention_relevance, join_relevance
 from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.word_relevance import keywords
 
@@ -115,7 +115,14 @@ def _relevance(
         return _relevance_from_attention(family, requests, queries, prefixes or Prefixes(family))
     if queries:
         family.relevance.read(queries)  # by the text tower in one batch; each call below then only compares
-    return [[family.relevance(image.vision_features, r.query) for image in r.images] for r in requests]
+    by_tower = [[family.relevance(image.vision_features, r.query) for image in r.images] for r in requests]
+    if family.relevance_kind != "both":
+        return by_tower
+    by_attention = _relevance_from_attention(family, requests, queries, prefixes or Prefixes(family))
+    return [
+        join_relevance(of_tower, of_attention, request.shares_budget)
+        for request, of_tower, of_attention in zip(requests, by_tower, by_attention, strict=True)
+    ]
 
 
 def _relevance_from_attention(

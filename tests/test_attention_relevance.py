@@ -213,3 +213,29 @@ def test_prefixes_are_held_while_a_batch_needs_them(pipeline, noise, monkeypatch
     assert sum(sizes) == 12 and 1 < max(sizes) < 12
     for (expected,), (attention,) in zip(whole, in_batches, strict=True):
         torch.testing.assert_close(attention, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_both_is_half_of_clip_and_half_of_attention(shared, tiny_llava, tmp_path, noise):
+    paths = [tmp_path / f"{n}.png" for n in range(2)]
+    for n, path in enumerate(paths):
+        noise((100, 80), n).image.save(path)
+    pruning = Pruning(keep=0.3, method=TOP.method, share_budget=shared)
+
+    def relevance(source):
+        pipeline = Pipeline(str(tiny_llava), dtype="float32", relevance=source)
+        pruned = pipeline.prune(paths, QUESTION, pruning)
+        return pruned.relevance, [image.count for image in pruned.images], pruned.relevance_source
+
+    by_clip, counts, source = relevance("clip")
+    by_attention = relevance("attention")[0]
+    images = [by_clip] if shared else by_clip.split(counts)
+    scaled = torch.cat([(cosine - cosine.min()) / (cosine.max() - cosine.min()) for cosine in images])
+    joined, _, source_of_both = relevance("both")
+    torch.testing.assert_close(joined, (scaled + by_attention) / 2)
+    assert source_of_both == {"source": "both", "model": source["model"], "depth": 1}
+
+
+def test_both_needs_a_clip(checkpoint):
+    with pytest.raises(BadInput, match=r"^relevance=both: the tower of .* is no CLIP or SigLIP; use `relevance=att"):
+        Pipeline(str(checkpoint("qwen2_vl")), relevance="both")

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 ONE_LINE = re.compile(r"^```sh\n(.+)\n```$", re.MULTILINE)
-MACHINE = ("cache ls", "env", "models default")  # commands whose output depends on the machine
+MACHINE = ("cache ls", "env", "models default", "serve")  # output that depends on the machine, or never ends
 
 
 def shown(page: str) -> list[tuple[str, list[str]]]:
@@ -84,6 +84,15 @@ def test_the_package_is_typed():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
     assert Path(gridprune_cli.__file__).with_name("py.typed").is_file()
     assert "py.typed" in setuptools["package-data"]["gridprune_cli"]
+
+
+def test_the_wheel_has_every_file_that_the_package_reads():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    package, patterns = ROOT / "gridprune_cli", setuptools["package-data"]["gridprune_cli"]
+    listed = {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
+    data = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert data <= listed and package / "serve" / "page.html" in listed
+    assert [pattern for pattern in patterns if not any(package.glob(pattern))] == []
 
 
 def test_versions_are_said_once_or_agree():

@@ -68,8 +68,8 @@ Clip = Annotated[
 Relevance = Annotated[
     choices.Relevance,
     option(
-        "What relevance comes from: the CLIP or SigLIP of the model's tower, the language model's attention, or its "
-        "word embeddings; auto: clip where the tower is a CLIP's or --clip is named, else attention.",
+        "What relevance comes from: the CLIP or SigLIP of the model's tower, the language model's attention, both, or "
+        "its word embeddings; auto: clip where the tower is a CLIP's or --clip is named, else attention.",
         MODEL,
         envvar="GRIDPRUNE_RELEVANCE",
     ),

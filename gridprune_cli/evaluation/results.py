@@ -145,6 +145,8 @@ def relevance_line(results: dict[str, Any]) -> str:
     if source is None:
         return ""
     of_model = {"attention": "the language model's attention", "words": "the language model's word embeddings"}
+    if source["source"] == "both":
+        return f"Relevance comes from {source['model']} and {of_model['attention']}, half and half."
     return f"Relevance comes from {source['model'] or of_model[source['source']]}."
 
 

@@ -259,7 +259,7 @@ class Runner:
 
 def _load_signals(family: Family, requests: Sequence[Request], parts: Sequence[str]) -> None:
     """Loads what pruning needs beside `parts`: a text tower, embeddings or layers, the trained compressor."""
-    in_parts = family.relevance_kind == "attention" and "language" in parts
+    in_parts = family.relevance_kind == "attention" and "language" in parts  # the whole model holds the first layers
     for request in requests:
         if request.pruning.plc == "trained":
             _ = family.compressor

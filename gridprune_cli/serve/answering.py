@@ -12,6 +12,7 @@ import torch
 
 from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.figure.plain import plain_figures
 from gridprune_cli.generation import Generated
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.runners.batches import as_error
@@ -166,6 +167,9 @@ class Answer:
             "batch": batch,
             "ms": {name: round(value, 2) for name, value in ms.items()},
         }
+        if self.job.request.figure:
+            figures = plain_figures(pruned)
+            record["figure"] = figures if len(figures) > 1 else figures[0]
         return Outcome(
             text,
             prompt_tokens=len(pruned.input_ids),

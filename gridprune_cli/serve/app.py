@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gridprune_cli.serve.chat import Chat
 from gridprune_cli.serve.gate import Access, Gate, Json
 from gridprune_cli.serve.metrics import CONTENT_TYPE, Metrics
+from gridprune_cli.serve.page import page
 from gridprune_cli.serve.pictures import Pictures
 from gridprune_cli.serve.replies import models_json
 from gridprune_cli.serve.uploads import Budget
@@ -40,7 +41,7 @@ def create_app(
         return Json({"status": "ok"})
 
     async def models(_: Request) -> Response:
-        return Json(models_json(worker.check_ready().model, created))
+        return Json(models_json(worker.check_ready().model, created, worker.defaults))
 
     async def metrics_text(_: Request) -> Response:
         gauges = {"requests_waiting": worker.waiting, "held_bytes": budget.held}
@@ -50,6 +51,7 @@ def create_app(
         raise Refusal(404, "not here; there are /v1/models and /v1/chat/completions", code="not_found")
 
     routes = [
+        Route("/", page),
         Route("/v1/chat/completions", Chat(worker, pictures, budget), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/cache/stats", stats),
@@ -58,7 +60,7 @@ def create_app(
         *more,
     ]
     router = Router(routes, redirect_slashes=False, default=not_found, lifespan=lifespan)
-    return Gate(router, access, metrics, public={"/health"}, paths={route.path for route in routes})
+    return Gate(router, access, metrics, public={"/", "/health"}, paths={route.path for route in routes})
 
 
 class CacheStats:

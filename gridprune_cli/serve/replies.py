@@ -1,8 +1,10 @@
 """Answers in OpenAI's wire format: completions, chunks of streams, usage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from gridprune_cli.choices import list_methods
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,10 @@ class Outcome:
     record: dict[str, Any]
 
 
-def models_json(model: str, created: int) -> dict[str, Any]:
-    entry = {"id": model, "object": "model", "created": created, "owned_by": "gridprune"}
+def models_json(model: str, created: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The list of the one model. Beside it what requests may choose from, and get where they choose nothing."""
+    entry: dict[str, Any] = {"id": model, "object": "model", "created": created, "owned_by": "gridprune"}
+    entry["gridprune"] = {"methods": list_methods(), **defaults}
     return {"object": "list", "data": [entry]}
 
 

@@ -123,6 +123,7 @@ class ChatRequest:
     pruning: Mapping[str, Any] = field(default_factory=dict)
     cache: bool = True
     template: str | None = None
+    figure: bool = False
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -143,7 +144,7 @@ def parse_chat(body: bytes) -> ChatRequest:
     options = values.get("gridprune") or {}
     if not isinstance(options, dict):
         raise _bad("gridprune", 'must be an object of options, as in {"keep": 0.2}')
-    pruning = {name: value for name, value in options.items() if name not in ("cache", "template")}
+    pruning = {name: value for name, value in options.items() if name not in ("cache", "template", "figure")}
     if pruning.get("localizer") not in (None, "relevance", "vlm"):
         raise _bad("gridprune.localizer", "must be relevance or vlm: no other model is loaded for a request")
     template = options.get("template")
@@ -172,6 +173,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         pruning=pruning,
         cache=_flag(options, "cache", True),
         template=template,
+        figure=_flag(options, "figure"),
     )
 
 

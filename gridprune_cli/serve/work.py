@@ -41,7 +41,7 @@ class Worker:
         max_waiting: int = 64,
     ):
         self._open_pipeline, self._metrics = open_pipeline, metrics
-        self._defaults, self._max_tokens, self._max_waiting = defaults or {}, max_tokens, max_waiting
+        self.defaults, self._max_tokens, self._max_waiting = defaults or {}, max_tokens, max_waiting
         self._queue, self._changed = FairQueue(), Condition()
         self._stopping = False
         self._last_batch = 0
@@ -106,7 +106,7 @@ class Worker:
 
             pipeline = self._open_pipeline()
             self.commands = CommandRunner(pipeline, self._metrics)
-            answerer = Answerer(pipeline, self._metrics, self._defaults, self._max_tokens)
+            answerer = Answerer(pipeline, self._metrics, self.defaults, self._max_tokens)
             self.pipeline = pipeline
             while jobs := self._next():
                 start = time.monotonic()

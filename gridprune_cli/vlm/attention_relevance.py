@@ -47,6 +47,23 @@ def attention_relevance(
     return [_scale_images(*of_prompt) for of_prompt in zip(attention, one_scale, strict=True)]
 
 
+def join_relevance(by_clip: Sequence[Tensor], by_attention: Sequence[Tensor], one_scale: bool) -> list[Tensor]:
+    """Half of CLIP's relevance and half of attention's, of each image `(N,)` in 0..1.
+
+    CLIP's cosines are brought linearly to 0..1, as attention is already: of each image, or of all with `one_scale`.
+    CLIP rates all that the question names, attention what the model looks at for its answer.
+    """
+    joined = torch.cat(list(by_clip)).split(sum(map(len, by_clip)) if one_scale else [len(r) for r in by_clip])
+    scaled = torch.cat([_min_max(relevance.float()) for relevance in joined]).split([len(r) for r in by_clip])
+    return [(clip + attention) / 2 for clip, attention in zip(scaled, by_attention, strict=True)]
+
+
+def _min_max(values: Tensor) -> Tensor:
+    """Values `(N,)`, brought linearly to 0..1: 0 where all are equal."""
+    low, high = values.aminmax()
+    return (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)
+
+
 def _scale_images(attention: Sequence[Tensor], one_scale: bool) -> list[Tensor]:
     """Attention to each image's visual tokens `(N,)`, brought to 0..1: each image's by itself, or all on one scale."""
     if one_scale:

@@ -113,7 +113,7 @@ class RelevanceSource(ModelParts, ABC):
         """Raises BadInput for what relevance can't come from."""
         if relevance not in RELEVANCE:
             raise BadInput(f"not one of {', '.join(RELEVANCE)}", field="relevance", value=relevance)
-        if relevance == "clip" and (reason := self._no_text_tower(self.checkpoint)):
+        if relevance in ("clip", "both") and (reason := self._no_text_tower(self.checkpoint)):
             raise BadInput(f"{reason}; use `relevance=attention`", field="relevance", value=relevance)
 
     @abstractmethod
@@ -122,18 +122,24 @@ class RelevanceSource(ModelParts, ABC):
 
     @cached_property
     def relevance_kind(self) -> str:
-        """Where relevance comes from: "clip", "siglip", "attention" or "words".
+        """Where relevance comes from: "clip", "siglip", "attention", "both" or "words".
 
-        It is a SigLIP's only where it was named, or asked for by `relevance="clip"`: how good it is was not measured.
+        "both" is CLIP's or SigLIP's and attention. It is a SigLIP's only where it was named, or asked for by
+        `relevance="clip"` or `"both"`: how good it is was not measured.
         """
         source = next((s for s in (self._relevance, self.calibration.relevance) if s != "auto"), "auto")
-        if source in ("attention", "words"):
+        if source in ("attention", "both", "words"):
             return source
         kind = self.checkpoint.clip_kind
         if kind == "clip" or source == "clip" or self._named_clip:
             assert kind is not None
             return kind
         return "attention"
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether relevance needs the first layers of the language model, which a whole prompt goes through."""
+        return self.relevance_kind in ("attention", "both")
 
     def calibrate(self, calibration: Calibration) -> None:
         """Takes what was chosen for this model. Raises BadInput, with the setting, for what it can't be."""
@@ -157,13 +163,13 @@ class RelevanceSource(ModelParts, ABC):
 
         That is CLIP, where the tower has one, and attention at `candidate_depths`; the named one of them alone.
         """
-        by_attention = self.relevance_kind == "attention"
         source = "clip" if self.relevance_kind == "siglip" else self.relevance_kind
-        in_force = Calibration(source, self.relevance_depth if by_attention else None)
+        in_force = Calibration(source, self.relevance_depth if self.needs_layers else None)
         depths = {*candidate_depths(self._layer_kinds), middle_depth(self._layer_kinds), self.relevance_depth}
         choices = {
             "clip": [Calibration("clip")] if "clip" in (self.checkpoint.clip_kind, in_force.relevance) else [],
             "attention": [Calibration("attention", depth) for depth in sorted(depths)],
+            "both": [Calibration("both", depth) for depth in sorted(depths)] if source == "both" else [],
         }
         listed = [
             choice for kind, of_kind in choices.items() if self._relevance in ("auto", kind) for choice in of_kind
@@ -174,23 +180,22 @@ class RelevanceSource(ModelParts, ABC):
     def relevance(self) -> ClipRelevance | WordRelevance:
         """Gives the relevance `(N,)` of vision features `(N, C)` to a question, by CLIP, SigLIP or words.
 
-        Raises as `clip`.
-
-        Raises TypeError where it comes from attention, which is that of a whole prompt: see `vlm.attention_relevance`.
+        Of relevance from both it is CLIP's or SigLIP's. Raises as `clip`, and TypeError where it comes from attention,
+        which is that of a whole prompt: see `vlm.attention_relevance`.
         """
         if self.relevance_kind == "attention":
             raise TypeError("relevance from attention is that of a prompt, not of vision features and a question")
         if self.clip is None:
             return self.vocabulary
-        if self.relevance_kind == "siglip":
+        if self.checkpoint.clip_kind == "siglip":
             return SiglipRelevance(self.clip, self.dtype, self.device, normed=bool(self.patches_normed))
         return ClipRelevance(self.clip, self.dtype, self.device)
 
     def load_relevance(self) -> None:
         """Loads what relevance comes from, now. Raises as `clip`."""
-        if self.relevance_kind == "attention":
+        if self.needs_layers:
             self.first_layers(self.relevance_depth)
-        else:
+        if self.relevance_kind != "attention":
             self.relevance.load()
 
     @cached_property
@@ -220,7 +225,7 @@ class RelevanceSource(ModelParts, ABC):
 
         Raises BadInput where it is not known, is not the tower's, or can't be had, GridpruneError where the hub fails.
         """
-        if self.relevance_kind not in ("clip", "siglip"):
+        if self.relevance_kind in ("attention", "words"):
             return None
         return self._named_clip or find_clip(self.checkpoint)
 
@@ -232,7 +237,7 @@ class RelevanceSource(ModelParts, ABC):
     @property
     def relevance_source(self) -> dict[str, Any]:
         """What relevance comes from, as results have it, with the depth of attention. Raises as `clip`."""
-        depth = {"depth": self.relevance_depth} if self.relevance_kind == "attention" else {}
+        depth = {"depth": self.relevance_depth} if self.needs_layers else {}
         return {"source": self.relevance_kind, "model": self.clip.name if self.clip else None} | depth
 
     @cached_property

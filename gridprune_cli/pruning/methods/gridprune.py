@@ -25,15 +25,17 @@ LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none", "spacin
 class GridPrune(Method):
     """Budgets per zone from the zones' mean relevance, and within a zone the top tokens by relevance and saliency.
 
-    With a spacing, tokens are taken one by one over all zones, each lowering the scores of the tokens around it, and a
-    zone's budget may be exceeded by one. So tokens of several objects stay, where the highest scores are all of one.
+    With fewer tokens to keep than there are zones, most budgets are 0 or 1 by the rounding. With a spacing, tokens are
+    then taken one by one over all zones, each lowering the scores of the tokens around it, and a zone's budget may be
+    exceeded by one. So tokens of several objects stay, where the highest scores are all of one.
 
     zone            side of a zone in tokens
     alpha           weight of saliency in a token's score, 0..1; relevance, mapped to 0..1, has the rest
     temperature     of the softmax over zones, above 0: lower gives relevant zones more
     saliency_scale  how saliency is brought to 0..1: "minmax", "max", "rank" or "none"
     region_share    share of K for the contextual region, 0..1, where the signals have one
-    spacing         how far around it a token lowers the others' scores: a standard deviation in tokens, 0 or more
+    spacing         how far around it a token lowers the others' scores, where fewer are kept than there are zones: a
+                    standard deviation in tokens, 0 or more
     relevance_sign  1, or -1 where low relevance marks what the question is about
 
     The paper publishes no values; the defaults were chosen by `python -m benchmarks.sweeps`, see docs/results.md.
@@ -93,12 +95,14 @@ class GridPrune(Method):
         means = (zeros.scatter_add(1, zone, relevance) / caps.clamp(min=1)).unflatten(1, (-1, zones.count))
         caps = caps.unflatten(1, (-1, zones.count))  # (B, H, Z)
         budgets = allocate(softmax_shares(means, caps, self.temperature), caps, torch.tensor(quotas))  # (B, H, Z)
-        # 4. the best of each zone; or the best of all, apart from each other, one more than its budget from a zone
-        if self.spacing == 0:
-            stays = best_by_zone(score, zone, budgets.flatten(1))  # (B, N)
-        else:
-            limits = torch.minimum(budgets + 1, caps).flatten(1)  # (B, H * Z)
-            stays = best_spaced(score, zone, limits, torch.tensor(quotas), first.views, self.spacing)  # (B, N)
+        # 4. the best of each zone
+        stays = best_by_zone(score, zone, budgets.flatten(1))  # (B, N)
+        # 5. where they are few, the best of all, apart from each other, one more than its budget from a zone
+        few = torch.tensor([self.spacing > 0 and k < zones.count for k in ks])  # (B,)
+        if few.any():
+            limits = torch.minimum(budgets + 1, caps).flatten(1)[few]  # (F, H * Z) of F questions
+            quotas_of_few = torch.tensor(quotas)[few]
+            stays[few] = best_spaced(score[few], zone[few], limits, quotas_of_few, first.views, self.spacing)
         return list(stays.nonzero()[:, 1].split(list(ks)))
 
 
