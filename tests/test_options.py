@@ -107,7 +107,7 @@ def test_choices_are_those_of_the_code():
     assert get_args(choices.Dtype) == ("auto", *DTYPES)
     assert get_args(choices.CacheDtype) == tuple(STORAGES)
     with pytest.raises(BadInput, match=f"not one of {', '.join(get_args(choices.Relevance))}$"):
-        open_pipeline({"relevance": "both"})
+        open_pipeline({"relevance": "neither"})
     assert get_args(choices.Metric) == tuple(METRICS)
     assert get_args(choices.Shape) == tuple(SHAPES)
 
@@ -141,7 +141,7 @@ def test_completion_knows_the_choices(option, choice):
         (*ASK, "--method", "magic"),
         (*ASK, "--dtype", "float8"),
         (*ASK, "--cache-dtype", "float4"),
-        (*ASK, "--relevance", "both"),
+        (*ASK, "--relevance", "neither"),
         ("batch", "-", "--engine", "spark"),
         ("eval", "scenes", "-o", "run", "--metric", "bleu"),
         ("export", "a.safetensors", "-o", ".", "--to", "tgi"),

@@ -173,7 +173,7 @@ class Answer:
         return Outcome(
             text,
             prompt_tokens=len(pruned.input_ids),
-            image_tokens=len(pruned.image_embeds),
+            image_tokens=pruned.placeholders,
             completion_tokens=len(generated.ids),
             reason="stop" if generated.ended or self._stopped is not None else "length",
             record=record,
