@@ -136,7 +136,7 @@ def test_each_choice_is_counted_as_a_user_would_meet_it(tiny_llava, questions, m
     monkeypatch.setattr("gridprune_cli.runners.local.generate", counted)
     options = ("--relevance", "attention", "--dtype", "float32", "--max-new-tokens", 3, "--keep", "0.8,0.4")
     code, out, err = run("calibrate", questions, *options, "--dry-run", "--json", "--batch-size", 5)
-    assert code == 0 and "attention, 1 layers: " in err
+    assert code == 0 and "attention, 1 layers" in err
     record = json.loads(out)
     (measured,) = record["choices"]
     assert (record["questions"], record["images"], record["keep"]) == (12, 3, [0.8, 0.4])

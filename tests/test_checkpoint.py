@@ -324,8 +324,8 @@ def test_words_are_taken_by_name_alone_and_attention_where_the_tower_is_no_clip(
     for relevance in ("attention", "words"):
         with pytest.raises(BadInput, match=rf"^clip=.*: not with `relevance={relevance}`"):
             Pipeline(str(alone), clip=str(tiny_llava / "clip"), relevance=relevance)
-    with pytest.raises(BadInput, match=r"^relevance=both: not one of auto, clip, attention, words"):
-        Pipeline(str(alone), relevance="both")
+    with pytest.raises(BadInput, match=r"^relevance=neither: not one of auto, clip, attention, both, words"):
+        Pipeline(str(alone), relevance="neither")
 
 
 def test_a_clip_that_nobody_knows_is_not_swapped_for_attention(alone):

@@ -51,11 +51,12 @@ def test_the_formulas_are_what_is_counted(pipeline, noise, keep):
     assert kv_bytes(decoder, tokens, 4) == held
 
 
-def test_what_a_prefix_saves_is_what_is_not_counted(pipeline, noise):
+def test_what_a_prefix_saves_is_what_is_not_counted(pipeline, noise, monkeypatch):
     """The whole of generate's first step: text alone in the first layers, and what was selected in the others."""
     family = pipeline.family
     depth = max(family.relevance_depth, family.first_inner)
-    vars(family)["relevance_depth"] = depth  # as deep as Qwen3-VL's image needs, of which the tiny one has few layers
+    # as deep as Qwen3-VL's image needs, of which the tiny one has few layers
+    monkeypatch.setitem(vars(family), "relevance_depth", depth)
     (image,) = pipeline.encoder.encode([noise((100, 80))])
     pruned = pipeline.runner().prune_one(Request((image,), QUESTION, Pruning(keep=0.3, ilp="selection"))).pruned
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

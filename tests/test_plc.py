@@ -190,5 +190,5 @@ def test_a_set_of_an_older_schema_is_refused_with_what_to_do(llava, noise):
 
     header, tensors = files.decode(llava.prune(llava.encoder.encode([noise((100, 80))])[0], QUESTION).to_bytes())
     header = {k: v for k, v in header.items() if k not in ("plc", "tensors", "digest")} | {"schema": 1}
-    with pytest.raises(BadInput, match=r"^x: its schema is 1, and this version reads 3; prune again, with .*$"):
+    with pytest.raises(BadInput, match=r"^x: its schema is 1, and this version reads 4; prune again, with .*$"):
         PrunedSet.from_bytes(files.encode(tensors, header), "x")

@@ -190,7 +190,7 @@ def start_worker(pipeline, refresh=False):
 
     import torch
 
-    job = partial(_encode, refresh=refresh)
+    job = partial(_encode, refresh=refresh, with_prefix=False)
     return _Worker(pickle.dumps((pipeline.encoder, pipeline.localizers)), job, 2, os.getcwd(), torch.get_num_threads())
 
 
