@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from gridprune_cli.generation import prompts
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.pruning.region import contextual_regions
-from gridprune_cli.pruning.schedule import LayerSignals, Rule, Stage, plan
+from gridprune_cli.pruning.schedule import Selection, Stage, plan
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.runners.batches import in_order, result_or_raise
 from gridprune_cli.scenes.scene import TUNE
@@ -150,20 +149,9 @@ def without_top(maps: Tensor) -> Tensor:
 # ---- selection inside the language model -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Listed(Rule):
-    """The tokens that were selected beforehand, whatever the layer says of them."""
-
-    name: ClassVar[str] = "listed"
-    tokens: tuple[int, ...] = ()
-
-    def select(self, signals: LayerSignals, k: int) -> Tensor:
-        return torch.isin(signals.tokens, torch.tensor(self.tokens)).nonzero()[:, 0]
-
-
 def select_inside(family: Family, whole: PrunedSet, kept: Tensor, layer: int) -> PrunedSet:
     """A set of all N tokens of one image, of which only those in `kept` (K,) stay from a layer on."""
-    stage = Stage(layer, Listed(tuple(kept.tolist())), (len(kept),))
+    stage = Stage(layer, Selection(tuple(kept.tolist())), (len(kept),))
     schedule = plan([stage], [len(whole.kept)], family.depth)
     return replace(whole, placeholder_map=whole.kept, schedule=schedule)
 

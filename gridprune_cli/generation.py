@@ -11,7 +11,6 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -27,7 +26,7 @@ from gridprune_cli.text import visible
 from gridprune_cli.tokens import Prefix, PrunedSet
 from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.inner import PrefixBatch, has_sliding_layers, prune_inside
-from gridprune_cli.vlm.prefix import misfit
+from gridprune_cli.vlm.prefix import misfit, pad_left
 
 # Given at each call, since a checkpoint's own settings may differ: training leaves `use_cache: false` behind.
 _FIXED = {
@@ -106,23 +105,17 @@ def prompts(family: Family, batch: Sequence[PrunedSet]) -> tuple[Tensor, Tensor,
     The prefixes of prompts that have one end at the same column; what follows these is padded on its left again.
     """
     lengths = [len(pruned.prefix.ids) if pruned.prefix else 0 for pruned in batch]
-    tokenizer = family.processor.tokenizer
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def pad_left(tensors: list[Tensor], value: int) -> Tensor:
+    def pad_halves(tensors: list[Tensor], value: int) -> Tensor:
         halves = [tensor.tensor_split([length], -1) for tensor, length in zip(tensors, lengths, strict=True)]
-        padded = []
-        for half in zip(*halves, strict=True):  # the prefixes, and the rest
-            longest = max(tensor.shape[-1] for tensor in half)
-            filled = [pad(tensor, (longest - tensor.shape[-1], 0), value=value) for tensor in half]
-            padded.append(torch.stack(filled))
-        return torch.cat(padded, -1).to(family.device)
+        # the prefixes, and the rest
+        return torch.cat([pad_left(half, value) for half in zip(*halves, strict=True)], -1).to(family.device)
 
-    ids = pad_left([pruned.input_ids for pruned in batch], filler)  # (B, L)
-    mask = pad_left([torch.ones_like(pruned.input_ids) for pruned in batch], 0)  # (B, L); a prompt may hold pad ids
+    ids = pad_halves([pruned.input_ids for pruned in batch], family.filler)  # (B, L)
+    mask = pad_halves([torch.ones_like(pruned.input_ids) for pruned in batch], 0)  # (B, L); a prompt may hold pad ids
     axes = max(pruned.position_ids.dim() for pruned in batch)  # compact positions are (L,) beside (3, L)
     places = [p.position_ids if p.position_ids.dim() == axes else p.position_ids.expand(3, -1) for p in batch]
-    positions = pad_left(places, 0)  # (B, L) or (B, 3, L)
+    positions = pad_halves(places, 0)  # (B, L) or (B, 3, L)
     return ids, mask, positions if positions.dim() == 2 else positions.transpose(0, 1)
 
 

@@ -167,9 +167,7 @@ def _attend_batch(
     # 1. what goes through the layers
     lengths = [len(prefix.ids) for prefix in prefixes] if prefixes else [0] * len(batch)
     positions = [family.positions(*pair) for pair in batch]  # (L,) or (3, L) each
-    tokenizer = family.processor.tokenizer
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids, mask, places = align(prompts, positions, lengths, filler)  # (B, T), (B, P + T), (B, T) or (3, B, T)
+    ids, mask, places = align(prompts, positions, lengths, family.filler)  # (B, T), (B, P + T), (B, T) or (3, B, T)
     cache = Cache(layers=[_PrefixLayer(prefixes, layer) for layer in range(depth)]) if prefixes else None
     # 2. how much the attention of its tokens counts
     weight = torch.zeros(ids.shape)

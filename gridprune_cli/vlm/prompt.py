@@ -21,6 +21,12 @@ class PromptWriter(ModelParts):
         """What stands for a whole image in a chat prompt."""
         return self.processor.image_token
 
+    @property
+    def filler(self) -> int:
+        """The token id that fills shorter prompts of a batch."""
+        tokenizer = self.processor.tokenizer
+        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
     def write_text(self, question: str, images: int, system: str | None) -> str:
         """The model's own chat prompt, with one `prompt_token` per image. Raises BadInput where there is none."""
         content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
