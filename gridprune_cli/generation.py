@@ -219,11 +219,12 @@ def generate(
     check_options(options)
     for pruned in batch:
         check_model(family, pruned)
-    family.load("language")
+    model = family.load("language")
     # 2. sets that can't be padded to one another are run by themselves
+    by_length = any(pruned.prefix for pruned in batch) and has_sliding_layers(model)
     groups: dict[Hashable, list[int]] = {}
     for n, pruned in enumerate(batch):
-        groups.setdefault(_alike(family, pruned), []).append(n)
+        groups.setdefault(_alike(pruned, by_length), []).append(n)
     answers: dict[int, Generated] = {}
     for places in groups.values():
         group = [batch[n] for n in places]
@@ -232,12 +233,12 @@ def generate(
     return [answers[n] for n in range(len(batch))]
 
 
-def _alike(family: Family, pruned: PrunedSet) -> Hashable:
-    """What sets must have in common to be run in one batch."""
+def _alike(pruned: PrunedSet, by_length: bool) -> Hashable:
+    """What sets must have in common to be run in one batch: with prefixes, `by_length` also how long the text is."""
     if pruned.prefix is None:
         return None
     text = len(pruned.input_ids) - len(pruned.prefix.ids)
-    return pruned.prefix.depth, text if has_sliding_layers(family.load("language")) else None
+    return pruned.prefix.depth, text if by_length else None
 
 
 def _generate(
