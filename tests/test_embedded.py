@@ -1,5 +1,6 @@
 """The checkpoint that ships: two plain checkpoints of one tower, and right answers through the whole pipeline."""
 
+import hashlib
 import json
 import pickle
 import random
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoProcessor, CLIPModel, LlavaForConditionalGeneration
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
@@ -17,7 +19,7 @@ from gridprune_cli.evaluation.run import Cell, Plan, answers
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Picture, load_image
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.scenes import CHECKPOINT
+from gridprune_cli.scenes import CHECKPOINT, LOCALIZER
 from gridprune_cli.scenes.questions import questions
 from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene
 from gridprune_cli.settings import Pruning
@@ -33,7 +35,7 @@ def pipeline():
 
 def test_plain_transformers_loads_both():
     models = []
-    for kind, folder in ((LlavaForConditionalGeneration, CHECKPOINT), (CLIPModel, CHECKPOINT / "clip")):
+    for kind, folder in ((AutoModelForImageTextToText, CHECKPOINT), (CLIPModel, CHECKPOINT / "clip")):
         model, info = kind.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
         assert model.dtype == torch.bfloat16
@@ -43,6 +45,32 @@ def test_plain_transformers_loads_both():
     assert of_llava.keys() == of_clip.keys()
     assert all(torch.equal(of_llava[name], of_clip[name]) for name in of_llava)
     assert llava.config.vision_config.image_size == 224 and llava.config.vision_feature_layer == -2
+
+
+TRAINED = {  # sha256 of the weights as training left them: name without `vision_model.`, shape, dtype and bytes of each
+    CHECKPOINT: "76ad4611a05672be48e48e31c0b551e364fef37620f72b1e663a80a3987c96ce",
+    LOCALIZER: "a3429532493175c58e7d2701c57860c36367c5a565898dd550850005951b21c5",
+}
+
+
+@pytest.mark.parametrize("folder", TRAINED, ids=lambda folder: folder.name)
+def test_the_layout_is_the_published_one(folder):
+    """As engines and transformers 4 want it: one file of weights, published names, settings where these look."""
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+    weights = load_file(folder / "model.safetensors")
+    parts = ("language_model.model.", "language_model.lm_head.", "multi_modal_projector.", "vision_tower.vision_model.")
+    assert all(name.startswith(parts) for name in weights)
+    total = hashlib.sha256()
+    for name, weight in sorted((name.replace("vision_model.", ""), weight) for name, weight in weights.items()):
+        data = weight.view(torch.uint8).numpy().tobytes()
+        total.update(f"{name} {tuple(weight.shape)} {weight.dtype}\0".encode() + data)
+    assert total.hexdigest() == TRAINED[folder]
+    _, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 1e6
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows no TokenizersBackend
 
 
 def test_it_takes_at_most_20_mb():

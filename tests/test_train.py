@@ -9,10 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPModel, LlavaForConditionalGeneration, LlavaProcessor
 
 from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.scenes import CHECKPOINT, LOCALIZER
 from gridprune_cli.scenes.questions import questions
 from gridprune_cli.scenes.scene import (
     CHARACTERS,
@@ -117,12 +119,29 @@ def test_the_towers_of_both_checkpoints_are_one(whole):
     assert not list((folder / "work").glob("*.tmp"))
 
 
+def shipped_like(out, shipped):
+    """Whether training wrote the files, names of weights and settings of a checkpoint that ships."""
+    files = [{path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (out, shipped)]
+    assert files[0] == files[1]
+    for path in files[0]:
+        if path.suffix == ".safetensors":
+            assert load_file(out / path).keys() == load_file(shipped / path).keys(), path
+        elif path.name in ("config.json", "tokenizer_config.json"):
+            assert json.loads((out / path).read_text()) == json.loads((shipped / path).read_text()), path
+
+
+def test_what_is_written_has_the_layout_of_what_ships(whole):
+    folder, _ = whole
+    shipped_like(folder / "out", CHECKPOINT)
+
+
 def test_the_localizer_starts_from_the_towers_first_layers(whole, tmp_path):
     folder, _ = whole  # with the stages that the localizer's run has in common with it
     others = shutil.ignore_patterns("compressor*", "log.jsonl")
     shutil.copytree(folder / "work", tmp_path / "work", ignore=others, copy_function=os.link)
     run.train(tmp_path / "out", tmp_path / "work", 0, torch.device("cpu"), "localizer")
     llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    shipped_like(tmp_path / "out", LOCALIZER)
     processor = LlavaProcessor.from_pretrained(tmp_path / "out")
     saved = torch.load(tmp_path / "work/tower-again.pt", weights_only=True)["model"]
     for name, weight in llava.model.vision_tower.encoder.layers[3].named_parameters():

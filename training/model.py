@@ -2,6 +2,9 @@
 
     <folder>/        LlavaForConditionalGeneration with tokenizer, processor and chat template
     <folder>/clip/   CLIPModel: the same vision tower, and the text tower that gives the relevance
+    <folder>/compressor/  the compressor of `--plc trained`
+
+Nothing else lies beside the first, since engines read every file of weights in a checkpoint's folder.
 
 The localiser is a third one, in a folder of its own: a smaller LlavaForConditionalGeneration that takes the picture at
 three quarters of its size and answers a question with the box `[x0,y0,x1,y1]` of what it asks for.
@@ -26,6 +29,7 @@ from transformers import (
 
 from gridprune_cli.scenes.questions import PHRASES
 from gridprune_cli.scenes.scene import CELLS, CHARACTERS, COLOURS, DIRECTIONS, PLACES, SHAPES, SIZE
+from training.layout import publish
 
 WIDTH = 192
 PATCH = 14
@@ -169,6 +173,7 @@ def localizer_config() -> LlavaConfig:
 def save_localizer(folder: Path, llava: LlavaForConditionalGeneration) -> None:
     llava.to(torch.bfloat16).save_pretrained(folder)
     make_processor(LOCALIZER_SIZE, make_localizer_tokenizer()).save_pretrained(folder)
+    publish(folder)
 
 
 def save(folder: Path, llava: LlavaForConditionalGeneration, clip: CLIPModel) -> None:
@@ -178,3 +183,5 @@ def save(folder: Path, llava: LlavaForConditionalGeneration, clip: CLIPModel) ->
     make_processor().save_pretrained(folder)
     make_tokenizer(close=True).save_pretrained(folder / "clip")
     make_processor().image_processor.save_pretrained(folder / "clip")
+    for place in (folder, folder / "clip"):
+        publish(place)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gridprune_cli.errors import GridpruneError
 
-FILE = "compressor.safetensors"
+FILE = "compressor/model.safetensors"  # in a folder of its own: engines read every file of weights beside a checkpoint
 HEAD = 32  # width of an attention head; with QUERIES ours, since CROP's were not read
 QUERIES = 16  # learnable ones
 _RELEVANCE_SCALE = 10.0  # relevance is a cosine; times this it is about as large as normed features are
@@ -67,6 +67,7 @@ class Compressor(nn.Module):
 def save_compressor(compressor: Compressor, folder: Path) -> None:
     """Writes it beside a checkpoint, in bfloat16."""
     weights = {name: weight.detach().to("cpu", torch.bfloat16) for name, weight in compressor.state_dict().items()}
+    (folder / FILE).parent.mkdir(exist_ok=True)
     save_file(weights, folder / FILE, {"format": "pt"})
 
 
