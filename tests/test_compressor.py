@@ -89,6 +89,6 @@ def test_a_broken_one_is_named_in_one_line(trained, tmp_path, spoil):
         path.write_bytes(path.read_bytes()[:-9])
     else:
         save_file({f"{name}x": weight for name, weight in load_file(path).items()}, path)
-    with pytest.raises(GridpruneError, match=r"compressor\.safetensors: can't be loaded") as caught:
+    with pytest.raises(GridpruneError, match=r"compressor/model\.safetensors: can't be loaded") as caught:
         load_compressor(tmp_path)
     assert "\n" not in str(caught.value)

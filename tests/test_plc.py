@@ -137,9 +137,7 @@ def test_settings_that_do_not_go_together(settings, message):
 
 def test_a_model_without_a_compressor(llava, noise, tmp_path):
     image = llava.encoder.encode([noise((100, 80))])[0]
-    with pytest.raises(
-        BadInput, match=r"plc=trained: .* no compressor/model\.safetensors; use `plc=pool`"
-    ) as caught:
+    with pytest.raises(BadInput, match=r"plc=trained: .* no compressor/model\.safetensors; use `plc=pool`") as caught:
         llava.prune(image, QUESTION, Pruning(plc="trained"))
     assert "\n" not in str(caught.value)
     path = tmp_path / "a.png"

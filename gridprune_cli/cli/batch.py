@@ -17,6 +17,7 @@ from gridprune_cli.client.remote import RemoteAnswer, RemotePipeline, RemoteRequ
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
+    from gridprune_cli.integrations.vllm_http import Vllm
     from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.questions import Item, Reader
     from gridprune_cli.runners.local import Pruned, Reply
@@ -35,6 +36,7 @@ BatchSize = Annotated[
     "gridprune batch questions.jsonl -o answers.jsonl",
     "gridprune batch questions.jsonl --resume answers.jsonl",
     "jq -c ... | gridprune batch - | jq -r .answer",
+    "gridprune batch questions.jsonl --engine vllm --server http://localhost:8000 --positions compact",
 )
 @options.takes(
     server=remote.server,
@@ -54,7 +56,7 @@ def batch(
         ),
     ],
     pipeline: "Pipeline | RemotePipeline",
-    engine: "Ray | None",
+    engine: "Ray | Vllm | None",
     pruning: Any,
     prompt: dict[str, Any],
     generation: dict[str, Any],
@@ -92,7 +94,7 @@ def batch(
 
     try:
         with pipeline, lines_to(resume or output) as write, progress("answering", reader.count()) as step:
-            most = None if engine else WINDOW * batch_size  # Ray starts once, so its lines are read before
+            most = None if engine and engine.starts_once else WINDOW * batch_size
             for item, result in work(reader, pruning, prompt, answers, most, fail_fast):
                 write(line(item, result))
                 step(tally.count(result, reader.skipped), tally.status())

@@ -206,7 +206,12 @@ def pipeline(
 
 def engine(
     engine: Annotated[
-        choices.Engine, option("local: this process; ray: workers of Ray, also on other machines.", WORK)
+        choices.Engine,
+        option(
+            "local: this process; ray: workers of Ray, also on other machines; vllm, for batch alone: tokens are "
+            "pruned here, and the vLLM at --server answers.",
+            WORK,
+        ),
     ] = "local",
     address: Annotated[
         str | None,
@@ -226,6 +231,8 @@ def engine(
 
     if engine == "ray":
         return Ray(address, workers)
+    if engine == "vllm":  # `batch` has it from `cli.remote`
+        raise BadInput("answers questions of `gridprune batch` alone", field="engine", value="vllm")
     if address is not None or workers is not None:
         raise BadInput("only with `engine=ray`", field="workers" if address is None else "address")
     return None

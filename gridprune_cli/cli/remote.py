@@ -3,13 +3,16 @@
 import signal
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from gridprune_cli.cli import options
 from gridprune_cli.cli.describe import describe, set_method_options
 from gridprune_cli.cli.output import say, set_quiet
 from gridprune_cli.client.protocol import ServerFault
 from gridprune_cli.errors import BadInput
+
+if TYPE_CHECKING:
+    from gridprune_cli.integrations.vllm_http import Vllm
 
 OFF = "off"
 
@@ -56,13 +59,14 @@ def find_server(
     from gridprune_cli.client.session import EMBEDDED, Mismatch, open_remote
 
     set_quiet(bool(values.get("quiet")))
+    if values.get("engine") == "vllm":
+        return {"server": None, "engine": _vllm(None if no_server else server, api_key, values)}
     if no_server or (server or "").lower() == OFF:
         return {"server": None}
     address = parse_address(server) if server else find_socket()
     if address is None:
         return {"server": None}
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-        raise BadInput("must be of printable ASCII characters, without blanks", field="api_key")
+    check_key(api_key)
     connection = Connection(address, api_key)
     settings = {name: values[name] for name in _SETTINGS if name in values}
     answers_only = "pipeline" not in groups
@@ -89,6 +93,25 @@ def find_server(
         say(f"asking {remote.model} at {server}")
     results = {"server": remote, "pipeline": remote, "pruning": remote.pruning, "generation": remote.generation}
     return results | ({"engine": None} if "engine" in groups else {})
+
+
+def check_key(api_key: str | None) -> None:
+    """Raises BadInput for an API key that no header can hold."""
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        raise BadInput("must be of printable ASCII characters, without blanks", field="api_key")
+
+
+def _vllm(server: str | None, api_key: str | None, values: Mapping[str, Any]) -> "Vllm":
+    """The vLLM that answers. Raises BadInput where none is named, and for options of other engines."""
+    if not server or server.lower() == OFF:
+        raise BadInput("needs `server`, the http://HOST:PORT of a running vLLM", field="engine", value="vllm")
+    for name in ("workers", "address"):
+        if values.get(name) is not None:
+            raise BadInput("only with `engine=ray`", field=name)
+    check_key(api_key)
+    from gridprune_cli.integrations.vllm_http import Vllm, VllmServer
+
+    return Vllm(VllmServer(server, api_key))
 
 
 _SETTINGS = (

@@ -29,6 +29,11 @@ class ServerFault(GridpruneError):
         if status is not None and 400 <= status < 429:  # what was sent is at fault
             self.exit_code = BadInput.exit_code
 
+    @property
+    def for_all(self) -> bool:
+        """Whether the server would answer nothing else either."""
+        return self.status is None or self.status in (401, 403, 404, 503)
+
 
 def installed_version() -> str:
     return version("gridprune")

@@ -184,7 +184,7 @@ class RemotePipeline:
             try:
                 return act(item)
             except ServerFault as fault:
-                if fault.status is None or fault.status in (401, 403, 404, 503):
+                if fault.for_all:
                     broken.set()
                 return fault
             except GridpruneError as fault:

@@ -6,8 +6,11 @@ their original positions, and none can leave inside the language model. What is 
 version 0.33 (`model_executor/models`, `multimodal`).
 """
 
+import base64
 import hashlib
+import io
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -34,6 +37,13 @@ class VllmRequest:
     uuids: tuple[str, ...]
     model: str
     question: str
+
+    def parts(self) -> list[dict[str, Any]]:
+        """The images as parts of a chat message, for vLLM's HTTP interface: embeds as base64 of what torch saves."""
+        return [
+            {"type": "image_embeds", "image_embeds": _base64_of(embeds), "uuid": uuid}
+            for embeds, uuid in zip(self.image_embeds, self.uuids, strict=True)
+        ]
 
     def to_bytes(self) -> bytes:
         """A safetensors file: the two tensors, and the rest as JSON in its metadata, under `vllm`."""
@@ -78,6 +88,12 @@ def to_vllm(family: Family, pruned: PrunedSet) -> VllmRequest:
     first[1:] = (ids[1:] != family.image_token) | (ids[:-1] != family.image_token)
     embeds = pruned.image_embeds.view(count, -1, pruned.image_embeds.shape[-1])
     return VllmRequest(ids[first], embeds, tuple(map(_digest, embeds)), pruned.model, pruned.question)
+
+
+def _base64_of(tensor: Tensor) -> str:
+    with io.BytesIO() as buffer:
+        torch.save(tensor.clone(), buffer)  # a view would bring all that it is a view of
+        return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _digest(image_embeds: Tensor) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from gridprune_cli.cache.store import Store, Written, entry_key
 from gridprune_cli.errors import BadInput, GridpruneError
@@ -63,6 +63,7 @@ class Ray:
 
     address: str | None = None
     workers: int | None = None
+    starts_once: ClassVar[bool] = True  # for all requests, so they are read before
 
     def __post_init__(self) -> None:
         if missing := [name for name in ("ray", "pyarrow", "pandas") if find_spec(name) is None]:
