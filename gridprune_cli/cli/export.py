@@ -1,7 +1,8 @@
-"""`gridprune export`: pruned sets for a serving engine."""
+"""`gridprune export`: pruned sets for a serving engine, as files or sent to it."""
 
 import os
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,16 +12,20 @@ from gridprune_cli import choices
 from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import describe, error_fields
-from gridprune_cli.cli.output import emit_json, say, set_quiet, size, warn
+from gridprune_cli.cli.output import emit_json, emit_text, progress, say, set_quiet, size, warn
+from gridprune_cli.cli.remote import check_key
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
+    from gridprune_cli.integrations.vllm_http import VllmAnswer
+    from gridprune_cli.tokens import PrunedSet
     from gridprune_cli.vlm.family import Family
 
 
 @examples(
     'gridprune prune photo.jpg "What is it?" --tokens 64 --positions compact -o it.safetensors',
     "gridprune export it.safetensors --to vllm -o requests/",
+    "gridprune export it.safetensors --to vllm --serve http://localhost:8000",
 )
 def export(
     files: Annotated[
@@ -29,11 +34,19 @@ def export(
     ],
     to: Annotated[choices.ExportFormat, typer.Option(help="The engine.", show_default=False)],
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output", "-o", help="Folder, which must exist, for the files NAME.vllm.safetensors.", show_default=False
         ),
-    ],
+    ] = None,
+    serve: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Running engine, http://HOST:PORT, which is sent the sets, and whose answers are printed.",
+            show_default=False,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -41,15 +54,58 @@ def export(
             show_default="the one that made the set",
         ),
     ] = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    batch_size: Annotated[
+        int, options.option("With --serve: sets that are under way at once.", options.WORK, min=1)
+    ] = 32,
+    api_key: Annotated[
+        str | None, options.option("With --serve: what the engine asks for.", options.SERVER, metavar="KEY")
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write pruned sets in the form that a serving engine takes: image embeds in place of the image, and the prompt.
 
-    For vLLM: LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, pruned with --positions compact. Of several sets, one that
-    can't be exported is named, and the rest goes on.
+    Or send them to a running one, and print its answers as `generate` does. For vLLM: LLaVA-1.5, LLaVA-NeXT and
+    LLaVA-OneVision, pruned with --positions compact. Of several sets, one that can't be exported is named, and the rest
+    goes on.
     """
     set_quiet(quiet)
+    if (output is None) == (serve is None):
+        raise BadInput("give --output for files, or --serve to have a running engine answer; one of them")
+    if serve is not None:
+        check_key(api_key)
+        _serve(files, serve, api_key, model, max_new_tokens, batch_size, json)
+    else:
+        assert output is not None
+        _write(files, output, model, json)
+
+
+class Reporter:
+    """Says which of the sets failed, and at the end how many."""
+
+    def __init__(self, files: Sequence[Path], json: bool, verb: str):
+        self._count, self._json, self._verb = len(files), json, verb
+        self._failed = 0
+
+    def fail(self, path: Path, fault: GridpruneError) -> None:
+        """Raises the failure of the only set there is."""
+        error = fault.about(str(path))
+        if self._count == 1:
+            raise error from fault
+        self._failed += 1
+        warn(describe(error))
+        if self._json:
+            emit_json({"pruned": str(path)} | error_fields(error))
+
+    def end(self) -> None:
+        if self._failed:
+            warn(f"{self._failed} of {self._count} could not be {self._verb}")
+            raise typer.Exit(3)
+
+
+def _write(files: Sequence[Path], output: Path, model: str | None, json: bool) -> None:
+    """Writes a file for each set."""
     if not os.path.isdir(output):
         raise BadInput("no folder; make it first", field="output", value=output)
     targets = [output / f"{path.stem}.vllm.safetensors" for path in files]
@@ -59,19 +115,13 @@ def export(
             reason = "another set has this name too, and one folder can't hold both; export it apart"
             raise BadInput(reason, place=str(path))
     families: dict[str, Family] = {}
-    failed = 0
+    reporter = Reporter(files, json, "exported")
     lengths: set[int] = set()  # of the image embeds of each set
     for path, target in zip(files, targets, strict=True):
         try:
             line = _export(path, target, model, families)
         except GridpruneError as fault:
-            error = fault.about(str(path))
-            if len(files) == 1:
-                raise error from fault
-            failed += 1
-            warn(describe(error))
-            if json:
-                emit_json({"pruned": str(path)} | error_fields(error))
+            reporter.fail(path, fault)
             continue
         lengths.add(line["shape"][1])
         if json:
@@ -82,23 +132,16 @@ def export(
             f"these sets have from {min(lengths)} to {max(lengths)} image embeds for an image, and vLLM takes only "
             "equal ones at once; docs/vllm.md says what to do"
         )
-    if failed:
-        warn(f"{failed} of {len(files)} could not be exported")
-        raise typer.Exit(3)
+    reporter.end()
 
 
 def _export(path: Path, target: Path, model: str | None, families: "dict[str, Family]") -> dict[str, Any]:
     """Writes one set, and says what there is in it. `families` holds the models that were opened."""
     from gridprune_cli.cache.files import write_atomic
     from gridprune_cli.integrations.vllm import to_vllm
-    from gridprune_cli.tokens import load_pruned
-    from gridprune_cli.vlm import open_model
 
-    pruned = load_pruned(path)
-    name = model or pruned.model
-    if name not in families:
-        families[name] = open_model(name, "auto", "auto")
-    request = to_vllm(families[name], pruned)
+    pruned, family = _open(path, model, families)
+    request = to_vllm(family, pruned)
     data = request.to_bytes()
     write_atomic(target, data, sync=True)
     return {
@@ -112,3 +155,58 @@ def _export(path: Path, target: Path, model: str | None, families: "dict[str, Fa
         "prompt": len(request.prompt_token_ids),
         "uuids": list(request.uuids),
     }
+
+
+def _open(path: Path, model: str | None, families: "dict[str, Family]") -> "tuple[PrunedSet, Family]":
+    """A pruned set, and its model without weights."""
+    from gridprune_cli.tokens import load_pruned
+    from gridprune_cli.vlm import open_model
+
+    pruned = load_pruned(path)
+    name = model or pruned.model
+    if name not in families:
+        families[name] = open_model(name, "auto", "auto")
+    return pruned, families[name]
+
+
+def _serve(
+    files: Sequence[Path],
+    url: str,
+    api_key: str | None,
+    model: str | None,
+    max_new_tokens: int,
+    batch_size: int,
+    json: bool,
+) -> None:
+    """Sends the sets to a running vLLM, and prints its answers in the order of the files."""
+    from gridprune_cli.integrations.vllm_http import VllmServer, as_job, send_all
+
+    server = VllmServer(url, api_key, field="serve")
+    families: dict[str, Family] = {}
+    served: dict[str, str] = {}  # names of models as the server has them
+    reporter = Reporter(files, json, "answered from")
+
+    def jobs() -> "Iterator[tuple[tuple[Path, dict[str, Any]], Callable[[], VllmAnswer] | GridpruneError]]":
+        for path in files:
+            try:
+                pruned, family = _open(path, model, families)
+                name = family.checkpoint.name
+                if name not in served:
+                    served[name] = server.find_model(family.checkpoint)
+            except GridpruneError as fault:
+                if getattr(fault, "for_all", False):
+                    raise
+                yield (path, {}), fault
+                continue
+            yield (path, pruned.to_json()), as_job(server, family, pruned, served[name], max_new_tokens)
+
+    with progress("answering", len(files)) as step:
+        for (path, record), answer in send_all(jobs(), batch_size):
+            if isinstance(answer, GridpruneError):
+                reporter.fail(path, answer)
+            elif json:
+                emit_json(record | {"file": str(path), "answer": answer.text})
+            else:
+                emit_text(answer.text)
+            step()
+    reporter.end()
