@@ -152,7 +152,7 @@ def measure(act: Callable[[], object]) -> Measured:
     return Measured(time.perf_counter() - seconds, time.process_time() - cpu)
 
 
-def compare(python: Path, count: int, keep: float, rounds: int, threads: int) -> dict[str, Any]:
+def compare(python: Path, count: int, share: float, rounds: int, threads: int) -> dict[str, Any]:
     """Runs everything: what `--output` has of it."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as name:
@@ -163,7 +163,7 @@ def compare(python: Path, count: int, keep: float, rounds: int, threads: int) ->
         asked = write_questions(folder / "pictures", count)
         store = open_store(folder / "cache")
         pipeline = Pipeline("scenes", dtype="float32", device="cpu", store=store)
-        shares = {"full": Pruning(keep=1.0, positions="compact"), "pruned": Pruning(keep=keep, positions="compact")}
+        shares = {"full": Pruning(keep=1.0, positions="compact"), "pruned": Pruning(keep=share, positions="compact")}
         requests = {way: [Request((image,), text, pruning) for image, text in asked] for way, pruning in shares.items()}
         sets = {way: export(pipeline, requests[way], folder / "requests" / way) for way in shares}
         token = pipeline.family.image_token

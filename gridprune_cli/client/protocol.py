@@ -29,6 +29,11 @@ class ServerFault(GridpruneError):
         if status is not None and 400 <= status < 429:  # what was sent is at fault
             self.exit_code = BadInput.exit_code
 
+    def at(self, place: str) -> "ServerFault":
+        inside = super().at(place).place
+        about: dict[str, Any] = {"status": self.status, "code": self.code, "field": self.field, "value": self.value}
+        return ServerFault(self.reason, place=inside, **about)
+
     @property
     def for_all(self) -> bool:
         """Whether the server would answer nothing else either."""
