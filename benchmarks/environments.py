@@ -1,4 +1,7 @@
-"""Virtual environments beside this one, for packages that have dependencies of their own, such as vLLM."""
+"""An environment beside this one where vLLM runs on the CPU: `python -m benchmarks.environments FOLDER`.
+
+It is made where there is none, and the path of its Python is printed.
+"""
 
 import subprocess
 import sys
@@ -56,3 +59,9 @@ def _run(command: list[str]) -> None:
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         sys.exit(f"{' '.join(command)}: {last}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("give one folder")
+    print(vllm_environment(Path(sys.argv[1])))
