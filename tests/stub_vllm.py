@@ -66,7 +66,7 @@ class StubVllm:
 
     def _prompt(self, body: dict[str, Any]) -> str:
         (message,) = body["messages"]
-        content = [part if part["type"] == "text" else {"type": "image"} for part in message["content"]]
+        content = [item if item["type"] == "text" else {"type": "image"} for item in message["content"]]
         text = self._tokenizer.apply_chat_template(
             [{"role": message["role"], "content": content}],
             chat_template=body.get("chat_template", self._template),
@@ -78,8 +78,8 @@ class StubVllm:
 
     @torch.inference_mode()
     def _answer(self, body: dict[str, Any], text: str) -> Response:
-        parts = [part for part in body["messages"][0]["content"] if part["type"] == "image_embeds"]
-        embeds = [torch.load(io.BytesIO(base64.b64decode(part["image_embeds"])), weights_only=True) for part in parts]
+        images = [item["image_embeds"] for item in body["messages"][0]["content"] if item["type"] == "image_embeds"]
+        embeds = [torch.load(io.BytesIO(base64.b64decode(image)), weights_only=True) for image in images]
         with self._lock:
             sizes = iter(len(tensor) for tensor in embeds)
             prompt = [

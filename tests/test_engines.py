@@ -16,7 +16,7 @@ from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.settings import Pruning
 
 ROOT = Path(__file__).parent.parent
-PYTHON = os.environ.get("GRIDPRUNE_VLLM_PYTHON")
+PYTHON = os.environ.get("VLLM_PYTHON")
 
 
 def test_another_answer_is_named_with_the_token_where_it_parts():
@@ -39,7 +39,7 @@ def test_the_table_has_medians_and_ratios_of_turns():
     turns = {
         way: [{"seconds": n * scale, "cpu": n * scale / 2} for scale in (1, 2, 9)] for n, way in enumerate(ways, 1)
     }
-    different = dict.fromkeys(engines.WAYS, [])
+    different = {way: [] for way in engines.WAYS}
     result = {"engine": "vLLM", "questions": 12, "images": 3, "tokens": {"full": 256, "pruned": 28}, "measured": turns}
     result |= {"same": dict.fromkeys(engines.WAYS, 12), "different": different | {"pruned": [{"question": "q"}]}}
     lines = list(engines.report(result))
@@ -65,7 +65,7 @@ def test_an_environment_that_works_is_left_as_it_is(tmp_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PYTHON, reason="GRIDPRUNE_VLLM_PYTHON does not name a Python with vLLM")
+@pytest.mark.skipif(not PYTHON, reason="VLLM_PYTHON does not name a Python with vLLM")
 def test_vllm_answers_as_generate_does(tmp_path):
     """The embedded model as it ships, 40 held-out questions: from pictures, from all tokens, from pruned sets."""
     output = tmp_path / "engines.json"

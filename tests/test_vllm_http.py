@@ -39,9 +39,9 @@ def sets(run, noise, tmp_path):
     return paths
 
 
-def decoded(part):
-    assert part["type"] == "image_embeds" and part["uuid"]
-    return torch.load(io.BytesIO(base64.b64decode(part["image_embeds"])), weights_only=True)
+def decoded(item):
+    assert item["type"] == "image_embeds" and item["uuid"]
+    return torch.load(io.BytesIO(base64.b64decode(item["image_embeds"])), weights_only=True)
 
 
 def free_port():
