@@ -92,7 +92,7 @@ def find_server(
 
 
 _SETTINGS = (
-    *("model", "clip", "relevance", "device", "dtype"),
+    *("model", "clip", "relevance", "device", "dtype", "quantize"),
     *("cache_dir", "cache_limit", "cache_dtype", "no_cache"),
 )
 
