@@ -68,7 +68,9 @@ def open_model(
     placed = place(device, dtype, model, checkpoint.stored)
     if format and (lack := format.lacks(placed.device.partition(":")[0])):
         raise BadInput(lack, field=field, value=model)
-    check_quantize(quantize, placed, checkpoint)
+    check_quantize(quantize, placed)
+    if format and quantize:
+        raise BadInput(f"{model} is quantised already, as {format.name}; leave it out", field="quantize", value=quantize)
     adapter = family_class(checkpoint.family)
     family = adapter(
         *(checkpoint, placed.dtype, placed.device), sharded=placed.sharded, relevance=relevance, quantize=quantize

@@ -12,17 +12,15 @@ import torch
 from torch import nn
 
 from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.placement import Placement
-from gridprune_cli.vlm.support import quantization
 
 BITS = {"int8": 8, "int4": 4}
 _GROUPS = (128, 64, 32)  # weights that share a scale in 4 bits, as torch's kernels take them; the larger the smaller
 _TINYGEMM = (8, 0)  # the compute capability from which torch's 4-bit kernel runs on a GPU
 
 
-def check_quantize(quantize: str | None, placed: Placement, checkpoint: Checkpoint) -> None:
-    """Raises BadInput where weights can't be quantised so: by the packages, device and dtype, or config.json.
+def check_quantize(quantize: str | None, placed: Placement) -> None:
+    """Raises BadInput where weights can't be quantised so, for want of a package, or by the device or dtype.
 
     In 4 bits torch has kernels for bfloat16. On a CPU it takes other dtypes, a hundred times slower.
     """
@@ -33,9 +31,6 @@ def check_quantize(quantize: str | None, placed: Placement, checkpoint: Checkpoi
     missing = [name for name in ("torchao", "accelerate") if find_spec(name) is None]
     if missing:
         reason = f"{' and '.join(missing)} missing; pip install 'gridprune[quantize]'"
-        raise BadInput(reason, field="quantize", value=quantize)
-    if stored := quantization(checkpoint.config):
-        reason = f"{checkpoint.name} is quantised already, as {stored.name}; leave it out"
         raise BadInput(reason, field="quantize", value=quantize)
     if placed.sharded:
         raise BadInput("not with `device=map`; name one device", field="quantize", value=quantize)
@@ -90,6 +85,14 @@ def loading_config(quantize: str, device: str, config: Any, text_model: str) -> 
 
     elsewhere = rf"(?!{re.escape(text_model)}\.).*"
     return TorchAoConfig(torchao_config(quantize, device, config), modules_to_not_convert=[elsewhere])
+
+
+def quantize_module(module: nn.Module, quantize: str | None, device: str, config: Any) -> None:
+    """Quantises the weights of a linear layer, in place; None leaves them as they are."""
+    if quantize:
+        from torchao.quantization import quantize_
+
+        quantize_(module, torchao_config(quantize, device, config), filter_fn=None)
 
 
 def linear_layers(model: nn.Module, text_model: str) -> dict[str, nn.Linear]:
