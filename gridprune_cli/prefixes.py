@@ -91,14 +91,18 @@ class Prefixes:
         """
         storage = {} if self.cache_dtype == "full" else {"storage": self.cache_dtype}
         quantized = {"quantize": self.family.quantize} if self.family.quantize else {}
-        return storage | quantized | {
-            "kind": "prefix",
-            "family": self.family.checkpoint.family,
-            "language_model": self.family.fingerprint,
-            "dtype": str(self.family.dtype).removeprefix("torch."),
-            "depth": self.family.relevance_depth,
-            "version": VERSION,
-        }
+        return (
+            storage
+            | quantized
+            | {
+                "kind": "prefix",
+                "family": self.family.checkpoint.family,
+                "language_model": self.family.fingerprint,
+                "dtype": str(self.family.dtype).removeprefix("torch."),
+                "depth": self.family.relevance_depth,
+                "version": VERSION,
+            }
+        )
 
     def key(self, ids: Tensor, images: Sequence[EncodedImage]) -> str:
         """Cache key of the prefix of token ids `(P,)` with the placeholders of these images."""

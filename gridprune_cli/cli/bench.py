@@ -116,7 +116,11 @@ def bench(
         return
     where = place["device"] if device.startswith("cuda") else f"{device}, {place['threads']} threads"
     weights = f", weights in {place['quantize']}" if place["quantize"] else ""
-    put(printable(f"{pipeline.model}, {place['dtype']}{weights}, {where}; {picture.name}; medians of {repeat}, quartiles"))
+    put(
+        printable(
+            f"{pipeline.model}, {place['dtype']}{weights}, {where}; {picture.name}; medians of {repeat}, quartiles"
+        )
+    )
     table(
         ("", "full ", *(f"{_WAYS[name]} " for name, _, _ in report.others), "pruned ", "full / pruned"), _lines(report)
     )

@@ -70,7 +70,9 @@ def open_model(
         raise BadInput(lack, field=field, value=model)
     check_quantize(quantize, placed)
     if format and quantize:
-        raise BadInput(f"{model} is quantised already, as {format.name}; leave it out", field="quantize", value=quantize)
+        raise BadInput(
+            f"{model} is quantised already, as {format.name}; leave it out", field="quantize", value=quantize
+        )
     adapter = family_class(checkpoint.family)
     family = adapter(
         *(checkpoint, placed.dtype, placed.device), sharded=placed.sharded, relevance=relevance, quantize=quantize

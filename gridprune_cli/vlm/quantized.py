@@ -58,9 +58,7 @@ def torchao_config(quantize: str, device: str, config: Any) -> Any:
     group = group_size(config)
     if device == "cpu":  # torchao's own format for torch's kernel of CPUs
         return PrototypeInt4WeightOnlyConfig(group_size=group, set_inductor_config=False)
-    return Int4WeightOnlyConfig(
-        group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
-    )
+    return Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
 
 
 def group_size(config: Any) -> int:
