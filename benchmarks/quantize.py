@@ -20,9 +20,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
+from gridprune_cli.bench.rates import count_bytes
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.runners.batches import result_or_raise
 from gridprune_cli.scenes.questions import questions
@@ -35,21 +35,16 @@ SHAPE = "llava-1.5-7b"
 PER_SCENE = 8
 
 
-def nbytes(tensor: Any) -> int:
-    """Bytes that a weight takes, also one of torchao's, whose tensors are its attributes."""
-    inner = getattr(tensor, "tensor_data_names", None)
-    if inner is None:
-        return tensor.numel() * tensor.itemsize
-    return sum(nbytes(value) for value in vars(tensor).values() if isinstance(value, Tensor))
-
-
 def measure_memory(layers: int, quantize: str | None) -> None:
     """Prints the bytes of each part of a shape, and the most that this process held."""
     family = build(SHAPES[SHAPE], torch.bfloat16, "cpu", layers, quantize=quantize)
     model = family.load("language")
-    clip = sum(nbytes(weight) for weight in family.relevance.model.parameters())  # type: ignore[attr-defined]
-    language = sum(nbytes(weight) for weight in model.model.language_model.parameters()) + nbytes(model.lm_head.weight)
-    whole = sum(nbytes(weight) for weight in model.parameters()) + clip
+    clip_model: Any = family.relevance.model  # type: ignore[union-attr]
+    clip = sum(count_bytes(weight) for weight in clip_model.parameters())
+    language = sum(count_bytes(weight) for weight in model.model.language_model.parameters()) + count_bytes(
+        model.lm_head.weight
+    )
+    whole = sum(count_bytes(weight) for weight in model.parameters()) + clip
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
     print(json.dumps({"language": language, "whole": whole, "peak": peak}))

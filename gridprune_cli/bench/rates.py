@@ -15,7 +15,7 @@ _RUNS = 3  # after a first; the best counts, since both are limits
 
 def weight_bytes(layers: list[nn.Linear]) -> float:
     """Bytes of a weight of linear layers, with its share of scales where they are quantised."""
-    return sum(_nbytes(layer.weight) for layer in layers) / sum(
+    return sum(count_bytes(layer.weight) for layer in layers) / sum(
         layer.in_features * layer.out_features for layer in layers
     )
 
@@ -36,7 +36,7 @@ def measure_rates(layers: list[nn.Linear], dtype: torch.dtype) -> Rates:
             layer(ones[layer.in_features].to(layer.weight.device))
 
     flops = 2 * _TOKENS * largest.in_features * largest.out_features
-    nbytes = sum(_nbytes(layer.weight) for layer in layers)
+    nbytes = sum(count_bytes(layer.weight) for layer in layers)
     return Rates(flops / _best(lambda: largest(many), many), nbytes / _best(read_all, many))
 
 
@@ -56,8 +56,8 @@ def _tokens(layer: nn.Linear, count: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(1, count, layer.in_features).to(layer.weight.device, dtype)
 
 
-def _nbytes(weight: Any) -> int:
+def count_bytes(weight: Any) -> int:
     """Bytes of a weight; of one of torchao's, those of the tensors that it consists of."""
     if not hasattr(weight, "tensor_data_names"):
         return weight.numel() * weight.itemsize
-    return sum(_nbytes(value) for value in vars(weight).values() if isinstance(value, Tensor))
+    return sum(count_bytes(value) for value in vars(weight).values() if isinstance(value, Tensor))

@@ -115,12 +115,8 @@ def bench(
         emit_json(place | question_and_method | of_relevance | counts | report.to_json())
         return
     where = place["device"] if device.startswith("cuda") else f"{device}, {place['threads']} threads"
-    weights = f", weights in {place['quantize']}" if place["quantize"] else ""
-    put(
-        printable(
-            f"{pipeline.model}, {place['dtype']}{weights}, {where}; {picture.name}; medians of {repeat}, quartiles"
-        )
-    )
+    numbers = f"{place['dtype']}, weights in {place['quantize']}" if place["quantize"] else place["dtype"]
+    put(printable(f"{pipeline.model}, {numbers}, {where}; {picture.name}; medians of {repeat}, quartiles"))
     table(
         ("", "full ", *(f"{_WAYS[name]} " for name, _, _ in report.others), "pruned ", "full / pruned"), _lines(report)
     )
@@ -128,8 +124,9 @@ def bench(
         f"The prefill is {report.prefill.median:.2f} times faster with {report.flops:.2f} times fewer operations: "
         f"{report.achieved:.2f} of the ratio.\n"
         f"At {report.rates.flops / 1e9:,.1f} GFLOP/s and {report.rates.nbytes / 1e9:,.1f} GB/s, as measured here, "
-        f"operations and bytes limit it to {report.limit:.2f}, or {report.apart:.2f} where reading and computing don't "
-        f"overlap: {report.prefill.median / report.limit:.2f} and {report.prefill.median / report.apart:.2f} of these.\n"
+        f"operations and bytes limit it to {report.limit:.2f}, or {report.apart:.2f} where reading and computing "
+        f"don't overlap: {report.prefill.median / report.limit:.2f} and "
+        f"{report.prefill.median / report.apart:.2f} of these.\n"
         f"Selecting takes {report.selecting.median:.1%} of the pruned prefill."
     )
     way = "from the cached prefix" if report.pruned.prefix_layers else "without a prefix"

@@ -297,15 +297,15 @@ def _random(
     _check_room(elsewhere * dtype.itemsize + quantized_bytes(in_layers, quantize, dtype.itemsize, group), device)
     # 3. the weights; tied ones are one
     noise = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).mul(_STD).to(device, dtype)
-    filled: dict[int, nn.Parameter] = {}
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # of those that are not quantised, which are never tied
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if id(parameter) not in filled:
+            if parameter not in filled:
                 of_norm = parameter.dim() == 1 and name == "weight"
-                filled[id(parameter)] = _fill(parameter, 1.0 if of_norm else noise, device)
-            module._parameters[name] = filled[id(parameter)]
+                filled[parameter] = _fill(parameter, 1.0 if of_norm else noise, device)
+            module._parameters[name] = filled[parameter] if path not in layers else filled.pop(parameter)
         if path in layers:
             quantize_module(module, quantize, device, config)
     if quantize:
@@ -322,7 +322,7 @@ def _without_memory() -> Iterator[None]:
             return parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    hook = register_module_parameter_registration_hook(move)
+    hook = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]  # what it returns is taken
     try:
         yield
     finally:
