@@ -143,10 +143,10 @@ def test_steps_by_hand():
 
 def test_the_roofline_by_hand():
     """At 10 operations and 2 bytes a second: computing takes 6 and 1 s, reading 2 and 4 s."""
-    found = Roofline.of([Step(60, 4), Step(10, 8)], Rates(10, 2))
-    assert found == Roofline(overlapped=6 + 4, apart=6 + 1 + 2 + 4, reading=2 + 4)
+    roofline = Roofline.of([Step(60, 4), Step(10, 8)], Rates(10, 2))
+    assert roofline == Roofline(overlapped=6 + 4, apart=6 + 1 + 2 + 4, reading=2 + 4)
 
 
 def test_a_prompt_of_one_token_waits_for_its_weights():
-    found = Roofline.of(prefill_steps(SMALL, [1, 1]), Rates(1e12, 1e9))
-    assert found.overlapped == pytest.approx(found.reading)
+    roofline = Roofline.of(prefill_steps(SMALL, [1, 1]), Rates(1e12, 1e9))
+    assert roofline.overlapped == pytest.approx(roofline.reading)
