@@ -16,7 +16,7 @@ from gridprune_cli.vlm.relevance import Calibration
 
 _log = logging.getLogger(__name__)
 
-MODEL_OPTIONS = ("model", "clip", "relevance", "device", "dtype")
+MODEL_OPTIONS = ("model", "clip", "relevance", "device", "dtype", "quantize")
 CACHE_OPTIONS = ("cache_dir", "cache_limit", "cache_dtype", "no_cache")
 
 

@@ -67,6 +67,7 @@ class Pipeline:
                  "both", half of each; "words", its word embeddings; or "auto", clip where the tower is a CLIP's or
                  `clip` is named, else attention
     store        the cache; None: there is none
+    quantize     "int8" or "int4", the weights of the language model's layers; None: as they are stored
     cache_dtype  how vision features and prefixes are stored, see `Encoder`
 
     Raises BadInput for a model, device or dtype that can't be used, GridpruneError where the hub can't be asked.
@@ -82,6 +83,7 @@ class Pipeline:
         store: Store | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        quantize: str | None = None,
         cache_dtype: str = "full",
     ):
         if isinstance(model, Family):
@@ -89,11 +91,16 @@ class Pipeline:
         else:
             name = EMBEDDED if model is None else model
             self.family = open_model(
-                name, dtype, device, revision=revision, clip=clip, relevance=relevance, store=store
+                *(name, dtype, device),
+                revision=revision,
+                clip=clip,
+                relevance=relevance,
+                quantize=quantize,
+                store=store,
             )
         self.model = self.family.checkpoint.name
         self.encoder = Encoder(self.family, store, cache_dtype, scenes_only=model is None)
-        self.localizers = Localizers(self.encoder, device, dtype)
+        self.localizers = Localizers(self.encoder, device, dtype, quantize)
 
     @property
     def store(self) -> Store | None:

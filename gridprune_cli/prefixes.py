@@ -85,16 +85,24 @@ class Prefixes:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What prefixes depend on besides images and token ids. The projector is in the keys of the images."""
+        """What prefixes depend on besides images and token ids. The projector is in the keys of the images.
+
+        Quantised layers make other keys and values of the same images, so theirs are entries of their own.
+        """
         storage = {} if self.cache_dtype == "full" else {"storage": self.cache_dtype}
-        return storage | {
-            "kind": "prefix",
-            "family": self.family.checkpoint.family,
-            "language_model": self.family.fingerprint,
-            "dtype": str(self.family.dtype).removeprefix("torch."),
-            "depth": self.family.relevance_depth,
-            "version": VERSION,
-        }
+        quantized = {"quantize": self.family.quantize} if self.family.quantize else {}
+        return (
+            storage
+            | quantized
+            | {
+                "kind": "prefix",
+                "family": self.family.checkpoint.family,
+                "language_model": self.family.fingerprint,
+                "dtype": str(self.family.dtype).removeprefix("torch."),
+                "depth": self.family.relevance_depth,
+                "version": VERSION,
+            }
+        )
 
     def key(self, ids: Tensor, images: Sequence[EncodedImage]) -> str:
         """Cache key of the prefix of token ids `(P,)` with the placeholders of these images."""

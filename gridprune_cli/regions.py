@@ -64,11 +64,14 @@ class Localizers:
     """The localisers of a model, opened when they are first needed.
 
     encoder        the model's; localisers use the same cache, and store in the same way
-    device, dtype  where localisers run and what they compute in, as `open_model` takes them
+    device, dtype, quantize  where localisers run, what they compute in and how their weights are held, as `open_model`
+             takes them
     """
 
-    def __init__(self, encoder: Encoder, device: str = "auto", dtype: str = "auto") -> None:
-        self._encoder, self._device, self._dtype = encoder, device, dtype
+    def __init__(
+        self, encoder: Encoder, device: str = "auto", dtype: str = "auto", quantize: str | None = None
+    ) -> None:
+        self._encoder, self._device, self._dtype, self._quantize = encoder, device, dtype, quantize
         self._opened: dict[str, Encoder] = {}
 
     def find(self, pruning: Pruning, images: int = 1) -> Encoder | None:
@@ -87,6 +90,8 @@ class Localizers:
             )
         if name not in self._opened:
             model = EMBEDDED_LOCALIZER if name == VLM else name
-            family = open_model(model, self._dtype, self._device, store=encoder.store, field="localizer")
+            family = open_model(
+                *(model, self._dtype, self._device), quantize=self._quantize, store=encoder.store, field="localizer"
+            )
             self._opened[name] = Encoder(family, encoder.store, encoder.cache_dtype)
         return self._opened[name]

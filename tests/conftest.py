@@ -166,7 +166,7 @@ def load_once(monkeypatch: pytest.MonkeyPatch, loaded_models: dict[Any, Any]) ->
 
     def load(cls: Any, folder: Path, without: Collection[str], *options: Any) -> Any:
         files = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
-        key = (cls, folder, tuple(without), files, *options)
+        key = (cls, folder, tuple(without), files, *map(repr, options))
         if key not in loaded_models:
             loaded_models[key] = load_part(cls, folder, without, *options)
         return loaded_models[key]

@@ -6,14 +6,16 @@ import json
 import pytest
 
 from gridprune_cli.bench import measure as bench
-from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
+from gridprune_cli.bench.cost import Decoder, Roofline, kv_bytes, prefill_flops, prefill_steps
 from gridprune_cli.bench.measure import Spread, count_steps, measure, sample_scene
+from gridprune_cli.bench.rates import weight_bytes
 from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import Generated, generate
 from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.settings import Pruning
+from gridprune_cli.vlm.quantized import linear_layers
 
 QUESTION = "What colour is the star?"
 
@@ -57,6 +59,10 @@ def test_counts_are_those_of_the_answers(pipeline, noise, monkeypatch):
         assert (side.tokens, side.prompt) == (len(pruned.kept), prompt)
         assert side.prefill_flops == prefill_flops(decoder, [prompt] * decoder.layers)
         assert side.kv_bytes == kv_bytes(decoder, [prompt] * decoder.layers, 4)
+        linear = list(linear_layers(pipeline.family.load("language"), "model.language_model").values())
+        steps = prefill_steps(decoder, [prompt] * decoder.layers, itemsize=4, weight_bytes=weight_bytes(linear))
+        assert weight_bytes(linear) == 4
+        assert side.roofline == Roofline.of(steps, report.rates)
         assert side.peak_bytes > 50 << 20
     assert report.load > 0 and report.encode.median > 0 and report.encode_peak_bytes > 50 << 20
     assert measure(pipeline, png(noise((80, 60))), QUESTION, Pruning(), repeat=1, new_tokens=2).load is None

@@ -11,7 +11,7 @@ from tiny_families import open_pipeline, write_checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
+from gridprune_cli.bench.cost import Decoder, Rates, Roofline, Step, kv_bytes, prefill_flops, prefill_steps
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.placeholders import staying
@@ -118,3 +118,35 @@ def test_what_a_window_holds(tmp_path, noise):
     assert {None, 12} == set(decoder.windows) and len(pruned.input_ids) > 12
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
     assert kv_bytes(decoder, [len(pruned.input_ids)] * decoder.layers, 4) == held
+
+
+# ---- roofline --------------------------------------------------------------------------------------------------------
+
+# two layers of width 4 with two heads of 2, one of which has keys and values, an MLP of 8 and 10 words:
+# 4 * (2 * 4 + 2 * 2 + 3 * 8) = 144 weights a layer
+SMALL = Decoder(width=4, heads=2, kv_heads=1, head_width=2, mlp_width=8, vocabulary=10, windows=(None, None))
+
+
+def test_steps_by_hand():
+    steps = prefill_steps(SMALL, [5, 3], itemsize=2)
+    assert steps == [
+        Step(2 * 5 * 144, 2 * 144),
+        Step(4 * 5 * 5 * 4, 5 * 8),  # a token's key and value are 2 * 2 numbers of two bytes
+        Step(2 * 3 * 144, 2 * 144),
+        Step(4 * 3 * 3 * 4, 3 * 8),
+        Step(2 * 40, 2 * 40),
+    ]
+    assert sum(step.flops for step in steps) == prefill_flops(SMALL, [5, 3])
+    low, *_ = prefill_steps(SMALL, [5, 5], [2, 2], itemsize=4, weight_bytes=0.5)
+    assert low == Step(2 * 2 * 144, 72)
+
+
+def test_the_roofline_by_hand():
+    """At 10 operations and 2 bytes a second: computing takes 6 and 1 s, reading 2 and 4 s."""
+    roofline = Roofline.of([Step(60, 4), Step(10, 8)], Rates(10, 2))
+    assert roofline == Roofline(overlapped=6 + 4, apart=6 + 1 + 2 + 4, reading=2 + 4)
+
+
+def test_a_prompt_of_one_token_waits_for_its_weights():
+    roofline = Roofline.of(prefill_steps(SMALL, [1, 1]), Rates(1e12, 1e9))
+    assert roofline.overlapped == pytest.approx(roofline.reading)

@@ -78,5 +78,5 @@ def test_bad_shapes():
     for layers in (0, 4):
         with pytest.raises(BadInput, match=f"layers={layers}: .* has 1 to 3"):
             build(shrunk("llava-1.5-7b"), torch.float32, "cpu", layers)
-    with pytest.raises(BadInput, match=r"GB of weights, but .* take `dtype=bfloat16`, or fewer `layers`"):
+    with pytest.raises(BadInput, match=r"GB of weights, but .* take `dtype=bfloat16`, `quantize`, or fewer `layers`"):
         shapes._check_room(1 << 60, "cpu")

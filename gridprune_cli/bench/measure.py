@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gridprune_cli.bench.cost import Decoder, kv_bytes, prefill_flops
+from gridprune_cli.bench.cost import Decoder, Rates, Roofline, kv_bytes, prefill_flops, prefill_steps
+from gridprune_cli.bench.rates import measure_rates, weight_bytes
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.images import Source, load_image
@@ -27,6 +28,7 @@ from gridprune_cli.selector import find_relevance
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import EncodedImage
 from gridprune_cli.vlm.checkpoint import EMBEDDED
+from gridprune_cli.vlm.quantized import linear_layers
 
 _SIDE = 672  # pixels; LLaVA-NeXT makes its full number of tiles of it
 _CLEAR = Path("/proc/self/clear_refs")
@@ -59,6 +61,7 @@ class Side:
     prompt         tokens of the whole prompt
     kv_bytes       of the prompt, by formula
     prefill_flops  by formula
+    roofline       of the prefill: the seconds of its operations and bytes at the machine's rates
     peak_bytes     most memory held while answering, weights among it; None where the system does not tell
     """
 
@@ -73,6 +76,7 @@ class Side:
     answer: Spread
     kv_bytes: int
     prefill_flops: int
+    roofline: Roofline
     peak_bytes: int | None
 
 
@@ -87,6 +91,9 @@ class Report:
     encode      milliseconds for the picture, which is done once however many questions there are
     selecting   the pruned answer's `select` as a share of its `prefill`
     achieved    measured ratio of the prefills over that of their operations: 1 where time goes with operations
+    rates       what the machine reached with the language model's matrices, in the same run
+    limit       ratio of the prefills' rooflines, where computing and reading overlap
+    apart       the same where they don't
     """
 
     load: float | None
@@ -98,6 +105,7 @@ class Report:
     decode: Spread
     answer: Spread
     selecting: Spread
+    rates: Rates
     before: Side | None = None
     scratch: Side | None = None
     of_before: Spread | None = None
@@ -117,12 +125,21 @@ class Report:
     def achieved(self) -> float:
         return self.prefill.median / self.flops
 
+    @property
+    def limit(self) -> float:
+        return self.full.roofline.overlapped / self.pruned.roofline.overlapped
+
+    @property
+    def apart(self) -> float:
+        return self.full.roofline.apart / self.pruned.roofline.apart
+
     def to_json(self) -> dict[str, Any]:
         """Times end in `_ms`."""
 
         def side(one: Side) -> dict[str, Any]:
             names = ("localize", "select", "prefill", "decode", "answer")
             times = {f"{name}_ms": asdict(getattr(one, name)) for name in names}
+            times["roofline_ms"] = {name: 1e3 * seconds for name, seconds in asdict(one.roofline).items()}
             return {name: value for name, value in asdict(one).items() if f"{name}_ms" not in times} | times
 
         return {
@@ -137,12 +154,18 @@ class Report:
                 **{name: asdict(getattr(self, name)) for name in ("prefill", "decode", "answer")},
                 "flops": self.flops,
                 "kv": self.full.kv_bytes / self.pruned.kv_bytes,
+                "roofline": {"overlapped": self.limit, "apart": self.apart},
             },
             "pruned_of": {
                 name: {"prefill": asdict(prefill), "flops": self.pruned.prefill_flops / other.prefill_flops}
                 for name, other, prefill in self.others
             },
             "achieved": self.achieved,
+            "of_roofline": {
+                "overlapped": self.prefill.median / self.limit,
+                "apart": self.prefill.median / self.apart,
+            },
+            "rates": {"flops_per_s": self.rates.flops, "bytes_per_s": self.rates.nbytes},
             "selecting": asdict(self.selecting),
         }
 
@@ -224,7 +247,10 @@ def measure(
         rounds.append(runs)
     runs_of = {name: [runs[name] for runs in rounds[1:]] for name in rounds[0]}
     full, pruned = runs_of["full"], runs_of["pruned"]
-    decoder = Decoder.of(family.load("language").config)
+    language = family.load("language")
+    decoder = Decoder.of(language.config)
+    linear = list(linear_layers(language, family.text_model).values())
+    rates, of_weight = measure_rates(linear, family.dtype), weight_bytes(linear)
 
     def side(runs: Sequence[_Run]) -> Side:
         prompt = median_low(run.prompt for run in runs)  # separators come and go with the tokens of their row
@@ -232,6 +258,7 @@ def measure(
         layers = [prompt - runs[0].tokens + there for there in inside]
         text = prompt - runs[0].prefix_tokens  # what is run of the prompt in the prefix's layers
         run = [text if layer < runs[0].prefix_layers else n for layer, n in enumerate(layers)]
+        steps = prefill_steps(decoder, layers, run, itemsize=family.dtype.itemsize, weight_bytes=of_weight)
         return Side(
             tokens=runs[0].tokens,
             inside=inside,
@@ -244,6 +271,7 @@ def measure(
             answer=Spread.of([run.answer for run in runs]),
             kv_bytes=kv_bytes(decoder, layers, family.dtype.itemsize),
             prefill_flops=prefill_flops(decoder, layers, run),
+            roofline=Roofline.of(steps, rates),
             peak_bytes=_largest([run.peak for run in runs]),
         )
 
@@ -266,6 +294,7 @@ def measure(
         decode=ratio(lambda run: run.decode),
         answer=ratio(lambda run: run.answer),
         selecting=Spread.of([run.select / run.prefill for run in pruned]),
+        rates=rates,
         **further,
     )
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gridprune_cli.pipeline import Answer, Pipeline
 
 _HIDDEN = (
-    *("clip", "relevance", "cache_dir", "cache_limit", "cache_dtype"),
+    *("clip", "relevance", "cache_dir", "cache_limit", "cache_dtype", "quantize"),
     *("positions", "query", "share_budget", "literal", "prompt_template", "stream"),
     *("localizer_template", "ilp_layer", "inside_ratio", "outside_ratio"),
     *("server", "no_server", "api_key"),

@@ -30,6 +30,7 @@ def subject(
     relevance: options.Relevance = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
 ) -> Callable[[], "Pipeline"]:
     """Opens what is measured; nothing comes from the cache. A shape goes before a model, whatever names that."""
     from gridprune_cli.opening import open_pipeline
@@ -38,17 +39,19 @@ def subject(
         if layers is not None:
             raise BadInput("only with --shape; a checkpoint has the layers that it has", field="layers")
         checkpoint = {"model": model, "clip": clip, "relevance": relevance, "device": device, "dtype": dtype}
-        return lambda: open_pipeline(checkpoint | {"no_cache": True})
+        return lambda: open_pipeline(checkpoint | {"quantize": quantize, "no_cache": True})
     if clip is not None:
         raise BadInput("not with --shape, which has no checkpoint", field="clip", value=clip)
     if device == "map":
         raise BadInput("not with --shape, whose random weights lie on one device", field="device", value=device)
     from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.vlm.placement import place
+    from gridprune_cli.vlm.quantized import check_quantize
     from gridprune_cli.vlm.shapes import build, find_shape
 
     placed, published = place(device, dtype, shape), find_shape(shape)
-    return lambda: Pipeline(build(published, placed.dtype, placed.device, layers, relevance))
+    check_quantize(quantize, placed)
+    return lambda: Pipeline(build(published, placed.dtype, placed.device, layers, relevance, quantize))
 
 
 _WAYS = {"before": "before the model", "scratch": "inside from scratch"}  # titles of what `Report.others` names
@@ -100,6 +103,7 @@ def bench(
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "threads": torch.get_num_threads(),
         "dtype": str(pipeline.family.dtype).removeprefix("torch."),
+        "quantize": pipeline.family.quantize,
     }
     if json:
         question_and_method = {"image": picture.name, "question": question, "method": pruning.method.name}
@@ -111,13 +115,18 @@ def bench(
         emit_json(place | question_and_method | of_relevance | counts | report.to_json())
         return
     where = place["device"] if device.startswith("cuda") else f"{device}, {place['threads']} threads"
-    put(printable(f"{pipeline.model}, {place['dtype']}, {where}; {picture.name}; medians of {repeat}, quartiles"))
+    numbers = f"{place['dtype']}, weights in {place['quantize']}" if place["quantize"] else place["dtype"]
+    put(printable(f"{pipeline.model}, {numbers}, {where}; {picture.name}; medians of {repeat}, quartiles"))
     table(
         ("", "full ", *(f"{_WAYS[name]} " for name, _, _ in report.others), "pruned ", "full / pruned"), _lines(report)
     )
     put(
         f"The prefill is {report.prefill.median:.2f} times faster with {report.flops:.2f} times fewer operations: "
         f"{report.achieved:.2f} of the ratio.\n"
+        f"At {report.rates.flops / 1e9:,.1f} GFLOP/s and {report.rates.nbytes / 1e9:,.1f} GB/s, as measured here, "
+        f"operations and bytes limit it to {report.limit:.2f}, or {report.apart:.2f} where reading and computing "
+        f"don't overlap: {report.prefill.median / report.limit:.2f} and "
+        f"{report.prefill.median / report.apart:.2f} of these.\n"
         f"Selecting takes {report.selecting.median:.1%} of the pruned prefill."
     )
     way = "from the cached prefix" if report.pruned.prefix_layers else "without a prefix"
@@ -156,6 +165,7 @@ def _lines(report: "Report") -> list[tuple[str, ...]]:
     lines += [
         times("select", lambda way: way.select),
         times("prefill", lambda way: way.prefill, report.prefill),
+        counts("prefill, by operations and bytes", lambda way: 1e3 * way.roofline.overlapped, "{:,.1f} ms".format),
         times("decode, a token", lambda way: way.decode, report.decode),
         times("question to last token", lambda way: way.answer, report.answer),
         counts("prefill operations", lambda way: way.prefill_flops, "{:.3g}".format),

@@ -43,6 +43,7 @@ def env(
         ("cache-dtype", *_setting("CACHE_DTYPE", _default(options.pipeline, "cache_dtype"))),
         ("device", placed.device, f"{_setting('DEVICE', '')[1]}: {placed.device_reason}"),
         ("dtype", str(placed.dtype).removeprefix("torch."), f"{_setting('DTYPE', '')[1]}: {placed.dtype_reason}"),
+        ("quantize", *_setting("QUANTIZE", "none")),
         ("python", platform.python_version(), "version"),
     ]
     settings += [(name, version(name), "version") for name in ("gridprune", "torch", "transformers", "safetensors")]

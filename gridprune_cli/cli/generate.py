@@ -49,6 +49,7 @@ def generate(
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     batch_size: Annotated[
         int, options.option("Sets that are answered at once; halved if memory runs out.", options.WORK, min=1)
     ] = 32,
@@ -66,7 +67,7 @@ def generate(
         say("working without the server that was found: it has another model")
         server = None
     if server is None:
-        answers_of = _local_answers(model, device, dtype, batch_size, generation)
+        answers_of = _local_answers(model, batch_size, generation, device=device, dtype=dtype, quantize=quantize)
     else:
         answers_of = _remote_answers(server, batch_size, generation)
     failed = 0
@@ -114,9 +115,12 @@ def _is_for(server: RemotePipeline, path: Path) -> bool:
 
 
 def _local_answers(
-    model: str | None, device: str, dtype: str, batch_size: int, generation: dict[str, Any]
+    model: str | None, batch_size: int, generation: dict[str, Any], **settings: Any
 ) -> Callable[[Sequence[Path]], Iterator[Result]]:
-    """Answers from files, with models of this process: those of the sets, or the one that is named."""
+    """Answers from files, with models of this process: those of the sets, or the one that is named.
+
+    `settings` are those of `Pipeline`: where the model runs, in which dtype, and how its weights are held.
+    """
     from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.runners.batches import in_order
 
@@ -124,7 +128,7 @@ def _local_answers(
 
     def runner_of(name: str) -> "Runner":
         if name not in runners:
-            runners[name] = Pipeline(name, device=device, dtype=dtype).runner(questions=batch_size)
+            runners[name] = Pipeline(name, **settings).runner(questions=batch_size)
         return runners[name]
 
     def answer(paths: Sequence[Path]) -> Iterator[Result]:

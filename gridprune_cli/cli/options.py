@@ -93,6 +93,16 @@ Dtype = Annotated[
     choices.Dtype,
     option("auto, float32, bfloat16 or float16.", MODEL, metavar="NAME", envvar="GRIDPRUNE_DTYPE"),
 ]
+Quantize = Annotated[
+    choices.Quantize | None,
+    option(
+        "Hold the weights of the language model's layers in 8 or 4 bits: int8 or int4.",
+        MODEL,
+        metavar="NAME",
+        envvar="GRIDPRUNE_QUANTIZE",
+        show_default="as they are stored",
+    ),
+]
 
 
 def takes(
@@ -182,6 +192,7 @@ def pipeline(
     relevance: Relevance = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     cache_dir: CacheDir = None,
     cache_limit: Annotated[
         str | None,

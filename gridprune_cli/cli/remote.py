@@ -115,7 +115,7 @@ def _vllm(server: str | None, api_key: str | None, values: Mapping[str, Any]) ->
 
 
 _SETTINGS = (
-    *("model", "clip", "relevance", "device", "dtype"),
+    *("model", "clip", "relevance", "device", "dtype", "quantize"),
     *("cache_dir", "cache_limit", "cache_dtype", "no_cache"),
 )
 

@@ -14,7 +14,7 @@ from gridprune_cli.config import choose_model, config_path, model_settings
 from gridprune_cli.errors import BadInput
 
 EMBEDDED = "scenes"
-_FIXED = ("clip", "relevance", "device", "dtype")  # settings that a server has for all who ask
+_FIXED = ("clip", "relevance", "device", "dtype", "quantize")  # settings that a server has for all who ask
 
 
 class Mismatch(BadInput):

@@ -99,6 +99,7 @@ class Plan:
             "relevance_digest": family.clip.identity if relevance and family.clip else None,
             "device": str(family.device),
             "dtype": str(family.dtype).removeprefix("torch."),
+            "quantize": family.quantize,
             "storage": pipeline.encoder.cache_dtype,
             "metric": self.metric,
             "suffix": self.suffix,

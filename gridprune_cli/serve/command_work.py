@@ -83,6 +83,7 @@ class CommandRunner:
             "relevance": family.relevance_kind,
             "device": str(family.device),
             "dtype": str(family.dtype).removeprefix("torch."),
+            "quantize": family.quantize,
         }
         plain = checkpoint.commit is None and checkpoint.name != EMBEDDED
         return {

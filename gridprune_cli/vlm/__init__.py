@@ -1,11 +1,16 @@
 """The model families that this package knows, by the `model_type` of their config.json."""
 
 from importlib import import_module
+from logging import ERROR, getLogger
 from typing import TYPE_CHECKING
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.vlm.checkpoint import Checkpoint, find
 from gridprune_cli.vlm.support import FAMILIES, quantization, unsupported
+
+# transformers imports torchao where it is installed, which warns of kernels for other machines and of torch's ways
+getLogger("torchao").setLevel(ERROR)
+getLogger("torch.utils._pytree").setLevel(ERROR)
 
 if TYPE_CHECKING:
     from gridprune_cli.cache.store import Store
@@ -35,6 +40,7 @@ def open_model(
     revision: str | None = None,
     clip: str | None = None,
     relevance: str = "auto",
+    quantize: str | None = None,
     store: "Store | None" = None,
     field: str = "model",
 ) -> "Family":
@@ -42,9 +48,11 @@ def open_model(
 
     A CLIP that is named is looked at, and fetched, before the model is; another one once relevance is needed. Raises
     BadInput, naming the setting `field`, for unknown names and what is not supported, and for a device, dtype or source
-    of relevance that can't be used, all by config.json; GridpruneError where the hub can't be asked.
+    of relevance that can't be used, all by config.json; GridpruneError where the hub can't be asked. `quantize` is that
+    of `vlm.quantized`.
     """
     from gridprune_cli.vlm.placement import place
+    from gridprune_cli.vlm.quantized import check_quantize
 
     checkpoint = find_supported(model, revision, field=field, store=store)
     format = quantization(checkpoint.config)
@@ -60,8 +68,15 @@ def open_model(
     placed = place(device, dtype, model, checkpoint.stored)
     if format and (lack := format.lacks(placed.device.partition(":")[0])):
         raise BadInput(lack, field=field, value=model)
+    check_quantize(quantize, placed)
+    if format and quantize:
+        raise BadInput(
+            f"{model} is quantised already, as {format.name}; leave it out", field="quantize", value=quantize
+        )
     adapter = family_class(checkpoint.family)
-    family = adapter(checkpoint, placed.dtype, placed.device, sharded=placed.sharded, relevance=relevance)
+    family = adapter(
+        *(checkpoint, placed.dtype, placed.device), sharded=placed.sharded, relevance=relevance, quantize=quantize
+    )
     if clip:
         if relevance not in ("auto", "clip"):
             raise BadInput(f"not with `relevance={relevance}`; leave one of them out", field="clip", value=clip)

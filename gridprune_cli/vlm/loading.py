@@ -19,11 +19,17 @@ getLogger("bitsandbytes").setLevel(ERROR)  # it warns of rounding at every matri
 
 
 def load_part(
-    cls: type[PreTrainedModel], folder: Path, without: Collection[str], dtype: torch.dtype, device: str | None
+    cls: type[PreTrainedModel],
+    folder: Path,
+    without: Collection[str],
+    dtype: torch.dtype,
+    device: str | None,
+    quantization_config: Any = None,
 ) -> PreTrainedModel:
     """The model of a folder without the sub-modules named by dotted paths, in evaluation mode on the device.
 
-    Without a device, accelerate divides it over all there are: GPUs first, then memory.
+    Without a device, accelerate divides it over all there are: GPUs first, then memory. `quantization_config` is
+    transformers', for weights that are quantised one by one as they are read, on the device.
 
     transformers builds a model without memory first and reads only the weights that it then finds a place for, so a
     sub-module that is taken out in between costs neither. It is taken out after a quantised checkpoint's layers were
@@ -45,7 +51,7 @@ def load_part(
     def take_out() -> Iterator[None]:
         yield
         for path in without:
-            _take_out(built[0], path)
+            take_out_module(built[0], path)
 
     def contexts(_: Any, *args: Any, **kwargs: Any) -> list[AbstractContextManager]:
         """What transformers builds a model within; the first is left last."""
@@ -58,6 +64,8 @@ def load_part(
     partial_class: Any = type(cls.__name__, (cls,), members)
     # a config may name an attention, which transformers would fetch and run as a kernel; None is its default instead
     options: dict[str, Any] = {"attn_implementation": None} | ({"device_map": "auto"} if device is None else {})
+    if quantization_config is not None:
+        options |= {"quantization_config": quantization_config, "device_map": device}
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # it reports the weights left out, which is the point
     logging.disable_progress_bar()
@@ -95,7 +103,8 @@ def _decompress(model: nn.Module) -> None:
             decompress_module(module)
 
 
-def _take_out(model: nn.Module, path: str) -> None:
+def take_out_module(model: nn.Module, path: str) -> None:
+    """Takes the sub-module of a dotted path out of a model that has it."""
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in model._modules:

@@ -19,6 +19,7 @@ from gridprune_cli.vlm.attention import ATTRIBUTES, NAME
 from gridprune_cli.vlm.checkpoint import Checkpoint
 from gridprune_cli.vlm.fit import fingerprint
 from gridprune_cli.vlm.loading import load_part
+from gridprune_cli.vlm.quantized import check_quantized, loading_config
 
 PARTS = ("tower", "projector", "language")
 
@@ -37,9 +38,20 @@ class ModelParts:
     modules: ClassVar[dict[str, tuple[str, ...]]]
     text_model: ClassVar[str] = "model.language_model"
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str, sharded: bool = False):
-        """`sharded`: the language model goes over all GPUs, and the other parts are on `device`."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: str,
+        sharded: bool = False,
+        quantize: str | None = None,
+    ):
+        """`sharded`: the language model goes over all GPUs, and the other parts are on `device`.
+
+        `quantize`: "int8" or "int4", the weights of the language model's layers; see `vlm.quantized`.
+        """
         self.checkpoint, self.dtype, self.device, self.sharded = checkpoint, dtype, device, sharded
+        self.quantize = quantize
         self._loaded: dict[str, Any] = {}  # part -> a model that holds it
         self._first_layers: dict[tuple[int, bool], Any] = {}  # how many layers, whether of the loaded language model
 
@@ -56,7 +68,7 @@ class ModelParts:
                 without = [path for name in PARTS if name not in group for path in self.modules[name]]
                 without += self.unread()
                 device = None if group == alone else self.device
-                model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, device)
+                model = self._read(without, device, quantized="language" in group)
                 if "tower" in group:
                     model.set_attn_implementation({"vision_config": NAME})
                 if "language" in group:
@@ -78,11 +90,21 @@ class ModelParts:
                 without = [*self.modules["tower"], *self.modules["projector"], "lm_head", f"{self.text_model}.norm"]
                 layers = range(depth, self.config.get_text_config().num_hidden_layers)
                 without += [f"{self.text_model}.layers.{layer}" for layer in layers]
-                device = None if self.sharded else self.device
-                model = load_part(self.model_class, self.checkpoint.folder, without, self.dtype, device)
+                model = self._read(without, None if self.sharded else self.device, quantized=True)
                 make_watchable(model)
             self._first_layers = {place: view_first_layers(model, self.text_model, depth)}
         return self._first_layers[place]
+
+    def _read(self, without: list[str], device: str | None, quantized: bool) -> Any:
+        """A model without the sub-modules of dotted paths, its language model quantised if that is asked for."""
+        quantization_config = None
+        if quantized and self.quantize:
+            quantization_config = loading_config(self.quantize, self.device, self.config, self.text_model)
+        folder = self.checkpoint.folder
+        model = load_part(self.model_class, folder, without, self.dtype, device, quantization_config)
+        if quantization_config is not None:
+            check_quantized(model, self.text_model)
+        return model
 
     def unread(self) -> list[str]:
         """Dotted paths of what no part needs, such as layers behind the one whose features are stored."""

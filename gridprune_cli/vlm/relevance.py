@@ -81,11 +81,12 @@ class RelevanceSource(ModelParts, ABC):
         clip: Checkpoint | None = None,
         sharded: bool = False,
         relevance: str = "auto",
+        quantize: str | None = None,
     ):
         """`clip` is the CLIP that relevance comes from, where it is known already. Raises BadInput for a source of
         relevance that the model does not have.
         """
-        super().__init__(checkpoint, dtype, device, sharded)
+        super().__init__(checkpoint, dtype, device, sharded, quantize)
         self._check_relevance(relevance)
         self._relevance = relevance
         self.calibration = Calibration()

@@ -8,6 +8,8 @@ prompts have about as many tokens as the published model's, which makes somewhat
 
 import json
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +17,8 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
@@ -26,7 +29,15 @@ from gridprune_cli.vlm.clip import ClipRelevance
 from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.llava import Llava
 from gridprune_cli.vlm.llava_next import LlavaNext
+from gridprune_cli.vlm.loading import take_out_module
 from gridprune_cli.vlm.parts import PARTS, make_watchable
+from gridprune_cli.vlm.quantized import (
+    check_quantized,
+    group_size,
+    linear_layers,
+    quantize_module,
+    quantized_bytes,
+)
 from gridprune_cli.vlm.qwen2_5_vl import Qwen2_5VL
 
 _STD = 0.02  # of the weights: transformers' own `initializer_range`
@@ -224,7 +235,14 @@ def find_shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = None, relevance: str = "auto") -> Family:
+def build(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    layers: int | None = None,
+    relevance: str = "auto",
+    quantize: str | None = None,
+) -> Family:
     """The family of a shape, all of it in memory, with the first `layers` of its language model.
 
     Raises BadInput where it has fewer layers, or is larger than the memory that is free.
@@ -237,36 +255,89 @@ def build(shape: Shape, dtype: torch.dtype, device: str, layers: int | None = No
         folder = Path(temporary)
         _write(shape, count, folder)
         clip = Checkpoint(f"{name}, CLIP", folder / "clip") if shape.clip and relevance in ("auto", "clip") else None
-        family = shape.family(Checkpoint(name, folder), dtype, device, clip, relevance=relevance)
+        family = shape.family(Checkpoint(name, folder), dtype, device, clip, relevance=relevance, quantize=quantize)
         family.fingerprint = name  # there are no weights on disk to tell it by
-        model = _random(shape.family.model_class, folder, dtype, device)
+        model = _random(shape.family.model_class, folder, dtype, device, (), quantize, family.text_model)
         model.set_attn_implementation({"vision_config": NAME})
         make_watchable(model)
         family._loaded |= dict.fromkeys(PARTS, model)
         if clip and isinstance(family.relevance, ClipRelevance):
-            family.relevance.model = _random(CLIPModel, folder / "clip", dtype, device)
+            family.relevance.model = _random(CLIPModel, folder / "clip", dtype, device, ClipRelevance.without)
         family.load_relevance()
         # what else is read of the folder
         _ = family.processor, family.encoder, family.relevance_kind, family.config, family.checkpoint.config
     return family
 
 
-def _random(kind: Any, folder: Path, dtype: torch.dtype, device: str) -> Any:
-    """A model of a folder's config. Drawing billions of values would take minutes, so a block of them is repeated."""
+def _random(
+    kind: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    device: str,
+    without: Sequence[str] = (),
+    quantize: str | None = None,
+    text_model: str = "",
+) -> Any:
+    """A model of a folder's config, without the sub-modules of dotted paths, quantised below `text_model` if asked for.
+
+    Weights take memory one by one, so there are never more of them than in the end. Drawing billions of values would
+    take minutes, so a block of them is repeated.
+    """
+    # 1. the model with its buffers, without memory for weights
     config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in kind._from_config(config, dtype=dtype).parameters())
-    _check_room(size * dtype.itemsize, device)
-    with torch.device(device), no_init_weights():
+    with _without_memory(), torch.device(device), no_init_weights():
         model: nn.Module = kind._from_config(config, dtype=dtype)
+    for path in without:
+        take_out_module(model, path)
+    # 2. whether there is room
+    layers = linear_layers(model, text_model) if quantize else {}
+    in_layers = sum(layer.weight.numel() for layer in layers.values())
+    elsewhere = sum(parameter.numel() for parameter in model.parameters()) - in_layers
+    group = group_size(config) if quantize == "int4" else 1
+    _check_room(elsewhere * dtype.itemsize + quantized_bytes(in_layers, quantize, dtype.itemsize, group), device)
+    # 3. the weights; tied ones are one
     noise = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).mul(_STD).to(device, dtype)
-    for path, parameter in model.named_parameters():
-        if parameter.dim() == 1 and path.endswith(".weight"):  # of a norm
-            parameter.data.fill_(1)
-            continue
-        for block in parameter.data.view(-1).split(_BLOCK):
-            block.copy_(noise[: len(block)])
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # of those that are not quantised, which are never tied
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in filled:
+                of_norm = parameter.dim() == 1 and name == "weight"
+                filled[parameter] = _fill(parameter, 1.0 if of_norm else noise, device)
+            module._parameters[name] = filled[parameter] if path not in layers else filled.pop(parameter)
+        if path in layers:
+            quantize_module(module, quantize, device, config)
+    if quantize:
+        check_quantized(model, text_model)
     return model.eval()
+
+
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """Parameters that a module gets inside have a shape and a dtype, but no memory."""
+
+    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    hook = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]  # what it returns is taken
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _fill(parameter: nn.Parameter, value: Tensor | float, device: str) -> nn.Parameter:
+    """A parameter of the same shape in memory, filled with a number, or with a block of numbers that is repeated."""
+    data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    if isinstance(value, float):
+        data.fill_(value)
+    else:
+        for block in data.view(-1).split(len(value)):
+            block.copy_(value[: len(block)])
+    return nn.Parameter(data, requires_grad=False)
 
 
 def _check_room(size: int, device: str) -> None:
@@ -281,7 +352,7 @@ def _check_room(size: int, device: str) -> None:
     if size > free:
         raise BadInput(
             f"{size / 1e9:.1f} GB of weights, but {free / 1e9:.1f} GB of memory are free; "
-            "take `dtype=bfloat16`, or fewer `layers`",
+            "take `dtype=bfloat16`, `quantize`, or fewer `layers`",
             field="shape",
         )
 
