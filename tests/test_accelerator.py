@@ -1,0 +1,229 @@
+"""Everything on a pretend accelerator: a tensor on the wrong side fails, answers are the CPU's, transfers are counted."""
+
+import functools
+import inspect
+import json
+import shutil
+import sys
+import textwrap
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from accelerator import MIXED, NAME, PretendTensor, counted
+
+from gridprune_cli import generation
+from gridprune_cli.generation import generate
+from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.pruning.methods import METHODS, make_method
+from gridprune_cli.runners.local import Pruned, Reply
+from gridprune_cli.settings import Pruning, Request
+from gridprune_cli.tokens import PrunedSet
+from gridprune_cli.vlm import FAMILIES, clip, llava, prefix, word_relevance
+from gridprune_cli.vlm.compressor import Compressor, save_compressor
+from gridprune_cli.vlm.family import Family
+from gridprune_cli.vlm.inner import hooks
+
+QUESTION = "what colour is the left object?"
+SALIENT = Pruning(keep=0.3, method=make_method("fastervlm"))  # which looks at no question
+SETTINGS = [
+    Pruning(keep=1.0),
+    Pruning(keep=0.3, positions="compact"),
+    Pruning(keep=0.5, ilp=0.25),
+    Pruning(keep=0.5, ilp="region"),
+    Pruning(keep=0.3, ilp="selection"),
+    Pruning(keep=0.3, plc="pool"),
+]
+BY_METHOD = [Pruning(keep=0.3, method=make_method(name)) for name in METHODS]
+
+
+@functools.cache
+def open_on(device: str, folder: Path, **settings) -> Pipeline:
+    pipeline = Pipeline(str(folder), device=device, dtype="float32", **settings)
+    pipeline.family.load("tower", "projector", "language")
+    if pipeline.family.relevance_kind in ("clip", "both"):
+        pipeline.family.relevance.load()
+    return pipeline
+
+
+def answer(pipeline, requests, **options):
+    """(answer, kept) of each, in batches as `batch` makes them."""
+    replies = list(pipeline.runner(questions=8).answer(requests, max_new_tokens=3, **options))
+    for request, reply in zip(requests, replies, strict=True):
+        assert isinstance(reply, Reply), (request.pruning, reply)
+    return [(reply.text, reply.record["tokens"], reply.record["positions"]) for reply in replies]
+
+
+@pytest.fixture
+def paths(noise, tmp_path):
+    pictures = [tmp_path / "wide.png", tmp_path / "small.png"]
+    noise((210, 70)).image.save(pictures[0])
+    noise((60, 90), seed=1).image.save(pictures[1])
+    return pictures
+
+
+def floats(transfers, inward):
+    """The numbers of each tensor of floats that crossed in this direction, empty ones left out."""
+    crossed = [t for t in transfers if t.inward == inward and t.dtype.is_floating_point]
+    return sorted(prod(t.shape) for t in crossed if prod(t.shape))
+
+
+def test_the_device_refuses_what_cuda_refuses():
+    here, there = torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3).to(NAME)
+    assert isinstance(there, PretendTensor) and there.device.type == NAME and there.tolist() == here.tolist()
+    for mixed in (
+        lambda: here + there,
+        lambda: there @ here.T,
+        lambda: torch.cat([here, there]),
+        lambda: torch.cat([there, torch.tensor(1.0)[None]]),
+        lambda: here[torch.tensor([0], device=NAME)],
+        lambda: there.index_select(0, torch.tensor([0])),
+        lambda: torch.nn.functional.embedding(torch.tensor([0]), there),
+        lambda: torch.where(torch.ones(2, 3, dtype=torch.bool), there, there),
+        lambda: there.__setitem__(0, torch.ones(3)),
+    )[:8]:
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=MIXED):
+            mixed()
+    with pytest.raises((RuntimeError, TypeError)):
+        there.numpy()
+    assert (there * torch.tensor(2.0)).tolist() == (2 * here).tolist()  # of no dimension
+    with counted() as transfers:
+        assert there[torch.tensor([1])].tolist() == here[[1]].tolist()
+    assert [(t.inward, t.shape) for t in transfers] == [(True, (1,)), (False, (1, 3))]
+    there[0] = torch.ones(3)  # a copy across, as on a GPU
+    there.add_(1)[:, 1:].zero_()
+    assert there.cpu().tolist() == [[2, 0, 0], [4, 0, 0]] and torch.arange(3, device=NAME).sum().item() == 3
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "llava_siglip"])
+def test_answers_and_what_is_kept_are_the_cpus(checkpoint, paths, name):
+    """With each way of pruning, for one image and two, in batches; methods, which know no family, on the first."""
+    prunings = SETTINGS + (BY_METHOD if name == "llava" else [])
+    requests = [Request((paths[0],), QUESTION, pruning) for pruning in prunings]
+    requests += [Request(tuple(paths), QUESTION, Pruning(keep=0.3, share_budget=share)) for share in (False, True)]
+    check_answers(checkpoint(name), requests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in [*FAMILIES, "llava_siglip"] if name != "llava"])
+def test_all_methods_on_all_families(checkpoint, paths, name):
+    check_answers(checkpoint(name), [Request((paths[0],), QUESTION, pruning) for pruning in BY_METHOD])
+
+
+@pytest.mark.parametrize("relevance", ["attention", "both", "words"])
+def test_wherever_relevance_comes_from(checkpoint, paths, relevance):
+    requests = [Request((path,), question, Pruning(keep=0.3)) for path in paths for question in (QUESTION, "and right?")]
+    check_answers(checkpoint("llava"), requests, relevance=relevance)
+
+
+def test_localisers_and_the_trained_compressor(checkpoint, paths, tmp_path):
+    folder = tmp_path / "compressing"
+    shutil.copytree(checkpoint("llava"), folder)
+    compressor = Compressor(32)
+    for parameter in compressor.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_compressor(compressor, folder)
+    prunings = [Pruning(keep=0.3, localizer=str(folder)), Pruning(keep=0.3, plc="trained", region=(0, 0, 3, 7))]
+    check_answers(folder, [Request((paths[0],), QUESTION, pruning) for pruning in prunings])
+
+
+def check_answers(folder, requests, **settings):
+    on_cpu, on_device = (answer(open_on(device, folder, **settings), requests) for device in ("cpu", NAME))
+    assert on_device == on_cpu
+    assert len({text for text, _, _ in on_cpu}) > 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_what_is_needed_crosses(checkpoint, paths, name):
+    pipeline = open_on(NAME, checkpoint(name))
+    family = pipeline.family
+    pixels = family._process(open_image(paths[0]))[0]["pixel_values"]
+    # 1. encoding: pixels in, states out
+    with counted() as transfers:
+        image, _ = pipeline.encode(paths[0])
+    features, saliency = image.vision_features, image.saliency
+    assert sum(floats(transfers, True)) == torch.as_tensor(pixels).numel()
+    assert sum(floats(transfers, False)) == features.numel() + saliency.numel()
+    # 2. a set: what is kept goes through the projector, where there is one
+    with counted() as transfers:
+        pruned = pipeline.prune(image, QUESTION, SALIENT)
+    kept = features[pruned.kept].numel()
+    assert sum(floats(transfers, True)) in (0, kept)
+    assert sum(floats(transfers, False)) <= pruned.image_embeds.numel() + family.embed_width  # a separator
+    # 3. an answer: kept states in, ids out
+    with counted() as transfers:
+        (generated,) = generate(family, [pruned], 8)
+    assert floats(transfers, True) == [pruned.image_embeds.numel()] or name == "gemma3"
+    assert floats(transfers, False) == []
+    numbers = [t for t in transfers if not t.inward]
+    assert [t.shape for t in numbers if t.shape] == [(1, len(generated.ids))]
+    assert len([t for t in numbers if not t.shape]) <= len(generated.ids) + 4  # whether all have ended
+    inward = [t.shape for t in transfers if t.inward and t.shape[-1:] == pruned.input_ids.shape]
+    assert len(inward) <= 3  # ids, mask, positions
+
+
+def test_a_prefix_that_questions_share_crosses_once(checkpoint, paths):
+    pipeline = open_on(NAME, checkpoint("llava"), relevance="attention")
+    image, _ = pipeline.encode(paths[0])
+    prefix = pipeline.encoder.prefixes.find(pipeline.prune(image, QUESTION, Pruning(keep=1.0)).input_ids, (image,))
+    requests = [Request((image,), f"{QUESTION} {n}", Pruning(keep=0.3)) for n in range(4)]
+    with counted() as transfers:
+        assert all(isinstance(pruned, Pruned) for _, pruned in pipeline.runner().prune(requests))
+    layers = [t for t in transfers if t.inward and t.shape == prefix.keys.shape[1:]]
+    assert len(layers) == 2 * prefix.depth  # keys and values
+
+
+FAULTY = [Pruning(keep=0.3), Pruning(keep=0.3, method=make_method("fastv")), Pruning(keep=0.3, ilp="selection")]
+FAULTS = [  # (whose, its function, what is there, what is planted)
+    (Family, "to_device", "tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)", "tensor"),
+    (Family, "features", "of_prompt.to(self.device, self.dtype)", "of_prompt"),
+    (llava.Llava, "encode", "values.cpu()", "values"),
+    (llava.Llava, "project", "vision_features.to(self.device, self.dtype)", "vision_features"),
+    (clip.ClipRelevance, "__call__", ".cpu()", ""),
+    (clip.ClipRelevance, "_patches", "vision_features.to(self.device, self.dtype)", "vision_features"),
+    (clip.ClipRelevance, "read", ", device=self.device", ""),
+    (generation, "prompts", ".to(family.device)", ""),
+    (prefix, "_run", "ids.to(family.device)", "ids"),
+    (prefix, "_run", "positions.to(family.device)", "positions"),
+    (prefix, "_attend_batch", "weight.to(family.device)", "weight"),
+    (prefix, "_attend_batch", "record[0].cpu()", "record[0]"),
+    (word_relevance.WordRelevance, "__call__", ".cpu()", ""),
+    (word_relevance.WordRelevance, "vectors", "ids.to(self.parts.device)", "ids"),
+    (hooks._Run, "_query_weights", ".to(hidden.device)", ""),
+    (hooks._Run, "_drop", ".to(hidden.device)", ""),
+    (hooks._Run, "_measure", ".cpu()", ""),
+    (hooks._Run, "_decode", ", device=hidden.device", ""),
+    (hooks, "decode_mask", ", device=hidden.device", ""),
+]
+
+
+@pytest.mark.parametrize(("number", "fault"), enumerate(FAULTS))
+def test_a_planted_fault_is_found(checkpoint, paths, monkeypatch, number, fault):
+    """A move that is left out fails what worked before."""
+    owner, name, there, planted = fault
+    function = inspect.unwrap(getattr(owner, name))
+    relevance = {prefix.__name__: "attention", word_relevance.__name__: "words"}.get(function.__module__, "clip")
+    pipeline = open_on(NAME, checkpoint("llava"), relevance=relevance)
+
+    def work(question):
+        requests = [Request((paths[n % 2],), question, pruning) for n, pruning in enumerate(FAULTY)]
+        for reply in pipeline.runner().answer(requests, max_new_tokens=2):
+            if not isinstance(reply, Reply):
+                raise reply
+
+    work(f"before {number}")
+    source = textwrap.dedent(inspect.getsource(function))
+    assert there in source
+    namespace = dict(function.__globals__)
+    exec(source.replace(there, planted), namespace)  # the function anew, in place of what the module has
+    monkeypatch.setattr(owner, name, namespace[name])
+    with pytest.raises(Exception, match="device|sub-?class") as caught:
+        work(f"after {number}")
+    print(repr(caught.value)[:200])
+
+
+def open_image(path):
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
