@@ -14,9 +14,11 @@ import torch
 from accelerator import MIXED, NAME, PretendTensor, counted
 
 from gridprune_cli import generation
+from gridprune_cli.errors import GridpruneError
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import METHODS, make_method
+from gridprune_cli.runners import local
 from gridprune_cli.runners.local import Pruned, Reply
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import PrunedSet
@@ -117,7 +119,8 @@ def test_wherever_relevance_comes_from(checkpoint, paths, relevance):
     check_answers(checkpoint("llava"), requests, relevance=relevance)
 
 
-def test_localisers_and_the_trained_compressor(checkpoint, paths, tmp_path):
+def test_localisers_and_the_trained_compressor(checkpoint, paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "MAX_ANSWER", 2)
     folder = tmp_path / "compressing"
     shutil.copytree(checkpoint("llava"), folder)
     compressor = Compressor(32)
@@ -125,7 +128,7 @@ def test_localisers_and_the_trained_compressor(checkpoint, paths, tmp_path):
         torch.nn.init.normal_(parameter, std=0.1)
     save_compressor(compressor, folder)
     prunings = [Pruning(keep=0.3, localizer=str(folder)), Pruning(keep=0.3, plc="trained", region=(0, 0, 3, 7))]
-    check_answers(folder, [Request((paths[0],), QUESTION, pruning) for pruning in prunings])
+    check_answers(folder, [Request((path,), QUESTION, pruning) for path in paths for pruning in prunings])
 
 
 def check_answers(folder, requests, **settings):
@@ -143,11 +146,14 @@ def test_only_what_is_needed_crosses(checkpoint, paths, name):
     with counted() as transfers:
         image, _ = pipeline.encode(paths[0])
     features, saliency = image.vision_features, image.saliency
-    assert sum(floats(transfers, True)) == torch.as_tensor(pixels).numel()
-    assert sum(floats(transfers, False)) == features.numel() + saliency.numel()
+    check_on_cpu(image)
+    entering, states = torch.as_tensor(pixels).numel(), len(image.placeholder_map) * features.shape[1]
+    assert entering <= sum(floats(transfers, True)) <= 1.01 * entering  # Idefics3 makes its grids on the CPU
+    assert states + saliency.numel() <= sum(floats(transfers, False)) <= states + 4 * saliency.numel()  # and padding's
     # 2. a set: what is kept goes through the projector, where there is one
     with counted() as transfers:
         pruned = pipeline.prune(image, QUESTION, SALIENT)
+    check_on_cpu(pruned)
     kept = features[pruned.kept].numel()
     assert sum(floats(transfers, True)) in (0, kept)
     assert sum(floats(transfers, False)) <= pruned.image_embeds.numel() + family.embed_width  # a separator
@@ -174,10 +180,9 @@ def test_a_prefix_that_questions_share_crosses_once(checkpoint, paths):
     assert len(layers) == 2 * prefix.depth  # keys and values
 
 
-FAULTY = [Pruning(keep=0.3), Pruning(keep=0.3, method=make_method("fastv")), Pruning(keep=0.3, ilp="selection")]
+FAULTY = [Pruning(keep=0.3), Pruning(keep=0.6, method=make_method("fastv")), Pruning(keep=0.3, ilp="selection")]
 FAULTS = [  # (whose, its function, what is there, what is planted)
     (Family, "to_device", "tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)", "tensor"),
-    (Family, "features", "of_prompt.to(self.device, self.dtype)", "of_prompt"),
     (llava.Llava, "encode", "values.cpu()", "values"),
     (llava.Llava, "project", "vision_features.to(self.device, self.dtype)", "vision_features"),
     (clip.ClipRelevance, "__call__", ".cpu()", ""),
@@ -207,10 +212,14 @@ def test_a_planted_fault_is_found(checkpoint, paths, monkeypatch, number, fault)
     pipeline = open_on(NAME, checkpoint("llava"), relevance=relevance)
 
     def work(question):
-        requests = [Request((paths[n % 2],), question, pruning) for n, pruning in enumerate(FAULTY)]
-        for reply in pipeline.runner().answer(requests, max_new_tokens=2):
-            if not isinstance(reply, Reply):
-                raise reply
+        images = [pipeline.encode(path)[0] for path in paths]
+        sets = [pipeline.prune(images[n % 2], question, pruning) for n, pruning in enumerate(FAULTY)]
+        for value in (*images, *sets):
+            check_on_cpu(value)
+        with counted() as transfers:
+            generate(pipeline.family, sets, 2)
+        assert max(floats(transfers, inward=False), default=0) < 100, "logits left the device"  # 192 of them; a rule's
+        # attention has as many numbers as the prompt has tokens
 
     work(f"before {number}")
     source = textwrap.dedent(inspect.getsource(function))
@@ -218,9 +227,14 @@ def test_a_planted_fault_is_found(checkpoint, paths, monkeypatch, number, fault)
     namespace = dict(function.__globals__)
     exec(source.replace(there, planted), namespace)  # the function anew, in place of what the module has
     monkeypatch.setattr(owner, name, namespace[name])
-    with pytest.raises(Exception, match="device|sub-?class") as caught:
+    with pytest.raises((RuntimeError, GridpruneError, AssertionError), match=f"{MIXED}|the device"):
         work(f"after {number}")
-    print(repr(caught.value)[:200])
+
+
+def check_on_cpu(value):
+    """What goes into files and between processes is on the CPU."""
+    for name, tensor in vars(value).items():
+        assert not isinstance(tensor, PretendTensor), f"{name} stayed on the device"
 
 
 def open_image(path):
