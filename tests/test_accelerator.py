@@ -4,7 +4,6 @@ import functools
 import inspect
 import json
 import shutil
-import sys
 import textwrap
 from math import prod
 from pathlib import Path
@@ -21,7 +20,6 @@ from gridprune_cli.pruning.methods import METHODS, make_method
 from gridprune_cli.runners import local
 from gridprune_cli.runners.local import Pruned, Reply
 from gridprune_cli.settings import Pruning, Request
-from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm import FAMILIES, clip, llava, prefix, word_relevance
 from gridprune_cli.vlm.compressor import Compressor, save_compressor
 from gridprune_cli.vlm.family import Family
@@ -115,7 +113,9 @@ def test_all_methods_on_all_families(checkpoint, paths, name):
 
 @pytest.mark.parametrize("relevance", ["attention", "both", "words"])
 def test_wherever_relevance_comes_from(checkpoint, paths, relevance):
-    requests = [Request((path,), question, Pruning(keep=0.3)) for path in paths for question in (QUESTION, "and right?")]
+    requests = [
+        Request((path,), question, Pruning(keep=0.3)) for path in paths for question in (QUESTION, "and right?")
+    ]
     check_answers(checkpoint("llava"), requests, relevance=relevance)
 
 
@@ -203,8 +203,11 @@ FAULTS = [  # (whose, its function, what is there, what is planted)
 ]
 
 
-@pytest.mark.parametrize(("number", "fault"), enumerate(FAULTS))
-def test_a_planted_fault_is_found(checkpoint, paths, monkeypatch, number, fault):
+_worked: set[str] = set()  # where relevance came from when all went well
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{name}-{there}" for _, name, there, _ in FAULTS])
+def test_a_planted_fault_is_found(checkpoint, paths, monkeypatch, fault):
     """A move that is left out fails what worked before."""
     owner, name, there, planted = fault
     function = inspect.unwrap(getattr(owner, name))
@@ -221,14 +224,34 @@ def test_a_planted_fault_is_found(checkpoint, paths, monkeypatch, number, fault)
         assert max(floats(transfers, inward=False), default=0) < 100, "logits left the device"  # 192 of them; a rule's
         # attention has as many numbers as the prompt has tokens
 
-    work(f"before {number}")
+    if relevance not in _worked:
+        work("before")
+        _worked.add(relevance)
     source = textwrap.dedent(inspect.getsource(function))
     assert there in source
     namespace = dict(function.__globals__)
     exec(source.replace(there, planted), namespace)  # the function anew, in place of what the module has
     monkeypatch.setattr(owner, name, namespace[name])
     with pytest.raises((RuntimeError, GridpruneError, AssertionError), match=f"{MIXED}|the device"):
-        work(f"after {number}")
+        work(f"after {name} {there}")
+
+
+def test_the_commands_take_the_device(run, paths, tmp_path):
+    """`ask` and `batch` answer as on the CPU, and `bench` measures."""
+    lines = tmp_path / "questions.jsonl"
+    lines.write_text("".join(json.dumps({"image": str(path), "question": QUESTION}) + "\n" for path in paths))
+    for arguments in (("ask", paths[0], QUESTION), ("batch", lines)):
+        answers = []
+        for device in ("cpu", NAME):
+            code, out, _ = run(*arguments, "--dtype", "float32", "--device", device, "--no-cache", "-q")
+            assert code == 0
+            answers.append(out)
+        assert answers[0] == answers[1] and answers[0].strip()
+    sizes = ("--repeat", 1, "--new-tokens", 2, "--json", "-q")
+    code, out, err = run("bench", paths[0], QUESTION, "--dtype", "float32", "--device", NAME, *sizes)
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["pruned"]["tokens"] < report["full"]["tokens"]
 
 
 def check_on_cpu(value):
