@@ -4,212 +4,37 @@ On a GPU the shapes are those of 7B models in bfloat16. Elsewhere they are those
 float32: everything runs, but times say nothing, so that no target is held against them.
 """
 
-import gc
 import random
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from benchmarks.machine import SHAPES, Machine, Row, timed
+from benchmarks.parity import QUESTION, parity
 from gridprune_cli.bench.measure import measure, sample_scene
-from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import GridpruneError
-from gridprune_cli.generation import generate
 from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import METHODS, make_method
-from gridprune_cli.pruning.placeholders import staying
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.runners import local
 from gridprune_cli.scenes.questions import questions
-from gridprune_cli.scenes.scene import HELDOUT, draw, make_scene
+from gridprune_cli.scenes.scene import make_scene
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import PrunedSet
-from gridprune_cli.vlm import FAMILIES
 from gridprune_cli.vlm.prefix import pad_left
-from gridprune_cli.vlm.shapes import build, find_shape
 
-QUESTION = "what colour is the left object?"
 KEEP = Pruning(keep=1 / 9)  # 64 of LLaVA's 576 tokens
-SHAPES = {"llava-1.5-7b": "llava", "qwen2.5-vl-7b": "qwen2_5_vl"}  # and the tiny checkpoints in their place
 LLAVA = "llava-1.5-7b"
 BATCHES = (1, 8, 64)
 NEW_TOKENS = 16
 PREFILL, SELECT, ENCODE = 0.95, 0.10, 0.95  # targets: of the ratio of operations, of the prefill, of the bare tower
-LAYER_BYTES, OTHER_BYTES = 0.42e9, 4.5e9  # of a 7B shape in bfloat16: a layer; the rest, a batch's keys and values too
-TOLERANCE = 1e-3  # of logits in float32, which two orders of summing differ in by less
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. `met` is None where there is no target, or none that counts on this machine."""
-
-    check: str
-    value: str
-    target: str = ""
-    met: bool | None = None
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where it runs, and what fits there. `free` is bytes of memory on a GPU, else None; `folder` is scratch space."""
-
-    device: str
-    name: str
-    free: int | None
-    folder: Path
-
-    @property
-    def is_gpu(self) -> bool:
-        return self.device.startswith("cuda")
-
-    def judge(self, met: bool) -> bool | None:
-        """Whether a target of speed is met, where it counts."""
-        return met if self.is_gpu else None
-
-    def open(self, shape: str) -> Pipeline:
-        """A pipeline of a 7B shape, with as many layers as there is memory for; elsewhere of the tiny checkpoint."""
-        store = open_store(Path(tempfile.mkdtemp(dir=self.folder)))
-        if not self.is_gpu:
-            return Pipeline(str(self.tiny(SHAPES[shape])), device=self.device, dtype="float32", store=store)
-        most, room = find_shape(shape).layers, int(((self.free or 0) - OTHER_BYTES) / LAYER_BYTES)
-        if room < 2:
-            raise GridpruneError(f"{(self.free or 0) / 1e9:.1f} GB are free; a 7B shape's rest takes {OTHER_BYTES:.1e}")
-        family = build(find_shape(shape), torch.bfloat16, self.device, layers=min(most, room))
-        return Pipeline(family, store=store)
-
-    def tiny(self, name: str) -> Path:
-        """The tiny checkpoint of a family."""
-        folder = self.folder / f"tiny-{name}"
-        return folder if folder.exists() else import_module("tiny_families").write_checkpoint(name, folder)
-
-    @cached_property
-    def scenes(self) -> list[Path]:
-        """Image files of 640 x 427 pixels: 256 on a GPU, else 8."""
-        paths = [self.folder / f"{HELDOUT + n}.jpg" for n in range(256 if self.is_gpu else 8)]
-        for path in paths:
-            draw(make_scene(int(path.stem)))[0].resize((640, 427)).save(path)
-        return paths
-
-    def release(self) -> None:
-        """Gives back what models held that nothing holds any more."""
-        gc.collect()
-        if self.is_gpu:
-            torch.cuda.empty_cache()
-
-    def synchronize(self) -> None:
-        if self.is_gpu:
-            torch.cuda.synchronize(self.device)
-
-
-@contextmanager
-def timed(machine: Machine, seconds: list[float]) -> Iterator[None]:
-    machine.synchronize()
-    start = time.perf_counter()
-    yield
-    machine.synchronize()
-    seconds.append(time.perf_counter() - start)
-
-
-# ---- parity ----------------------------------------------------------------------------------------------------------
-
-
-def parity(machine: Machine) -> Iterator[Row]:
-    """Every family in float32 on tiny checkpoints: the model's own answer, the masked model's logits, the CPU's choice.
-
-    TensorFloat-32, which cuDNN takes for the patches' convolution by itself, is off meanwhile.
-    """
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        for name in FAMILIES:
-            yield from _parity(machine, name)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
-def _parity(machine: Machine, name: str) -> Iterator[Row]:
-    folder = machine.tiny(name)
-    pipeline, on_cpu = (Pipeline(str(folder), device=device, dtype="float32") for device in (machine.device, "cpu"))
-    family = pipeline.family
-    whole = family.model_class.from_pretrained(folder, dtype=torch.float32).eval().to(machine.device)
-    picture = load_image(machine.scenes[0])
-    inputs = _model_inputs(family, picture.image)
-    (image,) = pipeline.encoder.encode([picture])
-    # 1. all tokens: transformers' own answer
-    everything = pipeline.prune(image, QUESTION, Pruning(keep=1.0))
-    expected = whole.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    ids = expected[0, inputs["input_ids"].shape[1] :].tolist()
-    alike = list(generate(family, [everything], NEW_TOKENS)[0].ids) == ids
-    yield Row(f"{name}: keep 1.0 is transformers' generate", "yes" if alike else "no", "yes", alike)
-    # 2. pruned: what the whole model gives where the other tokens are masked
-    pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.3))
-    difference = _masked_difference(family, whole, inputs, image.placeholder_map, pruned)
-    below = difference < TOLERANCE
-    yield Row(f"{name}: logits, pruned less masked", f"{difference:.1e}", f"below {TOLERANCE:.0e}", below)
-    # 3. the same tokens as on the CPU
-    (image_on_cpu,) = on_cpu.encoder.encode([picture])
-    differing = []
-    for method in METHODS.values():
-        setting = Pruning(keep=0.3, method=method())
-        kept = [
-            p.prune(of_device, QUESTION, setting).kept for p, of_device in ((pipeline, image), (on_cpu, image_on_cpu))
-        ]
-        if not torch.equal(*kept):
-            differing.append(method.name)
-    yield Row(f"{name}: kept as on the CPU, all methods", ", ".join(differing) or "yes", "yes", not differing)
-
-
-def _model_inputs(family: Any, picture: Image.Image) -> dict[str, Tensor]:
-    """What transformers' processor makes of the question about a picture, on the device."""
-    tiny = import_module(f"tiny_families.{family.checkpoint.family}")
-    if hasattr(tiny, "inputs"):  # families without a chat template
-        return {
-            name: value.to(family.device) for name, value in tiny.inputs(family.processor, [picture], QUESTION).items()
-        }
-    from transformers import ProcessorMixin
-
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    messages = [{"role": "user", "content": content}]
-    inputs = dict(ProcessorMixin.apply_chat_template(family.processor, messages, **options))
-    return {name: value.to(family.device) for name, value in inputs.items()}
-
-
-@torch.no_grad()
-def _masked_difference(
-    family: Any, whole: Any, inputs: dict[str, Tensor], placeholder_map: Tensor, pruned: PrunedSet
-) -> float:
-    """The largest difference of the first new token's logits: pruned, and by the whole model with a mask."""
-    ids = inputs["input_ids"]
-    mask = torch.ones_like(ids).cpu()
-    stays = staying(placeholder_map, pruned.kept, int(placeholder_map.max()) + 1)
-    mask[ids.cpu() == family.image_token] = stays.long()
-    if hasattr(whole.model, "get_rope_index"):
-        kinds, grid = (ids == family.image_token).int(), inputs["image_grid_thw"]
-        positions = whole.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)[0]
-    else:
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    expected = whole(**inputs | {"attention_mask": mask.to(ids.device), "position_ids": positions}).logits[0, -1]
-    own_ids = pruned.input_ids[None].to(family.device)
-    actual = family.load("language")(
-        input_ids=own_ids,
-        attention_mask=torch.ones_like(own_ids),
-        position_ids=pruned.position_ids[..., None, :].to(family.device),
-        mm_encoder_outputs={"image": family.features([pruned.image_embeds])},
-        **family.extras(own_ids),
-    ).logits[0, -1]
-    return float((actual - expected).abs().max().cpu())
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------
@@ -396,10 +221,3 @@ CHECKS: dict[str, Callable[[Machine], Iterator[Row]]] = {
     "out-of-memory": out_of_memory,
     "training": training,
 }
-
-
-def find_tests(root: Path) -> None:
-    """Has `tiny_families` importable, which lies among the tests of a checkout."""
-    if not (root / "tests" / "tiny_families").is_dir():
-        raise GridpruneError(f"{root}/tests/tiny_families is not there; run this in a checkout of the repository")
-    sys.path.insert(0, str(root / "tests"))

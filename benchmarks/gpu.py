@@ -16,14 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from benchmarks.acceptance import Machine, Row
+    from benchmarks.machine import Machine, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("torch", "transformers", "huggingface_hub", "safetensors", "typer", "rich", "PIL", "numpy", "jinja2")
@@ -45,7 +45,7 @@ def find_machine(device: str, folder: Path) -> "Machine":
     """The machine with a device, `auto` being the GPU where there is one. Exits where the device can't be used."""
     import torch
 
-    from benchmarks.acceptance import Machine, find_tests
+    from benchmarks.machine import Machine, find_tests
 
     find_tests(ROOT)
     if device == "pretend":
@@ -64,7 +64,8 @@ def run(machine: "Machine", names: list[str], seconds: float) -> Iterator["Row"]
 
     A check is not cut short: the last one may end after its time.
     """
-    from benchmarks.acceptance import CHECKS, Row
+    from benchmarks.acceptance import CHECKS
+    from benchmarks.machine import Row, attempt
 
     end = time.monotonic() + seconds
     for name in names:
@@ -72,12 +73,7 @@ def run(machine: "Machine", names: list[str], seconds: float) -> Iterator["Row"]
             yield Row(name, "not run: out of time", "run", False)
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
-        try:
-            yield from CHECKS[name](machine)
-        except Exception as error:  # the other checks are still worth their time
-            traceback.print_exc()
-            first = (str(error).splitlines() or [""])[0]
-            yield Row(name, f"{type(error).__name__}: {first}", "run", False)
+        yield from attempt(name, partial(CHECKS[name], machine))
         machine.release()
 
 

@@ -1,6 +1,6 @@
-"""A pretend accelerator: device `pretend`, whose tensors hold CPU data, say that they lie elsewhere, and count transfers.
+"""A pretend accelerator: device `pretend`, whose tensors hold CPU data, say they lie elsewhere, and count transfers.
 
-It stands in for a GPU where there is none. Every operation runs on the CPU data behind the tensors, and what a GPU would
+It stands in for a GPU where there is none. Every operation runs on the CPU data behind the tensors. What a GPU would
 refuse is refused: an operation on tensors of both sides raises what CUDA raises, but for those that CUDA takes, which
 are CPU tensors of no dimension in pointwise operations and CPU indices. `.numpy()` fails as it does on a GPU.
 
@@ -33,7 +33,7 @@ _FACTORIES = ("empty.memory_format", "empty_strided", "arange", "arange.start", 
 
 
 class Transfer(NamedTuple):
-    """A tensor that crossed: whether to the device, its shape, its dtype. A number that Python read has no dimension."""
+    """A tensor that crossed: whether to the device, its shape, its dtype. A number read by Python has no dimension."""
 
     inward: bool
     shape: tuple[int, ...]
@@ -159,6 +159,12 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
     return target
 
 
+def _read_number(tensor: PretendTensor) -> Any:
+    """`item` where the sub-class is not looked at, as within `torch.tensor` of a list of tensors."""
+    _count(False, tensor)
+    return tensor.held.item()
+
+
 class _Unlisted(_DummyBackendModule):
     """The device is there for who names it: torch, asked which accelerators there are, goes on saying none."""
 
@@ -175,3 +181,4 @@ for _name in _FACTORIES:
     _operation, _, _overload = _name.partition(".")
     _library.impl(_name, _factory(getattr(getattr(aten, _operation), _overload or "default")), "PrivateUse1")
 _library.impl("_copy_from", _copy_from, "PrivateUse1")
+_library.impl("_local_scalar_dense", _read_number, "PrivateUse1")

@@ -1,4 +1,4 @@
-"""Everything on a pretend accelerator: a tensor on the wrong side fails, answers are the CPU's, transfers are counted."""
+"""Everything on a pretend accelerator: a tensor on the wrong side fails, answers are the CPU's, moves are counted."""
 
 import functools
 import inspect
