@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,7 +74,9 @@ def run(machine: "Machine", names: list[str], seconds: float) -> Iterator["Row"]
             yield Row(name, "not run: out of time", "run", False)
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
-        yield from attempt(name, partial(CHECKS[name], machine))
+        with redirect_stdout(sys.stderr):  # stdout is the table's
+            rows = list(attempt(name, partial(CHECKS[name], machine)))
+        yield from rows
         machine.release()
 
 
