@@ -106,7 +106,7 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(CHECKS)}")
     with tempfile.TemporaryDirectory() as folder:
         machine = find_machine(options.device, Path(folder))
-        rows = list(run(machine, names, 60 * options.minutes))
+        rows = list(run(machine, names, 60 * options.minutes - (time.monotonic() - start)))
     print(f"{machine.name}, torch {torch.__version__}, {time.monotonic() - start:.0f} s\n")
     write_table(rows)
     about = {"device": machine.device, "name": machine.name, "free_bytes": machine.free, "torch": torch.__version__}
