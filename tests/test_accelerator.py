@@ -81,8 +81,7 @@ def test_the_device_refuses_what_cuda_refuses():
         lambda: there.index_select(0, torch.tensor([0])),
         lambda: torch.nn.functional.embedding(torch.tensor([0]), there),
         lambda: torch.where(torch.ones(2, 3, dtype=torch.bool), there, there),
-        lambda: there.__setitem__(0, torch.ones(3)),
-    )[:8]:
+    ):
         with torch.inference_mode(), pytest.raises(RuntimeError, match=MIXED):
             mixed()
     with pytest.raises((RuntimeError, TypeError)):
