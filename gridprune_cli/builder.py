@@ -248,7 +248,7 @@ def _compress(family: Family, image: EncodedImage, signals: Signals, kept: Tenso
     pooled = pool(features, cell, cell_weights(cell, image.saliency, k), k)  # (K, C)
     if plc == "trained":
         inputs = (features.float(), signals.need("relevance"), in_region, pooled.float(), in_region[kept])
-        pooled = family.compressor(*(tensor[None] for tensor in inputs))[0].to(pooled.dtype)
+        pooled = family.compressor(*(tensor[None].to(family.device) for tensor in inputs))[0].to(pooled.dtype).cpu()
     return features.index_put((kept,), pooled)
 
 

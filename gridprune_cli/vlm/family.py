@@ -156,10 +156,10 @@ class Family(RelevanceSource, PromptWriter):
 
     @cached_property
     def compressor(self) -> Compressor:
-        """The trained compressor beside the checkpoint. Raises BadInput where there is none."""
+        """The trained compressor beside the checkpoint, on the device. Raises BadInput where there is none."""
         if not (self.checkpoint.folder / FILE).is_file():
             raise BadInput(f"{self.checkpoint.name} has no {FILE}; use `plc=pool`", field="plc", value="trained")
-        return load_compressor(self.checkpoint.folder)
+        return load_compressor(self.checkpoint.folder).to(self.device)
 
     def separator(self) -> Tensor:
         """The embedding `(D,)` of a separator."""

@@ -26,9 +26,8 @@ class Llava(Family):
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
-        vision_features, saliency = self.run_tower(
-            torch.cat([self.process(picture)[0]["pixel_values"] for picture in pictures])
-        )
+        on_device = self.run_tower(torch.cat([self.process(picture)[0]["pixel_values"] for picture in pictures]))
+        vision_features, saliency = (values.cpu() for values in on_device)
         side = round(vision_features.shape[1] ** 0.5)
         placeholder = self.processor.image_token * (side * side)
         return [
@@ -55,7 +54,10 @@ class Llava(Family):
         return [f"model.vision_tower.encoder.layers.{i}" for i in range(layer % (layers + 1), layers)]
 
     def run_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The patches' hidden states `(B, N, C)` in the layer that the projector reads, and their saliency `(B, N)`."""
+        """The patches' hidden states `(B, N, C)` in the layer that the projector reads, and their saliency `(B, N)`.
+
+        Both on the device.
+        """
         model = self.load("tower")
         tower, layer = model.model.vision_tower, model.config.vision_feature_layer
         cls = model.config.vision_feature_select_strategy == "default"
@@ -65,7 +67,7 @@ class Llava(Family):
         with watch(attention, cls=cls) as record:
             hidden = tower(pixels, output_hidden_states=True).hidden_states[layer]
         first = int(cls)  # CLS is no visual token
-        return hidden[:, first:].cpu(), torch.cat(record)[:, first:].to(self.dtype).cpu()
+        return hidden[:, first:], torch.cat(record)[:, first:].to(self.dtype)
 
     def _visible_box(self, picture: Image) -> tuple[float, float, float, float]:
         """The part of the picture that the processor's centre crop leaves, in fractions of the picture."""

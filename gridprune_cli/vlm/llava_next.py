@@ -39,6 +39,7 @@ class LlavaNext(Llava):
         size = inputs["image_sizes"].cpu()  # (1, 2), height and width
         chunks = [self.run_tower(pixels) for pixels in inputs["pixel_values"][0].split(_TILES)]
         vision_features, saliency = (torch.cat(values) for values in zip(*chunks, strict=True))  # (T, N, C) and (T, N)
+        saliency = saliency.cpu()
         marks = self._pack(torch.zeros(*saliency.shape, 1), size)[:, 0]
         token = marks != SEPARATOR
         height = int((~token).sum())  # rows of the mosaic, each with a newline behind it
@@ -48,7 +49,7 @@ class LlavaNext(Llava):
         if width:  # nothing is left between the padding of a picture that is hardly more than a line, or without tiles
             views.append(View(height, width, self._mosaic(size[0], side)))
         return Encoding(
-            self._pack(self._stored(vision_features), size)[token].cpu(),
+            self._pack(self._stored(vision_features), size).cpu()[token],
             self._pack(saliency[..., None], size)[token, 0],
             tuple(views),
             torch.where(token, token.cumsum(0) - 1, SEPARATOR),
@@ -56,12 +57,12 @@ class LlavaNext(Llava):
         )
 
     def _stored(self, vision_features: Tensor) -> Tensor:
-        """What is stored of the tower's features `(T, N, C)`."""
+        """What is stored of the tower's features `(T, N, C)`, on the device."""
         return vision_features
 
     def _pack(self, values: Tensor, size: Tensor) -> Tensor:
         """Values of tiles `(T, N, C)` as the model packs them, `(S, C)`, with `SEPARATOR` for the newlines."""
-        newline = torch.full(values.shape[-1:], float(SEPARATOR))
+        newline = torch.full(values.shape[-1:], float(SEPARATOR), device=values.device)
         packed, _ = self.load("tower").model.pack_image_features(
             [values], size, image_newline=newline, **self._packing()
         )

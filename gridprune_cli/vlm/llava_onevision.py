@@ -46,7 +46,7 @@ class LlavaOnevision(LlavaNext):
         return self._encode_tiles(inputs, placeholder, _square(*picture.size))
 
     def _stored(self, vision_features: Tensor) -> Tensor:
-        return self.load("projector").model.multi_modal_projector(vision_features.to(self.device))
+        return self.load("projector").model.multi_modal_projector(vision_features)
 
     def project(self, vision_features: Tensor) -> Tensor:
         return vision_features

@@ -125,7 +125,7 @@ class _PrefixLayer(DynamicLayer):
     """One layer's keys and values of a batch's prefixes, padded on the left to the longest, P tokens.
 
     At each call the batch is put together anew, in front of the call's own keys and values, which are not kept. So only
-    one layer's are copied at a time, and prompts of one prefix share it until then.
+    one layer's are copied at a time, and prompts of one prefix share it until then, also on its way to the device.
     """
 
     def __init__(self, prefixes: Sequence[Prefix], layer: int) -> None:
@@ -138,15 +138,16 @@ class _PrefixLayer(DynamicLayer):
         return self.length
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        keys = [prefix.keys[self.layer] for prefix in self.prefixes]
-        values = [prefix.values[self.layer] for prefix in self.prefixes]
-        return self._join(keys, key_states), self._join(values, value_states)
+        return self._join("keys", key_states), self._join("values", value_states)
 
-    def _join(self, of_prefixes: Sequence[Tensor], of_call: Tensor) -> Tensor:
-        """(B, H, P + n, C) of the prefixes' `(H, p, C)` each, and the call's `(B, H, n, C)`."""
+    def _join(self, name: str, of_call: Tensor) -> Tensor:
+        """(B, H, P + n, C) of the prefixes' keys or values `(H, p, C)` each, and the call's `(B, H, n, C)`."""
         batch, heads, count, width = of_call.shape
         joined = of_call.new_empty(batch, heads, self.length + count, width)
-        for of_prompt, of_prefix in zip(joined, of_prefixes, strict=True):
+        distinct = {id(prefix): prefix for prefix in self.prefixes}
+        placed = {place: getattr(prefix, name)[self.layer].to(of_call.device) for place, prefix in distinct.items()}
+        for of_prompt, prefix in zip(joined, self.prefixes, strict=True):
+            of_prefix = placed[id(prefix)]
             start = self.length - of_prefix.shape[1]
             of_prompt[:, :start] = 0
             of_prompt[:, start : self.length] = of_prefix
