@@ -173,17 +173,11 @@ def mmtok(signals, k, method):
         vectors.tolist() for vectors in (signals.question_embeds, signals.image_embeds, signals.vision_features)
     )
     covered = [
-        [
-            value / len(question_embeds)
-            for value in softmax(row, method.text_temperature)
-        ]
+        [value / len(question_embeds) for value in softmax(row, method.text_temperature)]
         for row in cosines(question_embeds, rows)
     ]
     covered += [
-        [
-            method.alpha * value / len(vision_features)
-            for value in softmax(row, method.vision_temperature)
-        ]
+        [method.alpha * value / len(vision_features) for value in softmax(row, method.vision_temperature)]
         for row in cosines(vision_features, vision_features)
     ]
     return covering(covered, [1.0] * len(rows), k)

@@ -51,16 +51,16 @@ class LazyCosines:
         return self._computed[token]
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """(n, N) float64 on the CPU: cosines of tokens whose rows were not computed before, with all tokens."""
-        if self._all_at_once:
-            tokens_now = torch.arange(len(self._missing), device=self._vectors.device)
-        else:
-            tokens_now = tokens
-        product = self._vectors[tokens_now] @ self._vectors.T
-        rows = _grained(product.mul_(self._inverse[tokens_now, None]).mul_(self._inverse))
-        self._missing[tokens_now.cpu()] = False
-        self._computed.update(zip(tokens_now.tolist(), rows, strict=True))
-        return rows[tokens] if self._all_at_once else rows
+        """(n, N) float64 on the CPU: cosines of `tokens` (n,) with all tokens."""
+        missing = tokens[self._missing[tokens]]
+        if len(missing):
+            batch = torch.arange(len(self._missing)) if self._all_at_once else missing
+            on_device = batch.to(self._vectors.device)
+            product = self._vectors[on_device] @ self._vectors.T
+            rows = _grained(product.mul_(self._inverse[on_device, None]).mul_(self._inverse))
+            self._missing[batch] = False
+            self._computed.update(zip(batch.tolist(), rows, strict=True))
+        return torch.stack([self._computed[token] for token in tokens.tolist()])
 
     def of_each_with_itself(self) -> Tensor:
         """(N,) float64 on the CPU: 1, but 0 for a vector of zeros."""
@@ -75,15 +75,15 @@ class LazyCosines:
         count = len(self._missing)
         highest = torch.full((count,), -torch.inf, dtype=torch.float64)  # (N,) with the tokens looked at so far
         complete = torch.zeros(count, dtype=torch.bool)
-        tokens = torch.arange(0, count, -(-count // _ROWS))  # from all over the image
+        tokens = torch.arange(0, count, -(-count // (2 * _ROWS)))  # from all over the image
         while len(tokens):
-            rows = self.rows(tokens).clone()  # (n, N)
+            rows = self.rows(tokens)  # (n, N)
             rows[torch.arange(len(tokens)), tokens] = -torch.inf  # each is like itself
             highest = torch.maximum(highest, rows.amax(0))
             highest[tokens] = rows.amax(1)
             complete[tokens] = True
             lowest = highest[complete].min()
-            bound, tokens = highest.masked_fill(complete, torch.inf).topk(min(_ROWS, count), largest=False)
+            bound, tokens = highest.masked_fill(complete, torch.inf).topk(min(2 * _ROWS, count), largest=False)
             tokens = tokens[(bound <= lowest) & (bound < torch.inf)]
         return int(highest.masked_fill(~complete, torch.inf).argmin())
 
