@@ -60,7 +60,7 @@ def test_rows_computed_when_they_are_asked_for_are_those_of_the_whole(count, wid
     score = torch.rand(count, generator=generator)
     score[::3] = -torch.inf
     for token in torch.randperm(count, generator=generator)[:9].tolist():
-        assert torch.equal(lazy.row(token, score), whole[token])
+        assert torch.equal(lazy.of_token(token, score), whole[token])
 
 
 def test_few_rows_are_computed_where_each_token_has_others_like_it():

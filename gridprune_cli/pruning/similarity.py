@@ -38,7 +38,7 @@ class LazyCosines:
         self._missing = torch.ones(len(vectors), dtype=torch.bool)
         self._all_at_once = vectors.device.type != "cpu"
 
-    def row(self, token: int, score: Tensor) -> Tensor:
+    def of_token(self, token: int, score: Tensor) -> Tensor:
         """(N,) float64 on the CPU: cosines of a token with all tokens.
 
         score  (N,) the higher, the sooner the row of a token is likely to be asked for; -inf: never
@@ -47,19 +47,19 @@ class LazyCosines:
             likely = score.masked_fill(~self._missing, -torch.inf)
             likely[token] = torch.inf
             highest, tokens = likely.topk(min(_ROWS, len(likely)))
-            self.rows(tokens[highest > -torch.inf])
+            self.of_tokens(tokens[highest > -torch.inf])
         return self._computed[token]
 
-    def rows(self, tokens: Tensor) -> Tensor:
+    def of_tokens(self, tokens: Tensor) -> Tensor:
         """(n, N) float64 on the CPU: cosines of `tokens` (n,) with all tokens."""
         missing = tokens[self._missing[tokens]]
         if len(missing):
             batch = torch.arange(len(self._missing)) if self._all_at_once else missing
             on_device = batch.to(self._vectors.device)
             product = self._vectors[on_device] @ self._vectors.T
-            rows = _grained(product.mul_(self._inverse[on_device, None]).mul_(self._inverse))
+            computed = _grained(product.mul_(self._inverse[on_device, None]).mul_(self._inverse))
             self._missing[batch] = False
-            self._computed.update(zip(batch.tolist(), rows, strict=True))
+            self._computed.update(zip(batch.tolist(), computed, strict=True))
         return torch.stack([self._computed[token] for token in tokens.tolist()])
 
     def of_each_with_itself(self) -> Tensor:
@@ -77,10 +77,10 @@ class LazyCosines:
         complete = torch.zeros(count, dtype=torch.bool)
         tokens = torch.arange(0, count, -(-count // (2 * _ROWS)))  # from all over the image
         while len(tokens):
-            rows = self.rows(tokens)  # (n, N)
-            rows[torch.arange(len(tokens)), tokens] = -torch.inf  # each is like itself
-            highest = torch.maximum(highest, rows.amax(0))
-            highest[tokens] = rows.amax(1)
+            likeness = self.of_tokens(tokens)  # (n, N)
+            likeness[torch.arange(len(tokens)), tokens] = -torch.inf  # each is like itself
+            highest = torch.maximum(highest, likeness.amax(0))
+            highest[tokens] = likeness.amax(1)
             complete[tokens] = True
             lowest = highest[complete].min()
             bound, tokens = highest.masked_fill(complete, torch.inf).topk(min(2 * _ROWS, count), largest=False)
@@ -127,7 +127,7 @@ def cover(likeness: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
     that the gains are the same as if they were summed anew each time.
     """
     best = torch.zeros(len(likeness), dtype=torch.float64)
-    gain = torch.stack([rows.clamp(min=0).sum(0) for rows in likeness.split(_STRIP)]).sum(0)
+    gain = torch.stack([strip.clamp(min=0).sum(0) for strip in likeness.split(_STRIP)]).sum(0)
     weight = torch.ones_like(gain) if weight is None else weight
     taken = torch.zeros_like(gain)
     order = torch.empty(k, dtype=torch.long)

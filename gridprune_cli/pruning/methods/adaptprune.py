@@ -55,7 +55,7 @@ class Suppression(Rule):
         for _ in range(k):
             token = int((score + taken).argmax())
             taken[token] = -torch.inf
-            unlike = 1 - likeness.row(token, score + taken)
+            unlike = 1 - likeness.of_token(token, score + taken)
             square = (row - row[token]) ** 2 + (col - col[token]) ** 2
             alike = square / self.sigma**2 + (unlike / self.likeness) ** 2
             near = (square <= self.radius**2) & (view == view[token])

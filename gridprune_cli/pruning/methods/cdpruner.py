@@ -57,7 +57,7 @@ class CDPruner(Method):
                 break
             # rounding noise must not decide between equal tokens
             token = int((score >= best * (1 - 1e-9)).int().argmax())
-            row = likeness.row(token, score) - factor[:step, token] @ factor[:step]
+            row = likeness.of_token(token, score) - factor[:step, token] @ factor[:step]
             factor[step] = row / left[token].sqrt()
             left -= factor[step] ** 2
             left[token] = 0.0

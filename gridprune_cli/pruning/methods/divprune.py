@@ -31,7 +31,7 @@ class DivPrune(Method):
         kept = [token]
         nearest = torch.full((signals.count,), torch.inf, dtype=torch.float64)  # distance to the nearest taken token
         while len(kept) < k:
-            torch.minimum(nearest, 1 - likeness.row(token, nearest), out=nearest)
+            torch.minimum(nearest, 1 - likeness.of_token(token, nearest), out=nearest)
             nearest[kept] = -torch.inf
             token = int(nearest.argmax())
             kept.append(token)
