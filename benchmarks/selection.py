@@ -2,12 +2,13 @@
 
 In milliseconds of processor time, in which other work on the machine hardly counts. First GridPrune, then all methods,
 then the rules by which tokens leave inside the language model, without what is measured there for them. Every step
-counts: signals checked, region found, budgets, selection. Random signals; medians of 200 runs, and of 37 in the other
+counts: signals checked, region found, budgets, selection. Random signals; medians of 200 runs, and of 11 in the other
 tables.
 """
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import process_time
 from typing import Any
@@ -16,15 +17,17 @@ from unittest.mock import patch
 import torch
 
 from gridprune_cli.pruning.methods import METHODS, RULES, make_method
+from gridprune_cli.pruning.methods.base import Method
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.schedule import LayerSignals
 from gridprune_cli.pruning.signals import Signals, View
-from gridprune_cli.pruning.similarity import cosines
+from gridprune_cli.pruning.similarity import LazyCosines, cosines
 
 HALF = 0.5
 TILES = tuple(View(24, 24, (x, y, x + HALF, y + HALF)) for y in (0.0, HALF) for x in (0.0, HALF))
 CASES = ((64, (View(24, 24),)), (320, (View(24, 24), *TILES)))
 RUNS = 200
+TABLE_RUNS, WARM_UP = 11, 2
 FEATURE_WIDTH, EMBED_WIDTH, WORDS = 1024, 4096, 8  # widths of LLaVA-1.5-7B, and tokens of a question
 
 
@@ -61,19 +64,23 @@ def gridprune() -> None:
 
 def methods() -> None:
     """Each method as a whole, and apart from its cosines, which are matrix products of the widths of the model."""
-    k, views = CASES[0]
-    count = sum(view.count for view in views)
-    vectors: dict[str, Any] = {
-        "vision_features": torch.randn(count, FEATURE_WIDTH),
-        "image_embeds": torch.randn(count, EMBED_WIDTH),
-        "question_embeds": torch.randn(WORDS, EMBED_WIDTH),
-    }
-    signals = Signals(views, torch.rand(count) * 0.2, torch.rand(count), None, **vectors)
-    heading(k, count)
-    for name in METHODS:
-        if (method := make_method(name)).inner:
-            continue
-        split(name, type(method), lambda method=method: method.merge(signals, *method.select_batch([signals], [k])))  # type: ignore[misc]
+    for k, views in CASES:
+        count = sum(view.count for view in views)
+        vectors: dict[str, Any] = {
+            "vision_features": torch.randn(count, FEATURE_WIDTH),
+            "image_embeds": torch.randn(count, EMBED_WIDTH),
+            "question_embeds": torch.randn(WORDS, EMBED_WIDTH),
+        }
+        signals = Signals(views, torch.rand(count) * 0.2, torch.rand(count), None, **vectors)
+        heading(k, count)
+        for name in METHODS:
+            if (method := make_method(name)).inner:
+                continue
+            split(name, type(method), partial(run_method, method, signals, k))
+
+
+def run_method(method: Method, signals: Signals, k: int) -> None:
+    method.merge(signals, *method.select_batch([signals], [k]))
 
 
 def rules() -> None:
@@ -101,20 +108,28 @@ def split(name: str, kind: type, work: Callable[[], object]) -> None:
     alike: list[float] = []
     everything: list[float] = []
 
-    def timed(*vectors: torch.Tensor) -> torch.Tensor:
-        start = process_time()
-        product = cosines(*vectors)
-        alike[-1] += (process_time() - start) * 1000
-        return product
+    def timed(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_compute(*arguments: Any) -> Any:
+            start = process_time()
+            result = compute(*arguments)
+            alike[-1] += (process_time() - start) * 1000
+            return result
 
-    with patch.object(sys.modules[kind.__module__], "cosines", timed, create=True):
-        for _ in range(RUNS // 5):
+        return timed_compute
+
+    with (
+        patch.object(sys.modules[kind.__module__], "cosines", timed(cosines), create=True),
+        patch.object(LazyCosines, "__init__", timed(LazyCosines.__init__)),
+        patch.object(LazyCosines, "of_tokens", timed(LazyCosines.of_tokens)),
+    ):
+        for _ in range(TABLE_RUNS + WARM_UP):
             alike.append(0.0)
             start = process_time()
             work()
             everything.append((process_time() - start) * 1000)
     rest = [whole - product for whole, product in zip(everything, alike, strict=True)]
-    print(f"{name:>16}  {median(alike[3:]):>8.2f}  {median(rest[3:]):>8.2f}  {median(everything[3:]):>8.2f}")
+    middles = (median(times[WARM_UP:]) for times in (alike, rest, everything))
+    print(f"{name:>16}  " + "  ".join(f"{middle:>8.2f}" for middle in middles))
 
 
 def main() -> None:

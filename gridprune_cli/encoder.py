@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -109,7 +110,9 @@ class Encoder:
     def _encoded(self, picture: Picture, encoding: Encoding, several: bool) -> EncodedImage:
         """The encoded image of what the tower gave for a picture."""
         features, saliency = encoding.vision_features, encoding.saliency
-        if not (torch.isfinite(features).all() and torch.isfinite(saliency).all()):
+        if not all(
+            isfinite(bound) for values in (features, saliency) for bound in torch.stack(values.aminmax()).tolist()
+        ):
             raise GridpruneError(f"{picture.name}: the tower gave values that are not finite; try `dtype=float32`")
         packed = None if self.cache_dtype == "full" else pack(features, self.cache_dtype)
         return EncodedImage(

@@ -5,14 +5,30 @@ Each takes (signals, k, method) as the tests have them, and gives the sorted kep
 
 import math
 from fractions import Fraction
+from operator import mul
 
 EQUAL = 1e-9  # scores that are closer than this to the best, of 1, count as equal to it
 
 
+def length(vector):
+    return math.sqrt(math.fsum(x * x for x in vector))
+
+
 def cosine(a, b):
-    """Rounded to multiples of 2^-32, as the methods have it: what is nearer counts as equal."""
-    product = math.sqrt(math.fsum(x * x for x in a)) * math.sqrt(math.fsum(x * x for x in b))
-    return round(math.fsum(x * y for x, y in zip(a, b, strict=True)) / product * 2**32) / 2**32 if product else 0.0
+    return cosines([a], [b])[0][0]
+
+
+def cosines(a, b):
+    """Of each vector of `a` with each of `b`. Rounded to multiples of 2^-32, as the methods have it: what is nearer
+    counts as equal."""
+    lengths = [length(vector) for vector in b]
+    return [
+        [
+            round(math.fsum(map(mul, x, y)) / (of_x * of_y) * 2**32) / 2**32 if of_x * of_y else 0.0
+            for y, of_y in zip(b, lengths, strict=True)
+        ]
+        for x, of_x in zip(a, map(length, a), strict=True)
+    ]
 
 
 def first_best(tokens, score, scale=1.0):
@@ -95,6 +111,7 @@ def trim_weights(signals, k, method):
 
 def vispruner(signals, k, method):
     vision_features = signals.vision_features.tolist()
+    likeness = cosines(vision_features, vision_features)
     order = ranked(signals.saliency.tolist())
     important = math.floor(method.important_share * k)
     kept, rest = order[:important], order[important:]
@@ -104,7 +121,7 @@ def vispruner(signals, k, method):
             break
         even = [token for place, token in enumerate(rest) if place % 2 == 0]
         odd = [token for place, token in enumerate(rest) if place % 2 == 1]
-        closest = [max(cosine(vision_features[i], vision_features[j]) for j in odd) for i in even]
+        closest = [max(likeness[i][j] for j in odd) for i in even]
         gone = min(method.step, len(rest) - (k - important), len(even))
         rest = [even[place] for place in ranked(closest)[gone:]] + odd
     return sorted(kept + rest)
@@ -115,7 +132,7 @@ def vispruner(signals, k, method):
 
 def divprune(signals, k, method):
     rows, tokens = signals.image_embeds.tolist(), range(signals.count)
-    distance = [[1 - cosine(rows[i], rows[j]) for j in tokens] for i in tokens]
+    distance = [[1 - likeness for likeness in row] for row in cosines(rows, rows)]
     kept = [first_best(tokens, lambda i: min(distance[i][j] for j in tokens if j != i))]
     while len(kept) < k:
         kept.append(first_best(set(tokens) - set(kept), lambda i: min(distance[i][s] for s in kept)))
@@ -128,9 +145,10 @@ def divprune(signals, k, method):
 def covering(likeness, weight, k):
     """`likeness[r][j]` of token j to each row r."""
     tokens = range(len(weight))
+    columns = list(zip(*likeness, strict=True))
 
     def score(j, best):
-        return weight[j] * math.fsum(max(0.0, row[j] - low) for row, low in zip(likeness, best, strict=True))
+        return weight[j] * math.fsum(value - low for value, low in zip(columns[j], best, strict=True) if value > low)
 
     scale = max(score(j, [0.0] * len(likeness)) for j in tokens)
     kept = []
@@ -142,8 +160,7 @@ def covering(likeness, weight, k):
 
 def scope(signals, k, method):
     vision_features = signals.vision_features.tolist()
-    likeness = [[cosine(a, b) for b in vision_features] for a in vision_features]
-    return covering(likeness, [a**method.alpha for a in signals.saliency.tolist()], k)
+    return covering(cosines(vision_features, vision_features), [a**method.alpha for a in signals.saliency.tolist()], k)
 
 
 def softmax(values, temperature):
@@ -156,18 +173,12 @@ def mmtok(signals, k, method):
         vectors.tolist() for vectors in (signals.question_embeds, signals.image_embeds, signals.vision_features)
     )
     covered = [
-        [
-            value / len(question_embeds)
-            for value in softmax([cosine(word, row) for row in rows], method.text_temperature)
-        ]
-        for word in question_embeds
+        [value / len(question_embeds) for value in softmax(row, method.text_temperature)]
+        for row in cosines(question_embeds, rows)
     ]
     covered += [
-        [
-            method.alpha * value / len(vision_features)
-            for value in softmax([cosine(state, other) for other in vision_features], method.vision_temperature)
-        ]
-        for state in vision_features
+        [method.alpha * value / len(vision_features) for value in softmax(row, method.vision_temperature)]
+        for row in cosines(vision_features, vision_features)
     ]
     return covering(covered, [1.0] * len(rows), k)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_methods import covering
 
-from gridprune_cli.pruning.similarity import cosines, cover
+from gridprune_cli.pruning.similarity import LazyCosines, cosines, cover, summable
 
 
 def noise(*shape, seed=0):
@@ -37,6 +37,40 @@ def test_a_row_of_zeros_is_like_nothing():
     assert cosines(rows)[2].tolist() == [0, 0, 0, 0]
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 150),
+    st.integers(1, 5),
+    st.integers(0, 99),
+    st.sampled_from(["plain", "copies", "zeros"]),
+    st.booleans(),
+)
+def test_rows_computed_when_they_are_asked_for_are_those_of_the_whole(count, width, seed, kind, all_at_once):
+    vectors = noise(count, width, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "copies":
+        vectors = vectors[torch.randint(count, (count,), generator=generator)]
+    if kind == "zeros":
+        vectors[::2] = 0
+    whole, lazy = cosines(vectors), LazyCosines(vectors)
+    lazy._all_at_once = all_at_once  # as on a GPU
+    others = whole.clone().fill_diagonal_(-torch.inf).amax(1)
+    assert lazy.least_alike() == int(others.argmin())
+    assert torch.equal(lazy.of_each_with_itself(), whole.diagonal())
+    score = torch.rand(count, generator=generator)
+    score[::3] = -torch.inf
+    for token in torch.randperm(count, generator=generator)[:9].tolist():
+        assert torch.equal(lazy.of_token(token, score), whole[token])
+
+
+def test_few_rows_are_computed_where_each_token_has_others_like_it():
+    vectors = noise(20, 8).repeat_interleave(20, 0) + 0.01 * noise(400, 8, seed=1)
+    vectors[77] = -vectors[77]
+    lazy = LazyCosines(vectors)
+    assert lazy.least_alike() == int(cosines(vectors).fill_diagonal_(-torch.inf).amax(1).argmin())
+    assert len(lazy._computed) <= 200
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 99), st.sampled_from([1e-9, 1.0, 1e6]), st.data())
 def test_cover(height, count, seed, scale, data):
@@ -45,7 +79,7 @@ def test_cover(height, count, seed, scale, data):
         likeness = likeness[:, torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))]
     weight = noise(count, seed=seed + 1).abs() if data.draw(st.booleans()) else None
     k = data.draw(st.integers(1, count))
-    order = cover(likeness, k, weight)
+    order = cover(summable(likeness), k, weight)
     expected = covering(likeness.tolist(), [1.0] * count if weight is None else weight.tolist(), k)
     assert order.sort().values.tolist() == expected
 

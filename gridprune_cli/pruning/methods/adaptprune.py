@@ -11,7 +11,7 @@ from torch import Tensor
 from gridprune_cli.pruning.methods.base import InnerMethod
 from gridprune_cli.pruning.schedule import LayerSignals, Rule, Stage
 from gridprune_cli.pruning.signals import View
-from gridprune_cli.pruning.similarity import GRAIN, cosines
+from gridprune_cli.pruning.similarity import GRAIN, LazyCosines
 
 _LOG_ZERO = -1e6  # stands for the logarithm of 0; that of the smallest float64 is -745
 
@@ -49,14 +49,15 @@ class Suppression(Rule):
             signals.tokens
         ]
         view, row, col, off_centre = coordinates.T
-        unlike = 1 - cosines(signals.keys)
+        likeness = LazyCosines(signals.keys)
         score = _log(signals.attention.log() - off_centre / (2 * self.centre**2))
         taken = torch.zeros_like(score)
         for _ in range(k):
-            token = (score + taken).argmax()
+            token = int((score + taken).argmax())
             taken[token] = -torch.inf
+            unlike = 1 - likeness.of_token(token, score + taken)
             square = (row - row[token]) ** 2 + (col - col[token]) ** 2
-            alike = square / self.sigma**2 + (unlike[token] / self.likeness) ** 2
+            alike = square / self.sigma**2 + (unlike / self.likeness) ** 2
             near = (square <= self.radius**2) & (view == view[token])
             score = (score + _log(torch.log1p(near * -torch.exp(-alike / 2)))).clamp(min=_LOG_ZERO)
         return taken.isinf().nonzero()[:, 0]

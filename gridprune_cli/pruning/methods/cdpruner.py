@@ -9,7 +9,7 @@ from torch import Tensor
 from gridprune_cli.pruning.methods.base import Method, signed_relevance
 from gridprune_cli.pruning.select import top
 from gridprune_cli.pruning.signals import Signals
-from gridprune_cli.pruning.similarity import cosines
+from gridprune_cli.pruning.similarity import LazyCosines
 
 _INDEPENDENT = 1e-6  # squared part of a unit row outside of what was taken: below it, the rest is rounding noise
 
@@ -43,20 +43,23 @@ class CDPruner(Method):
         relevance = signed_relevance(signals, self.relevance_sign)
         low, high = relevance.aminmax()
         quality = (relevance - low + 1e-6) / (high - low) if bool(high > low) else torch.ones_like(relevance)
-        likeness = cosines(signals.need("image_embeds"))
+        likeness = LazyCosines(signals.need("image_embeds"))
         # With L = diag(q) S diag(q), the ratio of determinants is q_j^2 times what of unit row j no taken row spans.
-        left = likeness.diagonal().clone()
+        left = likeness.of_each_with_itself()
+        weight = quality**2
         factor = torch.empty(k, len(left), dtype=torch.float64)
-        free = torch.ones(len(left), dtype=torch.bool)
+        taken = torch.zeros(len(left), dtype=torch.bool)
         for step in range(k):
-            score = torch.where(free & (left > _INDEPENDENT), quality**2 * left, 0.0)
-            best = score.max()
-            if not bool(best > 0):
-                free[top(relevance.masked_fill(~free, relevance.min() - 1), k - step)] = False
+            score = torch.where(left > _INDEPENDENT, weight * left, 0.0)
+            best = float(score.max())
+            if best <= 0:
+                taken[top(relevance.masked_fill(taken, relevance.min() - 1), k - step)] = True
                 break
-            token = (score >= best * (1 - 1e-9)).int().argmax()  # rounding noise must not decide between equal tokens
-            row = likeness[token] - factor[:step, token] @ factor[:step]
+            # rounding noise must not decide between equal tokens
+            token = int((score >= best * (1 - 1e-9)).int().argmax())
+            row = likeness.of_token(token, score) - factor[:step, token] @ factor[:step]
             factor[step] = row / left[token].sqrt()
             left -= factor[step] ** 2
-            free[token] = False
-        return (~free).nonzero()[:, 0]
+            left[token] = 0.0
+            taken[token] = True
+        return taken.nonzero()[:, 0]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gridprune_cli.pruning.methods.base import Method
 from gridprune_cli.pruning.signals import Signals
-from gridprune_cli.pruning.similarity import cosines
+from gridprune_cli.pruning.similarity import LazyCosines
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,13 @@ class DivPrune(Method):
     requires: ClassVar[frozenset[str]] = frozenset({"image_embeds"})
 
     def select(self, signals: Signals, k: int) -> Tensor:
-        distance = 1 - cosines(signals.need("image_embeds"))
-        distance.fill_diagonal_(torch.inf)
-        nearest = distance.amin(1)
-        kept = torch.empty(k, dtype=torch.long)
-        for step in range(k):
-            token = nearest.argmax()
-            kept[step] = token
-            # At the first step the distances to all others have done their part.
-            nearest = torch.minimum(nearest, distance[token]) if step else distance[token].clone()
-            nearest[kept[: step + 1]] = -torch.inf
-        return kept.sort().values
+        likeness = LazyCosines(signals.need("image_embeds"))
+        token = likeness.least_alike()
+        kept = [token]
+        nearest = torch.full((signals.count,), torch.inf, dtype=torch.float64)  # distance to the nearest taken token
+        while len(kept) < k:
+            torch.minimum(nearest, 1 - likeness.of_token(token, nearest), out=nearest)
+            nearest[kept] = -torch.inf
+            token = int(nearest.argmax())
+            kept.append(token)
+        return torch.tensor(kept).sort().values

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gridprune_cli.pruning.methods.base import Method
 from gridprune_cli.pruning.signals import Signals
-from gridprune_cli.pruning.similarity import cosines, cover
+from gridprune_cli.pruning.similarity import cosines, cover, summable
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,4 @@ class MMTok(Method):
         to_tokens = cosines(signals.need("vision_features"))
         word_cover = torch.softmax(to_words / self.text_temperature, dim=1) / len(to_words)
         token_cover = torch.softmax(to_tokens / self.vision_temperature, dim=1) / len(to_tokens)
-        return cover(torch.cat([word_cover, self.alpha * token_cover]), k).sort().values
+        return cover(summable(torch.cat([word_cover, self.alpha * token_cover])), k).sort().values
