@@ -257,7 +257,7 @@ def hired(signals, k, method):
             )
         )
     room = sum(len(tile[0]) for tile in tiles)
-    quota = max(min(math.floor(method.base_share * k + 0.5), len(base_tokens)), k - room)
+    quota = max(min(math.floor(method.base_share * k), len(base_tokens)), k - room)
     budgets = shared(counts, [len(tile[0]) for tile in tiles], k - quota)
     kept = sorted(base_tokens, key=lambda i: (-saliency[i], i))[:quota]
     for (tokens, *_), budget in zip(tiles, budgets, strict=True):

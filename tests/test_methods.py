@@ -233,7 +233,8 @@ def test_pyramiddrop_ends_with_k_and_never_grows(count, share, depth, first):
     assert left[-1] == k and left == sorted(left, reverse=True) and left[0] <= count
     assert layers == sorted(layers) and min(first, depth - 1) <= layers[0] and layers[-1] < depth
     for number, keep in enumerate(left, 1):
-        assert abs(keep - count * (k / count) ** (number / 3)) <= 0.5 + 1e-6
+        exact = count * (k / count) ** (number / 3)  # rounded down
+        assert exact - 1 < keep <= exact + 1e-6
 
 
 def test_dart_and_adaptprune_are_one_stage_each():
@@ -251,6 +252,24 @@ def test_sparsevlm_has_three_stages_behind_layers_2_6_and_15_of_32():
     stages = make_method("sparsevlm").stages([576], [72], range(1, 32))
     assert [(stage.layer, stage.budgets) for stage in stages] == [(3, (288,)), (7, (144,)), (16, (72,))]
     assert {(stage.rule.name, stage.positions) for stage in stages} == {("rated-attention", "compact")}
+
+
+@pytest.mark.parametrize(
+    ("count", "k", "after"),
+    [
+        (576, 64, (66, 30, 17)),
+        (576, 96, (238, 48, 26)),
+        (576, 128, (303, 110, 36)),
+        (576, 192, (300, 200, 110)),
+        (576, 576, (576, 576, 576)),
+        (288, 64, (151, 55, 18)),  # the share of 128 of 576
+        (576, 32, (33, 15, 8)),  # half of the counts for 64
+        (576, 1, (1, 1, 1)),
+    ],
+)
+def test_sparsevlm_has_the_published_counts(count, k, after):
+    stages = make_method("sparsevlm", count="published").stages([count], [k], range(1, 32))
+    assert tuple(stage.budgets[0] for stage in stages) == after
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,15 +6,7 @@ from torch import Tensor
 from gridprune_cli.pruning.similarity import GRAIN
 
 _TINY = torch.finfo(torch.float64).tiny
-
-
-def softmax_shares(means: Tensor, caps: Tensor, temperature: float) -> Tensor:
-    """Each zone's share of the budget, (..., Z) float64: softmax of `means / temperature` over zones that have tokens.
-
-    GridPrune (arXiv 2511.10081) has temperature 1. Zones of cap 0 get no share while any zone has tokens.
-    """
-    means = means.double().masked_fill(caps == 0, torch.finfo(torch.float64).min)
-    return torch.softmax((means - means.amax(-1, keepdim=True)) / temperature, dim=-1)
+_LOWEST = torch.finfo(torch.float64).min
 
 
 def allocate(weights: Tensor, caps: Tensor, k: int | Tensor) -> Tensor:
@@ -22,28 +14,49 @@ def allocate(weights: Tensor, caps: Tensor, k: int | Tensor) -> Tensor:
 
     What a full zone can't take goes to the others in proportion to their weights: the exact shares are
     `min(cap, level * weight)` with the level at which they sum to k. Shares are rounded down, and what is left goes one
-    each to the largest remainders, ties to the lower index. Zones of weight 0 (or below 1e-200 of the largest) get
-    tokens only where all others are full, and then equal shares.
+    each to the largest remainders, ties to the lower index. Zones of weight 0 get tokens only where all others are
+    full, and then equal shares.
 
     weights (..., Z) >= 0, caps (..., Z) integers >= 0, k (...). Each row is split by itself. Raises ValueError where
     they are not, or a k is not in 0..sum(caps).
     """
-    weights, caps, k = weights.double(), caps.long(), torch.as_tensor(k)
+    weights = weights.double()
+    low, high = weights.aminmax()
+    if not bool((low >= 0) & (high < torch.inf)):
+        raise ValueError("zones need finite weights and caps, none negative")
+    return allocate_by_logits(weights.log(), caps, k)
+
+
+def allocate_by_logits(logits: Tensor, caps: Tensor, k: int | Tensor) -> Tensor:
+    """`allocate` in proportion to the softmax of `logits` (..., Z): of two zones, however far apart, the lower counts.
+
+    The softmax itself would underflow at low temperatures, and then forget which of two small shares is the larger.
+    A logit of minus infinity stands for the weight 0. Raises ValueError as `allocate`, and where a logit is not a
+    number or is infinite.
+    """
+    logits, caps, k = logits.double(), caps.long(), torch.as_tensor(k)
     room = caps.sum(-1)
     if bool(((k < 0) | (k > room)).any()):
         raise ValueError(f"can't place {k.tolist()} tokens in zones that hold {room.tolist()}")
-    low, high = weights.aminmax(dim=-1, keepdim=True)
-    if not bool(((low >= 0) & (high < torch.inf)).all() and (caps >= 0).all()):
+    if not bool((logits < torch.inf).all() and (caps >= 0).all()):
         raise ValueError("zones need finite weights and caps, none negative")
-    weights = weights / high.clamp(min=_TINY)
-    # 1. zones that have weight; above 1e-200, so that cap / weight can't overflow
-    weighted_caps = caps * (weights > 1e-200)  # (..., Z)
-    capacity = weighted_caps.sum(-1)
-    first = torch.minimum(k, capacity)
-    budgets = torch.where((k < capacity)[..., None], _split(weights, weighted_caps, first), weighted_caps)
-    # 2. what they can't take goes to the others, all of them alike
-    rest = k - first
-    return budgets + _split(torch.ones_like(weights), caps - weighted_caps, rest) if bool(rest.any()) else budgets
+    budgets, rest = torch.zeros_like(caps), k
+    while True:
+        # 1. the weights of zones that are not full, the largest of them 1; all 1 where none has weight
+        free = caps - budgets
+        of_free = logits.masked_fill(free == 0, -torch.inf)
+        highest = of_free.amax(-1, keepdim=True)
+        weights = torch.where(highest > -torch.inf, (of_free - highest.clamp(min=_LOWEST)).exp(), 1.0)
+        # 2. what those take whose weight is above 1e-200, so that cap / weight can't overflow
+        weighted = free * (weights > 1e-200)  # (..., Z)
+        capacity = weighted.sum(-1)
+        taken = torch.where(
+            (rest < capacity)[..., None], _split(weights, weighted, torch.minimum(rest, capacity)), weighted
+        )
+        budgets, rest = budgets + taken, rest - taken.sum(-1)
+        # 3. what they can't take goes to the others
+        if not bool(rest.any()):
+            return budgets
 
 
 def _split(weights: Tensor, caps: Tensor, k: Tensor) -> Tensor:

@@ -132,8 +132,12 @@ class InnerMethod(Method):
 
 
 def geometric_counts(count: int, k: int, stages: int) -> tuple[int, ...]:
-    """How many of `count` tokens are there after each stage, where the same share stays at each and `k` in the end."""
-    before_last = [max(k, floor(count * (k / count) ** (stage / stages) + 0.5)) for stage in range(1, stages)]
+    """How many of `count` tokens are there after each stage, where the same share stays at each and `k` in the end.
+
+    Rounded down, as PyramidDrop's published code has it.
+    """
+    noise = 1e-9  # of the power, which must not take a token from a whole number
+    before_last = [max(k, floor(count * (k / count) ** (stage / stages) + noise)) for stage in range(1, stages)]
     return (*before_last, k)
 
 

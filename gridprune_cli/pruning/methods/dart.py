@@ -63,7 +63,8 @@ class Dart(InnerMethod):
     normed as behind the last layer. What stays keeps its positions. All this is as in the published code.
 
     Departures: exactly K stay. The published code keeps its visual pivots beside what it counts, and rounds down what
-    each pivot takes: its 128 are 4 + 8 * 16, K = 132 here. Its order of pivots is that of a Python set.
+    each pivot takes: its 128 are 4 + 8 * 16, K = 132 here. Its order of pivots is that of a Python set, so that a few
+    other tokens stay there.
     """
 
     name: ClassVar[str] = "dart"

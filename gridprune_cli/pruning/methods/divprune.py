@@ -18,8 +18,9 @@ class DivPrune(Method):
         d_ij = 1 - cos(x_i, x_j)
         first argmax_i min_{j != i} d_ij, then again and again argmax_i min_{s taken} d_is
 
-    Departure: a taken token can't be taken again. The published code masks none, so that equal tokens, as in padding,
-    can give one index twice.
+    Departures: a taken token can't be taken again. The published code masks none, so that equal tokens, as in padding,
+    can give one index twice. On LLaVA-NeXT the newlines behind rows of tiles are no candidates, and stay by the rule
+    for all methods; the published code chooses among them, too.
     """
 
     name: ClassVar[str] = "divprune"

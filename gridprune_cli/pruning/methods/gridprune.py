@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.budget import allocate, softmax_shares
+from gridprune_cli.pruning.budget import allocate_by_logits
 from gridprune_cli.pruning.methods.base import Method, check_sign, values
 from gridprune_cli.pruning.region import inside_each
 from gridprune_cli.pruning.select import best_by_zone, best_spaced
@@ -16,6 +16,8 @@ from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.zones import Zones, zone_index
 
 SALIENCY_SCALES = ("minmax", "max", "rank", "none")
+
+_COLDEST = 1e-300  # a temperature below which quotients overflow; at it, any difference of means decides already
 
 LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none", "spacing": 0.0}
 """The options under which the published formulas are taken as they stand; signals then have no region."""
@@ -94,7 +96,8 @@ class GridPrune(Method):
         caps = zeros.long().scatter_add(1, zone, torch.ones_like(zone))
         means = (zeros.scatter_add(1, zone, relevance) / caps.clamp(min=1)).unflatten(1, (-1, zones.count))
         caps = caps.unflatten(1, (-1, zones.count))  # (B, H, Z)
-        budgets = allocate(softmax_shares(means, caps, self.temperature), caps, torch.tensor(quotas))  # (B, H, Z)
+        logits = means / max(self.temperature, _COLDEST)
+        budgets = allocate_by_logits(logits, caps, torch.tensor(quotas))  # (B, H, Z)
         # 4. the best of each zone
         stays = best_by_zone(score, zone, budgets.flatten(1))  # (B, N)
         # 5. where they are few, the best of all, apart from each other, one more than its budget from a zone

@@ -20,9 +20,9 @@ _WHOLE = (0.0, 0.0, 1.0, 1.0)  # the box of a view of the whole picture
 class HiRED(Method):
     """Splits K over the views of one picture; each view or tile keeps its top by saliency. The question has no say.
 
-    The base view, which shows the whole picture, gets `base_share` of K, and the tiles the rest in proportion to how
-    many of the base view's top floor((1 - base_share) * N_base) tokens by saliency lie in them. A mosaic, which has all
-    tiles in one view, is cut into tiles of about the base view's size. Where no view is the base, or it is the only
+    The base view, which shows the whole picture, gets floor(`base_share` * K), and the tiles the rest in proportion to
+    how many of the base view's top floor((1 - base_share) * N_base) tokens by saliency lie in them. A mosaic, which has
+    all tiles in one view, is cut into tiles of about the base view's size. Where no view is the base, or it is the only
     one, K is not split, and what stays is FasterVLM's.
 
     base_share  0 to 1; the published alpha
@@ -62,7 +62,7 @@ class HiRED(Method):
         caps = torch.bincount(tile_of)
         leading = top(saliency[tile_of == 0], int((1 - self.base_share) * base.count))
         counts = _count_in_boxes(base, leading, torch.tensor(boxes, dtype=torch.float64))
-        base_budget = min(floor(self.base_share * k + 0.5), base.count)
+        base_budget = min(floor(self.base_share * k), base.count)
         base_budget = max(base_budget, k - int(caps[1:].sum()))
         budgets = torch.cat([torch.tensor([base_budget]), allocate(counts, caps[1:], k - base_budget)])
         return top_by_zone(saliency, tile_of, budgets)

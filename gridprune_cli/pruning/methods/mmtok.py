@@ -24,8 +24,10 @@ class MMTok(Method):
     text_temperature    above 0; published: 0.02 for LLaVA, 0.01 for Qwen2.5-VL
     vision_temperature  above 0
 
-    Departures: the words are those that `vlm.word_relevance` finds, with a list of stop words of our own; the tokens of
-    all views compete for one K; the published code gives each tile the same.
+    Departures: the words are those that `vlm.word_relevance` finds, with a list of stop words of our own; the
+    published code takes all of them with Qwen2.5-VL. There it also covers patches as they are before the merger, and
+    here visual tokens, which are of four patches. The tokens of all views compete for one K; the published code gives
+    each tile the same.
     """
 
     name: ClassVar[str] = "mmtok"

@@ -23,7 +23,7 @@ class VisionZip(Method):
     contextual token that it is most like, and is merged into it.
 
     contextual_share  C = floor(share * K + 1/2); 5/32 gives the published 10 of 64, 20 of 128 and 30 of 192
-    merge             "mean": of the contextual token and what joins it, all alike. "sum": as the published code has
+    merge_by          "mean": of the contextual token and what joins it, all alike. "sum": as the published code has
                       it, the contextual token plus the mean of what joins it, which about doubles its length
 
     Departures: likeness is the cosine of vision features, where the published one is that of the attention keys of
