@@ -33,6 +33,18 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """A question that was asked earlier in a conversation, and its answer.
+
+    images  how many of the conversation's images came with it, behind those of the exchanges before it
+    """
+
+    question: str
+    answer: str
+    images: int = 0
+
+
+@dataclass(frozen=True)
 class Item:
     """A line. `fault` says what is wrong with it, and then only `id` and `place` need to be there.
 
@@ -111,6 +123,19 @@ def check_question(question: str, images: int = 1) -> None:
     check_text(question, "the question")
     if images > MAX_IMAGES:
         raise BadInput(f"the question is about {images} images; at most {MAX_IMAGES} can be asked about at once")
+
+
+def check_history(history: Sequence[Exchange], images: int) -> None:
+    """Raises BadInput for earlier turns that no prompt can hold, or that have more than the `images` there are."""
+    for number, exchange in enumerate(history, 1):
+        if not exchange.question.strip():
+            raise BadInput(f"question {number} of the conversation is empty; ask something")
+        check_text(exchange.question, f"question {number} of the conversation")
+        check_text(exchange.answer, f"answer {number} of the conversation")
+        if exchange.images < 0:
+            raise BadInput(f"question {number} of the conversation has {exchange.images} images; count them from 0")
+    if sum(exchange.images for exchange in history) > images:
+        raise BadInput(f"the earlier questions have more images than the {images} that there are")
 
 
 def check_text(text: str, name: str) -> None:
