@@ -226,6 +226,15 @@ class Request:
     history: tuple[Exchange, ...] = ()
 
 
+def check_pin(pruning: Pruning) -> None:
+    """Raises BadInput where what is kept depends on more than the query, so that no turn can decide for others."""
+    if pruning.method.inner:
+        reason = f"not with `method={pruning.method.name}`, which chooses anew for every prompt; leave one of them out"
+        raise BadInput(reason, field="pin")
+    if pruning.ilp is not None:
+        raise BadInput("not with `ilp`, where tokens leave as each prompt goes through the layers", field="pin")
+
+
 def parse_pairs(pairs: Iterable[str], setting: str) -> dict[str, Any]:
     """Options that are texts NAME=VALUE. Raises BadInput, with the setting that they are of, where one is not."""
     options = {}

@@ -15,9 +15,11 @@ from test_docs import table_under
 from test_families import logits
 from transformers import AutoModelForImageTextToText, ProcessorMixin
 
+from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
+from gridprune_cli.questions import Exchange
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import FAMILIES
 
@@ -81,6 +83,31 @@ def test_keep_everything_is_generate(repository, noise):
     assert list(generate(pipeline.family, [pruned], LENGTH)[0].ids) == expected
     other = replace(pruned, image_embeds=pruned.image_embeds.flip(1))
     assert not torch.allclose(logits(pipeline, pruned), logits(pipeline, other), atol=1e-2)
+
+
+def test_a_conversation_is_put_as_its_own_template_puts_it(repository, noise):
+    """The ids of the prompt; PaliGemma, which has no template, holds none."""
+    _, _, pipeline = repository
+    picture, processor = noise((100, 80)), pipeline.family.processor
+    encoded = pipeline.encoder.encode([picture])[0]
+    everything = Pruning(keep=1.0, method=make_method("uniform"))
+    history = [Exchange("which colour?", "It is red.", 1)]
+    if processor.chat_template is None:
+        with pytest.raises(BadInput, match="holds no conversation"):
+            pipeline.prune(encoded, QUESTION, everything, history=history)
+        return
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": picture.image}, {"type": "text", "text": "which colour?"}],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "It is red."}]},
+        {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
+    ]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = ProcessorMixin.apply_chat_template(processor, messages, **options)
+    pruned = pipeline.prune(encoded, QUESTION, everything, history=history)
+    assert torch.equal(pruned.input_ids, inputs["input_ids"][0])
 
 
 def test_the_table_of_the_documentation_is_of_these():

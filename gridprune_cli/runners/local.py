@@ -146,7 +146,9 @@ class Runner:
         check_question(request.question, len(request.images))
         check_history(request.history, len(request.images))
         self.localizers.find(request.pruning, len(request.images))
-        self.family.check_length(self.family.count_words(request.question), "ask shorter")
+        texts = [text for turn in request.history for text in (turn.question, turn.answer)]
+        remedy = "begin a new conversation" if texts else "ask shorter"
+        self.family.check_length(self.family.count_words("\n".join([*texts, request.question])), remedy)
 
     def _prune(
         self, ready: Sequence[tuple[int, EncodedRequest, tuple[bool, ...]]], with_prefix: bool | None

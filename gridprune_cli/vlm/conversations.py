@@ -16,7 +16,10 @@ from transformers import DynamicCache
 from gridprune_cli.tokens import PrunedSet
 
 MAX_BYTES = 1 << 30  # of keys and values that are held beside those of the latest turn
-_OPTIONS = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # choose tokens, and no cache
+_OPTIONS = {  # of `generate` that choose tokens, and no cache
+    *("do_sample", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens"),
+}
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,7 @@ class PaliGemma(Family):
         projector = self.load("projector").model.multi_modal_projector
         return projector(vision_features.to(self.device, self.dtype)).cpu()
 
-    def write_text(
-        self, question: str, images: int, system: str | None, history: Sequence[Exchange] = ()
-    ) -> str:
+    def write_text(self, question: str, images: int, system: str | None, history: Sequence[Exchange] = ()) -> str:
         """What the processor makes of a question: images come first, and the beginning of the text behind them."""
         if history:
             raise BadInput(f"{self.checkpoint.name} holds no conversation: it was made for one question; ask anew")

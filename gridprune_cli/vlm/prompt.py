@@ -28,9 +28,7 @@ class PromptWriter(ModelParts):
         tokenizer = self.processor.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def write_text(
-        self, question: str, images: int, system: str | None, history: Sequence[Exchange] = ()
-    ) -> str:
+    def write_text(self, question: str, images: int, system: str | None, history: Sequence[Exchange] = ()) -> str:
         """The model's own chat prompt, with one `prompt_token` per image.
 
         Of `images` each exchange of `history` has its own, ahead of its question; the last question has the others.
