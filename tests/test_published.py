@@ -86,7 +86,7 @@ def test_keep_everything_is_generate(repository, noise):
 
 
 def test_a_conversation_is_put_as_its_own_template_puts_it(repository, noise):
-    """The ids of the prompt. Some hold none: PaliGemma has no template, and that of Qwen3-VL here leaves answers out."""
+    """The ids of the prompt. PaliGemma has no template, and the one of Qwen3-VL here leaves answers out."""
     _, _, pipeline = repository
     picture, processor = noise((100, 80)), pipeline.family.processor
     encoded = pipeline.encoder.encode([picture])[0]

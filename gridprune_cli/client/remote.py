@@ -19,6 +19,8 @@ from gridprune_cli.questions import Exchange, cache_outcome
 if TYPE_CHECKING:
     from gridprune_cli.client.connection import Connection
 
+MAX_UNDER_WAY = 64  # of one command's questions: two of a server's batches, and as many as may wait by its default
+
 
 @dataclass(frozen=True)
 class RemoteRequest:
@@ -178,8 +180,10 @@ class RemotePipeline:
         file = {"name": name, "data": base64.b64encode(data).decode()}
         return self._send(self._common | {"generation": generation, "pruned": file}, None)
 
-    def map(self, act: Callable[[Any], RemoteAnswer], items: Sequence[Any], at_once: int) -> Iterator[Any]:
-        """What `act` gives for every item, or its error, in turn, with up to `at_once` of them under way.
+    def map(self, act: Callable[[Any], RemoteAnswer], items: Sequence[Any], batch_size: int) -> Iterator[Any]:
+        """What `act` gives for every item, or its error, in turn.
+
+        Two batches are under way, so that the next one waits at the server, and whole, when it has done with one.
 
         Raises ServerFault, since what the server does not answer it would answer for no item.
         """
@@ -199,7 +203,7 @@ class RemotePipeline:
             except GridpruneError as fault:
                 return fault
 
-        threads = ThreadPoolExecutor(min(at_once, max(1, len(items))))
+        threads = ThreadPoolExecutor(min(2 * batch_size, MAX_UNDER_WAY, max(1, len(items))))
         try:
             for result in threads.map(attempt, items):
                 if broken.is_set() and isinstance(result, ServerFault):
