@@ -129,11 +129,10 @@ class CommandJob(Turn):
 
     @property
     def group(self) -> object:
-        """Streamed and sampled answers are those of a question alone, as a command gives them by itself."""
+        """A streamed answer is written as it comes, and a pinned one goes on from what is held: each is alone."""
         command = self.command
         options = None if command.generation is None else json.dumps(command.generation, sort_keys=True)
-        sampled = bool(command.generation and command.generation.get("do_sample"))
-        alone = command.stream or command.pin or sampled
+        alone = command.stream or command.pin
         kind = command.pruned is None, command.cache, command.scenes_only, command.with_prefix
         return ("command", id(self) if alone else None, options, *kind)
 
