@@ -69,7 +69,7 @@ def chat(
 
     A line is a question, or a command: `/help` lists these. In a pipe, answers go to stdout in the order of the lines.
 
-    More options, taken here too: `gridprune batch --help`.
+    More options, taken here too: `gridprune batch --help`, `--stream/--no-stream`.
     """
     set_quiet(quiet)
     check_text(system or "", "`system`")
