@@ -17,7 +17,11 @@ ANSWERS = ("a red square", "")
 HISTORY = (Exchange(QUESTIONS[0], ANSWERS[0], 1), Exchange(QUESTIONS[1], ANSWERS[1]))
 
 
-@pytest.fixture(scope="module", params=[family for family in FAMILIES if family != "paligemma"])
+ALWAYS = ("llava", "qwen2_vl", "qwen3_vl", "idefics3", "gemma3")  # the others do nothing that none of these does
+OFTEN = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=[name for name in OFTEN if "paligemma" not in str(name)])
 def folder(request, checkpoint):
     return checkpoint(request.param)
 
