@@ -179,7 +179,7 @@ class _Conversation:
         self.history = (*self.history, Exchange(question, answer.text, images))
         return answer
 
-    def keep(self, share: float) -> None:
+    def set_share(self, share: float) -> None:
         """Prunes to this share of the visual tokens from the next turn on."""
         self.pruning = _change(self.pruning, keep=share, tokens=None)
 
@@ -277,7 +277,7 @@ def _obey(conversation: _Conversation, line: str) -> bool:
     elif name == "/show":
         _show(conversation.draw())
     elif name == "/keep":
-        conversation.keep(_share(argument))
+        conversation.set_share(_share(argument))
         say(f"keeping {argument} from now on")
     elif name == "/save":
         path = Path(os.path.expanduser(argument))
