@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gridprune_cli.errors import BadInput, GridpruneError
     from gridprune_cli.pipeline import Answer, Pipeline
     from gridprune_cli.pruning.methods import make_method
+    from gridprune_cli.questions import Exchange
     from gridprune_cli.settings import Pruning
     from gridprune_cli.tokens import EncodedImage, PrunedSet, load_pruned
 
@@ -25,6 +26,7 @@ _HOMES = {
     "Store": "cache.store",
     "open_store": "cache.store",
     "EncodedImage": "tokens",
+    "Exchange": "questions",
     "PrunedSet": "tokens",
     "load_pruned": "tokens",
 }
@@ -32,6 +34,7 @@ __all__ = [
     "Answer",
     "BadInput",
     "EncodedImage",
+    "Exchange",
     "GridpruneError",
     "Pipeline",
     "PrunedSet",

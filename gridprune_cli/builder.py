@@ -68,9 +68,10 @@ def build_pruned_sets(
     """
     prompts = write_prompts(family, requests, [request.request.question for request in requests])
     drafts = [_draft(family, *parts) for parts in zip(requests, signals, kept, prompts, strict=True)]
-    for draft in drafts:
+    for request, draft in zip(requests, drafts, strict=True):
         last = int(draft.rest["position_ids"].max())
-        family.check_length(last + 1, "ask shorter, of fewer images, or take `positions=compact`")
+        remedy = "begin a new conversation" if request.request.history else "ask shorter, of fewer images"
+        family.check_length(last + 1, f"{remedy}, or take `positions=compact`")
     if with_prefix:
         prefixes = prefixes or Prefixes(family)
         return [_set_with_prefix(family, prefixes, *parts) for parts in zip(requests, drafts, prompts, strict=True)]

@@ -9,7 +9,7 @@ import torch
 
 from gridprune_cli.cache.quantize import STORAGES, pack
 from gridprune_cli.cache.store import Store, entry_key
-from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.errors import BadInput, GridpruneError, NoScene
 from gridprune_cli.images import Picture
 from gridprune_cli.prefixes import Prefixes
 from gridprune_cli.scenes.scene import looks_like_scene
@@ -139,7 +139,7 @@ class Encoder:
     def _refuse(self, name: str, notes: Sequence[str]) -> None:
         """Raises BadInput for a picture of these notes, where it is none that is taken."""
         if self.scenes_only and NO_SCENE in notes:
-            raise BadInput(
+            raise NoScene(
                 f"{name}: no scene, and the model that comes with the package knows nothing else; name a real one: "
                 f"`model={SMALL_MODEL}`, or for good gridprune models default {SMALL_MODEL}"
             )

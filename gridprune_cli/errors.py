@@ -45,4 +45,8 @@ class BadInput(GridpruneError):
     exit_code = 2
 
 
+class NoScene(BadInput):
+    """A picture that the embedded model does not know, where no model was chosen."""
+
+
 DOWNLOAD = "gridprune-download"  # name of the thread of a download, which outlives an interrupt

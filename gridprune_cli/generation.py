@@ -24,6 +24,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.settings import parse_pairs
 from gridprune_cli.text import visible
 from gridprune_cli.tokens import Prefix, PrunedSet
+from gridprune_cli.vlm.conversations import Conversations, can_continue
 from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.inner import PrefixBatch, has_sliding_layers, prune_inside
 from gridprune_cli.vlm.prefix import misfit, pad_left
@@ -203,6 +204,7 @@ def generate(
     *,
     stream: TextIO | None = None,
     watchers: Sequence[Watcher] | None = None,
+    conversations: Conversations | None = None,
     **options: Any,
 ) -> list[Generated]:
     """Answers from pruned sets, greedily, in one left-padded batch. Loads the language model only.
@@ -211,8 +213,9 @@ def generate(
     several where the prefixes have different depths, or the model's sliding windows count what a batch is padded with.
 
     The answer of a batch of one is written to `stream` as it comes. `watchers`, one for each set, see the answers as
-    they come, and may end them; not with beams, of which none is the answer before the end. `options` go to
-    transformers' `generate`. Raises BadInput for a set that was made for another model, as `check_options` does, and
+    they come, and may end them; not with beams, of which none is the answer before the end. A batch of one goes on from
+    the keys and values that `conversations` hold of its prompt, and leaves its own there. `options` go to transformers'
+    `generate`. Raises BadInput for a set that was made for another model, as `check_options` does, and
     for options that transformers can't use.
     """
     # 1. nothing is run that can't be answered
@@ -229,7 +232,9 @@ def generate(
     for places in groups.values():
         group = [batch[n] for n in places]
         of_group = watchers and [watchers[n] for n in places]
-        answers |= zip(places, _generate(family, group, max_new_tokens, stream, of_group, options), strict=True)
+        held = conversations if len(batch) == 1 and can_continue(batch[0], model, options) else None
+        of_places = _generate(family, group, max_new_tokens, stream, of_group, held, options)
+        answers |= zip(places, of_places, strict=True)
     return [answers[n] for n in range(len(batch))]
 
 
@@ -247,9 +252,10 @@ def _generate(
     max_new_tokens: int,
     stream: TextIO | None,
     watchers: Sequence[Watcher] | None,
+    conversations: Conversations | None,
     options: dict[str, Any],
 ) -> list[Generated]:
-    """`generate` for sets that are run together: all with a prefix, or all without."""
+    """`generate` for sets that are run together: all with a prefix, or all without; one alone with `conversations`."""
     # 1. one padded batch; the image embeds stand in for the tower, which is not loaded
     model, tokenizer = family.load("language"), family.processor.tokenizer
     ids, mask, positions = prompts(family, batch)  # (B, L), (B, L), (B, L) or (3, B, L)
@@ -257,10 +263,15 @@ def _generate(
     stops = set(ends if isinstance(ends, list) else [ends])
     watch = _Watch(watchers, stops) if watchers is not None else None
     length, clock, start = ids.shape[1], _Clock(), time.perf_counter()
-    prefixes = None
-    if batch[0].prefix is None:
+    prefixes = continued = None
+    places = positions[..., 0, :].cpu()  # of the first prompt, (L,) or (3, L)
+    if conversations is not None:
+        continued = conversations.take(batch[0], places, family.image_token)
+    if continued is not None and continued.get_seq_length():  # all images are behind it
+        inputs: dict[str, Any] = {"past_key_values": continued}
+    elif batch[0].prefix is None:
         images = {"mm_encoder_outputs": {"image": family.features([pruned.image_embeds for pruned in batch])}}
-        inputs = images | family.extras(ids)
+        inputs = images | family.extras(ids) | ({} if continued is None else {"past_key_values": continued})
     else:
         prefixes = PrefixBatch(family, model, batch, ids, mask, positions)
         beams = options.get("num_beams") or model.generation_config.num_beams
@@ -287,6 +298,8 @@ def _generate(
                 f"transformers can't use it ({first_line})", field="generation", value=", ".join(options)
             ) from fault
     end = time.perf_counter()
+    if conversations is not None and continued is not None:
+        conversations.put(batch[0], places, out[0], continued)
     # 3. token ids behind the prompt, each answer up to its end
     first = clock.first or end
     answers = watch.answers if watch else [_until(stops, answer) for answer in out[:, length:].tolist()]

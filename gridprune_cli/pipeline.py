@@ -9,7 +9,7 @@ from gridprune_cli.cache.store import Store
 from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.image_files import NamedImage, Source
-from gridprune_cli.questions import cache_outcome
+from gridprune_cli.questions import Exchange, cache_outcome
 from gridprune_cli.regions import Localizers
 from gridprune_cli.runners.batches import Stopwatch, result_or_raise
 from gridprune_cli.runners.local import Runner
@@ -127,21 +127,24 @@ class Pipeline:
         *,
         system: str | None = None,
         template: str | None = None,
+        history: Sequence[Exchange] = (),
         max_new_tokens: int = 128,
         **options: Any,
     ) -> Answer:
         """The answer to a question about one image or several, from the tokens that the pruning keeps.
 
         An image in the cache is not decoded, and the tower is not loaded for it. `system` is a system message,
-        `template` a text with `{image}` and `{question}` in place of the model's chat template. `options` go to
-        transformers' `generate`; with `stream`, a text file, the answer is written to it as it comes.
+        `template` a text with `{image}` and `{question}` in place of the model's chat template. `history` are the
+        earlier turns of a conversation; images that are of none of them come with the question. `options` go to
+        transformers' `generate`; with `stream`, a text file, the answer is written to it as it comes, and with
+        `conversations` it goes on from the keys and values that these hold.
 
         Raises BadInput where an image can't be read, the pruning does not fit the images, the prompt not the model, or
         options can't be used.
         """
         stopwatch = Stopwatch()
         runner = self.runner(stopwatch=stopwatch)
-        request = Request(_as_tuple(images), question, pruning or Pruning(), system, template)
+        request = Request(_as_tuple(images), question, pruning or Pruning(), system, template, tuple(history))
         with stopwatch.measure("total"):
             pruned = runner.prune_one(request, parts=("projector", "language"))
             generated = runner.generate_one(pruned.pruned, max_new_tokens=max_new_tokens, **options)
@@ -176,6 +179,7 @@ class Pipeline:
         *,
         system: str | None = None,
         template: str | None = None,
+        history: Sequence[Exchange] = (),
         with_prefix: bool | None = None,
     ) -> PrunedSet:
         """The pruned set of a question about one image or several, from image files or encoded images.
@@ -185,7 +189,7 @@ class Pipeline:
         image, also in a file; BadInput where an answer can't go on from that. None: it holds both, where the prefix is
         cached, and its file the image embeds. False: it holds image embeds alone.
         """
-        request = Request(_as_tuple(images), question, pruning or Pruning(), system, template)
+        request = Request(_as_tuple(images), question, pruning or Pruning(), system, template, tuple(history))
         return self.runner().prune_one(request, with_prefix=with_prefix).pruned
 
     def generate(self, pruned: PrunedSet, *, max_new_tokens: int = 128, **options: Any) -> str:

@@ -20,6 +20,7 @@ from gridprune_cli.errors import BadInput
 MAX_LINE = 1 << 20  # bytes; some 100 pages of text beside a question, and 1,000 such lines fit in memory
 MAX_DEPTH = 100  # levels of lists and objects in a line; Python's own limit lies near 1,000 and moves with the caller
 MAX_QUESTION = 1 << 16  # characters, some 16,000 tokens: longer ones take seconds to tokenize and to match
+MAX_CONVERSATION = 8 * MAX_QUESTION  # characters of all earlier turns: more tokens than most models have positions
 MAX_IMAGES = 64  # of one question, all of which are held until it is answered
 _WINDOW_BYTES = 16 * MAX_LINE  # of lines that are processed together; parsed, they take up to 30 times as much
 _QUEUE = 16  # lines that are read ahead
@@ -30,6 +31,18 @@ _START = b'{"id": '  # of every line that `batch` writes
 _GRACE = 0.02  # seconds that a line is waited for before work starts on those that are there
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question that was asked earlier in a conversation, and its answer.
+
+    images  how many of the conversation's images came with it, behind those of the exchanges before it
+    """
+
+    question: str
+    answer: str
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,24 @@ def check_question(question: str, images: int = 1) -> None:
     check_text(question, "the question")
     if images > MAX_IMAGES:
         raise BadInput(f"the question is about {images} images; at most {MAX_IMAGES} can be asked about at once")
+
+
+def check_history(history: Sequence[Exchange], images: int) -> None:
+    """Raises BadInput for earlier turns that no prompt can hold, or that have more than the `images` there are."""
+    for number, exchange in enumerate(history, 1):
+        if not exchange.question.strip():
+            raise BadInput(f"question {number} of the conversation is empty; ask something")
+        check_text(exchange.question, f"question {number} of the conversation")
+        check_text(exchange.answer, f"answer {number} of the conversation")
+        if exchange.images < 0:
+            raise BadInput(f"question {number} of the conversation has {exchange.images} images; count them from 0")
+    if sum(exchange.images for exchange in history) > images:
+        raise BadInput(f"the earlier questions have more images than the {images} that there are")
+    length = sum(len(exchange.question) + len(exchange.answer) for exchange in history)
+    if length > MAX_CONVERSATION:
+        raise BadInput(
+            f"the conversation has {length} characters; at most {MAX_CONVERSATION} can go on; begin a new one"
+        )
 
 
 def check_text(text: str, name: str) -> None:
@@ -225,7 +256,7 @@ class Reader:
         self._file = _stdin() if path == "-" else _open(path)
 
     def __iter__(self) -> Iterator[Item]:
-        for number, line in enumerate(_bounded(self._file), 1):
+        for number, line in enumerate(bounded_lines(self._file), 1):
             if not line.strip():
                 continue
             item = replace(parse(line, f"{self.name}:{number}"), size=len(line))
@@ -246,10 +277,10 @@ class Reader:
         if self._in_shard is not None or not self.plain:
             return None
         with open(self.name, "rb") as file:
-            return sum(1 for line in _bounded(file) if line.strip())
+            return sum(1 for line in bounded_lines(file) if line.strip())
 
 
-def _bounded(file: BinaryIO) -> Iterator[bytes]:
+def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
     """Every line; of one that is longer than `MAX_LINE`, as many bytes as show that, and the rest is passed over."""
     while line := file.readline(MAX_LINE + 1):
         rest = line

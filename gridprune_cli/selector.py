@@ -41,6 +41,13 @@ class EncodedRequest:
         return self.request.pruning
 
     @property
+    def alone(self) -> "EncodedRequest":
+        """The request without earlier turns: what relevance is taken from, so that a turn keeps what `ask` keeps."""
+        if not self.request.history:
+            return self
+        return replace(self, request=replace(self.request, history=()), prompt=None)
+
+    @property
     def query(self) -> str:
         """What relevance is measured against."""
         return self.pruning.query or self.request.question
@@ -129,7 +136,7 @@ def _relevance_from_attention(
     family: Family, requests: Sequence[EncodedRequest], queries: Sequence[str], prefixes: Prefixes
 ) -> list[list[Tensor]]:
     """`_relevance` from the language model's attention: from prefixes, but where the images see the question."""
-    prompts = write_prompts(family, requests, queries)
+    prompts = write_prompts(family, [request.alone for request in requests], queries)
     by_way: dict[bool, list[int]] = {}
     for n, request in enumerate(requests):
         by_way.setdefault(image_sees_question(family, request), []).append(n)
@@ -172,7 +179,8 @@ def write_prompts(family: Family, requests: Sequence[EncodedRequest], questions:
             alike.setdefault((request.request.system, request.request.template), []).append(n)
     for (system, template), places in alike.items():
         of_places = [(questions[n], requests[n].images) for n in places]
-        prompts |= zip(places, family.write_prompts(of_places, system, template), strict=True)
+        histories = [requests[n].request.history for n in places]
+        prompts |= zip(places, family.write_prompts(of_places, system, template, histories), strict=True)
     return [prompts[n] for n in range(len(requests))]
 
 

@@ -13,7 +13,7 @@ from gridprune_cli.pruning.methods import METHODS, Method, make_method
 from gridprune_cli.pruning.methods.gridprune import LITERAL
 from gridprune_cli.pruning.region import parse_box
 from gridprune_cli.pruning.signals import Box
-from gridprune_cli.questions import check_text
+from gridprune_cli.questions import Exchange, check_text
 from gridprune_cli.tokens import EncodedImage
 
 POSITIONS = get_args(Positions)
@@ -214,6 +214,8 @@ class Request:
     pruning   what to keep of them
     system    a system message, for models that take one
     template  a text with `{image}` and `{question}` that takes the place of the model's chat template
+    history   earlier turns of the conversation, as the model's chat template writes them; the images that are of none
+              of them come with the question. What is kept depends on the question alone
     """
 
     images: tuple[Source | EncodedImage, ...]
@@ -221,6 +223,16 @@ class Request:
     pruning: Pruning = field(default_factory=Pruning)
     system: str | None = None
     template: str | None = None
+    history: tuple[Exchange, ...] = ()
+
+
+def check_pin(pruning: Pruning) -> None:
+    """Raises BadInput where what is kept depends on more than the query, so that no turn can decide for others."""
+    if pruning.method.inner:
+        reason = f"not with `method={pruning.method.name}`, which chooses anew for every prompt; leave one of them out"
+        raise BadInput(reason, field="pin")
+    if pruning.ilp is not None:
+        raise BadInput("not with `ilp`, where tokens leave as each prompt goes through the layers", field="pin")
 
 
 def parse_pairs(pairs: Iterable[str], setting: str) -> dict[str, Any]:

@@ -127,6 +127,35 @@ def test_an_answer_with_its_files(both, tmp_path, arguments):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
 
 
+CHAT = f"{QUESTION}\n/show\n/keep 0.3\nWhat colour is it?\n/save set\n/keep 3\n/show\n \nHow many stars are there?\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--pin", "--system", "Be short."]], ids=["anew", "pinned"])
+def test_a_conversation(both, tmp_path, arguments):
+    here, there = both("chat", SCENE, "--json", "-q", *arguments, stdin=CHAT.encode())
+    assert here[0] == there[0] == 3  # /keep 3
+    assert records(there[1]) == records(here[1])
+    assert len(records(there[1])) == 3
+    assert there[2] == here[2]
+    assert there[2].count("warning: ") == 2
+    assert (tmp_path / "there/set").read_bytes() == (tmp_path / "here/set").read_bytes()
+    here, there = both("chat", SCENE, "-q", "--stream", *arguments, stdin=CHAT.encode())
+    assert there == here
+
+
+def test_a_pinned_conversation_goes_on_at_the_server(home, command, monkeypatch):
+    """The second turn's prefill is that of its few tokens: less than half of the first's."""
+    monkeypatch.setenv("GRIDPRUNE_CACHE_DIR", str(home.cache))
+    lines = "\n".join([QUESTION, *["And what colour is it now?"] * 4])
+    options = ("--server", home.url, "--keep", "1", "--json", "-q")
+    out = {pin: command("chat", SCENE, *options, *pin, stdin=lines.encode())[1] for pin in ((), ("--pin",))}
+    assert [record["answer"] for record in records(out[()])] == [r["answer"] for r in records(out[("--pin",)])]
+    anew, further = (
+        min(json.loads(line)["ms"]["prefill"] for line in of_turns.splitlines()[1:]) for of_turns in out.values()
+    )
+    assert further < anew
+
+
 def test_several_images_one_of_them_from_stdin(both):
     here, there = both("ask", "-", SAMPLES / "scene-2.png", QUESTION, "--json", stdin=SCENE.read_bytes())
     assert here[0] == there[0] == 0
@@ -208,6 +237,8 @@ def test_batch_in_order_with_its_errors(both, tmp_path):
         ["ask", SCENE, QUESTION, "--ilp-layer", "1"],
         ["ask", SCENE, QUESTION, "--system", "x" * 70_000],
         ["ask", SCENE, QUESTION, "--save", "."],
+        ["chat", "missing.png"],
+        ["chat", SCENE, "--method", "colour"],
         ["ask", SCENE, QUESTION, "--plc", "trained", "--model", "scenes"],
         ["show", SCENE, QUESTION, "-o", "none/figure.png"],
         ["batch", SAMPLES / "questions.jsonl", "--keep", "0"],
@@ -448,6 +479,7 @@ def test_the_client_imports_neither_torch_nor_pillow(home, tmp_path):
         ["prune", scene, QUESTION, "-o", "set", "-q"],
         ["generate", "set", "-q"],
         ["show", scene, QUESTION, "-q"],
+        ["chat", scene, "-q"],
         ["batch", str(file), "-q"],
         ["ask", scene, QUESTION, "--method-option", "zone=0"],
         ["ask", scene, QUESTION, "--save", "."],
@@ -465,7 +497,7 @@ def test_the_client_imports_neither_torch_nor_pillow(home, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     codes = [int(line) for line in result.stderr.splitlines() if line.isdecimal()]
-    assert codes == [0, 0, 0, 0, 0, 3, 2, 2, 2]
+    assert codes == [0, 0, 0, 0, 0, 0, 3, 2, 2, 2]
 
 
 SESSION_OF_SCENES = {"generation": {}, "pruning": {}, "method_options": [], "model": "scenes", "fault": None}

@@ -161,7 +161,7 @@ def test_the_examples_in_python_run(tmp_path, tiny_llava, monkeypatch, capsys):
     blocks = [
         block for language, block in FENCED.findall((DOCS / "python.md").read_text("utf-8")) if language == "python"
     ]
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "python.md", "exec"), {})
     assert (tmp_path / "scene-1.safetensors").is_file()

@@ -15,9 +15,11 @@ from test_docs import table_under
 from test_families import logits
 from transformers import AutoModelForImageTextToText, ProcessorMixin
 
+from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
+from gridprune_cli.questions import Exchange
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import FAMILIES
 
@@ -81,6 +83,25 @@ def test_keep_everything_is_generate(repository, noise):
     assert list(generate(pipeline.family, [pruned], LENGTH)[0].ids) == expected
     other = replace(pruned, image_embeds=pruned.image_embeds.flip(1))
     assert not torch.allclose(logits(pipeline, pruned), logits(pipeline, other), atol=1e-2)
+
+
+def test_a_conversation_is_put_as_its_own_template_puts_it(repository):
+    """PaliGemma has no template, and the one of Qwen3-VL here leaves answers out."""
+    family = repository[2].family
+    history = [Exchange("which colour?", "It is red.", 1)]
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which colour?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "It is red."}]},
+        {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
+    ]
+    has_template, expected = family.processor.chat_template is not None, ""
+    if has_template:
+        expected = ProcessorMixin.apply_chat_template(family.processor, messages, add_generation_prompt=True)
+    if "It is red." in expected:
+        assert family.write_text(QUESTION, 1, None, history) == expected
+    else:
+        with pytest.raises(BadInput, match="leaves earlier turns out" if has_template else "holds no conversation"):
+            family.write_text(QUESTION, 1, None, history)
 
 
 def test_the_table_of_the_documentation_is_of_these():

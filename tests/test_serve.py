@@ -16,6 +16,7 @@ from served import SAMPLES, ask, chat_body, data_url, send_raw, serving, wait_un
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.questions import Exchange
 from gridprune_cli.runners.local import Runner
 from gridprune_cli.serve import answering, chat, uploads
 from gridprune_cli.serve.app import create_app
@@ -132,6 +133,31 @@ def test_the_openai_client_streams_the_answers_of_ask(client, expected):
         assert "".join(pieces) == answer and sum(map(bool, pieces)) == len(answer.split())  # each token as it comes
         assert chunks[-2].choices[0].finish_reason == "stop" and chunks[-2].gridprune["keep"] == 0.1094
         assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == len(answer.split()) + 1
+
+
+def test_the_openai_client_has_the_conversation_that_chat_has(client, pipeline):
+    """Each turn is pruned for its own question; pictures may come with any of the user's messages."""
+    turns = [(ASKED[0], QUESTION), (None, "What colour is it?"), (ASKED[-1], "And in this one?")]
+    messages_so_far, history, images = [], [], []
+    for line, question in turns:
+        images += [SAMPLES / line["image"]] if line else []
+        messages_so_far += chat_body(question, *([line["image"]] if line else []))["messages"]
+        answer = pipeline.ask(images, question, Pruning(keep=0.3), history=history)
+        asked = {"model": "scenes", "messages": messages_so_far, "extra_body": {"gridprune": {"keep": 0.3}}}
+        completion = client.chat.completions.create(**asked)
+        assert completion.choices[0].message.content == answer.text
+        assert completion.usage.prompt_tokens == len(answer.pruned.input_ids)
+        positions = answer.pruned.to_json()["positions"]
+        assert completion.gridprune["positions"] == json.loads(json.dumps(positions))
+        pieces = [
+            chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)
+        ]
+        assert "".join(pieces) == answer.text
+        messages_so_far.append(completion.choices[0].message)  # as it is given back
+        history.append(Exchange(question, answer.text, int(line is not None)))
+    del messages_so_far[-1]
+    with pytest.raises(openai.BadRequestError, match="template: holds one question"):
+        client.chat.completions.create(**asked | {"extra_body": {"gridprune": {"template": "{image}{question}"}}})
 
 
 def test_questions_that_come_together_are_answered_together(served, expected):

@@ -6,12 +6,14 @@ import json
 
 import pytest
 
-from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.errors import BadInput, GridpruneError, NoScene
+from gridprune_cli.questions import Exchange
 from gridprune_cli.serve.wire import Refusal, Sampling, parse_chat, refusal_of
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 TEXT = {"type": "text", "text": "What is left of the star?"}
 MESSAGES = [{"role": "user", "content": [TEXT, IMAGE]}]
+ANSWER = {"role": "assistant", "content": "red", "refusal": None, "tool_calls": None}  # as the client gives it back
 
 
 def body(**values: object) -> bytes:
@@ -74,6 +76,17 @@ def test_all_that_a_request_may_say():
     assert chat.template == "{image}{question}"
 
 
+def test_earlier_turns_with_their_pictures():
+    last = {"role": "user", "content": [IMAGE | {"uuid": "b"}, {"type": "text", "text": "And now?"}]}
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "It is"}, {"type": "text", "text": "green."}]}
+    system = {"role": "system", "content": "Be short."}
+    between = {"role": "user", "content": "Which colour?"}
+    chat = parse_chat(body(messages=[system, *MESSAGES, ANSWER, between, parts, last]))
+    assert (chat.system, chat.question) == ("Be short.", "And now?")
+    assert chat.history == (Exchange(TEXT["text"], "red", 1), Exchange("Which colour?", "It is\ngreen.", 0))
+    assert [picture.place for picture in chat.pictures] == ["messages[1].content[1]", "messages[5].content[0]"]
+
+
 @pytest.mark.parametrize(
     "values, sampling",
     [
@@ -107,16 +120,25 @@ def user(*content: object) -> list[object]:
         ({"messages": []}, "messages"),
         ({"messages": "What?"}, "messages"),
         ({"messages": [3]}, "messages[0]"),
-        ({"messages": [{"role": "user", "content": "What?"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "What?"}]}, "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [*MESSAGES, {"role": "assistant", "content": "red"}, *MESSAGES]}, "messages"),
+        ({"messages": [*MESSAGES, *MESSAGES]}, "messages[1]"),
+        ({"messages": [{"role": "assistant", "content": "red"}, *MESSAGES]}, "messages[0]"),
+        ({"messages": [*MESSAGES, ANSWER]}, "messages"),
+        ({"messages": [*MESSAGES, ANSWER, {"role": "system", "content": "x"}, *MESSAGES]}, "messages[2]"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "content": [IMAGE]}, *MESSAGES]}, "messages[1]"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "content": None}, *MESSAGES]}, "messages[1].content"),
+        ({"messages": [*MESSAGES, ANSWER | {"tool_calls": [{}]}, *MESSAGES]}, "messages[1]"),
+        ({"messages": [*user(IMAGE), ANSWER, *user(TEXT)]}, None),  # no first question
+        ({"messages": [*MESSAGES, ANSWER | {"content": "x" * 65537}, *MESSAGES]}, None),
+        ({"messages": [*MESSAGES, ANSWER | {"content": "x" * 60000}] * 9 + MESSAGES}, None),
         ({"messages": [{"role": "system", "content": [IMAGE]}, *MESSAGES]}, "messages[0]"),
         ({"messages": user(TEXT, {"type": "input_audio"})}, "messages[0].content[1]"),
         ({"messages": user(TEXT, {"type": "image_url"})}, "messages[0].content[1].image_url"),
         ({"messages": user(TEXT, {"type": "image_url", "uuid": 3})}, "messages[0].content[1].uuid"),
         ({"messages": user(TEXT, {"type": "image_url", "uuid": "\x1b[2J"})}, "messages[0].content[1].uuid"),
-        ({"messages": user(TEXT, *[IMAGE] * 65)}, "messages[0].content"),
+        ({"messages": user(TEXT, *[IMAGE] * 65)}, "messages"),
         ({"messages": user(IMAGE)}, None),  # no question
         ({"messages": user(IMAGE, {"type": "text", "text": "\ud800"})}, None),
         # values
@@ -184,6 +206,9 @@ def test_whatever_stands_in_a_body_is_taken_or_refused():
 def test_failures_of_the_library_have_a_status():
     bad = refusal_of(BadInput("must be above 0", field="keep", value=-1))
     assert (bad.status, bad.param, bad.message) == (400, "keep", "keep=-1: must be above 0")
+    no_scene = refusal_of(NoScene("b.png: no scene; name a real one: `model=x`, or gridprune models default x"))
+    assert (no_scene.status, no_scene.code) == (400, "invalid_image")
+    assert "no scene" in no_scene.message and "`" not in no_scene.message and "default" not in no_scene.message
     assert refusal_of(GridpruneError("the disk is full")).to_json()["error"]["type"] == "server_error"
     unexpected = refusal_of(ValueError("a secret"))
     assert unexpected.status == 500 and "secret" not in unexpected.message

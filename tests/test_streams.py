@@ -41,7 +41,9 @@ def test_a_closed_stdout_is_told_before_anything_is_done(shell, tmp_path, line):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("line", ["ask - 'What?'", "ask {} -", "batch -", "encode -", "generate -", "eval - -o run"])
+@pytest.mark.parametrize(
+    "line", ["ask - 'What?'", "ask {} -", "chat {}", "batch -", "encode -", "generate -", "eval - -o run"]
+)
 def test_a_closed_stdin_is_bad_input(shell, line):
     code, out, err = shell(line.format(PICTURE) + " <&-")
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("gridprune: -: ")

@@ -15,6 +15,7 @@ from gridprune_cli.cli.ask import ask
 from gridprune_cli.cli.batch import batch
 from gridprune_cli.cli.bench import bench
 from gridprune_cli.cli.calibrate import calibrate
+from gridprune_cli.cli.chat import chat
 from gridprune_cli.cli.command import ModelCommand
 from gridprune_cli.cli.describe import describe
 from gridprune_cli.cli.encode import encode
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (ask, batch, encode, prune, generate, export, show, serve, bench, evaluate, calibrate, env):
+for command in (ask, chat, batch, encode, prune, generate, export, show, serve, bench, evaluate, calibrate, env):
     name = "eval" if command is evaluate else None  # as a function, `eval` would hide Python's
     app.command(name, epilog=getattr(command, "examples", None), cls=ModelCommand)(command)
 app.add_typer(models.app, name="models")

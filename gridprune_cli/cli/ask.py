@@ -17,13 +17,6 @@ from gridprune_cli.errors import BadInput
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Answer, Pipeline
 
-_HIDDEN = (
-    *("clip", "relevance", "cache_dir", "cache_limit", "cache_dtype", "quantize"),
-    *("positions", "query", "share_budget", "literal", "prompt_template", "stream"),
-    *("localizer_template", "ilp_layer", "inside_ratio", "outside_ratio"),
-    *("server", "no_server", "api_key"),
-)
-
 
 @examples(
     'gridprune ask street.png "What is left of the red circle?" --keep 0.11',
@@ -36,7 +29,7 @@ _HIDDEN = (
     pruning=options.pruning,
     prompt=options.prompt,
     generation=options.generation,
-    hidden=_HIDDEN,
+    hidden=options.RARE,
 )
 def ask(
     images: Images,
@@ -47,10 +40,7 @@ def ask(
     generation: dict[str, Any],
     save: Annotated[Path | None, typer.Option(help="Also save the pruned set, as safetensors.")] = None,
     show: Annotated[Path | None, typer.Option(help="Also draw what was kept, as PNG.")] = None,
-    stream: Annotated[
-        bool | None,
-        typer.Option("--stream/--no-stream", help="Print the answer as it comes.", show_default="at a terminal"),
-    ] = None,
+    stream: options.Stream = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

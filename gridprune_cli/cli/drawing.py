@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gridprune_cli.cli.output import put, stdout
+from gridprune_cli.cli.output import stdout
 from gridprune_cli.client.remote import RemotePruned
 
 if TYPE_CHECKING:
@@ -25,15 +25,14 @@ def draw_figure(source: "Source", pruned: "PrunedSet | RemotePruned", answer: st
     write_atomic(path, png, sync=True)
 
 
-def print_figure(source: "Source", pruned: "PrunedSet | RemotePruned") -> None:
-    """Prints a coarse picture of a pruned set."""
+def figure_text(source: "Source", pruned: "PrunedSet | RemotePruned") -> str:
+    """A coarse picture of a pruned set, for a terminal."""
     if isinstance(pruned, RemotePruned):
-        put(pruned.figure.decode())
-        return
+        return pruned.figure.decode()
     from gridprune_cli.drawing import figure_of
     from gridprune_cli.figure import coarse
 
-    put(coarse(figure_of(source, pruned, None), colour=is_colour()))
+    return coarse(figure_of(source, pruned, None), colour=is_colour())
 
 
 def is_colour() -> bool:

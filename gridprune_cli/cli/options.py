@@ -104,6 +104,19 @@ Quantize = Annotated[
     ),
 ]
 
+System = Annotated[str | None, option("System message, if the model takes one.", PROMPT, metavar="TEXT")]
+Stream = Annotated[
+    bool | None,
+    typer.Option("--stream/--no-stream", help="Print the answer as it comes.", show_default="at a terminal"),
+]
+
+RARE = (  # options that the help of commands for people leaves out
+    *("clip", "relevance", "cache_dir", "cache_limit", "cache_dtype", "quantize"),
+    *("positions", "query", "share_budget", "literal", "prompt_template", "stream"),
+    *("localizer_template", "ilp_layer", "inside_ratio", "outside_ratio"),
+    *("server", "no_server", "api_key"),
+)
+
 
 def takes(
     *, hidden: Collection[str] = (), **groups: Callable[..., Any]
@@ -342,7 +355,7 @@ def pruning(
 
 
 def prompt(
-    system: Annotated[str | None, option("System message, if the model takes one.", PROMPT, metavar="TEXT")] = None,
+    system: System = None,
     prompt_template: Annotated[
         str | None,
         option("Text with {image} and {question}, instead of the model's chat template.", PROMPT),

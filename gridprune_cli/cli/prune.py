@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gridprune_cli.runners.local import Pruned
 
 _LONGEST = 243  # characters of a file's name before .safetensors; file systems take 255
-_AT_ONCE = 32  # questions that a server is sent
+_BATCH = 32  # questions that a server prunes for together
 _WINDOW = 128  # lines of --batch that are looked at together, to find those of one image
 
 
@@ -158,7 +158,7 @@ def _pruner(pipeline: "Pipeline | RemotePipeline", with_prefix: bool) -> "Callab
     """Gives what comes of requests, in turn."""
     if isinstance(pipeline, RemotePipeline):
         outputs = _outputs(with_prefix)
-        return lambda requests: pipeline.map(lambda one: pipeline.run(one, outputs=outputs), requests, _AT_ONCE)
+        return lambda requests: pipeline.map(lambda one: pipeline.run(one, outputs=outputs), requests, _BATCH)
     from gridprune_cli.runners.batches import in_order
 
     runner = pipeline.runner()

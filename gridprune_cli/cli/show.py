@@ -7,9 +7,9 @@ import typer
 
 from gridprune_cli.cli import options, remote
 from gridprune_cli.cli.command import examples
-from gridprune_cli.cli.drawing import draw_figure, is_colour, print_figure
+from gridprune_cli.cli.drawing import draw_figure, figure_text, is_colour
 from gridprune_cli.cli.inputs import Question, read_inputs
-from gridprune_cli.cli.output import check_target, say, set_quiet
+from gridprune_cli.cli.output import check_target, put, say, set_quiet
 from gridprune_cli.client.remote import RemotePipeline, RemotePruned, RemoteRequest
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def show(
         else:
             pruned = pipeline.prune(source, text, pruning, with_prefix=False)
     if output is None:
-        print_figure(source, pruned)
+        put(figure_text(source, pruned))
     else:
         draw_figure(source, pruned, None, output)
     for note in pruned.notes:

@@ -14,21 +14,29 @@ from typing import TYPE_CHECKING, Any, TextIO
 from gridprune_cli.client.protocol import COMMAND, UNKNOWN_IMAGE, ServerFault, error_from_json
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.image_files import Source, name_of, read_image
-from gridprune_cli.questions import cache_outcome
+from gridprune_cli.questions import Exchange, cache_outcome
 
 if TYPE_CHECKING:
     from gridprune_cli.client.connection import Connection
 
+MAX_UNDER_WAY = 64  # of one command's questions: two of a server's batches, and as many as may wait by its default
+
 
 @dataclass(frozen=True)
 class RemoteRequest:
-    """A question about images, with options of pruning by name, as `Pruning.from_options` takes them."""
+    """A question about images, with options of pruning by name, as `Pruning.from_options` takes them.
+
+    history  earlier turns, as of `Request`
+    pin      whether the server goes on from what it holds of the conversation's prompt, and holds it again
+    """
 
     images: tuple[Source, ...]
     question: str
     pruning: Mapping[str, Any]
     system: str | None = None
     template: str | None = None
+    history: Sequence[Exchange] = ()
+    pin: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,12 +129,14 @@ class RemotePipeline:
         *,
         system: str | None = None,
         template: str | None = None,
+        history: Sequence[Exchange] = (),
+        pin: bool = False,
         stream: TextIO | None = None,
         outputs: Mapping[str, Any] | None = None,
         **generation: Any,
     ) -> RemoteAnswer:
         """The answer to a question, as of `Pipeline.ask`. `outputs` are those of `run`."""
-        request = RemoteRequest(tuple(images), question, pruning, system, template)
+        request = RemoteRequest(tuple(images), question, pruning, system, template, history, pin)
         return self.run(request, generation, stream, outputs)
 
     def run(
@@ -144,7 +154,8 @@ class RemotePipeline:
         """
         body: dict[str, Any] = dict(self._common) | {"generation": generation, "stream": stream is not None}
         body |= {"question": request.question, "pruning": dict(request.pruning), **(outputs or {})}
-        body |= {"system": request.system, "template": request.template}
+        body |= {"system": request.system, "template": request.template, "pin": request.pin}
+        body["history"] = [[turn.question, turn.answer, turn.images] for turn in request.history]
         files = [(name_of(source), _read(source)) for source in request.images]
         keys = [hashlib.sha256(data).hexdigest() for _, data in files]
 
@@ -169,8 +180,10 @@ class RemotePipeline:
         file = {"name": name, "data": base64.b64encode(data).decode()}
         return self._send(self._common | {"generation": generation, "pruned": file}, None)
 
-    def map(self, act: Callable[[Any], RemoteAnswer], items: Sequence[Any], at_once: int) -> Iterator[Any]:
-        """What `act` gives for every item, or its error, in turn, with up to `at_once` of them under way.
+    def map(self, act: Callable[[Any], RemoteAnswer], items: Sequence[Any], batch_size: int) -> Iterator[Any]:
+        """What `act` gives for every item, or its error, in turn.
+
+        Two batches are under way, so that the next one waits at the server, and whole, when it has done with one.
 
         Raises ServerFault, since what the server does not answer it would answer for no item.
         """
@@ -190,7 +203,7 @@ class RemotePipeline:
             except GridpruneError as fault:
                 return fault
 
-        threads = ThreadPoolExecutor(min(at_once, max(1, len(items))))
+        threads = ThreadPoolExecutor(min(2 * batch_size, MAX_UNDER_WAY, max(1, len(items))))
         try:
             for result in threads.map(attempt, items):
                 if broken.is_set() and isinstance(result, ServerFault):

@@ -60,7 +60,7 @@ class Plan:
     cells: tuple[Cell, ...]
     metric: str = "exact"
     suffix: str = ""
-    prompt: dict[str, str | None] = field(default_factory=dict)
+    prompt: dict[str, Any] = field(default_factory=dict)
     max_new_tokens: int = 16
     batch: int = 16
 

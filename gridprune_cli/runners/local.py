@@ -16,7 +16,7 @@ from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.generation import Generated, Watcher, generate
 from gridprune_cli.images import Picture, Source, identify, load_image
-from gridprune_cli.questions import check_question
+from gridprune_cli.questions import check_history, check_question
 from gridprune_cli.regions import MAX_ANSWER, Localized, Localizers, localizer_request, read_answer
 from gridprune_cli.runners.batches import MODELS, Batches, Stopwatch, as_error, in_order, result_or_raise
 from gridprune_cli.runners.images import Encoded, ImageRunner
@@ -144,8 +144,11 @@ class Runner:
     def _check(self, request: Request) -> None:
         """Raises BadInput for a request that can't be asked, whatever its images hold."""
         check_question(request.question, len(request.images))
+        check_history(request.history, len(request.images))
         self.localizers.find(request.pruning, len(request.images))
-        self.family.check_length(self.family.count_words(request.question), "ask shorter")
+        texts = [text for turn in request.history for text in (turn.question, turn.answer)]
+        remedy = "begin a new conversation" if texts else "ask shorter"
+        self.family.check_length(self.family.count_words("\n".join([*texts, request.question])), remedy)
 
     def _prune(
         self, ready: Sequence[tuple[int, EncodedRequest, tuple[bool, ...]]], with_prefix: bool | None

@@ -74,7 +74,7 @@ class Answerer:
         """The request as the library knows it. Raises BadInput for options that can't be."""
         chat = job.request
         pruning = Pruning.from_options({**self._defaults, **chat.pruning})
-        return Request(job.pictures, chat.question, pruning, chat.system, chat.template)
+        return Request(job.pictures, chat.question, pruning, chat.system, chat.template, chat.history)
 
     def _answer_batch(self, requests: Sequence[tuple[Job, Request]]) -> None:
         if not requests:

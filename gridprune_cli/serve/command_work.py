@@ -23,9 +23,10 @@ from gridprune_cli.selector import find_relevance
 from gridprune_cli.serve.jobs import MAX_BATCH, Command, CommandJob, Finished, Turn
 from gridprune_cli.serve.metrics import Metrics
 from gridprune_cli.serve.replies import Outcome
-from gridprune_cli.settings import Pruning, Request
+from gridprune_cli.settings import Pruning, Request, check_pin
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.checkpoint import EMBEDDED, model_key
+from gridprune_cli.vlm.conversations import Conversations
 from gridprune_cli.vlm.identity import list_files
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class CommandRunner:
     def __init__(self, pipeline: Pipeline, metrics: Metrics):
         self._pipeline, self._metrics = pipeline, metrics
         self._runners: dict[tuple[bool, bool], Runner] = {}
+        self._conversations = Conversations()
         self._files = self._list_files()
         self._key = model_key(pipeline.model)
         self._remembered = model_settings(self._key)
@@ -166,10 +168,13 @@ class CommandRunner:
             command = job.command
             try:
                 pruning = self._pruning(command.pruning)
+                if command.pin:
+                    check_pin(pruning)
             except GridpruneError as fault:
                 job.tell(fault)
                 continue
-            requests.append(Request(command.images, command.question, pruning, command.system, command.template))
+            prompt = command.system, command.template, command.history
+            requests.append(Request(command.images, command.question, pruning, *prompt))
             asking.append(job)
         parts = ("projector",) if jobs[0].command.generation is None else ("projector", "language")
         done: list[_Done | None] = []
@@ -187,6 +192,8 @@ class CommandRunner:
             return []
         command = done[0].job.command
         options = check_generation(command.generation or {})
+        if command.pin:
+            options["conversations"] = self._conversations
         if command.stream:
             options["stream"] = _JobStream(done[0].job)
         if options.get("num_beams") in (None, 1):

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from gridprune_cli.client.protocol import COMMAND, FIGURES, SESSION, UNKNOWN_IMAGE, error_to_json, installed_version
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.image_files import NamedImage
-from gridprune_cli.questions import MAX_IMAGES
+from gridprune_cli.questions import MAX_IMAGES, Exchange
 from gridprune_cli.serve.chat import next_event, wait_for_leave
 from gridprune_cli.serve.jobs import Command, CommandJob, Finished, Left
 from gridprune_cli.serve.pictures import MAX_STORED, SentPictures
@@ -116,6 +116,8 @@ class Commands:
             file=values.get("file") is True,
             with_prefix=None if values.get("with_prefix") is None else values["with_prefix"] is True,
             figure=values.get("figure"),
+            history=_history(values),
+            pin=values.get("pin") is True,
         )
         if bool(images) == bool(pruned) or (pruned and generation is None):
             raise _unknown()
@@ -151,6 +153,17 @@ def _text(values: Any, name: str) -> str | None:
     if not isinstance(value, str | None):
         raise _unknown()
     return value
+
+
+def _history(values: Mapping[str, Any]) -> tuple[Exchange, ...]:
+    try:
+        turns = tuple(Exchange(*turn) for turn in values.get("history") or ())
+        fits = all(isinstance(text, str) for turn in turns for text in (turn.question, turn.answer))
+        if not fits or not all(type(turn.images) is int for turn in turns):
+            raise _unknown()
+    except TypeError as fault:
+        raise _unknown() from fault
+    return turns
 
 
 def _bytes(values: Mapping[str, Any], share: Share) -> bytes:

@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any
 
 from gridprune_cli.image_files import NamedImage
+from gridprune_cli.questions import Exchange
 from gridprune_cli.serve.replies import Outcome
 from gridprune_cli.serve.wire import ChatRequest
 
@@ -99,6 +100,8 @@ class Command:
     file         whether the pruned set's file goes back
     with_prefix  as of `Runner.prune`
     figure       which of `client.protocol.FIGURES` goes back, if any
+    history      earlier turns of the conversation
+    pin          whether the answer goes on from the keys and values that are held of its prompt, and leaves its own
     """
 
     images: tuple[NamedImage, ...]
@@ -114,6 +117,8 @@ class Command:
     file: bool
     with_prefix: bool | None
     figure: str | None
+    history: tuple[Exchange, ...] = ()
+    pin: bool = False
 
 
 @dataclass(eq=False)
@@ -124,10 +129,10 @@ class CommandJob(Turn):
 
     @property
     def group(self) -> object:
-        """Streamed and sampled answers are those of a question alone, as a command gives them by itself."""
+        """A streamed answer is written as it comes, and a pinned one goes on from what is held: each is alone."""
         command = self.command
         options = None if command.generation is None else json.dumps(command.generation, sort_keys=True)
-        alone = command.stream or bool(command.generation and command.generation.get("do_sample"))
+        alone = command.stream or command.pin
         kind = command.pruned is None, command.cache, command.scenes_only, command.with_prefix
         return ("command", id(self) if alone else None, options, *kind)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gridprune_cli.cache.files import deeper
-from gridprune_cli.errors import BadInput, GridpruneError
-from gridprune_cli.questions import MAX_DEPTH, MAX_IMAGES, check_question, check_text
+from gridprune_cli.errors import BadInput, GridpruneError, NoScene
+from gridprune_cli.questions import MAX_DEPTH, MAX_IMAGES, Exchange, check_history, check_question, check_text
 
 MAX_STOPS = 4  # OpenAI's own bound
 MAX_STOP = 1000  # characters of a stop text
@@ -64,6 +64,9 @@ def refusal_of(error: Exception) -> Refusal:
     """A failure of the library as a refusal: 400 where the input is at fault, else 500."""
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, NoScene):  # who asks can't choose another model
+        reason = "a picture can't be used: it is no scene, and the model that is served knows nothing else"
+        return Refusal(400, reason, code="invalid_image")
     if isinstance(error, BadInput) and error.place == "-":  # pictures are bytes to the library
         return Refusal(400, f"a picture can't be used: {error.reason}", code="invalid_image")
     if isinstance(error, BadInput):
@@ -104,6 +107,8 @@ class Sampling:
 class ChatRequest:
     """A body of `/v1/chat/completions`, checked but for the pictures and what only the model can tell.
 
+    question    the user's last text, which pictures are pruned for
+    pictures    of all the user's messages in turn; `history` says how many came with earlier ones
     max_tokens  None: the server's default
     pruning     options by name, as `Pruning.from_options` takes them
     cache       whether the cache of encoded images is read and written
@@ -124,6 +129,7 @@ class ChatRequest:
     cache: bool = True
     template: str | None = None
     figure: bool = False
+    history: tuple[Exchange, ...] = ()
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -139,7 +145,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         if value not in neutral:
             raise _bad(name, f"not supported here but as {json.dumps(_NEUTRAL[name][0])}", "unsupported_parameter")
     # 2. the messages
-    system, question, pictures = _messages(values.get("messages"))
+    system, question, pictures, history = _messages(values.get("messages"))
     # 3. everything else
     options = values.get("gridprune") or {}
     if not isinstance(options, dict):
@@ -155,6 +161,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         raise _bad("stream_options", 'must be {"include_usage": true} or left out')
     try:
         check_question(question, len(pictures))
+        check_history(history, len(pictures))
         for name, text in (("the system message", system), ("`template`", template)):
             check_text(text or "", name)
     except BadInput as fault:
@@ -174,6 +181,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         cache=_flag(options, "cache", True),
         template=template,
         figure=_flag(options, "figure"),
+        history=history,
     )
 
 
@@ -201,30 +209,46 @@ def _bad(param: str, reason: str, code: str = "invalid_value") -> Refusal:
     return Refusal(400, f"{param}: {reason}", code=code, param=param)
 
 
-def _messages(messages: Any) -> tuple[str | None, str, tuple[PicturePart, ...]]:
-    """System message, question and pictures of the messages: one of the user's, and those of the system before it."""
+def _messages(messages: Any) -> tuple[str | None, str, tuple[PicturePart, ...], tuple[Exchange, ...]]:
+    """System message, last question, pictures of all questions, and earlier turns.
+
+    Messages are the system's, if any, then the user's and the assistant's by turns, the last one the user's.
+    """
     if not isinstance(messages, list) or not messages:
         raise _bad("messages", "must be a list of messages")
     systems: list[str] = []
+    pictures: list[PicturePart] = []
+    turns: list[tuple[str, int]] = []  # texts of the user and the assistant by turns, each with its pictures
     for n, message in enumerate(messages):
         place = f"messages[{n}]"
         if not isinstance(message, dict):
             raise _bad(place, "must be an object with role and content")
         role = message.get("role")
-        texts, pictures = _content(message.get("content"), place)
+        if role not in ("system", "developer", "user", "assistant"):
+            raise _bad(f"{place}.role", "must be system, developer, user or assistant")
+        if role == "assistant" and (message.get("tool_calls") or message.get("function_call")):
+            raise _bad(place, "not supported here: calls of tools", "unsupported_parameter")
+        texts, of_message = _content(message.get("content"), place)
+        if of_message and role != "user":
+            raise _bad(place, "images belong into the user's messages")
         if role in ("system", "developer"):
-            if pictures:
-                raise _bad(place, "images belong into the user's message")
+            if turns:
+                raise _bad(place, "must come before the first message of the user")
             systems += texts
-        elif role == "user" and n == len(messages) - 1:
-            if not pictures:
-                raise _bad(place, "needs an image_url part: questions are asked of images")
-            return "\n".join(systems) or None, "\n".join(texts), tuple(pictures)
-        elif role in ("user", "assistant"):
-            raise _bad("messages", "one question at a time: an earlier turn can't be taken into account")
-        else:
-            raise _bad(f"{place}.role", "must be system, developer or user")
-    raise _bad("messages", "the last one must be the user's")
+            continue
+        if (role == "user") != (len(turns) % 2 == 0):
+            raise _bad(place, "the user's and the assistant's messages must come by turns, the user's first")
+        turns.append(("\n".join(texts), len(of_message)))
+        pictures += of_message
+    if len(turns) % 2 == 0:
+        raise _bad("messages", "the last one must be the user's")
+    if not pictures:
+        raise _bad("messages", "need an image_url part: questions are asked of images")
+    if len(pictures) > MAX_IMAGES:
+        raise _bad("messages", f"{len(pictures)} images; at most {MAX_IMAGES} can be asked about at once")
+    pairs = zip(turns[:-1:2], turns[1::2], strict=True)
+    history = tuple(Exchange(question, answer, images) for (question, images), (answer, _) in pairs)
+    return "\n".join(systems) or None, turns[-1][0], tuple(pictures), history
 
 
 def _content(content: Any, place: str) -> tuple[list[str], list[PicturePart]]:
@@ -243,8 +267,6 @@ def _content(content: Any, place: str) -> tuple[list[str], list[PicturePart]]:
             pictures.append(_picture(part_json, where))
         else:
             raise _bad(where, 'must be {"type": "text", "text": ...} or {"type": "image_url", "image_url": ...}')
-    if len(pictures) > MAX_IMAGES:
-        raise _bad(f"{place}.content", f"{len(pictures)} images; at most {MAX_IMAGES} can be asked about at once")
     return texts, pictures
 
 

@@ -14,6 +14,7 @@ from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
+from gridprune_cli.questions import Exchange
 from gridprune_cli.vlm.attention import watch
 from gridprune_cli.vlm.family import Encoding, Family
 
@@ -56,8 +57,10 @@ class PaliGemma(Family):
         projector = self.load("projector").model.multi_modal_projector
         return projector(vision_features.to(self.device, self.dtype)).cpu()
 
-    def write_text(self, question: str, images: int, system: str | None) -> str:
+    def write_text(self, question: str, images: int, system: str | None, history: Sequence[Exchange] = ()) -> str:
         """What the processor makes of a question: images come first, and the beginning of the text behind them."""
+        if history:
+            raise BadInput(f"{self.checkpoint.name} holds no conversation: it was made for one question; ask anew")
         if system:
             raise BadInput("this family takes no system message; put it into the question", field="system")
         return f"{self.prompt_token * images}{self.processor.tokenizer.bos_token}{question}\n"

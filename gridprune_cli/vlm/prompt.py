@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.errors import BadInput
+from gridprune_cli.questions import Exchange
 from gridprune_cli.tokens import EncodedImage
 from gridprune_cli.vlm.chat_template import render, render_apart
 from gridprune_cli.vlm.checkpoint import EMBEDDED, EMBEDDED_LOCALIZER
@@ -27,12 +28,19 @@ class PromptWriter(ModelParts):
         tokenizer = self.processor.tokenizer
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def write_text(self, question: str, images: int, system: str | None) -> str:
-        """The model's own chat prompt, with one `prompt_token` per image. Raises BadInput where there is none."""
-        content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    def write_text(self, question: str, images: int, system: str | None, history: Sequence[Exchange] = ()) -> str:
+        """The model's own chat prompt, with one `prompt_token` per image.
+
+        Of `images` each exchange of `history` has its own, ahead of its question; the last question has the others.
+        Raises BadInput where the model has no such prompt, or none that holds a conversation.
+        """
+        messages: list[dict[str, Any]] = []
         if system:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+            messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
+        for exchange in history:
+            messages.append(_user_message(exchange.question, exchange.images))
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": exchange.answer}]})
+        messages.append(_user_message(question, images - sum(exchange.images for exchange in history)))
         template, name = self.processor.chat_template, self.checkpoint.name
         if isinstance(template, dict):  # several, by name
             template = template.get("default")
@@ -40,9 +48,15 @@ class PromptWriter(ModelParts):
             raise BadInput(f"{name} has no chat template; give a `template`")
         run = render if name in (EMBEDDED, EMBEDDED_LOCALIZER) else render_apart
         try:
-            return run(template, messages, self.processor.tokenizer.special_tokens_map)
+            text = run(template, messages, self.processor.tokenizer.special_tokens_map)
         except BadInput as fault:
+            if history:
+                raise BadInput(f"the chat template of {name} can't hold this conversation ({fault})") from fault
             raise BadInput(f"the chat template of {name} can't be used ({fault}); give a `template`") from fault
+        if not _holds(text, history):
+            reason = "it leaves earlier turns out; ask each question by itself"
+            raise BadInput(f"the chat template of {name} can't hold a conversation: {reason}")
+        return text
 
     def write_prompt(
         self, question: str, images: Sequence[EncodedImage], system: str | None = None, template: str | None = None
@@ -60,9 +74,17 @@ class PromptWriter(ModelParts):
         questions: Sequence[tuple[str, Sequence[EncodedImage]]],
         system: str | None = None,
         template: str | None = None,
+        histories: Sequence[Sequence[Exchange]] | None = None,
     ) -> list[Tensor]:
-        """`write_prompt` for each question and its images; the tokenizer is called once for all."""
-        texts = [self._prompt_text(question, images, system, template) for question, images in questions]
+        """`write_prompt` for each question and its images; the tokenizer is called once for all.
+
+        `histories` are the earlier turns of each, whose images are among those of the question.
+        """
+        histories = histories or [()] * len(questions)
+        texts = [
+            self._prompt_text(*question, system, template, history)
+            for question, history in zip(questions, histories, strict=True)
+        ]
         tokenizer, ids_of = self.processor.tokenizer, dict[int, list[int]]()
         bos = tokenizer.bos_token
         has_bos = [bos is not None and text.startswith(bos) for text in texts]  # a second one would be too much
@@ -80,18 +102,26 @@ class PromptWriter(ModelParts):
         return prompts
 
     def _prompt_text(
-        self, question: str, images: Sequence[EncodedImage], system: str | None, template: str | None
+        self,
+        question: str,
+        images: Sequence[EncodedImage],
+        system: str | None,
+        template: str | None,
+        history: Sequence[Exchange],
     ) -> str:
         """The prompt as a text, with the placeholders of its images."""
+        if template is not None and history:
+            raise BadInput("holds one question, and no conversation; leave it out", field="template")
         if template is not None:
             text = self._fill(template, question, len(images))
         else:
-            text = self.write_text(question, len(images), system)
+            text = self.write_text(question, len(images), system, history)
         pieces = text.split(self.prompt_token)
         if len(pieces) != len(images) + 1:
             raise BadInput(
                 f"the prompt holds {self.prompt_token}, which stands for an image, {len(pieces) - 1} times for "
-                f"{len(images)} images; leave it out of question and `system`, or give a `template`"
+                f"{len(images)} images; leave it out of "
+                + ("questions, answers and `system`" if history else "question and `system`, or give a `template`")
             )
         text = pieces[0]
         for image, piece in zip(images, pieces[1:], strict=True):
@@ -114,3 +144,19 @@ class PromptWriter(ModelParts):
         most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and positions > most:
             raise BadInput(f"the prompt takes {positions} positions, and {self.checkpoint.name} has {most}; {remedy}")
+
+
+def _user_message(question: str, images: int) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}
+
+
+def _holds(text: str, history: Sequence[Exchange]) -> bool:
+    """Whether a prompt has all earlier questions and answers in turn; templates may strip white space around them."""
+    place = 0
+    for exchange in history:
+        for turn in (exchange.question.strip(), exchange.answer.strip()):
+            place = text.find(turn, place)
+            if place < 0:
+                return False
+            place += len(turn)
+    return True
