@@ -19,7 +19,7 @@ def write_for_engines(family: str, tiny: Path, folder: Path) -> Path:
     published ones, mosaics of LLaVA-OneVision are shrunk from nine tiles on, which vLLM takes for granted.
     """
     model_class = family_class(family).model_class
-    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("clip"))
+    shutil.copytree(tiny, folder)
     config = model_class.config_class.from_pretrained(folder)
     text = config.text_config
     text.hidden_size, text.num_attention_heads, text.num_key_value_heads, text.head_dim = 64, 2, 1, 32
