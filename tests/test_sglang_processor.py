@@ -1,6 +1,6 @@
 """SGLang's own processor takes exported sets: prompt, positions and embeddings reach its scheduler as they are.
 
-Runs where GRIDPRUNE_SGLANG_PYTHON names the Python of an environment with SGLang. Its engine, which needs a GPU, is not
+Runs where SGLANG_PYTHON names the Python of an environment with SGLang. Its engine, which needs a GPU, is not
 run.
 """
 
@@ -15,12 +15,12 @@ from gridprune_cli.integrations.sglang import to_sglang
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.settings import Pruning
 
-PYTHON = os.environ.get("GRIDPRUNE_SGLANG_PYTHON")
+PYTHON = os.environ.get("SGLANG_PYTHON")
 SCRIPT = Path(__file__).with_name("sglang_inputs.py")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PYTHON, reason="GRIDPRUNE_SGLANG_PYTHON does not name a Python with SGLang")
+@pytest.mark.skipif(not PYTHON, reason="SGLANG_PYTHON does not name a Python with SGLang")
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_the_processor_takes_the_request(name, checkpoint, noise, tmp_path):
     folder = write_for_engines(name, checkpoint(name), tmp_path / "model")
