@@ -60,9 +60,9 @@ def test_vllm_answers_as_generate_does(name, checkpoint, noise, tmp_path):
         sets.append(whole)
         job["whole"].append({"prompt": prompt, "image": str(blank), "uuid": entry.uuid})
     # 3. a request that vLLM should answer otherwise, without which equal answers would say little
-    backwards = replace(sets[2], image_embeds=sets[2].image_embeds.flip(0))
-    path = tmp_path / "backwards.vllm.safetensors"
-    path.write_bytes(to_vllm(family, backwards).to_bytes())
+    negative = replace(sets[2], image_embeds=-sets[2].image_embeds)
+    path = tmp_path / "negative.vllm.safetensors"
+    path.write_bytes(to_vllm(family, negative).to_bytes())
     job["requests"].insert(0, str(path))
 
     prompts, answers = answer(job, tmp_path)
