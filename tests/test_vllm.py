@@ -305,6 +305,16 @@ def test_files_of_items_of_one_token(run, noise, tmp_path, checkpoint):
     assert "3 image embeds, each by itself" in err and "warning" not in err
     with safe_open(tmp_path / "3.vllm.safetensors", "pt") as file:
         assert file.get_tensor("image_grid_thw").tolist() == [[1, 2, 2]] * 3
+        embeds = file.get_tensor("image_embeds")
+    # the page's function gives vLLM the same
+    (page,) = re.findall(r"^```python\n(def qwen_request.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+    scope = {"json": json, "safe_open": safe_open, "LLM": lambda **options: options}
+    exec(compile(page, "vllm.md", "exec"), scope)
+    request = scope["qwen_request"](tmp_path / "3.vllm.safetensors")
+    assert request["multi_modal_data"]["image"].keys() == {"image_embeds", "image_grid_thw"}
+    assert torch.equal(request["multi_modal_data"]["image"]["image_embeds"], embeds)
+    assert request["multi_modal_uuids"] == {"image": lines[1]["uuids"]}
+    assert len(request["prompt_token_ids"]) == lines[1]["prompt"]
 
 
 def test_the_requests_of_the_page(run, good, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """vLLM itself answers from exported sets as `generate` does, token for token, and so from whole encodings of its cache.
 
-Runs where GRIDPRUNE_VLLM_PYTHON names the Python of an environment with vLLM for the CPU: docs/vllm.md says how to make
+Runs where VLLM_PYTHON names the Python of an environment with vLLM for the CPU: docs/vllm.md says how to make
 one.
 """
 
@@ -21,7 +21,7 @@ from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import FAMILIES, family_class
 
-PYTHON = os.environ.get("GRIDPRUNE_VLLM_PYTHON")
+PYTHON = os.environ.get("VLLM_PYTHON")
 SCRIPT = Path(__file__).with_name("vllm_answers.py")
 QUESTIONS = ("what colour is the left object?", "Is there a red circle?")
 SIZES = ((100, 100), (210, 70))
@@ -29,7 +29,7 @@ TOKENS = 12  # as in the script
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PYTHON, reason="GRIDPRUNE_VLLM_PYTHON does not name a Python with vLLM")
+@pytest.mark.skipif(not PYTHON, reason="VLLM_PYTHON does not name a Python with vLLM")
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not family_class(name).vllm])
 def test_vllm_answers_as_generate_does(name, checkpoint, noise, tmp_path):
     folder = write_for_engines(name, checkpoint(name), tmp_path / "model")
@@ -60,9 +60,9 @@ def test_vllm_answers_as_generate_does(name, checkpoint, noise, tmp_path):
         sets.append(whole)
         job["whole"].append({"prompt": prompt, "image": str(blank), "uuid": entry.uuid})
     # 3. a request that vLLM should answer otherwise, without which equal answers would say little
-    backwards = replace(sets[2], image_embeds=sets[2].image_embeds.flip(0))
-    path = tmp_path / "backwards.vllm.safetensors"
-    path.write_bytes(to_vllm(family, backwards).to_bytes())
+    negative = replace(sets[2], image_embeds=-sets[2].image_embeds)
+    path = tmp_path / "negative.vllm.safetensors"
+    path.write_bytes(to_vllm(family, negative).to_bytes())
     job["requests"].insert(0, str(path))
 
     prompts, answers = answer(job, tmp_path)
