@@ -31,10 +31,11 @@ COMPACT = Pruning(keep=0.4, positions="compact")
 PAGE = Path(__file__).parents[1] / "docs" / "vllm.md"
 
 
-VLLM = ("llava", "llava_next", "llava_onevision")
+LLAVA = ("llava", "llava_next", "llava_onevision")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-@pytest.fixture(scope="module", params=VLLM)
+@pytest.fixture(scope="module", params=LLAVA)
 def family(request, checkpoint):
     """A tiny checkpoint: (folder, whole model of plain transformers, its processor)."""
     folder = checkpoint(request.param)
@@ -181,6 +182,38 @@ def test_several_images(llava, noise):
         to_vllm(llava.family, llava.prune(images, QUESTION, three))
 
 
+def test_internvl_goes_without_the_tokens_that_vllm_writes(checkpoint, noise):
+    pipeline = open_pipeline(checkpoint("internvl"))
+    images = pipeline.encoder.encode([noise((100, 100)), noise((60, 90), seed=1)])
+    pruned = pipeline.prune(images, QUESTION, replace(COMPACT, tokens=3))
+    request, context = to_vllm(pipeline.family, pruned), pipeline.family.image_token
+    start, end = pipeline.family.processor.tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
+    ids = request.prompt_token_ids.tolist()
+    assert ids.count(context) == 2 and start not in ids and end not in ids
+    assert torch.equal(request.image_embeds.flatten(0, 1), pruned.image_embeds)
+    # as vLLM writes each image token out
+    replaced = [[start, *[context] * 3, end] if token == context else [token] for token in ids]
+    assert [token for tokens in replaced for token in tokens] == pruned.input_ids.tolist()
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_qwen_goes_as_items_of_one_token(checkpoint, noise, name):
+    pipeline = open_pipeline(checkpoint(name))
+    images = pipeline.encoder.encode([noise((100, 100)), noise((210, 70), seed=1)])
+    pruned = pipeline.prune(images, QUESTION, COMPACT)
+    request = to_vllm(pipeline.family, pruned)
+    kept = len(pruned.kept)
+    assert torch.equal(request.prompt_token_ids, pruned.input_ids) and request.embeds_per_image is None
+    assert request.prompt_token_ids.tolist().count(pipeline.family.image_token) == kept
+    assert torch.equal(request.image_embeds, pruned.image_embeds)
+    assert request.image_grid_thw.tolist() == [[1, 2, 2]] * kept  # which the model merges into one token
+    assert len(set(request.uuids)) == kept
+    # vLLM numbers on behind each item by the longest side of its grid, in tokens: here by one
+    assert torch.equal(pruned.position_ids, torch.arange(len(pruned.input_ids)))
+    with pytest.raises(BadInput, match=r"original positions.*prune with `positions=compact`"):
+        to_vllm(pipeline.family, pipeline.prune(images, QUESTION, replace(COMPACT, positions="original")))
+
+
 def test_positions_with_gaps_are_refused(llava, noise):
     (image,) = llava.encoder.encode([noise((100, 80))])
     original = replace(COMPACT, positions="original")
@@ -202,10 +235,10 @@ def test_inner_pruning_is_refused(llava, noise, pruning):
 
 def test_every_family_goes_or_is_refused_with_a_reason(llava, noise):
     reasons = {kind: family_class(kind).vllm for kind in FAMILIES}
-    assert [kind for kind, reason in reasons.items() if not reason] == [*VLLM]
+    assert [kind for kind, reason in reasons.items() if not reason] == [*LLAVA, *QWEN, "internvl"]
     (image,) = llava.encoder.encode([noise((100, 80))])
     pruned = llava.prune(image, QUESTION, COMPACT)
-    for kind in reasons.keys() - VLLM:
+    for kind in [kind for kind, reason in reasons.items() if reason]:
         stranger = SimpleNamespace(checkpoint=SimpleNamespace(family=kind), vllm=reasons[kind])
         with pytest.raises(BadInput, match=re.escape(f"model type {kind} can't go to vLLM: {reasons[kind]}; use `gri")):
             to_vllm(stranger, pruned)
@@ -227,7 +260,7 @@ def test_bad_inputs(run, good, tmp_path):
         return err
 
     there = ("--to", "vllm", "-o", tmp_path)
-    assert "'sglang' is not one of 'vllm'" in fails(good, "--to", "sglang", "-o", tmp_path)
+    assert "'tgi' is not one of 'vllm'" in fails(good, "--to", "tgi", "-o", tmp_path)
     assert "--output" in fails(good, "--to", "vllm") and "--to" in fails(good, "-o", tmp_path)
     assert "no folder; make it first" in fails(good, "--to", "vllm", "-o", tmp_path / "none")
     assert "none.safetensors: can't be read" in fails(tmp_path / "none.safetensors", *there)
@@ -255,9 +288,38 @@ def test_one_that_fails_does_not_stop_the_rest(run, good, tmp_path):
     assert "warning" not in run("export", good, "--to", "vllm", "-o", tmp_path)[2]
 
 
+def test_files_of_items_of_one_token(run, noise, tmp_path, checkpoint):
+    """Qwen's sets may have any number of tokens each."""
+    noise((100, 100)).image.save(tmp_path / "p.png")
+    sets = [tmp_path / f"{count}.safetensors" for count in (2, 3)]
+    for saved in sets:
+        options = ("--model", checkpoint("qwen2_vl"), "--tokens", saved.stem, "--positions", "compact")
+        assert run("prune", tmp_path / "p.png", QUESTION, *options, "-o", saved)[0] == 0
+    code, out, err = run("export", *sets, "--to", "vllm", "-o", tmp_path, "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert (code, [line["shape"] for line in lines], [len(line["uuids"]) for line in lines]) == (
+        0,
+        [[2, 64], [3, 64]],
+        [2, 3],
+    )
+    assert "3 image embeds, each by itself" in err and "warning" not in err
+    with safe_open(tmp_path / "3.vllm.safetensors", "pt") as file:
+        assert file.get_tensor("image_grid_thw").tolist() == [[1, 2, 2]] * 3
+        embeds = file.get_tensor("image_embeds")
+    # the page's function gives vLLM the same
+    (page,) = re.findall(r"^```python\n(def qwen_request.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+    scope = {"json": json, "safe_open": safe_open, "LLM": lambda **options: options}
+    exec(compile(page, "vllm.md", "exec"), scope)
+    request = scope["qwen_request"](tmp_path / "3.vllm.safetensors")
+    assert request["multi_modal_data"]["image"].keys() == {"image_embeds", "image_grid_thw"}
+    assert torch.equal(request["multi_modal_data"]["image"]["image_embeds"], embeds)
+    assert request["multi_modal_uuids"] == {"image": lines[1]["uuids"]}
+    assert len(request["prompt_token_ids"]) == lines[1]["prompt"]
+
+
 def test_the_requests_of_the_page(run, good, tmp_path, monkeypatch, capsys):
     """The page's Python runs, with stand-ins for vLLM and for the client, and sends what was exported."""
-    offline, server = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+    offline, server, *_ = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
     (tmp_path / "requests").mkdir()
     assert run("export", good, "--to", "vllm", "-o", tmp_path / "requests")[0] == 0
     with safe_open(tmp_path / "requests" / "good.vllm.safetensors", "pt") as file:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     'gridprune prune photo.jpg "What is it?" --tokens 64 --positions compact -o it.safetensors',
     "gridprune export it.safetensors --to vllm -o requests/",
     "gridprune export it.safetensors --to vllm --serve http://localhost:8000",
+    'gridprune prune photo.jpg "What is it?" --keep 1.0 -o whole.safetensors',
+    "gridprune export whole.safetensors --to vllm-ec -o encodings/",
 )
 def export(
     files: Annotated[
@@ -36,7 +38,11 @@ def export(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Folder, which must exist, for the files NAME.vllm.safetensors.", show_default=False
+            "--output",
+            "-o",
+            help="Folder, which must exist, for the files: NAME.vllm.safetensors, NAME.sglang.safetensors, or "
+            "UUID/encoder_cache.safetensors for vllm-ec.",
+            show_default=False,
         ),
     ] = None,
     serve: Annotated[
@@ -66,19 +72,22 @@ def export(
 ) -> None:
     """Write pruned sets in the form that a serving engine takes: image embeds in place of the image, and the prompt.
 
-    Or send them to a running one, and print its answers as `generate` does. For vLLM: LLaVA-1.5, LLaVA-NeXT and
-    LLaVA-OneVision, pruned with --positions compact. Of several sets, one that can't be exported is named, and the rest
-    goes on.
+    Or send them to a running vLLM, and print its answers as `generate` does. vllm: LLaVA-1.5, LLaVA-NeXT,
+    LLaVA-OneVision, InternVL and Qwen-VL, pruned with --positions compact. sglang: Qwen-VL, with either positions.
+    vllm-ec: whole images, of sets pruned with --keep 1.0, for vLLM's encoder cache. Of several sets, one that can't be
+    exported is named, and the rest goes on.
     """
     set_quiet(quiet)
     if (output is None) == (serve is None):
         raise BadInput("give --output for files, or --serve to have a running engine answer; one of them")
     if serve is not None:
+        if to != "vllm":
+            raise BadInput("only `to=vllm` can be sent; write files with `output`", field="serve", value=serve)
         check_key(api_key)
         _serve(files, serve, api_key, model, max_new_tokens, batch_size, json)
     else:
         assert output is not None
-        _write(files, output, model, json)
+        _write(files, output, to, model, json)
 
 
 class Reporter:
@@ -104,29 +113,29 @@ class Reporter:
             raise typer.Exit(3)
 
 
-def _write(files: Sequence[Path], output: Path, model: str | None, json: bool) -> None:
+def _write(files: Sequence[Path], output: Path, to: choices.ExportFormat, model: str | None, json: bool) -> None:
     """Writes a file for each set."""
     if not os.path.isdir(output):
         raise BadInput("no folder; make it first", field="output", value=output)
-    targets = [output / f"{path.stem}.vllm.safetensors" for path in files]
-    times = Counter(targets)
-    for path, target in zip(files, targets, strict=True):
-        if times[target] > 1:
+    stems = Counter(path.stem for path in files)
+    for path in files:
+        if stems[path.stem] > 1 and to != "vllm-ec":
             reason = "another set has this name too, and one folder can't hold both; export it apart"
             raise BadInput(reason, place=str(path))
     families: dict[str, Family] = {}
     reporter = Reporter(files, json, "exported")
-    lengths: set[int] = set()  # of the image embeds of each set
-    for path, target in zip(files, targets, strict=True):
+    lengths: set[int] = set()  # how many image embeds each image has, of sets where vLLM wants equally many
+    for path in files:
         try:
-            line = _export(path, target, model, families)
+            line, about, length = _export(path, output, to, model, families)
         except GridpruneError as fault:
             reporter.fail(path, fault)
             continue
-        lengths.add(line["shape"][1])
+        if length is not None:
+            lengths.add(length)
         if json:
             emit_json(line)
-        say(f"{target}: {line['shape'][1]} image embeds for each image, {size(line['bytes'])}")
+        say(f"{line['file']}: {about}, {size(line['bytes'])}")
     if len(lengths) > 1:
         warn(
             f"these sets have from {min(lengths)} to {max(lengths)} image embeds for an image, and vLLM takes only "
@@ -135,26 +144,51 @@ def _write(files: Sequence[Path], output: Path, model: str | None, json: bool) -
     reporter.end()
 
 
-def _export(path: Path, target: Path, model: str | None, families: "dict[str, Family]") -> dict[str, Any]:
-    """Writes one set, and says what there is in it. `families` holds the models that were opened."""
+def _export(
+    path: Path, output: Path, to: choices.ExportFormat, model: str | None, families: "dict[str, Family]"
+) -> tuple[dict[str, Any], str, int | None]:
+    """Writes one set into a folder. `families` holds the models that were opened.
+
+    Returns the line of JSON, what the file holds in words, and how many image embeds vLLM wants of every other image
+    too, where it wants equally many.
+    """
     from gridprune_cli.cache.files import write_atomic
+    from gridprune_cli.integrations.sglang import to_sglang
     from gridprune_cli.integrations.vllm import to_vllm
+    from gridprune_cli.integrations.vllm_ec import FILE, to_encoder_cache
 
     pruned, family = _open(path, model, families)
-    request = to_vllm(family, pruned)
-    data = request.to_bytes()
+    length = None  # of embeds for each image
+    extra: dict[str, Any]  # of the line, by format
+    if to == "vllm":
+        request = to_vllm(family, pruned)
+        target, data, embeds = output / f"{path.stem}.vllm.safetensors", request.to_bytes(), request.image_embeds
+        extra = {"prompt": len(request.prompt_token_ids), "uuids": list(request.uuids)}
+        length = request.embeds_per_image
+        about = (
+            f"{len(embeds)} image embeds, each by itself" if length is None else f"{length} image embeds for each image"
+        )
+    elif to == "sglang":
+        for_sglang = to_sglang(family, pruned)
+        embeds = for_sglang.precomputed_embeddings
+        target, data = output / f"{path.stem}.sglang.safetensors", for_sglang.to_bytes()
+        extra, about = {"prompt": len(for_sglang.input_ids)}, f"{len(embeds)} image embeds"
+    else:
+        entry = to_encoder_cache(family, pruned)
+        target, data, embeds = output / entry.uuid / FILE, entry.to_bytes(), entry.image_embeds
+        _make_folder(target.parent)
+        extra, about = {"uuids": [entry.uuid]}, f"all {len(embeds)} image embeds"
     write_atomic(target, data, sync=True)
-    return {
+    line = {
         "pruned": str(path),
         "file": str(target),
         "bytes": len(data),
         "model": pruned.model,
         "question": pruned.question,
-        "shape": list(request.image_embeds.shape),
-        "dtype": str(request.image_embeds.dtype).removeprefix("torch."),
-        "prompt": len(request.prompt_token_ids),
-        "uuids": list(request.uuids),
+        "shape": list(embeds.shape),
+        "dtype": str(embeds.dtype).removeprefix("torch."),
     }
+    return line | extra, about, length
 
 
 def _open(path: Path, model: str | None, families: "dict[str, Family]") -> "tuple[PrunedSet, Family]":
@@ -210,3 +244,12 @@ def _serve(
                 emit_text(answer.text)
             step()
     reporter.end()
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as fault:
+        raise GridpruneError(
+            f"can't be made ({fault.strerror}); check its folder and the disk", place=str(path)
+        ) from fault

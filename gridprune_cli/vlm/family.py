@@ -58,6 +58,7 @@ class Family(RelevanceSource, PromptWriter):
     sees_question       whether the language model lets image tokens see the question behind them
     version             part of every cache key: raise it when `encode` changes what it gives
     vllm                why pruned sets of this family can't go to vLLM; empty where they can
+    vllm_wraps          whether vLLM writes the token before an image's placeholders and the one behind them itself
     """
 
     batched: ClassVar[bool] = False
@@ -66,6 +67,7 @@ class Family(RelevanceSource, PromptWriter):
     sees_question: ClassVar[bool] = False
     version: ClassVar[int] = 1
     vllm: ClassVar[str] = "how vLLM takes image embeds for it was not looked into"
+    vllm_wraps: ClassVar[bool] = False
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,8 @@ class InternVL(Family):
         "language": ("model.language_model", "lm_head"),
     }
     batched = True
-    vllm = "vLLM takes image embeds for it, but writes more tokens around them, which this version does not allow for"
+    vllm = ""
+    vllm_wraps = True  # <img> and </img>
 
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
         return [self._encode(picture) for picture in pictures]

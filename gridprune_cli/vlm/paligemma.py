@@ -30,7 +30,7 @@ class PaliGemma(Family):
     batched = True
     sees_question: ClassVar[bool] = True
     patches_normed: ClassVar[bool | None] = True
-    vllm = "vLLM takes image embeds for it, but writes more tokens around them, which this version does not allow for"
+    vllm = "there the tokens of its prompt do not all see each other, as they should, so that it would answer otherwise"
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image]) -> list[Encoding]:

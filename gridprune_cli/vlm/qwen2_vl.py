@@ -28,7 +28,7 @@ class Qwen2VL(Family):
     }
 
     axes: ClassVar[int] = 3
-    vllm = "vLLM counts its image tokens, and places them, by the picture's grid, which a pruned set no longer fills"
+    vllm = ""
 
     @property
     def width(self) -> int:
