@@ -94,8 +94,8 @@ def published_counts(count: int, k: int) -> tuple[int, ...]:
     (low, counts_low), (high, counts_high) = next(
         pair for pair in pairwise(PUBLISHED) if share <= pair[1][0] or pair[1] is PUBLISHED[-1]
     )
-    part = (share - low) / (high - low)
-    after = (a + part * (b - a) for a, b in zip(counts_low, counts_high, strict=True))
+    weight = (share - low) / (high - low)
+    after = (a + weight * (b - a) for a, b in zip(counts_low, counts_high, strict=True))
     return tuple(max(1, floor(tokens / 576 * count + 1e-9)) for tokens in after)
 
 
