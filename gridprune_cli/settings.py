@@ -12,7 +12,7 @@ from gridprune_cli.images import Source
 from gridprune_cli.pruning.methods import METHODS, Method, make_method
 from gridprune_cli.pruning.methods.gridprune import LITERAL
 from gridprune_cli.pruning.region import parse_box
-from gridprune_cli.pruning.signals import Box
+from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, Box
 from gridprune_cli.questions import check_text
 from gridprune_cli.tokens import EncodedImage
 
@@ -192,6 +192,11 @@ class Pruning:
     @property
     def needs_relevance(self) -> bool:
         return "relevance" in self.method.requires or self.plc == "trained"
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The optional signals of an encoded image that the method needs."""
+        return tuple(name for name in OPTIONAL_SIGNALS if name in self.method.requires)
 
     def count(self, full: int) -> int:
         """K for an image of `full` tokens. Raises BadInput where more are asked for than there are."""

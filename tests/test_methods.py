@@ -15,7 +15,7 @@ from gridprune_cli.pruning.methods.base import Method
 from gridprune_cli.pruning.methods.gridprune import LITERAL, SALIENCY_SCALES, GridPrune, region_quotas
 from gridprune_cli.pruning.methods.uniform import lattice
 from gridprune_cli.pruning.schedule import LayerSignals, plan
-from gridprune_cli.pruning.signals import Signals, View
+from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, Signals, View
 
 
 def select(method, signals, k):
@@ -50,6 +50,15 @@ MATRIX = [
     ("trim", {"relevance_sign": 1, "mean_token": False}, slow.top_relevance),
     ("hired", {}, slow.hired),
     ("hired", {"base_share": 0.2}, slow.hired),
+    ("hiprune", {}, slow.hiprune),
+    ("hiprune", {"alpha": 1.0}, slow.hiprune),
+    ("hivtp", {}, slow.hivtp),
+    ("hivtp", {"global_share": 0.0, "regions": 3, "window": 4}, slow.hivtp),
+    ("fopru", {}, slow.fopru),
+    ("fopru", {"strategy": "row"}, slow.fopru),
+    ("vflowopt", {}, slow.vflowopt),
+    ("vflowopt", {"beta": 0.1, "recycled_share": 0.7, "cell": 2}, slow.vflowopt),
+    ("rate", {}, slow.rate),
     ("uniform", {}, None),
     ("random", {}, None),
     ("random", {"seed": 7}, None),
@@ -69,11 +78,11 @@ def problems(draw):
     views = draw(st.sampled_from(LAYOUTS))
     count = sum(view.count for view in views)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    relevance, saliency = torch.rand(2, count, generator=generator, dtype=torch.float64)
+    relevance, saliency, *others = torch.rand(5, count, generator=generator, dtype=torch.float64)
     relevance = relevance * draw(st.sampled_from([0.0, 0.1, 1.0])) - draw(st.sampled_from([0.0, 0.5]))
     saliency = saliency * draw(st.sampled_from([0.0, 1 / 576, 1.0]))
     if draw(st.booleans()):  # ties
-        relevance, saliency = (relevance * 4).round() / 4, (saliency * 4).round() / 4
+        relevance, saliency, *others = ((signal * 4).round() / 4 for signal in (relevance, saliency, *others))
     vectors = {
         name: torch.randn(length, width, generator=generator, dtype=torch.float64)
         for name, length, width in (
@@ -98,6 +107,7 @@ def problems(draw):
     dtype = draw(st.sampled_from(DTYPES))
     region = draw(st.sampled_from(REGIONS))
     vectors = {name: vector.to(dtype) for name, vector in vectors.items()}
+    vectors |= {name: signal.to(dtype) for name, signal in zip(OPTIONAL_SIGNALS, others, strict=True)}
     sign = -1 if draw(st.booleans()) else 1
     signals = Signals(views, relevance.to(dtype), saliency.to(dtype), region, **vectors, relevance_sign=sign)
     return signals, draw(st.integers(1, count))
@@ -429,6 +439,15 @@ def test_unknown_names_and_options_name_the_known_ones():
         ("mmtok", "vision_temperature", math.nan),
         ("trim", "relevance_sign", -2),
         ("hired", "base_share", 1.5),
+        ("hiprune", "alpha", 1.5),
+        ("hivtp", "global_share", -0.5),
+        ("hivtp", "regions", 0),
+        ("hivtp", "window", 0),
+        ("fopru", "strategy", "column"),
+        ("vflowopt", "beta", 2.0),
+        ("vflowopt", "recycled_share", -1.0),
+        ("vflowopt", "cell", 0),
+        ("rate", "oversampling", -1),
         # of another kind than the option
         ("gridprune", "zone", 2.5),
         ("gridprune", "alpha", "0.5"),
@@ -442,7 +461,7 @@ def test_options_out_of_range_are_errors(name, option, value):
         make_method(name, **{option: value})
 
 
-EQUIVARIANT = ("topk-relevance", "fastervlm", "vispruner", "divprune", "scope", "cdpruner", "mmtok", "trim")
+EQUIVARIANT = ("topk-relevance", "fastervlm", "vispruner", "divprune", "scope", "cdpruner", "mmtok", "trim", "rate")
 
 
 @pytest.mark.parametrize("name", EQUIVARIANT)
@@ -470,6 +489,8 @@ def test_what_is_merged(problem, data):
             [
                 (make_method("visionzip"), slow.visionzip_weights),
                 (make_method("visionzip", merge_by="sum", contextual_share=0.5), slow.visionzip_weights),
+                (make_method("vflowopt"), slow.vflowopt_weights),
+                (make_method("vflowopt", recycled_share=0.8, cell=3), slow.vflowopt_weights),
                 (make_method("trim"), slow.trim_weights),
                 (make_method("trim", mean_token=False), slow.trim_weights),
             ]
@@ -488,10 +509,10 @@ def test_what_is_merged(problem, data):
     assert torch.allclose(alone if weights is None else weights.to_dense(), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("visionzip", "trim")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("visionzip", "trim", "vflowopt")])
 def test_all_others_merge_nothing(name):
-    vectors = {signal: torch.rand(9, 5) for signal in VECTORS}
-    signals = Signals((View(3, 3),), torch.rand(9), torch.rand(9), **vectors)
+    known = {signal: torch.rand(9, 5) for signal in VECTORS} | {signal: torch.rand(9) for signal in OPTIONAL_SIGNALS}
+    signals = Signals((View(3, 3),), torch.rand(9), torch.rand(9), **known)
     assert make_method(name).merge(signals, select(make_method(name), signals, 4)) is None
 
 

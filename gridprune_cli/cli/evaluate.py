@@ -188,7 +188,7 @@ def _write(pipeline: "Pipeline", plan: "Plan", answers: "Rows", folder: Path) ->
     table = markdown(results)
 
     def picture(cell: "Cell", item: "Item", answer: str) -> "Image.Image":
-        encoded = encode(runner, plan.data, [item], {})
+        encoded = encode(runner, plan.data, [item], {}, plan.optional)
         (pruned,) = prune(runner, plan, cell, [item], encoded)
         return draw(figure_of(plan.data.find(item.images[0]), pruned, answer))
 

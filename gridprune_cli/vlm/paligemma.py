@@ -4,7 +4,7 @@ All of a prompt is a prefix in which every token sees every other; only answers 
 window as Gemma 3 does, see `gemma3.py`; it matters for its largest pictures alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
-from gridprune_cli.vlm.attention import watch
+from gridprune_cli.vlm.attention import middle_layer, split_signals, stack_records, watch_tower
 from gridprune_cli.vlm.family import Encoding, Family
 
 
@@ -32,20 +32,22 @@ class PaliGemma(Family):
     vllm = "vLLM takes image embeds for it, but writes more tokens around them, which this version does not allow for"
 
     @torch.inference_mode()
-    def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
+    def encode(self, pictures: Sequence[Image], optional: Collection[str] = ()) -> list[Encoding]:
         inputs, placeholders = zip(*(self.process(picture) for picture in pictures), strict=True)
         tower = self.load("tower").model.vision_tower
-        with watch(tower.encoder.layers[-1].self_attn, cls=False) as record:
+        layers = tower.encoder.layers
+        middle = layers[middle_layer(range(len(layers)), len(layers))].self_attn
+        with watch_tower(layers[-1].self_attn, middle, cls=False, optional=optional) as records:
             patches = tower(torch.cat([data["pixel_values"] for data in inputs])).last_hidden_state
         vision_features = self.pool(patches).cpu()
-        saliency = self.pool(torch.cat(record)[..., None])[..., 0].to(self.dtype).cpu()
+        attention = self.pool(stack_records(records)).to(self.dtype).cpu()  # (B, N, 1 + M)
         side = round(vision_features.shape[1] ** 0.5)
-        return [
-            Encoding(
-                vision_features[i], saliency[i], (View(side, side),), torch.arange(side * side), {"placeholder": text}
-            )
-            for i, text in enumerate(placeholders)
-        ]
+        encodings = []
+        for i, text in enumerate(placeholders):
+            saliency, signals = split_signals(attention[i], optional)
+            view, tokens = View(side, side), torch.arange(side * side)
+            encodings.append(Encoding(vision_features[i], saliency, (view,), tokens, {"placeholder": text}, signals))
+        return encodings
 
     def pool(self, patches: Tensor) -> Tensor:
         """Visual tokens `(B, N, C)` of the tower's patches `(B, P, C)`."""
