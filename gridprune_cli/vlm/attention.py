@@ -5,7 +5,7 @@ what pruning wants to know. Models need not be patched, and layers that nobody w
 models go through it; where a language model has been set to eager attention, its own weights are read.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import floor
 from typing import Any, Literal
@@ -127,6 +127,11 @@ def watch_tower(
 def stack_records(records: Sequence[Sequence[Tensor]]) -> Tensor:
     """`(B, keys, 1 + M)` of what `watch_tower` recorded: saliency, then the M optional signals, float32."""
     return torch.stack([torch.cat(list(record)) for record in records], dim=-1)
+
+
+def each_signal(function: Callable[[Tensor], Tensor], attention: Tensor) -> Tensor:
+    """A function of one signal's values at the patches, of each in `(..., 1 + M)`: none depends on which others are."""
+    return torch.stack([function(signal.contiguous()) for signal in attention.unbind(-1)], dim=-1)
 
 
 def split_signals(attention: Tensor, optional: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:

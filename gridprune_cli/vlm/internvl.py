@@ -13,7 +13,7 @@ from transformers import InternVLForConditionalGeneration, InternVLProcessor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from gridprune_cli.pruning.signals import View
-from gridprune_cli.vlm.attention import middle_layer, split_signals, stack_records, watch_tower
+from gridprune_cli.vlm.attention import each_signal, middle_layer, split_signals, stack_records, watch_tower
 from gridprune_cli.vlm.family import Encoding, Family
 
 
@@ -36,8 +36,8 @@ class InternVL(Family):
         inputs, placeholder = self.process(picture)
         patches, attention = self.run_tower(inputs["pixel_values"].flatten(0, -4), optional)
         vision_features = join(patches, self.side)
-        joined = join(attention, self.side).unflatten(-1, (self.side**2, -1)).mean(-2).to(self.dtype)  # (T, ., 1 + M)
-        saliency, signals = split_signals(joined.flatten(0, 1).cpu(), optional)
+        of_tokens = each_signal(lambda signal: join(signal[..., None], self.side).mean(-1), attention)  # (T, ., 1 + M)
+        saliency, signals = split_signals(of_tokens.flatten(0, 1).to(self.dtype).cpu(), optional)
         height, width = self.grid(picture, inputs)
         boxes = [
             (x / width, y / height, (x + 1) / width, (y + 1) / height) for y in range(height) for x in range(width)

@@ -14,7 +14,7 @@ from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
-from gridprune_cli.vlm.attention import middle_layer, split_signals, stack_records, watch_tower
+from gridprune_cli.vlm.attention import each_signal, middle_layer, split_signals, stack_records, watch_tower
 from gridprune_cli.vlm.family import Encoding, Family
 
 
@@ -40,7 +40,10 @@ class PaliGemma(Family):
         with watch_tower(layers[-1].self_attn, middle, cls=False, optional=optional) as records:
             patches = tower(torch.cat([data["pixel_values"] for data in inputs])).last_hidden_state
         vision_features = self.pool(patches).cpu()
-        attention = self.pool(stack_records(records)).to(self.dtype).cpu()  # (B, N, 1 + M)
+        attention = each_signal(
+            lambda signal: self.pool(signal[..., None])[..., 0], stack_records(records)
+        )  # (B, N, 1 + M)
+        attention = attention.to(self.dtype).cpu()
         side = round(vision_features.shape[1] ** 0.5)
         encodings = []
         for i, text in enumerate(placeholders):

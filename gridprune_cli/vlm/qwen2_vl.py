@@ -14,7 +14,7 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.tokens import EncodedImage
-from gridprune_cli.vlm.attention import middle_layer, split_signals, stack_records, watch_tower
+from gridprune_cli.vlm.attention import each_signal, middle_layer, split_signals, stack_records, watch_tower
 from gridprune_cli.vlm.family import Encoding, Family
 
 
@@ -57,7 +57,7 @@ class Qwen2VL(Family):
         with watch_tower(blocks[max(whole)].attn, middle, cls=False, optional=optional) as records:
             out = model.get_image_features(**inputs)
         patches = stack_records(records)[0]  # (P, 1 + M); a token's patches follow one another
-        received = patches.view(view.count, merge * merge, -1).mean(1)
+        received = each_signal(lambda signal: signal.view(view.count, merge * merge).mean(1), patches)
         attention = self._row_major(received, view, model.visual).to(self.dtype).cpu()
         saliency, signals = split_signals(attention, optional)
         return Encoding(
