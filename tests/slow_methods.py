@@ -496,6 +496,73 @@ def suppression(layer_signals, k, rule):
     return sorted(kept)
 
 
+def pyramid(layer_signals, k, rule):
+    """PTP: a budget per view by its mean saliency, and in it what is salient and what the text attends to."""
+    view_of = [v for v, _, _ in places_of(layer_signals.views)]
+    views = [view_of[token] for token in layer_signals.tokens.tolist()]
+    saliency, attention = layer_signals.saliency.tolist(), layer_signals.attention.tolist()
+
+    def scaled(signal):
+        low, high = min(signal), max(signal)
+        return [(x - low) / (high - low) if high > low else 0.0 for x in signal]
+
+    members = [[i for i, v in enumerate(views) if v == number] for number in sorted(set(views))]
+    weights = [Fraction(math.fsum(saliency[i] for i in of_view)) / len(of_view) for of_view in members]
+    budgets = shared(weights, [len(of_view) for of_view in members], k)
+    if not views:
+        return []
+    pairs = zip(scaled(saliency), scaled(attention), strict=True)
+    score = [(1 - rule.alpha) * a + rule.alpha * c for a, c in pairs]
+    kept = []
+    for of_view, budget in zip(members, budgets, strict=True):
+        kept += sorted(of_view, key=lambda i: (-score[i], i))[:budget]
+    return sorted(kept)
+
+
+def coordinates(layer_signals, k, rule):
+    """IVC-Prune: positions of the highest mean cosine and sine, then seeds by the text's values, and what is alike."""
+    values, text = layer_signals.values.double().tolist(), layer_signals.text_values.double().tolist()
+
+    def attention(queries):
+        each = [
+            softmax([math.fsum(x * y for x, y in zip(q, v, strict=True)) / math.sqrt(len(v)) for v in values], 1.0)
+            for q in queries
+        ]
+        return [round(math.fsum(row[i] for row in each) / len(each) * 2**32) for i in range(len(values))]
+
+    count, kept = math.floor(rule.coordinate_share * k + 0.5), []
+    for column, part in enumerate(((count + 1) // 2, count // 2)):
+        angles = layer_signals.rotary[:, column].tolist()
+        kept += [i for i in ranked(angles) if i not in kept][:part]
+    left = k - count
+    if left:
+        likeness = attention(text or values)
+        seeds = [i for i in ranked(likeness) if i not in kept]
+        seeds = seeds[: min(left, max(1, math.floor(rule.seed_share * len(values) + 0.5)))]
+        likeness = attention([values[i] for i in seeds])
+        kept += seeds + [i for i in ranked(likeness) if i not in kept + seeds][: left - len(seeds)]
+    return sorted(kept)
+
+
+def balanced(layer_signals, k, rule):
+    """BTP: some by attention, those in the first half before others; the rest far from all that stays."""
+    attention, tokens = layer_signals.attention.tolist(), layer_signals.tokens.tolist()
+    places = [places_of(layer_signals.views)[token] for token in tokens]
+    count = math.floor(rule.attention_share * k + 0.5)
+    candidates = ranked(attention)[: 2 * count]
+    kept = sorted(candidates, key=lambda i: (i >= len(tokens) // 2, -attention[i], i))[:count]
+
+    def distance(i, j):
+        (a, *there), (b, *here) = places[i], places[j]
+        return math.inf if a != b else sum(abs(x - y) for x, y in zip(there, here, strict=True))
+
+    while len(kept) < k:
+        free = [i for i in range(len(tokens)) if i not in kept]
+        gap = {i: min((distance(i, j) for j in kept), default=math.inf) for i in free}
+        kept.append(min(free, key=lambda i: (-gap[i], -attention[i], i)))
+    return sorted(kept)
+
+
 def raters(visual, text):
     """SparseVLM: which of the text's tokens the visual ones are more like than like the others, on average."""
     visual, text = visual.tolist(), text.tolist()

@@ -115,7 +115,9 @@ def problems(draw):
 
 def test_the_matrix_has_every_method():
     assert {name for name, _, _ in MATRIX} == set(OUTER)
-    assert set(METHODS) - set(OUTER) == {"fastv", "pyramiddrop", "sparsevlm", "dart", "adaptprune", "vtw"}
+    assert set(METHODS) - set(OUTER) == {"fastv", "pyramiddrop", "sparsevlm", "dart", "adaptprune", "vtw"} | {
+        *("ptp", "ivc-prune", "btp", "g-search")
+    }
     assert all(method.name == name for name, method in METHODS.items())
     # from which help and completion take the names, without torch
     assert all(method.__module__.rpartition(".")[2].replace("_", "-") == name for name, method in METHODS.items())
@@ -303,6 +305,43 @@ def test_vtw_by_its_layer_and_with_all_tokens():
     assert make_method("vtw").stages([9, 4], [9, 4], range(1, 32)) == ()
 
 
+def test_ptp_and_ivc_prune_are_one_stage_each():
+    (stage,) = make_method("ptp", alpha=0.2).stages([576, 100], [64, 9], range(1, 32))
+    assert (stage.layer, stage.budgets, stage.rule) == (2, (64, 9), RULES["pyramid"](alpha=0.2))
+    for depth, options, layer in ((32, {}, 16), (3, {}, 1), (2, {}, 1), (32, {"layer": 20}, 20)):
+        (stage,) = make_method("ivc-prune", seed_share=0.1, **options).stages([576], [64], range(1, depth))
+        assert (stage.layer, stage.budgets, stage.rule) == (layer, (64,), RULES["coordinates"](seed_share=0.1))
+
+
+def test_btp_attends_more_the_deeper():
+    for options, layers in (({}, [8, 16, 24]), ({"layers": "3, 9"}, [3, 9])):
+        stages = make_method("btp", **options).stages([576], [72], range(1, 32))
+        assert [stage.layer for stage in stages] == layers and stages[-1].budgets == (72,)
+        shares = [stage.rule.attention_share for stage in stages]
+        assert shares == [(n + 1) / len(layers) for n in range(len(layers))]
+    assert [stage.layer for stage in make_method("btp").stages([9], [3], range(1, 3))] == [1, 2]
+
+
+def test_g_search_is_its_plan_at_the_plans_own_budget():
+    method = make_method("g-search", plan="2:0.5,5:0.25")
+    stages = method.stages([400], [100], range(1, 8))
+    assert [(stage.layer, stage.budgets) for stage in stages] == [(2, (200,)), (5, (100,))]
+    stages = method.stages([400], [25], range(1, 8))  # (1/4)^2 = 1/16
+    assert [(stage.layer, stage.budgets) for stage in stages] == [(2, (100,)), (5, (25,))]
+    assert method.stages([400], [400], range(1, 8)) == ()
+    assert {stage.rule for stage in stages} == {RULES["attention"]()}
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 3000), st.floats(0, 1), st.integers(2, 80), st.integers(1, 3))
+def test_g_search_without_a_plan_falls_to_k(count, share, depth, first):
+    k, layers = max(1, round(share * count)), range(min(first, depth - 1), depth)
+    stages = make_method("g-search").stages([count], [k], layers)
+    counts = [count, *(stage.budgets[0] for stage in stages)]
+    assert counts[-1] == k and counts == sorted(set(counts), reverse=True)
+    assert all(stage.layer in layers for stage in stages)
+
+
 # (rule, options, the same written out)
 RULE_MATRIX = [
     ("duplication", {}, slow.duplication),
@@ -311,6 +350,13 @@ RULE_MATRIX = [
     ("suppression", {}, slow.suppression),
     ("suppression", {"centre": 0.3, "radius": 2.3, "sigma": 4.0, "likeness": 0.8}, slow.suppression),
     ("suppression", {"radius": 0.0}, slow.suppression),
+    ("pyramid", {}, slow.pyramid),
+    ("pyramid", {"alpha": 0.9}, slow.pyramid),
+    ("coordinates", {}, slow.coordinates),
+    ("coordinates", {"coordinate_share": 0.7, "seed_share": 0.2}, slow.coordinates),
+    ("balanced", {}, slow.balanced),
+    ("balanced", {"attention_share": 0.4}, slow.balanced),
+    ("balanced", {"attention_share": 0.0}, slow.balanced),
     ("attention", {}, lambda layer_signals, k, rule: sorted(slow.ranked(layer_signals.attention.tolist())[:k])),
 ]
 
@@ -331,6 +377,10 @@ def sights(draw):
         keys=signals.vision_features[tokens],
         text_hidden_states=text[:, :7],
         text_keys=text[:, 7:],
+        saliency=signals.received_attention[tokens],
+        values=signals.image_embeds[tokens],
+        text_values=text[:, :7],
+        rotary=torch.rand(len(tokens), 2, generator=generator) * 2 - 1,
     )
     return layer_signals, draw(st.integers(0, len(tokens)))
 
@@ -424,6 +474,20 @@ def test_unknown_names_and_options_name_the_known_ones():
         ("adaptprune", "radius", math.inf),
         ("adaptprune", "sigma", math.nan),
         ("adaptprune", "likeness", 0.0),
+        ("ptp", "layer", 0),
+        ("ptp", "alpha", -0.1),
+        ("ivc-prune", "layer", -1),
+        ("ivc-prune", "coordinate_share", 1.1),
+        ("ivc-prune", "seed_share", math.nan),
+        ("btp", "layers", "2,x"),
+        ("btp", "layers", "3,2"),
+        ("btp", "layers", "0,2"),
+        ("g-search", "plan", "1"),
+        ("g-search", "plan", "0:0.5"),
+        ("g-search", "plan", "2:0.5,1:0.4"),
+        ("g-search", "plan", "1:0.5,1:0.4"),
+        ("g-search", "plan", "1:0.5,2:0.5"),
+        ("g-search", "plan", "1:0.5,2:0.0"),
         ("sparsevlm", "count", "first"),
         ("vtw", "layer", -1),
         ("visionzip", "contextual_share", 1.1),

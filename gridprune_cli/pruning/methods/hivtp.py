@@ -48,7 +48,7 @@ class HIVTP(Method):
     def select(self, signals: Signals, k: int) -> Tensor:
         importance = values(signals, "middle_attention")
         # 1. global: evenly over the regions
-        regions = []
+        regions: list[Tensor] = []
         for view in signals.views:
             sides = -(-view.rows // self.regions), -(-view.cols // self.regions)
             index, _ = zone_index((view,), sides)

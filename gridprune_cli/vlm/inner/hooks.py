@@ -145,12 +145,13 @@ class _Run:
         kwargs = self._layer_arguments(arguments, hidden, number, layer)
         # 2. at a stage: measure what is still missing, and drop what leaves
         if stages := self._stages(number):
-            own_attention: list[Tensor] = []
-            if any(stage.rule.attention == 0 for stage in stages):
-                with watch_queries(layer.self_attn, self._query_weights(number, hidden)) as own_attention:
+            own_attention: dict[str, list[Tensor]] = {}  # by how the queries are combined
+            for queries in {stage.rule.queries for stage in stages if stage.rule.attention == 0}:
+                weights = self._query_weights(number, hidden)
+                with watch_queries(layer.self_attn, weights, queries=queries) as own_attention[queries]:
                     layer.self_attn(layer.input_layernorm(hidden), **kwargs | {"past_key_values": None})
             self.watching.close()
-            hidden = self._drop(number, layer, hidden, own_attention)
+            hidden = self._drop(number, layer, hidden, own_attention, kwargs["position_embeddings"])
             kwargs = self._layer_arguments(arguments, hidden, number, layer)
         if self.remaining is not None:
             self.remaining_at[number] = self.remaining
@@ -179,8 +180,15 @@ class _Run:
         text = weights[:, -hidden.shape[1] :]  # which is all of the prompt but in a layer of a prefix
         return text if self.remaining is None else weights.gather(1, self.remaining.places) * self.remaining.valid
 
-    def _drop(self, number: int, layer: Any, hidden: Tensor, own_attention: list[Tensor]) -> Tensor:
-        """Applies the stages at a layer: hidden states (B, n', D) of what stays."""
+    def _drop(
+        self,
+        number: int,
+        layer: Any,
+        hidden: Tensor,
+        own_attention: dict[str, list[Tensor]],
+        embeddings: tuple[Tensor, ...],
+    ) -> Tensor:
+        """Applies the stages at a layer with these position embeddings: hidden states (B, n', D) of what stays."""
         repeats = len(hidden) // len(self.prompts)
         # 1. what is there, once per prompt, on the CPU
         if self.remaining is None:
@@ -195,8 +203,11 @@ class _Run:
             entries = valid[item].nonzero()[:, 0]
             if stage := prompt.stages.get(number):
                 compact[item] = stage.positions == "compact"
-                attention = own_attention if stage.rule.attention == 0 else self.attention
+                attention = own_attention[stage.rule.queries] if stage.rule.attention == 0 else self.attention
                 measured = self._measure(stage.rule, layer, hidden, attention, item * repeats, entries)
+                if stage.rule.rotary:
+                    angles = [values[min(item * repeats, len(values) - 1)].float() for values in embeddings]
+                    measured["rotary"] = torch.stack([of_angles.mean(-1) for of_angles in angles], -1).cpu()[entries]
                 entries = entries[prompt.stays(stage, places[item, entries], measured)]
             entries_of.append(entries)
         self.recorder = None
@@ -225,6 +236,8 @@ class _Run:
             measured["hidden_states"] = self.norm(hidden[item, here])
         if rule.keys == 0:
             measured["keys"] = layer.self_attn.k_proj(layer.input_layernorm(hidden[item, here]))
+        if rule.values:
+            measured["values"] = layer.self_attn.v_proj(layer.input_layernorm(hidden[item, here]))
         if rule.keys == -1:
             assert self.recorder is not None
             measured["keys"] = self.recorder.of_prompt(item)[here.to(self.recorder.keys.device)]
