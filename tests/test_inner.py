@@ -272,6 +272,24 @@ def test_a_budget_takes_the_region_first(pipeline, attention, noise):
         check(pipeline, pruned, {layer: stays})
 
 
+def test_several_shares_leave_one_after_the_other(pipeline, noise):
+    """The region, then a share of what is in it, then a smaller one, against eager attention of what is still there."""
+    first, end = pipeline.family.first_inner, last(pipeline)
+    if first == end:
+        return
+    pruning = Pruning(keep=1.0, region=WITHIN, ilp=("region", 0.2), ilp_layer=(first, end))
+    pruned = prune(pipeline, [noise((210, 170))], pruning)
+    region, k = within(pruned), int(0.2 * pruned.count + 0.5)
+    assert pruned.schedule.tokens[first : end + 1] == (*(len(region),) * (end - first), min(k, len(region)))
+    with Hidden(pipeline, {first: places_gone(pipeline, pruned, region)}):
+        row = eager_rows(pipeline, replace(pruned, schedule=None), end - 1)
+    at, _ = places(pipeline, pruned)
+    order = sorted(region, key=lambda token: (-float(row[at[token]]), token))
+    check(pipeline, pruned, {first: region, end: set(order[:k])})
+    again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
+    assert again.schedule == pruned.schedule
+
+
 def test_pyramiddrop_ranks_by_the_layer_ahead(pipeline, attention, noise):
     """One stage, positions kept: the score against eager attention of the stage's own layer."""
     layer = last(pipeline)
@@ -664,6 +682,14 @@ def test_settings_that_make_no_sense(llava, noise):
         ({"ilp": 0.0}, "ilp.0.0: must be above 0"),
         ({"ilp": 1.5}, "ilp.1.5: must be above 0"),
         ({"ilp": "here"}, "ilp.here: neither selection, nor region, nor a share"),
+        ({"ilp": "0.3,0.1"}, "ilp_layer: name a layer for each of the 2 shares"),
+        ({"ilp": "0.3,0.1", "ilp_layer": 3}, "ilp_layer=3: name a layer for each of the 2 shares"),
+        ({"ilp": 0.3, "ilp_layer": "1,2"}, "ilp_layer=1,2: name a layer for each of the 1 shares"),
+        ({"ilp": "0.1,0.3", "ilp_layer": "1,2"}, "ilp=0.1,0.3: several shares must fall"),
+        ({"ilp": "0.3,0.1", "ilp_layer": "2,2"}, "ilp_layer=2,2: several layers must ascend"),
+        ({"ilp": "0.3,region", "ilp_layer": "1,2"}, "ilp=0.3,region: the region comes first"),
+        ({"ilp": "0.3,selection", "ilp_layer": "1,2"}, "ilp=selection: neither"),
+        ({"ilp": 0.3, "ilp_layer": "two"}, "ilp_layer=two: must be a whole number"),
         ({"ilp_layer": 2}, "ilp.layer: only with .*ilp"),
         ({"ilp": 0.1, "method": make_method("fastv")}, "ilp: not with .*method.fastv"),
         ({"ilp": "selection", "method": make_method("fastv")}, "ilp: not with .*method.fastv"),

@@ -279,7 +279,7 @@ def pruning(
     ilp: Annotated[
         str | None,
         option(
-            "What stays inside the language model: selection (what --keep would leave before it), a share, or region.",
+            "What stays inside the language model: selection (what --keep would leave before it), region, or shares.",
             REGIONS,
             metavar="SHARE",
             show_default="everything",
@@ -287,10 +287,11 @@ def pruning(
         ),
     ] = None,
     ilp_layer: Annotated[
-        int | None,
+        str | None,
         option(
-            "Layer, from 0, at whose input the others leave.",
+            "Layer, from 0, at whose input the others leave; one for each share.",
             REGIONS,
+            metavar="LAYER",
             show_default="3; for selection the depth of relevance from attention",
         ),
     ] = None,
