@@ -164,7 +164,7 @@ def read_pruning(arguments: Sequence[str]) -> "Pruning":
                     raise BadInput(f"{flag} needs a value")
                 value = rest.pop(0)
             if name == "method_option":
-                settings.setdefault(name, []).append(value)
+                settings.setdefault(name, []).extend(options.read_schedules([value]))
             else:
                 settings[name] = value if equals or name not in _FLAGS else True
         return Pruning.from_options(settings)

@@ -79,7 +79,7 @@ class BTP(InnerMethod):
 
     The same share of tokens stays at each, K after the last, with their positions.
 
-    layers  the stages' layers with commas between, as `gridprune calibrate --plan btp` finds them on samples: those
+    layers  the stages' layers with commas between, as `gridprune calibrate --schedule btp` finds them on samples: those
             ahead of which the hidden states of image tokens change most. "": a quarter, half and three quarters of the
             layers, as PyramidDrop's
 

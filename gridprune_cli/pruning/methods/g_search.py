@@ -16,10 +16,11 @@ _CENTRE, _STEEPNESS = 1 / 3, 12.0
 class GSearch(InnerMethod):
     """At each layer those tokens stay that the prompt's last token attends to most in the layer before, K in the end.
 
-    plan  the share of tokens from a layer on, LAYER:SHARE with commas between, as `gridprune calibrate --plan g-search`
-          finds it on samples: going from the first layers to the last, the least at which the model still answers as
-          from all tokens. With K the last share of N, that is what stays. With another K, shares are raised to the
-          power at which the last one is K / N. "": shares fall as a sigmoid of the depth, whose shape is a guess
+    plan  the share of tokens from a layer on, LAYER:SHARE with commas between, as `gridprune calibrate` with
+          `--schedule g-search` finds it on samples: going from the first layers to the last, the least at which the
+          model still answers as from all tokens. With K the last share of N, that is what stays. With another K, shares
+          are raised to the power at which the last one is K / N. "": shares fall as a sigmoid of the depth, whose shape
+          is a guess
 
     What stays keeps its positions. The paper finds the parameters of its sigmoid, for a budget, by Bayesian
     optimisation; the power is ours.
