@@ -531,9 +531,9 @@ def coordinates(layer_signals, k, rule):
         return [round(math.fsum(row[i] for row in each) / len(each) * 2**32) for i in range(len(values))]
 
     count, kept = math.floor(rule.coordinate_share * k + 0.5), []
-    for column, part in enumerate(((count + 1) // 2, count // 2)):
+    for column, quota in enumerate(((count + 1) // 2, count // 2)):
         angles = layer_signals.rotary[:, column].tolist()
-        kept += [i for i in ranked(angles) if i not in kept][:part]
+        kept += [i for i in ranked(angles) if i not in kept][:quota]
     left = k - count
     if left:
         likeness = attention(text or values)

@@ -78,7 +78,7 @@ def calibrate(
     if schedule is not None or output is not None:
         if schedule is None or output is None:
             missing, there = ("schedule", "output") if schedule is None else ("output", "schedule")
-            raise BadInput(f"`{there}` needs it, too", field=missing)
+            raise BadInput(f"--{there} needs it, too", field=missing)
         data = sample(read_jsonl(questions, scored=False), limit, seed)
         plan = Plan(data, (), prompt=prompt, max_new_tokens=max_new_tokens, batch=batch_size)
         _find_schedule(schedule, output, pipeline, plan, json)
