@@ -101,7 +101,7 @@ class Pruning:
         if self.ilp != "selection":
             stays = [_read_share(share) for share in _several(self.ilp)]
             object.__setattr__(self, "ilp", stays[0] if len(stays) == 1 else tuple(stays))
-        object.__setattr__(self, "ilp_layer", self._read_ilp_layer())
+        object.__setattr__(self, "ilp_layer", _read_layers(self.ilp_layer, self.ilp))
         if self.method.inner:
             raise BadInput(f"not with `method={self.method.name}`, which prunes there by itself", field="ilp")
         if self.ilp == "selection" and self.method.merges:
@@ -117,28 +117,6 @@ class Pruning:
                 field="ilp",
                 value=self.ilp,
             )
-
-    def _read_ilp_layer(self) -> int | tuple[int, ...] | None:
-        """The layer, or as many as there are shares. Raises BadInput where they do not fit each other."""
-        shares = self.ilp if isinstance(self.ilp, tuple) else (self.ilp,)
-        numbers = [share for share in shares if isinstance(share, float)]
-        if "region" in shares[1:]:
-            raise BadInput("the region comes first, and shares behind it", field="ilp", value=_listed(shares))
-        if any(low >= high for high, low in pairwise(numbers)):
-            raise BadInput("several shares must fall", field="ilp", value=_listed(shares))
-        if self.ilp_layer is None and len(shares) == 1:
-            return None
-        try:
-            layers = [] if self.ilp_layer is None else [_whole(layer) for layer in _several(self.ilp_layer)]
-        except ValueError as fault:
-            reason = "must be a whole number, or as many as `ilp` has shares, with commas between"
-            raise BadInput(reason, field="ilp_layer", value=self.ilp_layer) from fault
-        if len(layers) != len(shares):
-            reason = f"name a layer for each of the {len(shares)} shares of `ilp`, as in `ilp_layer=2,4`"
-            raise BadInput(reason, field="ilp_layer", value=None if self.ilp_layer is None else _listed(layers))
-        if any(low >= high for low, high in pairwise(layers)):
-            raise BadInput("several layers must ascend", field="ilp_layer", value=_listed(layers))
-        return layers[0] if len(layers) == 1 else tuple(layers)
 
     @property
     def ilp_stages(self) -> tuple[tuple[float | str, int | None], ...]:
@@ -293,6 +271,29 @@ def _read_share(value: Any) -> float | str:
     if not 0 < share <= 1:
         raise BadInput("must be above 0 and at most 1, or selection, or region", field="ilp", value=value)
     return share
+
+
+def _read_layers(layer: Any, ilp: Any) -> int | tuple[int, ...] | None:
+    """The layer of `Pruning.ilp`, or as many as that has shares. Raises BadInput where they do not fit each other."""
+    shares = ilp if isinstance(ilp, tuple) else (ilp,)
+    numbers = [share for share in shares if isinstance(share, float)]
+    if "region" in shares[1:]:
+        raise BadInput("the region comes first, and shares behind it", field="ilp", value=_listed(shares))
+    if any(low >= high for high, low in pairwise(numbers)):
+        raise BadInput("several shares must fall", field="ilp", value=_listed(shares))
+    if layer is None and len(shares) == 1:
+        return None
+    try:
+        layers = [] if layer is None else [_whole(value) for value in _several(layer)]
+    except ValueError as fault:
+        reason = "must be a whole number, or as many as `ilp` has shares, with commas between"
+        raise BadInput(reason, field="ilp_layer", value=layer) from fault
+    if len(layers) != len(shares):
+        reason = f"name a layer for each of the {len(shares)} shares of `ilp`, as in `ilp_layer=2,4`"
+        raise BadInput(reason, field="ilp_layer", value=None if layer is None else _listed(layers))
+    if any(low >= high for low, high in pairwise(layers)):
+        raise BadInput("several layers must ascend", field="ilp_layer", value=_listed(layers))
+    return layers[0] if len(layers) == 1 else tuple(layers)
 
 
 def _whole(value: Any) -> int:

@@ -45,8 +45,8 @@ def test_btp_takes_the_layers_that_change_most(pipeline, plan, monkeypatch):
                 **family.extras(pruned.input_ids[None]),
                 output_hidden_states=True,
             ).hidden_states
-        states = [hidden[0, pruned.input_ids == family.image_token] for hidden in out[: family.depth]]
-        changes.append([1 - cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(states)])
+        inputs = [hidden[0, pruned.input_ids == family.image_token] for hidden in out[: family.depth]]
+        changes.append([1 - cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(inputs)])
     mean = torch.tensor(changes).mean(0)
     layers = range(family.first_inner, family.depth)
     assert schedule.figures["change"] == {

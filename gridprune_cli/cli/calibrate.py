@@ -128,14 +128,14 @@ def _find_schedule(method: str, output: Path, pipeline: "Pipeline", plan: "Plan"
 
     questions = len(plan.data.items)
     with pipeline, progress("answering", count_answers(method, pipeline, questions)) as step:
-        found = find_schedule(method, pipeline, plan, step)
-    record = found.to_json() | {"model": pipeline.model, "questions": questions}
+        result = find_schedule(method, pipeline, plan, step)
+    record = result.to_json() | {"model": pipeline.model, "questions": questions}
     record["fingerprint"] = pipeline.family.fingerprint
     write_atomic(output, (json.dumps(record, indent=1) + "\n").encode(), sync=True)
     if as_json:
         emit_json(record)
-    share = f" --keep {found.figures['keep']:g}" if "keep" in found.figures else ""
-    pairs = " ".join(f"{name}={value}" for name, value in found.options.items())
+    share = f" --keep {result.figures['keep']:g}" if "keep" in result.figures else ""
+    pairs = " ".join(f"{name}={value}" for name, value in result.options.items())
     say(f"{pairs}: use it by --method {method} --method-option @{output}{share}")
 
 

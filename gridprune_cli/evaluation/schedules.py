@@ -111,14 +111,14 @@ def search_shares(pipeline: Pipeline, plan: Plan, step: Callable[[int], None]) -
     """
     family = pipeline.family
     full = _all_answers(pipeline, plan, FULL, step)
-    found: dict[int, float] = {}
+    chosen: dict[int, float] = {}
     agreements: dict[str, float] = {}
     for layer in range(family.first_inner, family.depth):
-        smaller = [share for share in SHARES if share < min(found.values(), default=1.0)]
+        smaller = [share for share in SHARES if share < min(chosen.values(), default=1.0)]
         low, high = 0, len(smaller)  # smaller[:low] leave the answers, smaller[high:] do not
         while low < high:
             middle = (low + high) // 2
-            shares = found | {layer: smaller[middle]}
+            shares = chosen | {layer: smaller[middle]}
             agreement = _agreement(full, _all_answers(pipeline, plan, _cell(shares), step))
             if agreement >= 1 - TOLERANCE:
                 low = middle + 1
@@ -126,14 +126,14 @@ def search_shares(pipeline: Pipeline, plan: Plan, step: Callable[[int], None]) -
             else:
                 high = middle
         if low:
-            found[layer] = smaller[low - 1]
-    if not found:
+            chosen[layer] = smaller[low - 1]
+    if not chosen:
         raise GridpruneError(
             f"no layer can do with fewer tokens: with {SHARES[0]:.0%} of them, more than {TOLERANCE:.0%} of the "
             "answers change; try other questions",
         )
-    figures = {"agreement": agreements[_text(found)], "keep": min(found.values())}
-    return Schedule("g-search", {"plan": _text(found)}, figures)
+    figures = {"agreement": agreements[_text(chosen)], "keep": min(chosen.values())}
+    return Schedule("g-search", {"plan": _text(chosen)}, figures)
 
 
 def _cell(shares: dict[int, float]) -> Cell:

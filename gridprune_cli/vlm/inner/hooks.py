@@ -204,10 +204,18 @@ class _Run:
             if stage := prompt.stages.get(number):
                 compact[item] = stage.positions == "compact"
                 attention = own_attention[stage.rule.queries] if stage.rule.attention == 0 else self.attention
-                measured = self._measure(stage.rule, layer, hidden, attention, item * repeats, entries)
-                if stage.rule.rotary:
-                    angles = [values[min(item * repeats, len(values) - 1)].float() for values in embeddings]
-                    measured["rotary"] = torch.stack([of_angles.mean(-1) for of_angles in angles], -1).cpu()[entries]
+                number_in_batch = item * repeats
+                measured = _measure(
+                    stage.rule,
+                    layer,
+                    self.norm,
+                    hidden[number_in_batch],
+                    entries,
+                    attention,
+                    self.recorder,
+                    embeddings,
+                    number_in_batch,
+                )
                 entries = entries[prompt.stays(stage, places[item, entries], measured)]
             entries_of.append(entries)
         self.recorder = None
@@ -222,27 +230,6 @@ class _Run:
 
         self.remaining = Remaining(repeated(places), repeated(valid), repeated(compact))
         return hidden.gather(1, repeated(index)[..., None].expand(-1, -1, hidden.shape[-1]))
-
-    def _measure(
-        self, rule: Rule, layer: Any, hidden: Tensor, attention: list[Tensor], item: int, entries: Tensor
-    ) -> dict[str, Tensor]:
-        """What a rule looks at, by the names of `LayerSignals`: of the `entries` (n,) of a prompt, (n, ...) each."""
-        measured: dict[str, Tensor] = {}
-        here = entries.to(hidden.device)
-        if rule.attention is not None:
-            to_keys = attention[-1][item]  # (n,), or fewer: of a prefix, a window's cache holds the last keys alone
-            measured["attention"] = pad(to_keys, (hidden.shape[1] - len(to_keys), 0)).cpu().double()[entries]
-        if rule.hidden_states:
-            measured["hidden_states"] = self.norm(hidden[item, here])
-        if rule.keys == 0:
-            measured["keys"] = layer.self_attn.k_proj(layer.input_layernorm(hidden[item, here]))
-        if rule.values:
-            measured["values"] = layer.self_attn.v_proj(layer.input_layernorm(hidden[item, here]))
-        if rule.keys == -1:
-            assert self.recorder is not None
-            measured["keys"] = self.recorder.of_prompt(item)[here.to(self.recorder.keys.device)]
-        _check_finite(measured)
-        return measured
 
     def _layer_arguments(self, arguments: dict[str, Any], hidden: Tensor, number: int, layer: Any) -> dict[str, Any]:
         """A layer's arguments, cut to what remains of the prompts."""
@@ -286,6 +273,42 @@ class _Run:
             "attention_mask": decode_mask(new, answer, layer_cache, length, remaining, hidden, eager=self.eager),
             "position_embeddings": embeddings,
         }
+
+
+def _measure(
+    rule: Rule,
+    layer: Any,
+    norm: Any,
+    hidden: Tensor,
+    entries: Tensor,
+    attention: Sequence[Tensor],
+    recorder: _KeyRecorder | None,
+    embeddings: tuple[Tensor, ...],
+    item: int,
+) -> dict[str, Tensor]:
+    """What a rule looks at, by the names of `LayerSignals`: of the `entries` (n,) of a prompt, (n, ...) each.
+
+    The prompt is the `item`-th of the batch; `hidden` (L, D) is its input of the layer, `norm` that behind the last.
+    """
+    measured: dict[str, Tensor] = {}
+    here = entries.to(hidden.device)
+    if rule.attention is not None:
+        to_keys = attention[-1][item]  # (n,), or fewer: of a prefix, a window's cache holds the last keys alone
+        measured["attention"] = pad(to_keys, (len(hidden) - len(to_keys), 0)).cpu().double()[entries]
+    if rule.hidden_states:
+        measured["hidden_states"] = norm(hidden[here])
+    if rule.keys == 0:
+        measured["keys"] = layer.self_attn.k_proj(layer.input_layernorm(hidden[here]))
+    if rule.keys == -1:
+        assert recorder is not None
+        measured["keys"] = recorder.of_prompt(item)[here.to(recorder.keys.device)]
+    if rule.values:
+        measured["values"] = layer.self_attn.v_proj(layer.input_layernorm(hidden[here]))
+    if rule.rotary:  # one for all prompts, or one for each
+        angles = [of_angle[min(item, len(of_angle) - 1)].float().mean(-1) for of_angle in embeddings]  # (L,) each
+        measured["rotary"] = torch.stack(angles, -1).cpu()[entries]
+    _check_finite(measured)
+    return measured
 
 
 def _check_finite(measured: Mapping[str, Tensor]) -> None:
