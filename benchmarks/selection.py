@@ -20,7 +20,7 @@ from gridprune_cli.pruning.methods import METHODS, RULES, make_method
 from gridprune_cli.pruning.methods.base import Method
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.pruning.schedule import LayerSignals
-from gridprune_cli.pruning.signals import Signals, View
+from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, Signals, View
 from gridprune_cli.pruning.similarity import LazyCosines, cosines
 
 HALF = 0.5
@@ -70,7 +70,7 @@ def methods() -> None:
             "vision_features": torch.randn(count, FEATURE_WIDTH),
             "image_embeds": torch.randn(count, EMBED_WIDTH),
             "question_embeds": torch.randn(WORDS, EMBED_WIDTH),
-        }
+        } | {name: torch.rand(count) for name in OPTIONAL_SIGNALS}
         signals = Signals(views, torch.rand(count) * 0.2, torch.rand(count), None, **vectors)
         heading(k, count)
         for name in METHODS:
@@ -92,7 +92,18 @@ def rules() -> None:
     attention = torch.rand(count, dtype=torch.float64)
     within = torch.zeros(count, dtype=torch.bool)
     layer_signals = LayerSignals(
-        torch.arange(count), within, views, attention, hidden_states, keys, text_states, text_keys
+        torch.arange(count),
+        within,
+        views,
+        attention,
+        hidden_states,
+        keys,
+        text_states,
+        text_keys,
+        saliency=torch.rand(count),
+        values=keys,
+        text_values=text_keys,
+        rotary=torch.rand(count, 2),
     )
     heading(k, count)
     for name, kind in RULES.items():

@@ -273,13 +273,14 @@ def _schedule(
     else:
         usual = family.relevance_depth if pruning.ilp == "selection" else ILP_LAYER
         nearest = min(max(usual, layers.start), layers.stop - 1)
-        layer = nearest if pruning.ilp_layer is None else pruning.ilp_layer
-        rule: Rule
-        if pruning.ilp == "selection":
-            rule, budgets = Selection(tuple(selected.tolist())), tuple(len(indices) for indices in kept_by_pool)
-        else:
-            rule, budgets = _ilp(pruning.ilp, signals, counts, kept_by_pool)
-        stages = (Stage(layer, rule, budgets, pruning.positions),)
+        stages = ()
+        for stays, layer in pruning.ilp_stages:
+            rule: Rule
+            if stays == "selection":
+                rule, budgets = Selection(tuple(selected.tolist())), tuple(len(indices) for indices in kept_by_pool)
+            else:
+                rule, budgets = _ilp(stays, signals, counts, kept_by_pool)
+            stages += (Stage(nearest if layer is None else layer, rule, budgets, pruning.positions),)
     for stage in stages:
         if stage.layer not in layers:
             raise BadInput(
@@ -294,7 +295,7 @@ def _schedule(
 def _ilp(
     ilp: float | str, signals: Sequence[Signals], counts: Sequence[int], kept: Sequence[Tensor]
 ) -> tuple[Rule, tuple[int, ...]]:
-    """The rule and the budgets of `Pruning.ilp` where it is a share, or the region.
+    """The rule and the budgets of one of `Pruning.ilp_stages` that is a share, or the region.
 
     Raises BadInput where it is the region, and an image has none.
     """

@@ -16,6 +16,7 @@ CacheDtype = Literal["full", "float8", "int8"]
 Engine = Literal["local", "ray", "vllm"]
 Metric = Literal["exact", "vqa", "pope", "relaxed", "anls"]
 Shape = Literal["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b", "qwen2.5-vl-3b"]
+Schedule = Literal["btp", "g-search"]  # of a method, found on samples
 ExportFormat = Literal["vllm", "vllm-ec", "sglang"]
 
 DEFAULT_METHOD = "gridprune"

@@ -16,7 +16,7 @@ from gridprune_cli.cache.quantize import KINDS
 from gridprune_cli.pruning.methods import RULES
 from gridprune_cli.pruning.region import GRID, inside
 from gridprune_cli.pruning.schedule import LayerSchedule, Region, Selection, plan
-from gridprune_cli.pruning.signals import View
+from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, View
 
 MAX_NUMBERS = 1 << 27  # of vision_features or image_embeds: 16,384 visual tokens of 8,192 numbers
 MAX_POSITION = 1 << 24  # from there on float32, in which rotary angles are computed, can't tell neighbours apart
@@ -39,7 +39,8 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     kind = KINDS.get(encoder["storage"]) if isinstance(encoder.get("storage"), str) else None
     _need(kind is not None or "storage" not in encoder, "its encoder names no storage")
     names = {"vision_features", "saliency", "placeholder_map"} | ({"scales"} if kind else set())
-    _need(tensors.keys() == names, f"it holds {_listed(tensors)}, not {_listed(names)}")
+    signals = {name: tensor for name, tensor in tensors.items() if name in OPTIONAL_SIGNALS}
+    _need(tensors.keys() - signals.keys() == names, f"it holds {_listed(tensors)}, not {_listed(names)}")
     count = _count(header.get("views"))
     _need(header.get("tokens") == count, "its views have another number of tokens than it tells")
     size, prompt, notes = header.get("size"), header.get("prompt"), header.get("notes")
@@ -52,7 +53,9 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
     _check_shape("vision_features", vision_features, kind or dtype, (count, -1))
     shape = tuple(vision_features.shape)
     _need(0 < vision_features.numel() <= MAX_NUMBERS, f"vision_features {shape} are empty, or too many")
-    _check_shape("saliency", tensors["saliency"], dtype, (count,))
+    for name, tensor in {"saliency": tensors["saliency"], **signals}.items():
+        _check_shape(name, tensor, dtype, (count,))
+        check_range(name, tensor, 0)
     _check_shape("placeholder_map", placeholder_map, torch.int32, (-1,))
     # 3. numbers
     if kind:
@@ -60,7 +63,6 @@ def check_encoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> N
         check_range("scales", tensors["scales"], 0)
     else:
         check_range("vision_features", vision_features)
-    check_range("saliency", tensors["saliency"], 0)
     check_range("placeholder_map", placeholder_map, -1)
     tokens = placeholder_map[placeholder_map >= 0].sort().values.long()
     _need(torch.equal(tokens, torch.arange(count)), "placeholder_map does not hold every token once")

@@ -1,6 +1,6 @@
 """From a picture to its encoded image: out of the cache where it is there, else through the vision tower."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -12,12 +12,14 @@ from gridprune_cli.cache.store import Store, entry_key
 from gridprune_cli.errors import BadInput, GridpruneError, NoScene
 from gridprune_cli.images import Picture
 from gridprune_cli.prefixes import Prefixes
+from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, TOWER_SIGNALS
 from gridprune_cli.scenes.scene import looks_like_scene
 from gridprune_cli.tokens import EncodedImage
 from gridprune_cli.vlm.checkpoint import EMBEDDED
+from gridprune_cli.vlm.entropy import grey_entropy
 from gridprune_cli.vlm.family import Encoding, Family
 
-SIGNALS = ("saliency",)  # stored beside the vision features; relevance follows from these and the question
+SIGNALS = ("saliency",)  # stored beside the vision features, with the optional ones that were asked for
 NO_SCENE = "no scene: the embedded model knows only its own scenes; name a real one, as in `model=FOLDER`"  # a note
 SMALL_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"  # to begin with: of family idefics3, half a GB
 
@@ -32,7 +34,9 @@ class Encoder:
                  stored at all
     scenes_only  whether a picture is refused that is no scene of the embedded model, since no model was chosen
 
-    In some families a picture is encoded in another way where its prompt has several: `several` says so.
+    In some families a picture is encoded in another way where its prompt has several: `several` says so. `optional` are
+    names of `OPTIONAL_SIGNALS`, which some methods need: they are computed and stored only where they are named, in an
+    entry of its own.
 
     Raises BadInput for an unknown `cache_dtype`.
     """
@@ -51,18 +55,20 @@ class Encoder:
         together = {"together": True} if several and self.family.encodes_multi_image else {}
         return self.family.encoder | together | ({} if self.cache_dtype == "full" else {"storage": self.cache_dtype})
 
-    def key(self, image_sha256: str, several: bool = False) -> str:
+    def key(self, image_sha256: str, several: bool = False, optional: Collection[str] = ()) -> str:
         """Cache key of a picture, by the sha256 of its file's bytes."""
-        return entry_key(image_sha256, self.identity(several), SIGNALS)
+        return entry_key(image_sha256, self.identity(several), (*SIGNALS, *optional))
 
-    def look_up(self, image_sha256: str, name: str, several: bool = False) -> EncodedImage | None:
+    def look_up(
+        self, image_sha256: str, name: str, several: bool = False, optional: Collection[str] = ()
+    ) -> EncodedImage | None:
         """The encoded image from the cache, under the name that the user gave now; None where it is not there.
 
         Raises BadInput as `check`.
         """
         if self.store is None:
             return None
-        entry = self.store.get(self.identity(several), self.key(image_sha256, several))
+        entry = self.store.get(self.identity(several), self.key(image_sha256, several, optional))
         if entry is None:
             return None
         try:
@@ -70,28 +76,38 @@ class Encoder:
             self.family.check(encoded)
         except ValueError:  # whole, but not what this version writes
             return None
-        if encoded.image != image_sha256:
+        if encoded.image != image_sha256 or encoded.optional.keys() != set(optional):
             return None
         self._refuse(name, encoded.notes)
         return replace(encoded, name=name)
 
-    def encode(self, pictures: Sequence[Picture], several: bool = False) -> list[EncodedImage]:
+    def encode(
+        self, pictures: Sequence[Picture], several: bool = False, optional: Collection[str] = ()
+    ) -> list[EncodedImage]:
         """Runs the tower on pictures, whatever the cache holds, and stores what it gives. Raises as `run_tower`."""
-        images = self.run_tower(pictures, several)
+        images = self.run_tower(pictures, several, optional)
         for image in images:
             self.put(image)
         return images
 
-    def run_tower(self, pictures: Sequence[Picture], several: bool = False) -> list[EncodedImage]:
+    def run_tower(
+        self, pictures: Sequence[Picture], several: bool = False, optional: Collection[str] = ()
+    ) -> list[EncodedImage]:
         """Runs the tower on pictures, and stores nothing.
 
-        Raises BadInput as `check`, GridpruneError for a tower that gives values that are not finite.
+        Raises BadInput as `check`, and for an optional signal that there is not; GridpruneError for a tower that gives
+        values that are not finite.
         """
+        if unknown := sorted(set(optional) - set(OPTIONAL_SIGNALS)):
+            reason = f"no optional signal; there are {', '.join(OPTIONAL_SIGNALS)}"
+            raise BadInput(reason, field="optional", value=unknown[0])
         for picture in pictures:
             self.check(picture)
         encode = self.family.encode_multi_image if several else self.family.encode
-        encodings = encode([picture.image for picture in pictures])
-        return [self._encoded(*pair, several) for pair in zip(pictures, encodings, strict=True)]
+        encodings = encode(
+            [picture.image for picture in pictures], [name for name in TOWER_SIGNALS if name in optional]
+        )
+        return [self._encoded(*pair, several, optional) for pair in zip(pictures, encodings, strict=True)]
 
     def put(self, encoded: EncodedImage) -> bool:
         """Stores an encoded image, where there is a cache. False where it can't be stored, of which `Store` warns."""
@@ -107,16 +123,18 @@ class Encoder:
         if self.store is not None and not self.store.writable:
             raise GridpruneError(f"{self.store.root}: the cache can't be written, so nothing was encoded into it")
 
-    def _encoded(self, picture: Picture, encoding: Encoding, several: bool) -> EncodedImage:
+    def _encoded(self, picture: Picture, encoding: Encoding, several: bool, optional: Collection[str]) -> EncodedImage:
         """The encoded image of what the tower gave for a picture."""
         features, saliency = encoding.vision_features, encoding.saliency
-        if not all(
-            isfinite(bound) for values in (features, saliency) for bound in torch.stack(values.aminmax()).tolist()
-        ):
+        signals = dict(encoding.optional)
+        if "entropy" in optional:
+            signals["entropy"] = grey_entropy(picture.image, encoding.views).to(saliency.dtype)
+        bounds = [torch.stack(values.aminmax()).tolist() for values in (features, saliency, *signals.values())]
+        if not all(isfinite(bound) for of_values in bounds for bound in of_values):
             raise GridpruneError(f"{picture.name}: the tower gave values that are not finite; try `dtype=float32`")
         packed = None if self.cache_dtype == "full" else pack(features, self.cache_dtype)
         return EncodedImage(
-            key=self.key(picture.sha256, several),
+            key=self.key(picture.sha256, several, optional),
             model=self.model,
             image=picture.sha256,
             name=picture.name,
@@ -129,6 +147,7 @@ class Encoder:
             prompt=encoding.prompt,
             notes=picture.notes + self._notes(picture),
             packed=packed,
+            optional=signals,
         )
 
     def _notes(self, picture: Picture) -> tuple[str, ...]:

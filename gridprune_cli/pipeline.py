@@ -1,6 +1,6 @@
 """Images and questions in, answers out: what users of the package call, and what the commands are thin layers over."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,12 +151,15 @@ class Pipeline:
         measured = stopwatch.ms | {"prefill": generated.prefill, "decode": generated.decode}
         return Answer(generated.text, pruned.pruned, pruned.hits, {step: measured.get(step, 0.0) for step in STEPS})
 
-    def encode(self, image: Source, *, several: bool = False) -> tuple[EncodedImage, bool]:
+    def encode(
+        self, image: Source, *, several: bool = False, optional: Collection[str] = ()
+    ) -> tuple[EncodedImage, bool]:
         """An encoded image, and whether it came from the cache. Raises BadInput for an image that can't be read.
 
-        `several`: it will be one of several in a prompt, which some families encode in another way.
+        `several`: it will be one of several in a prompt, which some families encode in another way. `optional`: names
+        of the optional signals that it is to have, as `Pruning.optional` has those that its method needs.
         """
-        ((_, encoded, hit),) = self.runner().encode([image], several=several)
+        ((_, encoded, hit),) = self.runner().encode([image], several=several, optional=optional)
         return result_or_raise(encoded), hit
 
     def encode_all(

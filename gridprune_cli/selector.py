@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gridprune_cli.errors import BadInput
 from gridprune_cli.prefixes import Prefixes
 from gridprune_cli.pruning.compress import ratio_budget
 from gridprune_cli.pruning.methods import Method
 from gridprune_cli.pruning.region import contextual_regions, inside
-from gridprune_cli.pruning.signals import Signals, View
+from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, Signals, View
 from gridprune_cli.regions import Localized
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import EncodedImage
@@ -194,6 +195,13 @@ def _image_signals(family: Family, request: EncodedRequest, n: int, relevance: T
         elif request.localized:
             region = request.localized[n].box
     features = image.vision_features
+    if missing := [name for name in pruning.optional if name not in image.optional]:
+        raise BadInput(
+            f"{image.name}: encoded without {missing[0]}, which this method needs; give the image file, or encode it "
+            f"with `optional={','.join(pruning.optional)}`",
+            field="method",
+            value=pruning.method.name,
+        )
     return Signals(
         views=image.views,
         relevance=relevance,  # (N,)
@@ -205,6 +213,7 @@ def _image_signals(family: Family, request: EncodedRequest, n: int, relevance: T
             family.vocabulary.vectors(keywords(request.query)) if "question_embeds" in needs else None  # (M, D)
         ),
         relevance_sign=family.relevance_sign,
+        **{name: image.optional[name].float() for name in pruning.optional},  # (N,) each
     )
 
 
@@ -243,7 +252,7 @@ def join_signals(signals: Sequence[Signals]) -> Signals:
     first = signals[0]
     joined: dict[str, Any] = {
         name: torch.cat([image_signals.need(name) for image_signals in signals])
-        for name in ("relevance", "saliency", "vision_features", "image_embeds")
+        for name in ("relevance", "saliency", "vision_features", "image_embeds", *OPTIONAL_SIGNALS)
         if getattr(first, name) is not None
     }
     views = tuple(view for image_signals in signals for view in image_signals.views)

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from math import isfinite
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from gridprune_cli.choices import DEFAULT_METHOD, Plc, Positions
 from gridprune_cli.errors import BadInput
@@ -12,7 +13,7 @@ from gridprune_cli.images import Source
 from gridprune_cli.pruning.methods import METHODS, Method, make_method
 from gridprune_cli.pruning.methods.gridprune import LITERAL
 from gridprune_cli.pruning.region import parse_box
-from gridprune_cli.pruning.signals import Box
+from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, Box
 from gridprune_cli.questions import Exchange, check_text
 from gridprune_cli.tokens import EncodedImage
 
@@ -36,9 +37,10 @@ class Pruning:
     share_budget  several images share one K instead of each having its own; then there is no region
     ilp        what stays inside the language model: "region", exactly the tokens inside the contextual region; a share
                of the image's N tokens, those inside first; or "selection", what the method selects, and then the first
-               layers see all N tokens. None: everything
-    ilp_layer  the layer, from 0, at whose input the others leave; None: for "selection" `Family.relevance_depth`, else
-               `ILP_LAYER`; or the nearest that the model has
+               layers see all N tokens. Several shares, which fall, leave one after the other; the first of them may be
+               "region". A tuple, or a text with commas between. None: everything
+    ilp_layer  the layer, from 0, at whose input the others leave, or as many as there are shares; None: for "selection"
+               `Family.relevance_depth`, else `ILP_LAYER`; or the nearest that the model has
     plc        "pool" replaces the features of each kept token outside the region by the mean of its cell, "trained" has
                the checkpoint's compressor refine these, "off" leaves features as they are
     inside_ratio, outside_ratio  visual tokens per kept one, inside and outside of the region, instead of the method's
@@ -54,8 +56,8 @@ class Pruning:
     positions: str = "original"
     query: str | None = None
     share_budget: bool = False
-    ilp: float | str | None = None
-    ilp_layer: int | None = None
+    ilp: float | str | tuple[float | str, ...] | None = None
+    ilp_layer: int | str | tuple[int, ...] | None = None
     plc: str = "off"
     inside_ratio: float | None = None
     outside_ratio: float | None = None
@@ -96,14 +98,10 @@ class Pruning:
             raise BadInput("only with `ilp`, which says what stays", field="ilp_layer")
         if self.ilp is None:
             return
-        if self.ilp not in ("region", "selection"):
-            try:
-                share = float(self.ilp)
-            except (ValueError, OverflowError) as fault:
-                raise BadInput("neither selection, nor region, nor a share", field="ilp", value=self.ilp) from fault
-            if not 0 < share <= 1:
-                raise BadInput("must be above 0 and at most 1, or selection, or region", field="ilp", value=self.ilp)
-            object.__setattr__(self, "ilp", share)
+        if self.ilp != "selection":
+            stays = [_read_share(share) for share in _several(self.ilp)]
+            object.__setattr__(self, "ilp", stays[0] if len(stays) == 1 else tuple(stays))
+        object.__setattr__(self, "ilp_layer", _read_layers(self.ilp_layer, self.ilp))
         if self.method.inner:
             raise BadInput(f"not with `method={self.method.name}`, which prunes there by itself", field="ilp")
         if self.ilp == "selection" and self.method.merges:
@@ -119,6 +117,17 @@ class Pruning:
                 field="ilp",
                 value=self.ilp,
             )
+
+    @property
+    def ilp_stages(self) -> tuple[tuple[float | str, int | None], ...]:
+        """What stays by `ilp`, and from which layer on, None for the usual one; empty without it."""
+        if self.ilp is None:
+            return ()
+        shares = self.ilp if isinstance(self.ilp, tuple) else (self.ilp,)
+        layers = self.ilp_layer if isinstance(self.ilp_layer, tuple) else (self.ilp_layer,)
+        return tuple(
+            (share, None if layer is None else int(layer)) for share, layer in zip(shares, layers, strict=True)
+        )
 
     def _check_plc(self) -> None:
         """Raises BadInput for a compression that can't be, or that this pruning leaves no place for."""
@@ -193,6 +202,11 @@ class Pruning:
     def needs_relevance(self) -> bool:
         return "relevance" in self.method.requires or self.plc == "trained"
 
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The optional signals of an encoded image that the method needs."""
+        return tuple(name for name in OPTIONAL_SIGNALS if name in self.method.requires)
+
     def count(self, full: int) -> int:
         """K for an image of `full` tokens. Raises BadInput where more are asked for than there are."""
         if self.tokens is None:
@@ -246,6 +260,61 @@ def parse_pairs(pairs: Iterable[str], setting: str) -> dict[str, Any]:
     return options
 
 
+def _several(value: Any) -> list[Any]:
+    """The values of a setting that takes one or several: a sequence, or a text with commas between."""
+    if isinstance(value, str):
+        return value.split(",")
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _listed(values: Iterable[Any]) -> str:
+    """Values with commas between, as `_several` reads them."""
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def _read_share(value: Any) -> float | str:
+    """A share of `Pruning.ilp`, or "region". Raises BadInput for what is neither."""
+    if isinstance(value, str) and value.strip() == "region":
+        return "region"
+    try:
+        share = float(value)
+    except (ValueError, TypeError, OverflowError) as fault:
+        raise BadInput("neither selection, nor region, nor a share", field="ilp", value=value) from fault
+    if not 0 < share <= 1:
+        raise BadInput("must be above 0 and at most 1, or selection, or region", field="ilp", value=value)
+    return share
+
+
+def _read_layers(layer: Any, ilp: Any) -> int | tuple[int, ...] | None:
+    """The layer of `Pruning.ilp`, or as many as that has shares. Raises BadInput where they do not fit each other."""
+    shares = ilp if isinstance(ilp, tuple) else (ilp,)
+    numbers = [share for share in shares if isinstance(share, float)]
+    if "region" in shares[1:]:
+        raise BadInput("the region comes first, and shares behind it", field="ilp", value=_listed(shares))
+    if any(low >= high for high, low in pairwise(numbers)):
+        raise BadInput("several shares must fall", field="ilp", value=_listed(shares))
+    if layer is None and len(shares) == 1:
+        return None
+    try:
+        layers = [] if layer is None else [_whole(value) for value in _several(layer)]
+    except ValueError as fault:
+        reason = "must be a whole number, or as many as `ilp` has shares, with commas between"
+        raise BadInput(reason, field="ilp_layer", value=layer) from fault
+    if len(layers) != len(shares):
+        reason = f"name a layer for each of the {len(shares)} shares of `ilp`, as in `ilp_layer=2,4`"
+        raise BadInput(reason, field="ilp_layer", value=None if layer is None else _listed(layers))
+    if any(low >= high for low, high in pairwise(layers)):
+        raise BadInput("several layers must ascend", field="ilp_layer", value=_listed(layers))
+    return layers[0] if len(layers) == 1 else tuple(layers)
+
+
+def _whole(value: Any) -> int:
+    """A whole number, or the text of one. Raises ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError
+    return int(value)
+
+
 def _from_text(value: Any) -> Any:
     """What a text says as JSON; one that is no JSON is itself, and so is what is no text."""
     if not isinstance(value, str):
@@ -272,7 +341,8 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     kinds = get_args(kind) or (kind,)
     wanted = next(one for one in (str, bool, int, float) if one in kinds)
     if wanted is str:
-        others = (int, float) if float in kinds else (list, tuple) if {*kinds} - {str, type(None)} else ()
+        others: list[type] = [number for number in (int, float) if number in kinds or float in kinds]
+        others += [list, tuple] if any(get_origin(one) is tuple for one in kinds) else []
         if isinstance(value, bool) or not isinstance(value, (str, *others)):
             raise BadInput("must be a text", field=name, value=value)
         return value  # what it may say, the setting itself checks

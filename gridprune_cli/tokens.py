@@ -17,7 +17,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.images import Source
 from gridprune_cli.pruning.methods import RULES
 from gridprune_cli.pruning.schedule import LayerSchedule
-from gridprune_cli.pruning.signals import Box, View
+from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, Box, View
 
 SCHEMA = 4  # of a pruned set's file; an encoded image's is `cache.layout.SCHEMA`, which the cache checks
 
@@ -48,6 +48,7 @@ class EncodedImage:
     prompt                   what the family must know of the picture to write a prompt, JSON values only
     packed                   the vision features in eight bits, where they are stored so; `vision_features` are what
                              these unpack to
+    optional                 (N,) each, optional signals by name, those of `OPTIONAL_SIGNALS` that were asked for
     source                   the image file, where it is known, for localisers that look at the picture; never stored
     """
 
@@ -64,6 +65,7 @@ class EncodedImage:
     prompt: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what a user should know: of an animation the first frame was taken, ...
     packed: Packed | None = None
+    optional: dict[str, Tensor] = field(default_factory=dict)
     source: Source | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -74,7 +76,8 @@ class EncodedImage:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors, as they are stored."""
-        return (self.packed or self.vision_features).nbytes + self.saliency.nbytes + self.placeholder_map.nbytes
+        signals = (self.saliency, self.placeholder_map, *self.optional.values())
+        return (self.packed or self.vision_features).nbytes + sum(tensor.nbytes for tensor in signals)
 
     def to_bytes(self) -> bytes:
         """The file. Equal images give equal bytes."""
@@ -92,7 +95,7 @@ class EncodedImage:
             "prompt": self.prompt,
             "notes": list(self.notes),
         }
-        tensors = {name: getattr(self, name) for name in _ENCODED_TENSORS}
+        tensors = {name: getattr(self, name) for name in _ENCODED_TENSORS} | self.optional
         if self.packed:
             tensors |= {"vision_features": self.packed.codes, "scales": self.packed.scales}
         return files.encode({name: raw_tensor(tensor) for name, tensor in tensors.items()}, header)
@@ -122,6 +125,7 @@ class EncodedImage:
             prompt=header["prompt"],
             notes=tuple(header["notes"]),
             packed=packed,
+            optional={name: loaded[name] for name in OPTIONAL_SIGNALS if name in loaded},
         )
 
 

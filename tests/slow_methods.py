@@ -291,6 +291,147 @@ def shared(weights, caps, k):
     return budgets
 
 
+# HiPrune, HIVTP and FoPru
+
+
+def places_of(views):
+    """View, row and column of each token."""
+    return [(v, row, col) for v, view in enumerate(views) for row in range(view.rows) for col in range(view.cols)]
+
+
+def hiprune(signals, k, method):
+    middle, received = signals.middle_attention.tolist(), signals.received_attention.tolist()
+    places = places_of(signals.views)
+    anchors = ranked(middle)[: min(k, math.floor(method.alpha * k / 5 + 0.5))]
+    steps = ((0, 1), (0, -1), (1, 0), (-1, 0))
+    beside = {(places[i][0], places[i][1] + down, places[i][2] + across) for i in anchors for down, across in steps}
+    buffers = [i for i in ranked(middle) if places[i] in beside and i not in anchors]
+    kept = (anchors + buffers)[:k]
+    return sorted(kept + [i for i in ranked(received) if i not in kept][: k - len(kept)])
+
+
+def hivtp(signals, k, method):
+    importance, places = signals.middle_attention.tolist(), places_of(signals.views)
+
+    def blocks(sides_of):
+        """Tokens by the block of their view that they lie in, views and blocks in turn; `sides_of` a view's blocks."""
+        members = {}
+        for i, (v, row, col) in enumerate(places):
+            view, (down, across) = signals.views[v], sides_of(signals.views[v])
+            place = [
+                next(n for n in range(count) if x < (n + 1) * length // count)
+                for x, length, count in ((row, view.rows, down), (col, view.cols, across))
+            ]
+            members.setdefault((v, *place), []).append(i)
+        return [members[block] for block in sorted(members)]
+
+    def up(length, side):
+        return -(-length // side)
+
+    regions = blocks(lambda view: [up(length, up(length, method.regions)) for length in (view.rows, view.cols)])
+    budgets = shared(
+        [1] * len(regions), [len(region) for region in regions], max(1, math.floor(method.global_share * k))
+    )
+    kept = []
+    for region, n in zip(regions, budgets, strict=True):
+        kept += sorted(region, key=lambda i: (-importance[i], i))[:n]
+    windows = blocks(lambda view: [up(length, method.window) for length in (view.rows, view.cols)])
+    while len(kept) < k:
+        free = [[i for i in window if i not in kept] for window in windows]
+        best = [min(window, key=lambda i: (-importance[i], i)) for window in free if window]
+        kept += sorted(best, key=lambda i: (-importance[i], i))[: k - len(kept)]
+    return sorted(kept)
+
+
+def fopru(signals, k, method):
+    received = signals.received_attention.tolist()
+    if method.strategy == "rank":
+        return sorted(ranked(received)[:k])
+    rows = {}
+    for i, (v, row, _) in enumerate(places_of(signals.views)):
+        rows.setdefault((v, row), []).append(i)
+    rows = list(rows.values())
+    means = [round(math.fsum(received[i] for i in row) / len(row) * 2**32) for row in rows]
+    kept = []
+    for n in ranked(means):
+        kept += sorted(rows[n], key=lambda i: (-received[i], i))
+    return sorted(kept[:k])
+
+
+# VFlowOpt
+
+
+def vflowopt_parts(signals, k, method):
+    """Importance, the important tokens, and for each recycled one the tokens that are merged into it."""
+
+    def scaled(signal):
+        low, high = min(signal), max(signal)
+        return [(x - low) / (high - low) if high > low else 0.0 for x in signal]
+
+    pairs = zip(scaled(signals.received_attention.tolist()), scaled(signals.entropy.tolist()), strict=True)
+    importance = [(1 - method.beta) * a + method.beta * e for a, e in pairs]
+    important = ranked(importance)[: k - math.floor(method.recycled_share * k + 0.5)]
+    cells = {}
+    for i, (v, row, col) in enumerate(places_of(signals.views)):
+        view = signals.views[v]
+        down, across = (-(-length // method.cell) for length in (view.rows, view.cols))
+        cell = (v, ((row + 1) * down - 1) // view.rows, ((col + 1) * across - 1) // view.cols)
+        cells.setdefault(cell, [])
+        if i not in important:
+            cells[cell].append(i)
+    members = [cells[cell] for cell in sorted(cells)]
+    sizes = [len(cell) for cell in members]
+    joined = {}
+    for cell, quota in zip(members, shared(sizes, sizes, k - len(important)), strict=True):
+        chosen = sorted(sorted(cell, key=lambda i: (-importance[i], i))[:quota])
+        joined |= {i: [] for i in chosen}
+        for n, i in enumerate(i for i in cell if i not in chosen):
+            if chosen:
+                joined[chosen[n % len(chosen)]].append(i)
+    return importance, important, joined
+
+
+def vflowopt(signals, k, method):
+    _, important, joined = vflowopt_parts(signals, k, method)
+    return sorted([*important, *joined])
+
+
+def vflowopt_weights(signals, k, method):
+    """{kept: {token: weight}}"""
+    importance, important, joined = vflowopt_parts(signals, k, method)
+    weights = {i: {i: 1.0} for i in important}
+    for i, others in joined.items():
+        total = math.fsum(importance[j] + 1e-6 for j in [i, *others])
+        weights[i] = {j: (importance[j] + 1e-6) / total for j in [i, *others]}
+    return weights
+
+
+# RATE
+
+
+def rate(signals, k, method):
+    return pivots(signals.vision_features.double().tolist(), k)
+
+
+def pivots(vectors, k):
+    """Again and again the vector of which most lies outside of the span of those taken; then the longest."""
+    squares = [math.fsum(x * x for x in vector) for vector in vectors]
+    outside, kept = [list(vector) for vector in vectors], []
+    while len(kept) < k:
+        free = set(range(len(vectors))) - set(kept)
+        left = {i: math.fsum(x * x for x in outside[i]) for i in free}
+        score = {i: square for i, square in left.items() if square > 1e-9 * squares[i]}
+        if not score:
+            return sorted(kept + [i for i in ranked(squares) if i in free][: k - len(kept)])
+        token = first_best(score, score.get, max(score.values()))
+        axis = [x / math.sqrt(left[token]) for x in outside[token]]
+        for vector in outside:
+            along = math.fsum(x * y for x, y in zip(vector, axis, strict=True))
+            vector[:] = [x - along * y for x, y in zip(vector, axis, strict=True)]
+        kept.append(token)
+    return sorted(kept)
+
+
 # CDPruner
 
 
@@ -363,6 +504,73 @@ def suppression(layer_signals, k, rule):
             if other == view and distance <= rule.radius + EQUAL:
                 near = math.exp(-(distance**2) / (2 * rule.sigma**2))
                 scores[i] *= 1 - near * math.exp(-((1 - cosine(keys[i], keys[best])) ** 2) / (2 * rule.likeness**2))
+    return sorted(kept)
+
+
+def pyramid(layer_signals, k, rule):
+    """PTP: a budget per view by its mean saliency, and in it what is salient and what the text attends to."""
+    view_of = [v for v, _, _ in places_of(layer_signals.views)]
+    views = [view_of[token] for token in layer_signals.tokens.tolist()]
+    saliency, attention = layer_signals.saliency.tolist(), layer_signals.attention.tolist()
+
+    def scaled(signal):
+        low, high = min(signal), max(signal)
+        return [(x - low) / (high - low) if high > low else 0.0 for x in signal]
+
+    members = [[i for i, v in enumerate(views) if v == number] for number in sorted(set(views))]
+    weights = [Fraction(math.fsum(saliency[i] for i in of_view)) / len(of_view) for of_view in members]
+    budgets = shared(weights, [len(of_view) for of_view in members], k)
+    if not views:
+        return []
+    pairs = zip(scaled(saliency), scaled(attention), strict=True)
+    score = [(1 - rule.alpha) * a + rule.alpha * c for a, c in pairs]
+    kept = []
+    for of_view, budget in zip(members, budgets, strict=True):
+        kept += sorted(of_view, key=lambda i: (-score[i], i))[:budget]
+    return sorted(kept)
+
+
+def coordinates(layer_signals, k, rule):
+    """IVC-Prune: positions of the highest mean cosine and sine, then seeds by the text's values, and what is alike."""
+    values, text = layer_signals.values.double().tolist(), layer_signals.text_values.double().tolist()
+
+    def attention(queries):
+        each = [
+            softmax([math.fsum(x * y for x, y in zip(q, v, strict=True)) / math.sqrt(len(v)) for v in values], 1.0)
+            for q in queries
+        ]
+        return [round(math.fsum(row[i] for row in each) / len(each) * 2**32) for i in range(len(values))]
+
+    count, kept = math.floor(rule.coordinate_share * k + 0.5), []
+    for column, quota in enumerate(((count + 1) // 2, count // 2)):
+        angles = layer_signals.rotary[:, column].tolist()
+        kept += [i for i in ranked(angles) if i not in kept][:quota]
+    left = k - count
+    if left:
+        likeness = attention(text or values)
+        seeds = [i for i in ranked(likeness) if i not in kept]
+        seeds = seeds[: min(left, max(1, math.floor(rule.seed_share * len(values) + 0.5)))]
+        likeness = attention([values[i] for i in seeds])
+        kept += seeds + [i for i in ranked(likeness) if i not in kept + seeds][: left - len(seeds)]
+    return sorted(kept)
+
+
+def balanced(layer_signals, k, rule):
+    """BTP: some by attention, those in the first half before others; the rest far from all that stays."""
+    attention, tokens = layer_signals.attention.tolist(), layer_signals.tokens.tolist()
+    places = [places_of(layer_signals.views)[token] for token in tokens]
+    count = math.floor(rule.attention_share * k + 0.5)
+    candidates = ranked(attention)[: 2 * count]
+    kept = sorted(candidates, key=lambda i: (i >= len(tokens) // 2, -attention[i], i))[:count]
+
+    def distance(i, j):
+        (a, *there), (b, *here) = places[i], places[j]
+        return math.inf if a != b else sum(abs(x - y) for x, y in zip(there, here, strict=True))
+
+    while len(kept) < k:
+        free = [i for i in range(len(tokens)) if i not in kept]
+        gap = {i: min((distance(i, j) for j in kept), default=math.inf) for i in free}
+        kept.append(min(free, key=lambda i: (-gap[i], -attention[i], i)))
     return sorted(kept)
 
 

@@ -118,9 +118,9 @@ def test_a_localizers_time_is_told_and_part_of_the_answer(pipeline, noise, tiny_
     seen = []
     run_tower = Encoder.run_tower
 
-    def watched(self, pictures, several=False):
+    def watched(self, pictures, *settings, **named):
         seen.append(self)
-        return run_tower(self, pictures, several)
+        return run_tower(self, pictures, *settings, **named)
 
     monkeypatch.setattr(Encoder, "run_tower", watched)
     asking = Pruning(keep=0.25, localizer=str(tiny_llava))

@@ -243,9 +243,9 @@ def test_each_image_is_encoded_once_and_every_answer_can_be_made_again(tiny, que
     encoded = []
     run_tower = Encoder.run_tower
 
-    def watched(self, pictures, several):
+    def watched(self, pictures, several, optional):
         encoded.extend(pictures)
-        return run_tower(self, pictures, several)
+        return run_tower(self, pictures, several, optional)
 
     monkeypatch.setattr(Encoder, "run_tower", watched)
     cells = read_cells(["gridprune --zone 2, gridprune --region 0,0,3,3, random"], "0.5,0.2")

@@ -16,6 +16,7 @@ from transformers import ProcessorMixin
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import METHODS, make_method
+from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, TOWER_SIGNALS
 from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm import FAMILIES
@@ -222,6 +223,29 @@ def test_encoded_images_make_sense(family, noise, size):
     )
 
 
+def test_optional_signals(family, noise, monkeypatch):
+    """What else is encoded does not depend on them, and a middle layer that is the last gives what the last does."""
+    from gridprune_cli.cache import files
+
+    pipeline = open_pipeline(family[0])
+    for several, size in ((False, "wide"), (True, "tiny")):
+        plain = pipeline.encoder.run_tower([noise(SIZES[size])], several)[0]
+        wide = pipeline.encoder.run_tower([noise(SIZES[size])], several, OPTIONAL_SIGNALS)[0]
+        assert plain.optional == {} and set(wide.optional) == set(OPTIONAL_SIGNALS) and wide.key != plain.key
+        for name in ("vision_features", "saliency", "placeholder_map"):
+            assert torch.equal(getattr(plain, name), getattr(wide, name))
+        again = EncodedImage.from_parts(*files.decode(wide.to_bytes()))
+        for name, signal in wide.optional.items():
+            assert signal.shape == plain.saliency.shape and (signal >= 0).all() and signal.std() > 0
+            assert torch.equal(again.optional[name], signal)
+        received, middle = (wide.optional[name] for name in TOWER_SIGNALS)
+        assert not torch.equal(received, middle)
+        monkeypatch.setattr("gridprune_cli.vlm.attention.MIDDLE", 1.0)
+        last = pipeline.encoder.run_tower([noise(SIZES[size])], several, TOWER_SIGNALS)[0].optional
+        assert torch.equal(last["middle_attention"], received) and torch.equal(last["received_attention"], received)
+        monkeypatch.undo()
+
+
 @pytest.mark.parametrize("method", ["gridprune", "uniform"])
 def test_parts_need_no_weights_but_their_own(family, noise, tmp_path, method):
     """encode reads no language model, generate no vision tower: neither is there."""
@@ -254,7 +278,7 @@ def test_every_method_runs(family, noise):
     """Exactly K rows, whatever the views, and finite ones; the same again from disk."""
     folder, _, _ = family
     pipeline = open_pipeline(folder)
-    images = [pipeline.encoder.encode([noise(size)])[0] for size in ((210, 70), (31, 29))]
+    images = [pipeline.encoder.encode([noise(size)], False, OPTIONAL_SIGNALS)[0] for size in ((210, 70), (31, 29))]
     for name in (name for name, kind in METHODS.items() if not kind.inner):
         for image in images:
             pruned = pipeline.prune(image, QUESTION, Pruning(keep=0.4, method=make_method(name)))

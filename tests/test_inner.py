@@ -272,6 +272,24 @@ def test_a_budget_takes_the_region_first(pipeline, attention, noise):
         check(pipeline, pruned, {layer: stays})
 
 
+def test_several_shares_leave_one_after_the_other(pipeline, noise):
+    """The region, then a share of what is in it, then a smaller one, against eager attention of what is still there."""
+    first, end = pipeline.family.first_inner, last(pipeline)
+    if first == end:
+        return
+    pruning = Pruning(keep=1.0, region=WITHIN, ilp=("region", 0.2), ilp_layer=(first, end))
+    pruned = prune(pipeline, [noise((210, 170))], pruning)
+    region, k = within(pruned), int(0.2 * pruned.count + 0.5)
+    assert pruned.schedule.tokens[first : end + 1] == (*(len(region),) * (end - first), min(k, len(region)))
+    with Hidden(pipeline, {first: places_gone(pipeline, pruned, region)}):
+        row = eager_rows(pipeline, replace(pruned, schedule=None), end - 1)
+    at, _ = places(pipeline, pruned)
+    order = sorted(region, key=lambda token: (-float(row[at[token]]), token))
+    check(pipeline, pruned, {first: region, end: set(order[:k])})
+    again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
+    assert again.schedule == pruned.schedule
+
+
 def test_pyramiddrop_ranks_by_the_layer_ahead(pipeline, attention, noise):
     """One stage, positions kept: the score against eager attention of the stage's own layer."""
     layer = last(pipeline)
@@ -291,6 +309,9 @@ class Whole:
     attention: torch.Tensor  # (L, L) of the layer before, mean over heads
     compared: torch.Tensor  # (L, C) keys of the layer before, as cached
     projected: torch.Tensor  # (L, C) keys of `layer`, as projected
+    values: torch.Tensor  # (L, C) values of `layer`, as projected
+    next_attention: torch.Tensor  # (L, L) of `layer`, mean over heads
+    rotary: torch.Tensor  # (L, 2) mean cosine and sine of the position embeddings of `layer`
 
     @classmethod
     def run(cls, pipeline, pruned, layer):
@@ -304,6 +325,11 @@ class Whole:
             text.layers[layer].register_forward_pre_hook(lambda m, a: recorded.update(hidden_states=a[0][0])),
             text.layers[layer].self_attn.k_proj.register_forward_hook(lambda m, a, out: recorded.update(keys=out[0])),
             text.layers[layer - 1].self_attn.register_forward_hook(lambda m, a, out: recorded.update(rows=out[1][0])),
+            text.layers[layer].self_attn.v_proj.register_forward_hook(lambda m, a, out: recorded.update(values=out[0])),
+            text.layers[layer].self_attn.register_forward_hook(lambda m, a, out: recorded.update(next_rows=out[1][0])),
+            text.layers[layer].register_forward_pre_hook(
+                lambda m, a, k: recorded.update(angles=k["position_embeddings"]), with_kwargs=True
+            ),
         ]
         with torch.no_grad():
             out = model.generate(  # which PaliGemma's positions need: their size tells in keys
@@ -320,7 +346,10 @@ class Whole:
             hook.remove()
         model.set_attn_implementation({"text_config": before})
         cached = out.past_key_values.layers[layer - 1].keys[0].transpose(0, 1).flatten(1)
-        return cls(recorded["first"], hidden_states, recorded["rows"].mean(0), cached, recorded["keys"])
+        rotary = torch.stack([values[0].mean(-1) for values in recorded["angles"]], -1)
+        attention, next_attention = recorded["rows"].mean(0), recorded["next_rows"].mean(0)
+        rest = (recorded["values"], next_attention, rotary)
+        return cls(recorded["first"], hidden_states, attention, cached, recorded["keys"], *rest)
 
 
 def places(pipeline, pruned):
@@ -330,18 +359,29 @@ def places(pipeline, pruned):
 
 
 def seen(pipeline, pruned, layer):
-    """What the rules of DART and AdaptPrune are to see of a prompt with one image, all tokens there."""
+    """What the rules of methods are to look at in a prompt with one image, all tokens there."""
     whole, (at, text) = Whole.run(pipeline, pruned, layer), places(pipeline, pruned)
     views = tuple(view for image in pruned.images for view in image.views)
     common = {"tokens": torch.arange(len(at)), "within": torch.zeros(len(at), dtype=torch.bool), "views": views}
     dart = {"hidden_states": whole.hidden_states[at], "keys": whole.compared[at]}
     dart |= {"text_hidden_states": whole.hidden_states[text], "text_keys": whole.compared[text]}
     adaptprune = {"attention": whole.attention[-1, at].double(), "keys": whole.projected[at]}
-    return {"dart": LayerSignals(**common, **dart), "adaptprune": LayerSignals(**common, **adaptprune)}
+    ptp = {"attention": whole.next_attention[text][:, at].amax(0).double(), "saliency": pruned.saliency}
+    ivc_prune = {"values": whole.values[at], "text_values": whole.values[text], "rotary": whole.rotary[at]}
+    looked_at = {"dart": dart, "adaptprune": adaptprune, "ptp": ptp, "ivc-prune": ivc_prune}
+    return {name: LayerSignals(**common, **signals) for name, signals in looked_at.items()}
 
 
-@pytest.mark.parametrize(("name", "written_out"), [("dart", slow.duplication), ("adaptprune", slow.suppression)])
-def test_rules_that_look_at_keys_see_those_of_the_model(pipeline, attention, noise, name, written_out):
+WRITTEN_OUT = {
+    "dart": slow.duplication,
+    "adaptprune": slow.suppression,
+    "ptp": slow.pyramid,
+    "ivc-prune": slow.coordinates,
+}
+
+
+@pytest.mark.parametrize(("name", "written_out"), WRITTEN_OUT.items())
+def test_rules_look_at_what_is_the_models(pipeline, attention, noise, name, written_out):
     layer = last(pipeline)
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method(name, layer=layer)))
     (stage,) = pruned.schedule.stages
@@ -642,6 +682,14 @@ def test_settings_that_make_no_sense(llava, noise):
         ({"ilp": 0.0}, "ilp.0.0: must be above 0"),
         ({"ilp": 1.5}, "ilp.1.5: must be above 0"),
         ({"ilp": "here"}, "ilp.here: neither selection, nor region, nor a share"),
+        ({"ilp": "0.3,0.1"}, "ilp_layer: name a layer for each of the 2 shares"),
+        ({"ilp": "0.3,0.1", "ilp_layer": 3}, "ilp_layer=3: name a layer for each of the 2 shares"),
+        ({"ilp": 0.3, "ilp_layer": "1,2"}, "ilp_layer=1,2: name a layer for each of the 1 shares"),
+        ({"ilp": "0.1,0.3", "ilp_layer": "1,2"}, "ilp=0.1,0.3: several shares must fall"),
+        ({"ilp": "0.3,0.1", "ilp_layer": "2,2"}, "ilp_layer=2,2: several layers must ascend"),
+        ({"ilp": "0.3,region", "ilp_layer": "1,2"}, "ilp=0.3,region: the region comes first"),
+        ({"ilp": "0.3,selection", "ilp_layer": "1,2"}, "ilp=selection: neither"),
+        ({"ilp": 0.3, "ilp_layer": "two"}, "ilp_layer=two: must be a whole number"),
         ({"ilp_layer": 2}, "ilp.layer: only with .*ilp"),
         ({"ilp": 0.1, "method": make_method("fastv")}, "ilp: not with .*method.fastv"),
         ({"ilp": "selection", "method": make_method("fastv")}, "ilp: not with .*method.fastv"),

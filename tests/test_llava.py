@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, CLIPModel, LlavaForConditionalGeneration
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
+from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS
 from gridprune_cli.settings import Pruning
 
 QUESTIONS = ("What colour is the star?", "How many red circles are there?", "Where is the object with K?")
@@ -101,6 +102,10 @@ def test_signals_equal_an_eager_reference(tiny_llava, reference, picture):
     encoded = pipeline.encoder.encode([picture])[0]
     assert torch.allclose(encoded.vision_features, vision_features, atol=1e-5)
     assert torch.allclose(encoded.saliency, out.attentions[-2][0, :, 0, 1:].mean(0), atol=1e-6)
+    asked = pipeline.encoder.run_tower([picture], optional=OPTIONAL_SIGNALS)[0].optional
+    layers = len(out.attentions)
+    for name, layer in (("received_attention", layers - 2), ("middle_attention", int(layers * 9 / 24 + 0.5) - 1)):
+        assert torch.allclose(asked[name], out.attentions[layer][0].mean((0, 1))[1:], atol=1e-6)
     relevance = pipeline.family.relevance(encoded.vision_features, question)
     assert torch.allclose(relevance, torch.cosine_similarity(patches, text), atol=1e-5)
 

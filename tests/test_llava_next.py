@@ -55,9 +55,9 @@ def check_spots(tiny, size):
     family = tiny.pipeline.family
     embed = family.load("tower").model.vision_tower.embeddings
 
-    def run_tower(pixels):
+    def run_tower(pixels, optional):
         vision_features = embed(pixels)[:, -SIDE * SIDE :]
-        return vision_features, vision_features.abs().mean(-1)
+        return vision_features, vision_features.abs().mean(-1, keepdim=True)
 
     before = Image.new("RGB", size, (90, 90, 90))
     with pytest.MonkeyPatch.context() as patch:

@@ -15,7 +15,7 @@ from gridprune_cli.pruning.methods.base import Method
 from gridprune_cli.pruning.methods.gridprune import LITERAL, SALIENCY_SCALES, GridPrune, region_quotas
 from gridprune_cli.pruning.methods.uniform import lattice
 from gridprune_cli.pruning.schedule import LayerSignals, plan
-from gridprune_cli.pruning.signals import Signals, View
+from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, Signals, View
 
 
 def select(method, signals, k):
@@ -50,6 +50,15 @@ MATRIX = [
     ("trim", {"relevance_sign": 1, "mean_token": False}, slow.top_relevance),
     ("hired", {}, slow.hired),
     ("hired", {"base_share": 0.2}, slow.hired),
+    ("hiprune", {}, slow.hiprune),
+    ("hiprune", {"alpha": 1.0}, slow.hiprune),
+    ("hivtp", {}, slow.hivtp),
+    ("hivtp", {"global_share": 0.0, "regions": 3, "window": 4}, slow.hivtp),
+    ("fopru", {}, slow.fopru),
+    ("fopru", {"strategy": "row"}, slow.fopru),
+    ("vflowopt", {}, slow.vflowopt),
+    ("vflowopt", {"beta": 0.1, "recycled_share": 0.7, "cell": 2}, slow.vflowopt),
+    ("rate", {}, slow.rate),
     ("uniform", {}, None),
     ("random", {}, None),
     ("random", {"seed": 7}, None),
@@ -69,11 +78,11 @@ def problems(draw):
     views = draw(st.sampled_from(LAYOUTS))
     count = sum(view.count for view in views)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    relevance, saliency = torch.rand(2, count, generator=generator, dtype=torch.float64)
+    relevance, saliency, *others = torch.rand(5, count, generator=generator, dtype=torch.float64)
     relevance = relevance * draw(st.sampled_from([0.0, 0.1, 1.0])) - draw(st.sampled_from([0.0, 0.5]))
     saliency = saliency * draw(st.sampled_from([0.0, 1 / 576, 1.0]))
     if draw(st.booleans()):  # ties
-        relevance, saliency = (relevance * 4).round() / 4, (saliency * 4).round() / 4
+        relevance, saliency, *others = ((signal * 4).round() / 4 for signal in (relevance, saliency, *others))
     vectors = {
         name: torch.randn(length, width, generator=generator, dtype=torch.float64)
         for name, length, width in (
@@ -98,6 +107,7 @@ def problems(draw):
     dtype = draw(st.sampled_from(DTYPES))
     region = draw(st.sampled_from(REGIONS))
     vectors = {name: vector.to(dtype) for name, vector in vectors.items()}
+    vectors |= {name: signal.to(dtype) for name, signal in zip(OPTIONAL_SIGNALS, others, strict=True)}
     sign = -1 if draw(st.booleans()) else 1
     signals = Signals(views, relevance.to(dtype), saliency.to(dtype), region, **vectors, relevance_sign=sign)
     return signals, draw(st.integers(1, count))
@@ -105,7 +115,9 @@ def problems(draw):
 
 def test_the_matrix_has_every_method():
     assert {name for name, _, _ in MATRIX} == set(OUTER)
-    assert set(METHODS) - set(OUTER) == {"fastv", "pyramiddrop", "sparsevlm", "dart", "adaptprune", "vtw"}
+    assert set(METHODS) - set(OUTER) == {"fastv", "pyramiddrop", "sparsevlm", "dart", "adaptprune", "vtw"} | {
+        *("ptp", "ivc-prune", "btp", "g-search")
+    }
     assert all(method.name == name for name, method in METHODS.items())
     # from which help and completion take the names, without torch
     assert all(method.__module__.rpartition(".")[2].replace("_", "-") == name for name, method in METHODS.items())
@@ -312,6 +324,43 @@ def test_vtw_by_its_layer_and_with_all_tokens():
     assert make_method("vtw").stages([9, 4], [9, 4], range(1, 32)) == ()
 
 
+def test_ptp_and_ivc_prune_are_one_stage_each():
+    (stage,) = make_method("ptp", alpha=0.2).stages([576, 100], [64, 9], range(1, 32))
+    assert (stage.layer, stage.budgets, stage.rule) == (2, (64, 9), RULES["pyramid"](alpha=0.2))
+    for depth, options, layer in ((32, {}, 16), (3, {}, 1), (2, {}, 1), (32, {"layer": 20}, 20)):
+        (stage,) = make_method("ivc-prune", seed_share=0.1, **options).stages([576], [64], range(1, depth))
+        assert (stage.layer, stage.budgets, stage.rule) == (layer, (64,), RULES["coordinates"](seed_share=0.1))
+
+
+def test_btp_attends_more_the_deeper():
+    for options, layers in (({}, [8, 16, 24]), ({"layers": "3, 9"}, [3, 9])):
+        stages = make_method("btp", **options).stages([576], [72], range(1, 32))
+        assert [stage.layer for stage in stages] == layers and stages[-1].budgets == (72,)
+        shares = [stage.rule.attention_share for stage in stages]
+        assert shares == [(n + 1) / len(layers) for n in range(len(layers))]
+    assert [stage.layer for stage in make_method("btp").stages([9], [3], range(1, 3))] == [1, 2]
+
+
+def test_g_search_is_its_plan_at_the_plans_own_budget():
+    method = make_method("g-search", plan="2:0.5,5:0.25")
+    stages = method.stages([400], [100], range(1, 8))
+    assert [(stage.layer, stage.budgets) for stage in stages] == [(2, (200,)), (5, (100,))]
+    stages = method.stages([400], [25], range(1, 8))  # (1/4)^2 = 1/16
+    assert [(stage.layer, stage.budgets) for stage in stages] == [(2, (100,)), (5, (25,))]
+    assert method.stages([400], [400], range(1, 8)) == ()
+    assert {stage.rule for stage in stages} == {RULES["attention"]()}
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 3000), st.floats(0, 1), st.integers(2, 80), st.integers(1, 3))
+def test_g_search_without_a_plan_falls_to_k(count, share, depth, first):
+    k, layers = max(1, round(share * count)), range(min(first, depth - 1), depth)
+    stages = make_method("g-search").stages([count], [k], layers)
+    counts = [count, *(stage.budgets[0] for stage in stages)]
+    assert counts[-1] == k and counts == sorted(set(counts), reverse=True)
+    assert all(stage.layer in layers for stage in stages)
+
+
 # (rule, options, the same written out)
 RULE_MATRIX = [
     ("duplication", {}, slow.duplication),
@@ -320,6 +369,13 @@ RULE_MATRIX = [
     ("suppression", {}, slow.suppression),
     ("suppression", {"centre": 0.3, "radius": 2.3, "sigma": 4.0, "likeness": 0.8}, slow.suppression),
     ("suppression", {"radius": 0.0}, slow.suppression),
+    ("pyramid", {}, slow.pyramid),
+    ("pyramid", {"alpha": 0.9}, slow.pyramid),
+    ("coordinates", {}, slow.coordinates),
+    ("coordinates", {"coordinate_share": 0.7, "seed_share": 0.2}, slow.coordinates),
+    ("balanced", {}, slow.balanced),
+    ("balanced", {"attention_share": 0.4}, slow.balanced),
+    ("balanced", {"attention_share": 0.0}, slow.balanced),
     ("attention", {}, lambda layer_signals, k, rule: sorted(slow.ranked(layer_signals.attention.tolist())[:k])),
 ]
 
@@ -340,6 +396,10 @@ def sights(draw):
         keys=signals.vision_features[tokens],
         text_hidden_states=text[:, :7],
         text_keys=text[:, 7:],
+        saliency=signals.received_attention[tokens],
+        values=signals.image_embeds[tokens],
+        text_values=text[:, :7],
+        rotary=torch.rand(len(tokens), 2, generator=generator) * 2 - 1,
     )
     return layer_signals, draw(st.integers(0, len(tokens)))
 
@@ -433,6 +493,20 @@ def test_unknown_names_and_options_name_the_known_ones():
         ("adaptprune", "radius", math.inf),
         ("adaptprune", "sigma", math.nan),
         ("adaptprune", "likeness", 0.0),
+        ("ptp", "layer", 0),
+        ("ptp", "alpha", -0.1),
+        ("ivc-prune", "layer", -1),
+        ("ivc-prune", "coordinate_share", 1.1),
+        ("ivc-prune", "seed_share", math.nan),
+        ("btp", "layers", "2,x"),
+        ("btp", "layers", "3,2"),
+        ("btp", "layers", "0,2"),
+        ("g-search", "plan", "1"),
+        ("g-search", "plan", "0:0.5"),
+        ("g-search", "plan", "2:0.5,1:0.4"),
+        ("g-search", "plan", "1:0.5,1:0.4"),
+        ("g-search", "plan", "1:0.5,2:0.5"),
+        ("g-search", "plan", "1:0.5,2:0.0"),
         ("sparsevlm", "count", "first"),
         ("vtw", "layer", -1),
         ("visionzip", "contextual_share", 1.1),
@@ -448,6 +522,15 @@ def test_unknown_names_and_options_name_the_known_ones():
         ("mmtok", "vision_temperature", math.nan),
         ("trim", "relevance_sign", -2),
         ("hired", "base_share", 1.5),
+        ("hiprune", "alpha", 1.5),
+        ("hivtp", "global_share", -0.5),
+        ("hivtp", "regions", 0),
+        ("hivtp", "window", 0),
+        ("fopru", "strategy", "column"),
+        ("vflowopt", "beta", 2.0),
+        ("vflowopt", "recycled_share", -1.0),
+        ("vflowopt", "cell", 0),
+        ("rate", "oversampling", -1),
         # of another kind than the option
         ("gridprune", "zone", 2.5),
         ("gridprune", "alpha", "0.5"),
@@ -461,7 +544,7 @@ def test_options_out_of_range_are_errors(name, option, value):
         make_method(name, **{option: value})
 
 
-EQUIVARIANT = ("topk-relevance", "fastervlm", "vispruner", "divprune", "scope", "cdpruner", "mmtok", "trim")
+EQUIVARIANT = ("topk-relevance", "fastervlm", "vispruner", "divprune", "scope", "cdpruner", "mmtok", "trim", "rate")
 
 
 @pytest.mark.parametrize("name", EQUIVARIANT)
@@ -489,6 +572,8 @@ def test_what_is_merged(problem, data):
             [
                 (make_method("visionzip"), slow.visionzip_weights),
                 (make_method("visionzip", merge_by="sum", contextual_share=0.5), slow.visionzip_weights),
+                (make_method("vflowopt"), slow.vflowopt_weights),
+                (make_method("vflowopt", recycled_share=0.8, cell=3), slow.vflowopt_weights),
                 (make_method("trim"), slow.trim_weights),
                 (make_method("trim", mean_token=False), slow.trim_weights),
             ]
@@ -507,10 +592,10 @@ def test_what_is_merged(problem, data):
     assert torch.allclose(alone if weights is None else weights.to_dense(), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("visionzip", "trim")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("visionzip", "trim", "vflowopt")])
 def test_all_others_merge_nothing(name):
-    vectors = {signal: torch.rand(9, 5) for signal in VECTORS}
-    signals = Signals((View(3, 3),), torch.rand(9), torch.rand(9), **vectors)
+    known = {signal: torch.rand(9, 5) for signal in VECTORS} | {signal: torch.rand(9) for signal in OPTIONAL_SIGNALS}
+    signals = Signals((View(3, 3),), torch.rand(9), torch.rand(9), **known)
     assert make_method(name).merge(signals, select(make_method(name), signals, 4)) is None
 
 

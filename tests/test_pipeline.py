@@ -15,7 +15,7 @@ from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import METHODS, make_method
 from gridprune_cli.pruning.region import contextual_region
-from gridprune_cli.pruning.signals import Signals
+from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, Signals
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import PrunedSet
 
@@ -101,6 +101,29 @@ def test_what_an_encoding_depends_on_is_in_its_key(pipeline, tiny_llava, tmp_pat
     assert Pipeline(str(folder), dtype=dtype).encoder.key("0" * 64) != pipeline.encoder.key("0" * 64)
 
 
+def test_optional_signals_are_an_entry_of_their_own(pipeline, image):
+    """Who needs none meets the entry of ever; who needs some encodes once more, and finds that from then on."""
+    plain = Pruning(keep=0.4, method=make_method("fastervlm"))
+    middle = Pruning(keep=0.4, method=make_method("hivtp"))
+    both = Pruning(keep=0.4, method=make_method("hiprune"))
+    runs = [pipeline.ask(image, QUESTION, pruning, max_new_tokens=2) for pruning in (plain, middle, plain, middle)]
+    assert [run.hit for run in runs] == [False, False, True, True]
+    keys = {run.pruned.images[0].key for run in runs}
+    assert len(keys) == 2 and pipeline.encoder.key(runs[0].pruned.images[0].image) in keys
+    assert len(list(pipeline.store.entries())) == 2
+    encoded, hit = pipeline.encode(image, optional=["middle_attention"])
+    assert hit and list(encoded.optional) == ["middle_attention"]
+    requests = [
+        Request((image,), QUESTION, pruning) for pruning in (both, plain, middle)
+    ]  # of one run, each as it needs
+    results = dict(pipeline.runner().prune(requests))
+    assert [results[n].hits for n in range(3)] == [(False,), (True,), (True,)]
+    with pytest.raises(BadInput, match=r"encoded without received_attention, .*optional=received_attention,middle"):
+        pipeline.prune(encoded, QUESTION, both)
+    with pytest.raises(BadInput, match="keys: no optional signal; there are received_attention"):
+        pipeline.encode(image, optional=["keys"])
+
+
 def test_a_broken_entry_is_encoded_again(pipeline, image):
     first = pipeline.ask(image, QUESTION, max_new_tokens=4)
     (entry,) = pipeline.store.entries()
@@ -116,8 +139,9 @@ def test_a_broken_entry_is_encoded_again(pipeline, image):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_a_pruned_set_from_disk_answers_the_same(pipeline, image, method, positions):
-    encoded, _ = pipeline.encode(image)
-    pruned = pipeline.prune(encoded, QUESTION, Pruning(keep=0.4, method=make_method(method), positions=positions))
+    pruning = Pruning(keep=0.4, method=make_method(method), positions=positions)
+    encoded, _ = pipeline.encode(image, optional=pruning.optional)
+    pruned = pipeline.prune(encoded, QUESTION, pruning)
     again = PrunedSet.from_bytes(pruned.to_bytes(), "x")
     inner = pruned.schedule is not None
     assert len(pruned.kept) == len(pruned.image_embeds) == (16 if inner else 6)
@@ -151,7 +175,7 @@ def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share
 
 @pytest.mark.parametrize("method", METHODS)
 def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, method, monkeypatch):
-    encoded, _ = pipeline.encode(image)
+    encoded, _ = pipeline.encode(image, optional=make_method(method).requires & set(OPTIONAL_SIGNALS))
     computed = []
     method = make_method(method)
     monkeypatch.setattr(
@@ -164,7 +188,7 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
     (signals,) = computed
     known = {
         name
-        for name in ("relevance", "vision_features", "image_embeds", "question_embeds")
+        for name in ("relevance", "vision_features", "image_embeds", "question_embeds", *OPTIONAL_SIGNALS)
         if getattr(signals, name) is not None
     }
     assert known == method.requires - {"saliency"} and signals.relevance_sign == -1

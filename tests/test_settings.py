@@ -17,6 +17,8 @@ from gridprune_cli.settings import Pruning, parse_pairs
         ({"region": "0,1,2,3", "query": "5"}, Pruning(region=(0, 1, 2, 3), query="5")),
         ({"region": [0, 1, 2, 3], "localizer": None}, Pruning(region=(0, 1, 2, 3))),
         ({"ilp": "0.05", "ilp_layer": "2"}, Pruning(ilp=0.05, ilp_layer=2)),
+        ({"ilp": "region, 0.05", "ilp_layer": "2,4"}, Pruning(ilp=("region", 0.05), ilp_layer=(2, 4))),
+        ({"ilp": [0.3, 0.1], "ilp_layer": [1, 2]}, Pruning(ilp=(0.3, 0.1), ilp_layer=(1, 2))),
         ({"ilp": 0.05, "plc": "pool", "inside_ratio": "2"}, Pruning(ilp=0.05, plc="pool", inside_ratio=2.0)),
         ({"method": "fastv", "layer": "1"}, Pruning(method=make_method("fastv", layer=1))),
         ({"method_option": ["zone=2", "alpha=0.5"]}, Pruning(method=make_method("gridprune", zone=2, alpha=0.5))),

@@ -1,16 +1,20 @@
 """`gridprune calibrate`: what relevance is best taken from for a model, by questions of the user's own."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gridprune_cli import choices
 from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.evaluate import read_shares
 from gridprune_cli.cli.output import emit_json, progress, say, set_quiet, table
+from gridprune_cli.errors import BadInput
 
 if TYPE_CHECKING:
     from gridprune_cli.evaluation.calibrate import Measured
+    from gridprune_cli.evaluation.run import Plan
     from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.vlm.relevance import Calibration
 
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 @examples(
     "gridprune calibrate questions.jsonl --model Qwen/Qwen2.5-VL-3B-Instruct",
     "gridprune calibrate questions.jsonl --keep 0.22,0.11 --dry-run",
+    "gridprune calibrate questions.jsonl --schedule g-search -o schedule.json",
 )
 @options.takes(pipeline=options.pipeline, prompt=options.prompt)
 def calibrate(
@@ -38,6 +43,19 @@ def calibrate(
     limit: Annotated[
         int, options.option("Questions that are asked, drawn from the file where it has more.", options.WORK, min=1)
     ] = 50,
+    schedule: Annotated[
+        choices.Schedule | None,
+        options.option(
+            "Instead of relevance, find the layers at which this method drops tokens, and write them to --output, for "
+            "--method-option @FILE.",
+            options.WORK,
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        options.option("File for the schedule.", options.OUTPUT, "--output", "-o", show_default=False),
+    ] = None,
     seed: Annotated[int, options.option("Seed of that draw.", options.WORK)] = 0,
     max_new_tokens: options.MaxNewTokens = 16,
     batch_size: Annotated[int, options.option("Questions that are answered at once.", options.WORK, min=1)] = 16,
@@ -57,6 +75,14 @@ def calibrate(
     from gridprune_cli.vlm.checkpoint import model_key
 
     set_quiet(quiet)
+    if schedule is not None or output is not None:
+        if schedule is None or output is None:
+            missing, there = ("schedule", "output") if schedule is None else ("output", "schedule")
+            raise BadInput(f"--{there} needs it, too", field=missing)
+        data = sample(read_jsonl(questions, scored=False), limit, seed)
+        plan = Plan(data, (), prompt=prompt, max_new_tokens=max_new_tokens, batch=batch_size)
+        _find_schedule(schedule, output, pipeline, plan, json)
+        return
     # 1. what is tried, on what
     groups = list_choices(pipeline.family, read_shares(keep))
     data = sample(read_jsonl(questions, scored=False), limit, seed)
@@ -91,6 +117,26 @@ def calibrate(
         say(_verdict(group, best))
     if path is not None:
         say(f"{path}: remembered for {key}; `gridprune models forget {key}` takes it back")
+
+
+def _find_schedule(method: str, output: Path, pipeline: "Pipeline", plan: "Plan", as_json: bool) -> None:
+    """Finds the schedule of a method and writes it to a file, with the model that it is for."""
+    import json
+
+    from gridprune_cli.cache.files import write_atomic
+    from gridprune_cli.evaluation.schedules import count_answers, find_schedule
+
+    questions = len(plan.data.items)
+    with pipeline, progress("answering", count_answers(method, pipeline, questions)) as step:
+        result = find_schedule(method, pipeline, plan, step)
+    record = result.to_json() | {"model": pipeline.model, "questions": questions}
+    record["fingerprint"] = pipeline.family.fingerprint
+    write_atomic(output, (json.dumps(record, indent=1) + "\n").encode(), sync=True)
+    if as_json:
+        emit_json(record)
+    share = f" --keep {result.figures['keep']:g}" if "keep" in result.figures else ""
+    pairs = " ".join(f"{name}={value}" for name, value in result.options.items())
+    say(f"{pairs}: use it by --method {method} --method-option @{output}{share}")
 
 
 def to_table(settings: "Calibration", fingerprint: str) -> dict[str, str | int]:

@@ -164,7 +164,7 @@ def read_pruning(arguments: Sequence[str]) -> "Pruning":
                     raise BadInput(f"{flag} needs a value")
                 value = rest.pop(0)
             if name == "method_option":
-                settings.setdefault(name, []).append(value)
+                settings.setdefault(name, []).extend(options.read_schedules([value]))
             else:
                 settings[name] = value if equals or name not in _FLAGS else True
         return Pruning.from_options(settings)
@@ -188,7 +188,7 @@ def _write(pipeline: "Pipeline", plan: "Plan", answers: "Rows", folder: Path) ->
     table = markdown(results)
 
     def picture(cell: "Cell", item: "Item", answer: str) -> "Image.Image":
-        encoded = encode(runner, plan.data, [item], {})
+        encoded = encode(runner, plan.data, [item], {}, plan.optional)
         (pruned,) = prune(runner, plan, cell, [item], encoded)
         return draw(figure_of(plan.data.find(item.images[0]), pruned, answer))
 

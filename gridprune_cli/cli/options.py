@@ -8,8 +8,9 @@ import copy
 import functools
 import hashlib
 import inspect
+import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -183,6 +184,28 @@ def _without_help(parameter: inspect.Parameter) -> inspect.Parameter:
     return parameter.replace(annotation=Annotated[kind, info])
 
 
+def read_schedules(pairs: Sequence[str]) -> list[str]:
+    """Options of a method, with what files hold in the place of each @FILE, as `gridprune calibrate` writes them.
+
+    Raises BadInput for a file that can't be read, or holds no schedule.
+    """
+    read: list[str] = []
+    for pair in pairs:
+        if not pair.startswith("@"):
+            read.append(pair)
+            continue
+        try:
+            schedule = json.loads(Path(pair[1:]).read_text("utf-8"))
+            read += [f"{name}={json.dumps(value)}" for name, value in schedule["options"].items()]
+        except OSError as fault:
+            reason = f"can't be read ({fault.strerror}); check the path"
+            raise BadInput(reason, field="method_option", value=pair) from fault
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
+            reason = "holds no schedule; make one with `gridprune calibrate --schedule`"
+            raise BadInput(reason, field="method_option", value=pair) from fault
+    return read
+
+
 def in_shard(shard: str | None) -> Callable[[str], bool] | None:
     """Whether a name belongs to a share as given by --shard; None where all is to be done."""
     if shard is None:
@@ -268,7 +291,12 @@ def pruning(
     method: Method = "gridprune",
     method_option: Annotated[
         list[str] | None,
-        option("Of the method, as zone=2; several times.", PRUNING, metavar="NAME=VALUE"),
+        option(
+            "Of it: zone=2, or @FILE of a schedule.",
+            PRUNING,
+            metavar="NAME=VALUE",
+            callback=lambda pairs: pairs and read_schedules(pairs),
+        ),
     ] = None,
     region: Annotated[
         str | None,
@@ -310,7 +338,7 @@ def pruning(
     ilp: Annotated[
         str | None,
         option(
-            "What stays inside the language model: selection (what --keep would leave before it), a share, or region.",
+            "What stays inside the language model: selection (what --keep would leave before it), region, or shares.",
             REGIONS,
             metavar="SHARE",
             show_default="everything",
@@ -318,10 +346,11 @@ def pruning(
         ),
     ] = None,
     ilp_layer: Annotated[
-        int | None,
+        str | None,
         option(
-            "Layer, from 0, at whose input the others leave.",
+            "Layer, from 0, at whose input the others leave; one for each share.",
             REGIONS,
+            metavar="LAYER",
             show_default="3; for selection the depth of relevance from attention",
         ),
     ] = None,

@@ -129,13 +129,13 @@ def compare(
         # 1. the answers from all tokens
         encoded = encode(runner, plan.data, batch, encoded)
         images += [encoded[item.images[0], len(item.images) > 1].key for item in batch]
-        full = _answers(runner, plan, FULL, batch, encoded)
+        full = answers_of(runner, plan, FULL, batch, encoded)
         step(len(batch))
         # 2. those under each choice, compared with them
         for choice, under_choice, of_choice in zip(choices, runners, scores, strict=True):
             of_cells = []  # (2, B) each
             for cell in choice.cells:
-                answers = _answers(under_choice, plan, cell, batch, encoded)
+                answers = answers_of(under_choice, plan, cell, batch, encoded)
                 of_cells.append(np.array([_likeness(*pair) for pair in zip(full, answers, strict=True)]).T)
                 step(len(batch))
             of_choice.append(np.mean(of_cells, axis=0))
@@ -181,7 +181,7 @@ def _under(pipeline: Pipeline, calibration: Calibration) -> Pipeline:
     return Pipeline(family, cache_dtype=pipeline.encoder.cache_dtype)
 
 
-def _answers(runner: Runner, plan: Plan, cell: Cell, batch: list[Item], encoded: Encoded) -> list[Answer]:
+def answers_of(runner: Runner, plan: Plan, cell: Cell, batch: list[Item], encoded: Encoded) -> list[Answer]:
     """The answers to a batch of questions under a cell. Raises the error of the first that fails."""
     generated = in_order(runner.generate(prune(runner, plan, cell, batch, encoded), max_new_tokens=plan.max_new_tokens))
     return [(answer.text, answer.ids) for answer in map(result_or_raise, generated)]

@@ -1,7 +1,7 @@
 """Asks every question under every cell, and keeps each answer on disk as it comes, so that a stopped run goes on."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -82,6 +82,11 @@ class Plan:
     def count(self) -> int:
         """Answers in all."""
         return len(self.cells) * len(self.data.items)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The optional signals of encoded images that some cell's method needs."""
+        return tuple(dict.fromkeys(name for cell in self.cells for name in cell.pruning.optional))
 
     def settings(self, pipeline: Pipeline) -> dict[str, Any]:
         """What must be the same for a stopped run to go on."""
@@ -170,7 +175,7 @@ def answers(pipeline: Pipeline, plan: Plan, rows: Rows) -> Iterator[list[dict[st
     for batch in batches(plan):
         todo = [cell for cell in plan.cells if any(place(cell, item) not in rows for item in batch)]
         if todo:
-            encoded = encode(runner, plan.data, batch, encoded)
+            encoded = encode(runner, plan.data, batch, encoded, plan.optional)
         for cell in todo:
             sets = prune(runner, plan, cell, batch, encoded)
             generated = in_order(runner.generate(sets, max_new_tokens=plan.max_new_tokens))
@@ -214,8 +219,10 @@ def _uses(item: Item) -> list[tuple[str, bool]]:
     return [(image, len(item.images) > 1) for image in item.images]
 
 
-def encode(runner: Runner, data: Data, batch: list[Item], before: Encoded) -> Encoded:
+def encode(runner: Runner, data: Data, batch: list[Item], before: Encoded, optional: Collection[str] = ()) -> Encoded:
     """The encoded images of a batch: from the batch before, from the cache, and the rest through the tower together.
+
+    `optional` are names of the optional signals that they are to have.
 
     Raises BadInput for an image that can't be read.
     """
@@ -223,7 +230,7 @@ def encode(runner: Runner, data: Data, batch: list[Item], before: Encoded) -> En
     encoded = {use: before[use] for use in uses if use in before}
     for several in (False, True):
         new = [use for use in uses if use not in before and use[1] == several]
-        results = runner.encode([data.find(image) for image, _ in new], several=several)
+        results = runner.encode([data.find(image) for image, _ in new], several=several, optional=optional)
         for use, (_, result, _) in zip(new, results, strict=True):
             encoded[use] = replace(result_or_raise(result), name=use[0])
     return encoded

@@ -8,7 +8,7 @@ method's `rules`.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,11 +26,15 @@ class LayerSignals:
     tokens         (n,) int64, ascending: which of the N they are
     within         (n,) bool: whether inside the contextual region; false everywhere where there is no region
     views          those of all images of the prompt, whose N tokens are numbered view by view
+    saliency       (n,) how much the vision tower attends to each
     attention      (n,) float64, CPU: attention of the prompt's last token, or of its raters, to each token; softmax
                    over all that is still in the sequence, mean over heads; None where the rule asks for no attention
     hidden_states  (n, D), None where the rule does not ask for them
     keys           (n, C), None where the rule does not ask for them
-    text_hidden_states, text_keys  (m, D), (m, C): those of the prompt's text behind its last image; m may be 0
+    values         (n, C), the same
+    rotary         (n, 2), mean cosine and mean sine of the position embeddings over the numbers of a head, the same
+    text_hidden_states, text_keys, text_values  (m, D), (m, C), (m, C): those of the prompt's text behind its last
+                   image; m may be 0
     """
 
     tokens: Tensor
@@ -41,6 +45,10 @@ class LayerSignals:
     keys: Tensor | None = None
     text_hidden_states: Tensor | None = None
     text_keys: Tensor | None = None
+    saliency: Tensor | None = None
+    values: Tensor | None = None
+    text_values: Tensor | None = None
+    rotary: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,17 +56,24 @@ class Rule(ABC):
     """Which tokens stay at a stage. Fields are options.
 
     attention      in which layer attention is measured: -1 the layer before the stage, 0 the stage's own, None: in none
-    rated          whether attention is the mean over those text tokens that `raters` names, not the last token's
+    rated          whether attention is that of those text tokens that `raters` names, not the last token's
+    queries        how the attention of several raters is combined: their "mean", or the "max" of them, which is
+                   measured in the stage's own layer only, and divided by their number
     hidden_states  whether the rule looks at hidden states, after the norm that ends the language model
     keys           which keys it looks at, all heads side by side: -1 those of the layer before, with their position
                    embeddings, 0 what the stage's own layer projects, without them, None: none
+    values         whether it looks at the values that the stage's own layer projects
+    rotary         whether it looks at the position embeddings of that layer
     """
 
     name: ClassVar[str]
     attention: ClassVar[int | None] = None
     rated: ClassVar[bool] = False
+    queries: ClassVar[Literal["mean", "max"]] = "mean"
     hidden_states: ClassVar[bool] = False
     keys: ClassVar[int | None] = None
+    values: ClassVar[bool] = False
+    rotary: ClassVar[bool] = False
 
     @abstractmethod
     def select(self, signals: LayerSignals, k: int) -> Tensor:

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# What an entry of the cache holds only where a method needs it: `EncodedImage.optional`, fields of `Signals`
+TOWER_SIGNALS = ("received_attention", "middle_attention")  # of the vision tower
+OPTIONAL_SIGNALS = (*TOWER_SIGNALS, "entropy")
+
 Box = tuple[int, int, int, int]  # inclusive x0, y0, x1, y1 on CROP's 8 x 8 grid over the picture
 
 
@@ -34,6 +38,9 @@ class Signals:
     vision_features     (N, C)  what the vision tower gave
     image_embeds        (N, D)  what the language model receives
     question_embeds     (M, D)  the language model's embeddings of the question's tokens, without stop words
+    received_attention  (N,)    mean attention of all tokens of the tower to it, in the layer of the vision features
+    middle_attention    (N,)    the same in a middle layer of the tower
+    entropy             (N,)    of the picture's grey levels in the token's rectangle, in bits
     relevance_sign              what methods that leave the sign to the model multiply relevance with: -1 as published
                                 for CLIP's, 1 for that of the language model
     """
@@ -45,11 +52,14 @@ class Signals:
     vision_features: Tensor | None = None
     image_embeds: Tensor | None = None
     question_embeds: Tensor | None = None
+    received_attention: Tensor | None = None
+    middle_attention: Tensor | None = None
+    entropy: Tensor | None = None
     relevance_sign: int = -1
 
     def __post_init__(self) -> None:
         """Raises ValueError where a signal has another length than the views, or values that are not finite."""
-        for name in ("relevance", "saliency"):
+        for name in ("relevance", "saliency", *OPTIONAL_SIGNALS):
             value = getattr(self, name)
             if value is None:
                 continue

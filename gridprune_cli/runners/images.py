@@ -5,7 +5,7 @@ cache behind it. Of many millions, only as many are held as are being worked on.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -68,6 +68,7 @@ class ImageRunner:
         *,
         refresh: bool = False,
         several: bool = False,
+        optional: Collection[str] = (),
         store: bool = False,
         parts: Sequence[str] = (),
     ) -> Iterator[Encoded]:
@@ -75,6 +76,7 @@ class ImageRunner:
 
         refresh  encode again what the cache holds
         several  each picture will be one of several in a prompt
+        optional  names of optional signals that each is to have
         store    one that is not stored has failed, as where something else holds its place in the cache
         parts    of the model that are needed later, and loaded in one go with the tower where that is
 
@@ -93,7 +95,8 @@ class ImageRunner:
             stack.callback(room.close)  # an image that is being read is not waited for
             # a tower on the CPU takes all cores: reading beside it slows it by more than reading between batches takes
             beside = self.encoder.family.device != "cpu"
-            read = partial(self._read, refresh=refresh, several=several)
+            read = partial(self._read, refresh=refresh, several=several, optional=optional)
+            run_tower = partial(self.encoder.run_tower, several=several, optional=optional)
             readings = read_ahead(readers, read, sources, 2 * self._batches.size, room, beside=beside)
             # 2. batches for the tower; the results of one are given while the next is on its way
             latest: dict[str, _Latest] = {}  # by sha256: the same file again, read before it was written
@@ -106,15 +109,20 @@ class ImageRunner:
                 # another as large as the largest of them would be too much
                 full = sum(pixels) + max(pixels, default=0) > MAX_PIXELS or len(waiting) >= 4 * self._batches.size
                 if not pixels or len(pixels) >= self._batches.size or full:
-                    encoded = self._run_tower(waiting, latest, writer, several, needed)
+                    encoded = self._run_tower(waiting, latest, writer, run_tower, needed)
                     yield from self._written(results, store)  # while the tower ran
                     results, waiting = encoded, []
                 del reading  # not held while the next are read
-            encoded = self._run_tower(waiting, latest, writer, several, needed)
+            encoded = self._run_tower(waiting, latest, writer, run_tower, needed)
             yield from self._written(results + encoded, store)
 
     def encode_requests(
-        self, requests: Sequence[Request], indices: Sequence[int], several: bool, parts: Sequence[str]
+        self,
+        requests: Sequence[Request],
+        indices: Sequence[int],
+        several: bool,
+        optional: Collection[str],
+        parts: Sequence[str],
     ) -> Iterator[tuple[int, EncodedImages | GridpruneError]]:
         """Encodes the images of the requests of some indices: index, and its images as soon as all of them are there.
 
@@ -130,7 +138,7 @@ class ImageRunner:
                 yield index, _images_of(requests[index], {})
         unfinished = {source: len(asking) for source, asking in users.items()}
         results: dict[Source, tuple[EncodedImage | GridpruneError, bool]] = {}
-        encoded = self.encode(users, several=several, parts=parts)
+        encoded = self.encode(users, several=several, optional=optional, parts=parts)
         for source, (_, result, hit) in zip(users, encoded, strict=True):
             results[source] = result, hit
             for index in users[source]:
@@ -143,7 +151,7 @@ class ImageRunner:
                     if not unfinished[other]:
                         del results[other]
 
-    def _read(self, source: Source, refresh: bool, several: bool) -> Reading:
+    def _read(self, source: Source, refresh: bool, several: bool, optional: Collection[str]) -> Reading:
         """An encoded image from the cache, else a decoded picture, prepared for the tower. Runs in reading threads."""
         name = name_of(source)
         family = self.encoder.family
@@ -152,7 +160,7 @@ class ImageRunner:
                 sha256, name, data = identify(source)
                 if isinstance(source, str | Path) and not os.path.isfile(source):
                     source = data  # a pipe can be read only once, and a localiser reads the image again
-                if not refresh and (hit := self.encoder.look_up(sha256, name, several)):
+                if not refresh and (hit := self.encoder.look_up(sha256, name, several, optional)):
                     return Reading(source, name, hit)
                 picture = self._load_image(data, name)
                 self.encoder.check(picture)
@@ -168,7 +176,7 @@ class ImageRunner:
         readings: Sequence[Reading],
         latest: dict[str, _Latest],
         writer: ThreadPoolExecutor,
-        several: bool,
+        run_tower: Callable[[Sequence[Picture]], list[EncodedImage]],
         needed: frozenset[str],
     ) -> list[_Result]:
         """Runs the tower on the pictures among `readings`, each once, and hands what it gives to the writer."""
@@ -179,7 +187,7 @@ class ImageRunner:
         # 2. pictures through the tower
         outcomes: dict[str, _Latest | GridpruneError] = dict(latest)
         with self._stopwatch.measure("encode"):
-            encoded = list(self._batches.run(new, partial(self.encoder.run_tower, several=several)))
+            encoded = list(self._batches.run(new, run_tower))
         for picture, result in zip(new, encoded, strict=True):
             if isinstance(result, EncodedImage):
                 latest[picture.sha256] = result, writer.submit(self.encoder.put, result)

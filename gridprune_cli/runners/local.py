@@ -112,21 +112,22 @@ class Runner:
         for pruning in {request.pruning for request in requests}:
             find_relevance(self.family, pruning)
         # 2. requests that can't be asked; the others by how their images are encoded
-        by_encoding: dict[bool, list[int]] = {}
+        by_encoding: dict[tuple[bool, tuple[str, ...]], list[int]] = {}
         for index, request in enumerate(requests):
             try:
                 self._check(request)
             except GridpruneError as error:
                 yield index, error
                 continue
-            by_encoding.setdefault(self.family.encodes_multi_image and len(request.images) > 1, []).append(index)
+            several = self.family.encodes_multi_image and len(request.images) > 1
+            by_encoding.setdefault((several, request.pruning.optional), []).append(index)
         with MODELS, self.stopwatch.measure("load"):
             to_ask = [requests[index] for indices in by_encoding.values() for index in indices]
             _load_signals(self.family, to_ask, parts)
         # 3. images through the tower, and requests pruned as soon as theirs are there
-        for several, indices in by_encoding.items():
+        for (several, optional), indices in by_encoding.items():
             ready: list[tuple[int, EncodedRequest, tuple[bool, ...]]] = []
-            for index, encoded in self._images.encode_requests(requests, indices, several, parts):
+            for index, encoded in self._images.encode_requests(requests, indices, several, optional, parts):
                 if isinstance(encoded, GridpruneError):
                     yield index, encoded
                     continue

@@ -5,8 +5,9 @@ what pruning wants to know. Models need not be patched, and layers that nobody w
 models go through it; where a language model has been set to eager attention, its own weights are read.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from math import floor
 from typing import Any, Literal
 
 import torch
@@ -15,25 +16,27 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gridprune_cli.pruning.signals import TOWER_SIGNALS
+
 Combination = Literal["mean", "max"]
 
 NAME = "sdpa_watched"
 ATTRIBUTES = "gridprune_"  # what the attributes begin with by which a module is watched
+MIDDLE = 9 / 24  # of a tower's layers: the 9th of 24, which HiPrune (arXiv 2508.00553) takes of LLaVA-1.5's
 _MAX_SCORES = 1 << 26  # attention scores held at a time, 256 MiB: a batch of large pictures' would not fit
 
 
 def _watched(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    record: list[Tensor] | None = getattr(module, "gridprune_record", None)
-    if record is not None:
-        queries = query[:, :, :1] if module.gridprune_cls else query
+    for record, cls in getattr(module, "gridprune_records", ()):
+        queries = query[:, :, :1] if cls else query
         total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
         step = max(1, _MAX_SCORES // (key.shape[0] * key.shape[1] * key.shape[2]))  # queries
         for start in range(0, queries.shape[2], step):
             chunk = queries[:, :, start : start + step]
             # a matrix product with one row is rounded by what else is in the batch, which must not change an image's
-            product = (chunk * key).sum(-1)[:, :, None] if module.gridprune_cls else chunk @ key.transpose(-1, -2)
+            product = (chunk * key).sum(-1)[:, :, None] if cls else chunk @ key.transpose(-1, -2)
             scores = (product * kwargs["scaling"]).float()
             if attention_mask is not None:  # true where a query may look
                 scores = scores.masked_fill(~attention_mask[:, :, start : start + chunk.shape[2]], -torch.inf)
@@ -89,14 +92,53 @@ def watch(attention: nn.Module, *, cls: bool) -> Iterator[list[Tensor]]:
     """Records attention to each key `(B, keys)`, float32, mean over heads, at each call of one attention module.
 
     `cls`: that of the first query alone, the CLS token; else the mean over all queries, attention received. The model
-    must have been loaded with the attention implementation `NAME`.
+    must have been loaded with the attention implementation `NAME`. A module may be watched in both ways at once.
     """
     record: list[Tensor] = []
-    attention.gridprune_record, attention.gridprune_cls = record, cls  # type: ignore[assignment]
+    others: tuple[tuple[list[Tensor], bool], ...] = getattr(attention, "gridprune_records", ())
+    attention.gridprune_records = (*others, (record, cls))  # type: ignore[assignment]
     try:
         yield record
     finally:
-        del attention.gridprune_record, attention.gridprune_cls
+        attention.gridprune_records = others  # type: ignore[assignment]
+
+
+def middle_layer(layers: Sequence[int], depth: int) -> int:
+    """Of the layers of a tower of `depth` layers that attend to the whole picture, the one nearest to `MIDDLE`."""
+    return min(layers, key=lambda layer: (abs(layer - (floor(MIDDLE * depth + 0.5) - 1)), layer))
+
+
+@contextmanager
+def watch_tower(
+    last: nn.Module, middle: nn.Module, *, cls: bool, optional: Collection[str]
+) -> Iterator[list[list[Tensor]]]:
+    """Watches the attention modules of a tower for its saliency, and for the optional signals of `TOWER_SIGNALS`.
+
+    `last` is that of the layer whose features are stored, and saliency is what its CLS token attends to, or with `cls`
+    False all of its tokens; `middle` is that of the middle layer. `stack_records` makes a tensor of what is recorded.
+    """
+    modules = {"received_attention": last, "middle_attention": middle}
+    with ExitStack() as stack:
+        records = [stack.enter_context(watch(last, cls=cls))]
+        records += [stack.enter_context(watch(modules[name], cls=False)) for name in TOWER_SIGNALS if name in optional]
+        yield records
+
+
+def stack_records(records: Sequence[Sequence[Tensor]]) -> Tensor:
+    """`(B, keys, 1 + M)` of what `watch_tower` recorded: saliency, then the M optional signals, float32."""
+    return torch.stack([torch.cat(list(record)) for record in records], dim=-1)
+
+
+def each_signal(function: Callable[[Tensor], Tensor], attention: Tensor) -> Tensor:
+    """A function of one signal's values at the patches, of each in `(..., 1 + M)`: none depends on which others are."""
+    return torch.stack([function(signal.contiguous()) for signal in attention.unbind(-1)], dim=-1)
+
+
+def split_signals(attention: Tensor, optional: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Saliency `(N,)`, and the optional signals by name, `(N,)` each, of tokens' attention `(N, 1 + M)`."""
+    names = [name for name in TOWER_SIGNALS if name in optional]
+    saliency, *others = (values.contiguous() for values in attention.unbind(-1))
+    return saliency, dict(zip(names, others, strict=True))
 
 
 @contextmanager

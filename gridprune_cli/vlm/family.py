@@ -10,7 +10,7 @@ Loading is in `parts.py`, relevance in `relevance.py`, prompts in `prompt.py`; f
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +40,7 @@ class Encoding:
     placeholder_map  (S,)    which visual token each image token of the prompt stands for, `SEPARATOR` for none
     prompt                   "placeholder", the text that the picture becomes in a prompt (S image tokens among it), and
                              what else `positions` needs; JSON values only
+    optional                 (N,) each, the signals of the tower that were asked for, by name: see `TOWER_SIGNALS`
     """
 
     vision_features: Tensor
@@ -47,6 +48,7 @@ class Encoding:
     views: tuple[View, ...]
     placeholder_map: Tensor
     prompt: dict[str, Any] = field(default_factory=dict)
+    optional: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Family(RelevanceSource, PromptWriter):
@@ -72,12 +74,15 @@ class Family(RelevanceSource, PromptWriter):
     # ---- encoding ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
-        """Runs the tower on pictures. Loads the tower, and the projector where features are stored projected."""
+    def encode(self, pictures: Sequence[Image], optional: Collection[str] = ()) -> list[Encoding]:
+        """Runs the tower on pictures. Loads the tower, and the projector where features are stored projected.
 
-    def encode_multi_image(self, pictures: Sequence[Image]) -> list[Encoding]:
+        `optional` are names of `TOWER_SIGNALS`, those that encodings are to have.
+        """
+
+    def encode_multi_image(self, pictures: Sequence[Image], optional: Collection[str] = ()) -> list[Encoding]:
         """`encode` for pictures each of which is one of several in a prompt. Overridden where `encodes_multi_image`."""
-        return self.encode(pictures)
+        return self.encode(pictures, optional)
 
     @property
     def width(self) -> int:

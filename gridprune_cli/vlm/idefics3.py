@@ -4,14 +4,14 @@ A SigLIP tower without a CLS token. The processor stretches a picture to whole t
 padded and the tower needs no mask: only pictures that are processed together pad each other, with blank tiles.
 """
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
-import torch
 from PIL.Image import Image
 from torch import Tensor
 from transformers import Idefics3ForConditionalGeneration, Idefics3Processor
 
-from gridprune_cli.vlm.attention import watch
+from gridprune_cli.vlm.attention import middle_layer, stack_records, watch_tower
 from gridprune_cli.vlm.internvl import InternVL
 
 
@@ -36,12 +36,17 @@ class Idefics3(InternVL):
         tiles, *_ = self.processor.image_processor.get_number_of_image_patches(*size[::-1], self.image_settings)
         return tiles * self.processor.image_seq_len
 
-    def run_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The patches' hidden states `(T, P, C)` for tiles `(T, 3, H, W)`, and attention received `(T, P)`."""
+    def run_tower(self, pixels: Tensor, optional: Collection[str] = ()) -> tuple[Tensor, Tensor]:
+        """The patches' hidden states `(T, P, C)` for tiles `(T, 3, H, W)`, and attention to them `(T, P, 1 + M)`.
+
+        That is saliency, attention received, then the M optional signals.
+        """
         tower = self.load("tower").model.vision_model
-        with watch(tower.encoder.layers[-1].self_attn, cls=False) as record:
+        layers = tower.encoder.layers
+        middle = layers[middle_layer(range(len(layers)), len(layers))].self_attn
+        with watch_tower(layers[-1].self_attn, middle, cls=False, optional=optional) as records:
             vision_features = tower(pixels).last_hidden_state
-        return vision_features, torch.cat(record)
+        return vision_features, stack_records(records)
 
     def grid(self, picture: Image, inputs: dict[str, Tensor]) -> tuple[int, int]:
         return int(inputs["rows"].item()), int(inputs["cols"].item())

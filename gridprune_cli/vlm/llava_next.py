@@ -3,7 +3,7 @@
 Two views: the base, then the mosaic as one grid, without the rows or columns that are padding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from gridprune_cli.pruning.placeholders import SEPARATOR
 from gridprune_cli.pruning.signals import View
+from gridprune_cli.vlm.attention import split_signals
 from gridprune_cli.vlm.family import Encoding, Family
 from gridprune_cli.vlm.llava import Llava
 
@@ -29,31 +30,38 @@ class LlavaNext(Llava):
     count_placeholders = Family.count_placeholders
 
     @torch.inference_mode()
-    def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
-        return [self._encode_tiles(*self.process(picture)) for picture in pictures]
+    def encode(self, pictures: Sequence[Image], optional: Collection[str] = ()) -> list[Encoding]:
+        return [self._encode_tiles(*self.process(picture), optional=optional) for picture in pictures]
 
     def _encode_tiles(
-        self, inputs: dict[str, Tensor], placeholder: str, box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+        self,
+        inputs: dict[str, Tensor],
+        placeholder: str,
+        box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
+        optional: Collection[str] = (),
     ) -> Encoding:
         """The base view, which covers the part `box` of the picture, and the mosaic where there are tiles besides."""
         size = inputs["image_sizes"].cpu()  # (1, 2), height and width
-        chunks = [self.run_tower(pixels) for pixels in inputs["pixel_values"][0].split(_TILES)]
-        vision_features, saliency = (torch.cat(values) for values in zip(*chunks, strict=True))  # (T, N, C) and (T, N)
-        saliency = saliency.cpu()
-        marks = self._pack(torch.zeros(*saliency.shape, 1), size)[:, 0]
+        chunks = [self.run_tower(pixels, optional) for pixels in inputs["pixel_values"][0].split(_TILES)]
+        vision_features, attention = (torch.cat(values) for values in zip(*chunks, strict=True))  # (T, N, .) each
+        attention = attention.cpu()
+        tiles, in_tile, _ = attention.shape
+        marks = self._pack(torch.zeros(tiles, in_tile, 1), size)[:, 0]
         token = marks != SEPARATOR
         height = int((~token).sum())  # rows of the mosaic, each with a newline behind it
-        width = (int(token.sum()) - saliency.shape[1]) // height if height else 0
-        side = round(saliency.shape[1] ** 0.5)
+        width = (int(token.sum()) - in_tile) // height if height else 0
+        side = round(in_tile**0.5)
         views = [View(side, side, box)]
         if width:  # nothing is left between the padding of a picture that is hardly more than a line, or without tiles
             views.append(View(height, width, self._mosaic(size[0], side)))
+        saliency, signals = split_signals(self._pack(attention, size)[token], optional)
         return Encoding(
             self._pack(self._stored(vision_features), size).cpu()[token],
-            self._pack(saliency[..., None], size)[token, 0],
+            saliency,
             tuple(views),
             torch.where(token, token.cumsum(0) - 1, SEPARATOR),
             {"placeholder": placeholder},
+            signals,
         )
 
     def _stored(self, vision_features: Tensor) -> Tensor:

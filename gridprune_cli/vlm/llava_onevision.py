@@ -4,7 +4,7 @@ Shrinking follows the projector and mixes tokens, so vision features are stored 
 prompt each has a base view alone, of the picture padded to a square, and one newline.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -28,22 +28,22 @@ class LlavaOnevision(LlavaNext):
         return self.config.get_text_config().hidden_size
 
     @torch.inference_mode()
-    def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
+    def encode(self, pictures: Sequence[Image], optional: Collection[str] = ()) -> list[Encoding]:
         self.load("tower", "projector")
-        return super().encode(pictures)
+        return super().encode(pictures, optional)
 
     @torch.inference_mode()
-    def encode_multi_image(self, pictures: Sequence[Image]) -> list[Encoding]:
+    def encode_multi_image(self, pictures: Sequence[Image], optional: Collection[str] = ()) -> list[Encoding]:
         self.load("tower", "projector")
-        return [self._encode_base(picture) for picture in pictures]
+        return [self._encode_base(picture, optional) for picture in pictures]
 
-    def _encode_base(self, picture: Image) -> Encoding:
+    def _encode_base(self, picture: Image, optional: Collection[str]) -> Encoding:
         beside = PIL.new(
             "RGB", (1, 1)
         )  # the processor takes the picture for one of several; what it gives for this is dropped
         data, (placeholder, _) = self.processor._process_images([[picture, beside]], **self.image_settings)
         inputs = {name: value[:1] for name, value in self.to_device(data).items()}
-        return self._encode_tiles(inputs, placeholder, _square(*picture.size))
+        return self._encode_tiles(inputs, placeholder, _square(*picture.size), optional)
 
     def _stored(self, vision_features: Tensor) -> Tensor:
         return self.load("projector").model.multi_modal_projector(vision_features)

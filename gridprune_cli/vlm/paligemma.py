@@ -4,7 +4,7 @@ All of a prompt is a prefix in which every token sees every other; only answers 
 window as Gemma 3 does, see `gemma3.py`; it matters for its largest pictures alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.questions import Exchange
-from gridprune_cli.vlm.attention import watch
+from gridprune_cli.vlm.attention import each_signal, middle_layer, split_signals, stack_records, watch_tower
 from gridprune_cli.vlm.family import Encoding, Family
 
 
@@ -33,20 +33,25 @@ class PaliGemma(Family):
     vllm = "there the tokens of its prompt do not all see each other, as they should, so that it would answer otherwise"
 
     @torch.inference_mode()
-    def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
+    def encode(self, pictures: Sequence[Image], optional: Collection[str] = ()) -> list[Encoding]:
         inputs, placeholders = zip(*(self.process(picture) for picture in pictures), strict=True)
         tower = self.load("tower").model.vision_tower
-        with watch(tower.encoder.layers[-1].self_attn, cls=False) as record:
+        layers = tower.encoder.layers
+        middle = layers[middle_layer(range(len(layers)), len(layers))].self_attn
+        with watch_tower(layers[-1].self_attn, middle, cls=False, optional=optional) as records:
             patches = tower(torch.cat([data["pixel_values"] for data in inputs])).last_hidden_state
         vision_features = self.pool(patches).cpu()
-        saliency = self.pool(torch.cat(record)[..., None])[..., 0].to(self.dtype).cpu()
+        attention = each_signal(
+            lambda signal: self.pool(signal[..., None])[..., 0], stack_records(records)
+        )  # (B, N, 1 + M)
+        attention = attention.to(self.dtype).cpu()
         side = round(vision_features.shape[1] ** 0.5)
-        return [
-            Encoding(
-                vision_features[i], saliency[i], (View(side, side),), torch.arange(side * side), {"placeholder": text}
-            )
-            for i, text in enumerate(placeholders)
-        ]
+        encodings = []
+        for i, text in enumerate(placeholders):
+            saliency, signals = split_signals(attention[i], optional)
+            view, tokens = View(side, side), torch.arange(side * side)
+            encodings.append(Encoding(vision_features[i], saliency, (view,), tokens, {"placeholder": text}, signals))
+        return encodings
 
     def pool(self, patches: Tensor) -> Tensor:
         """Visual tokens `(B, N, C)` of the tower's patches `(B, P, C)`."""

@@ -1,5 +1,6 @@
 """Qwen2.5-VL: Qwen2-VL with a tower whose blocks look at windows, but for a few that look at everything."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ class Qwen2_5VL(Qwen2VL):
     model_class = Qwen2_5_VLForConditionalGeneration
     processor_class = Qwen2_5_VLProcessor
 
-    def _watched(self, tower: Any) -> Any:
-        return tower.blocks[max(tower.fullatt_block_indexes)]
+    def _whole_blocks(self, tower: Any) -> Sequence[int]:
+        return tower.fullatt_block_indexes
 
     def _row_major(self, received: Tensor, view: View, tower: Any) -> Tensor:
         side = tower.window_size // tower.spatial_merge_size // tower.patch_size  # of a window, in tokens

@@ -3,7 +3,7 @@
 The tower merges 2 x 2 patches into a token, so what is stored is what the language model receives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.tokens import EncodedImage
-from gridprune_cli.vlm.attention import watch
+from gridprune_cli.vlm.attention import each_signal, middle_layer, split_signals, stack_records, watch_tower
 from gridprune_cli.vlm.family import Encoding, Family
 
 
@@ -40,10 +40,10 @@ class Qwen2VL(Family):
             raise ValueError(f"{len(image.views)} views, not one")
 
     @torch.inference_mode()
-    def encode(self, pictures: Sequence[Image]) -> list[Encoding]:
-        return [self._encode(picture) for picture in pictures]
+    def encode(self, pictures: Sequence[Image], optional: Collection[str] = ()) -> list[Encoding]:
+        return [self._encode(picture, optional) for picture in pictures]
 
-    def _encode(self, picture: Image) -> Encoding:
+    def _encode(self, picture: Image, optional: Collection[str]) -> Encoding:
         try:
             inputs, placeholder = self.process(picture)
         except ValueError as fault:  # too long a strip
@@ -52,27 +52,33 @@ class Qwen2VL(Family):
         merge: int = model.visual.spatial_merge_size
         _, height, width = inputs["image_grid_thw"][0].tolist()
         view = View(height // merge, width // merge)
-        with watch(self._watched(model.visual).attn, cls=False) as record:
+        blocks, whole = model.visual.blocks, self._whole_blocks(model.visual)
+        middle = blocks[middle_layer(whole, len(blocks))].attn
+        with watch_tower(blocks[max(whole)].attn, middle, cls=False, optional=optional) as records:
             out = model.get_image_features(**inputs)
-        received = record[0].view(view.count, merge * merge).mean(1)  # a token's patches follow one another
+        patches = stack_records(records)[0]  # (P, 1 + M); a token's patches follow one another
+        received = each_signal(lambda signal: signal.view(view.count, merge * merge).mean(1), patches)
+        attention = self._row_major(received, view, model.visual).to(self.dtype).cpu()
+        saliency, signals = split_signals(attention, optional)
         return Encoding(
             self._vision_features(out).cpu(),
-            self._row_major(received, view, model.visual).to(self.dtype).cpu(),
+            saliency,
             (view,),
             torch.arange(view.count),
             {"placeholder": placeholder},
+            signals,
         )
 
-    def _watched(self, tower: Any) -> Any:
-        """The block of the tower whose attention is saliency."""
-        return tower.blocks[-1]
+    def _whole_blocks(self, tower: Any) -> Sequence[int]:
+        """The blocks of the tower that attend to the whole picture; the attention of the last of them is saliency."""
+        return range(len(tower.blocks))
 
     def _vision_features(self, out: Any) -> Tensor:
         """Vision features `(N, C)` from what the tower gave for one picture."""
         return out.pooler_output[0]
 
     def _row_major(self, received: Tensor, view: View, tower: Any) -> Tensor:
-        """Values `(N,)` in the tower's own order of tokens, row-major."""
+        """Values `(N, .)` in the tower's own order of tokens, row-major."""
         return received
 
     def positions(self, ids: Tensor, images: Sequence[EncodedImage]) -> Tensor:

@@ -268,7 +268,7 @@ def run_signals(random: Random) -> str:
     import torch
 
     from gridprune_cli.pruning.methods import METHODS, make_method
-    from gridprune_cli.pruning.signals import Signals, View
+    from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, Signals, View
 
     views = tuple(
         View(random.choice((1, 1, 2, 3, 7, 16)), random.choice((1, 2, 3, 5, 16)), (0.0, 0.0, 1.0, 1.0))
@@ -300,6 +300,7 @@ def run_signals(random: Random) -> str:
         vision_features=numbers(count, 6),
         image_embeds=numbers(count, 4),
         question_embeds=numbers(random.choice((1, 3)), 4),
+        **{name: numbers(count, low=0.0) for name in OPTIONAL_SIGNALS},
         relevance_sign=random.choice((1, -1)),
     )
     k = random.randint(1, count)

@@ -5,22 +5,31 @@ from typing import Any
 
 from gridprune_cli.pruning.methods.adaptprune import AdaptPrune
 from gridprune_cli.pruning.methods.base import Method
+from gridprune_cli.pruning.methods.btp import BTP
 from gridprune_cli.pruning.methods.cdpruner import CDPruner
 from gridprune_cli.pruning.methods.dart import Dart
 from gridprune_cli.pruning.methods.divprune import DivPrune
 from gridprune_cli.pruning.methods.fastervlm import FasterVLM
 from gridprune_cli.pruning.methods.fastv import FastV
+from gridprune_cli.pruning.methods.fopru import FoPru
+from gridprune_cli.pruning.methods.g_search import GSearch
 from gridprune_cli.pruning.methods.gridprune import GridPrune
+from gridprune_cli.pruning.methods.hiprune import HiPrune
 from gridprune_cli.pruning.methods.hired import HiRED
+from gridprune_cli.pruning.methods.hivtp import HIVTP
 from gridprune_cli.pruning.methods.holov import HoloV
+from gridprune_cli.pruning.methods.ivc_prune import IVCPrune
 from gridprune_cli.pruning.methods.mmtok import MMTok
+from gridprune_cli.pruning.methods.ptp import PTP
 from gridprune_cli.pruning.methods.pyramiddrop import PyramidDrop
 from gridprune_cli.pruning.methods.random import Random
+from gridprune_cli.pruning.methods.rate import RATE
 from gridprune_cli.pruning.methods.scope import Scope
 from gridprune_cli.pruning.methods.sparsevlm import SparseVLM
 from gridprune_cli.pruning.methods.topk_relevance import TopKRelevance
 from gridprune_cli.pruning.methods.trim import Trim
 from gridprune_cli.pruning.methods.uniform import Uniform
+from gridprune_cli.pruning.methods.vflowopt import VFlowOpt
 from gridprune_cli.pruning.methods.visionzip import VisionZip
 from gridprune_cli.pruning.methods.vispruner import VisPruner
 from gridprune_cli.pruning.methods.vtw import VTW
@@ -41,6 +50,11 @@ METHODS: dict[str, type[Method]] = {
         MMTok,
         Trim,
         HiRED,
+        HiPrune,
+        HIVTP,
+        FoPru,
+        VFlowOpt,
+        RATE,
         Uniform,
         Random,
         FastV,
@@ -48,6 +62,10 @@ METHODS: dict[str, type[Method]] = {
         SparseVLM,
         Dart,
         AdaptPrune,
+        PTP,
+        IVCPrune,
+        BTP,
+        GSearch,
         VTW,
     )
 }

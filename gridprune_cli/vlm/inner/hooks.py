@@ -145,12 +145,13 @@ class _Run:
         kwargs = self._layer_arguments(arguments, hidden, number, layer)
         # 2. at a stage: measure what is still missing, and drop what leaves
         if stages := self._stages(number):
-            own_attention: list[Tensor] = []
-            if any(stage.rule.attention == 0 for stage in stages):
-                with watch_queries(layer.self_attn, self._query_weights(number, hidden)) as own_attention:
+            own_attention: dict[str, list[Tensor]] = {}  # by how the queries are combined
+            for queries in {stage.rule.queries for stage in stages if stage.rule.attention == 0}:
+                weights = self._query_weights(number, hidden)
+                with watch_queries(layer.self_attn, weights, queries=queries) as own_attention[queries]:
                     layer.self_attn(layer.input_layernorm(hidden), **kwargs | {"past_key_values": None})
             self.watching.close()
-            hidden = self._drop(number, layer, hidden, own_attention)
+            hidden = self._drop(number, layer, hidden, own_attention, kwargs["position_embeddings"])
             kwargs = self._layer_arguments(arguments, hidden, number, layer)
         if self.remaining is not None:
             self.remaining_at[number] = self.remaining
@@ -179,8 +180,15 @@ class _Run:
         text = weights[:, -hidden.shape[1] :]  # which is all of the prompt but in a layer of a prefix
         return text if self.remaining is None else weights.gather(1, self.remaining.places) * self.remaining.valid
 
-    def _drop(self, number: int, layer: Any, hidden: Tensor, own_attention: list[Tensor]) -> Tensor:
-        """Applies the stages at a layer: hidden states (B, n', D) of what stays."""
+    def _drop(
+        self,
+        number: int,
+        layer: Any,
+        hidden: Tensor,
+        own_attention: dict[str, list[Tensor]],
+        embeddings: tuple[Tensor, ...],
+    ) -> Tensor:
+        """Applies the stages at a layer with these position embeddings: hidden states (B, n', D) of what stays."""
         repeats = len(hidden) // len(self.prompts)
         # 1. what is there, once per prompt, on the CPU
         if self.remaining is None:
@@ -195,8 +203,19 @@ class _Run:
             entries = valid[item].nonzero()[:, 0]
             if stage := prompt.stages.get(number):
                 compact[item] = stage.positions == "compact"
-                attention = own_attention if stage.rule.attention == 0 else self.attention
-                measured = self._measure(stage.rule, layer, hidden, attention, item * repeats, entries)
+                attention = own_attention[stage.rule.queries] if stage.rule.attention == 0 else self.attention
+                number_in_batch = item * repeats
+                measured = _measure(
+                    stage.rule,
+                    layer,
+                    self.norm,
+                    hidden[number_in_batch],
+                    entries,
+                    attention,
+                    self.recorder,
+                    embeddings,
+                    number_in_batch,
+                )
                 entries = entries[prompt.stays(stage, places[item, entries], measured)]
             entries_of.append(entries)
         self.recorder = None
@@ -211,25 +230,6 @@ class _Run:
 
         self.remaining = Remaining(repeated(places), repeated(valid), repeated(compact))
         return hidden.gather(1, repeated(index)[..., None].expand(-1, -1, hidden.shape[-1]))
-
-    def _measure(
-        self, rule: Rule, layer: Any, hidden: Tensor, attention: list[Tensor], item: int, entries: Tensor
-    ) -> dict[str, Tensor]:
-        """What a rule looks at, by the names of `LayerSignals`: of the `entries` (n,) of a prompt, (n, ...) each."""
-        measured: dict[str, Tensor] = {}
-        here = entries.to(hidden.device)
-        if rule.attention is not None:
-            to_keys = attention[-1][item]  # (n,), or fewer: of a prefix, a window's cache holds the last keys alone
-            measured["attention"] = pad(to_keys, (hidden.shape[1] - len(to_keys), 0)).cpu().double()[entries]
-        if rule.hidden_states:
-            measured["hidden_states"] = self.norm(hidden[item, here])
-        if rule.keys == 0:
-            measured["keys"] = layer.self_attn.k_proj(layer.input_layernorm(hidden[item, here]))
-        if rule.keys == -1:
-            assert self.recorder is not None
-            measured["keys"] = self.recorder.of_prompt(item)[here.to(self.recorder.keys.device)]
-        _check_finite(measured)
-        return measured
 
     def _layer_arguments(self, arguments: dict[str, Any], hidden: Tensor, number: int, layer: Any) -> dict[str, Any]:
         """A layer's arguments, cut to what remains of the prompts."""
@@ -273,6 +273,42 @@ class _Run:
             "attention_mask": decode_mask(new, answer, layer_cache, length, remaining, hidden, eager=self.eager),
             "position_embeddings": embeddings,
         }
+
+
+def _measure(
+    rule: Rule,
+    layer: Any,
+    norm: Any,
+    hidden: Tensor,
+    entries: Tensor,
+    attention: Sequence[Tensor],
+    recorder: _KeyRecorder | None,
+    embeddings: tuple[Tensor, ...],
+    item: int,
+) -> dict[str, Tensor]:
+    """What a rule looks at, by the names of `LayerSignals`: of the `entries` (n,) of a prompt, (n, ...) each.
+
+    The prompt is the `item`-th of the batch; `hidden` (L, D) is its input of the layer, `norm` that behind the last.
+    """
+    measured: dict[str, Tensor] = {}
+    here = entries.to(hidden.device)
+    if rule.attention is not None:
+        to_keys = attention[-1][item]  # (n,), or fewer: of a prefix, a window's cache holds the last keys alone
+        measured["attention"] = pad(to_keys, (len(hidden) - len(to_keys), 0)).cpu().double()[entries]
+    if rule.hidden_states:
+        measured["hidden_states"] = norm(hidden[here])
+    if rule.keys == 0:
+        measured["keys"] = layer.self_attn.k_proj(layer.input_layernorm(hidden[here]))
+    if rule.keys == -1:
+        assert recorder is not None
+        measured["keys"] = recorder.of_prompt(item)[here.to(recorder.keys.device)]
+    if rule.values:
+        measured["values"] = layer.self_attn.v_proj(layer.input_layernorm(hidden[here]))
+    if rule.rotary:  # one for all prompts, or one for each
+        angles = [of_angle[min(item, len(of_angle) - 1)].float().mean(-1) for of_angle in embeddings]  # (L,) each
+        measured["rotary"] = torch.stack(angles, -1).cpu()[entries]
+    _check_finite(measured)
+    return measured
 
 
 def _check_finite(measured: Mapping[str, Tensor]) -> None:

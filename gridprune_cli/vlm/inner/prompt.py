@@ -52,6 +52,7 @@ class PromptStages:
     visual         (L,) which of the N visual tokens an image token stands for, `SEPARATOR`, or `_TEXT`
     text           (L,) bool: behind the last image
     rater_weights  (L,) weights of the queries whose attention is measured, for rules with raters; they sum to 1
+    saliency       (N,) how much the vision tower attends to a visual token
     image          (N,) which of the images a visual token is of
     within         (N,) bool: inside the contextual region of its image
     """
@@ -67,6 +68,7 @@ class PromptStages:
         self.views = tuple(view for image in pruned.images for view in image.views)
         counts = torch.tensor([image.count for image in pruned.images])
         self.image = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        self.saliency = pruned.saliency
         self.within = torch.cat(
             [
                 inside(image.views, image.region) if image.region else torch.zeros(image.count, dtype=torch.bool)
@@ -96,13 +98,18 @@ class PromptStages:
         visual = self.visual[places]  # (n,)
         at_visual, at_text = (visual >= 0).nonzero()[:, 0], self.text[places].nonzero()[:, 0]
         tokens = visual[at_visual]  # (v,)
-        of_text = {f"text_{name}": v[at_text.to(v.device)] for name, v in measured.items() if name != "attention"}
+        of_text = {
+            f"text_{name}": values[at_text.to(values.device)]
+            for name, values in measured.items()
+            if name not in ("attention", "rotary")
+        }
         # 2. the rule selects, of each image by itself or of all together
         group = self.image[tokens] if len(stage.budgets) > 1 else torch.zeros_like(tokens)  # (v,)
         kept = []
         for number, k in enumerate(stage.budgets):
             members = (group == number).nonzero()[:, 0]
             of_tokens = {name: v[at_visual[members].to(v.device)] for name, v in measured.items()}
+            of_tokens["saliency"] = self.saliency[tokens[members]]
             signals = LayerSignals(tokens[members], self.within[tokens[members]], self.views, **of_tokens, **of_text)
             kept.append(tokens[members[stage.rule.select(signals, min(k, len(members)))]])
         # 3. text stays, and separators as the visual tokens around them do
