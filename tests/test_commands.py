@@ -722,10 +722,11 @@ def test_bench_prints_a_table(run, image):
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert "float32" in lines[0] and str(image) in lines[0]
-    cells = {line.split("  ")[0]: line.split() for line in lines[2:-2]}
+    cells = {line.split("  ")[0]: line.split() for line in lines[2:-3]}
     assert cells["visual tokens"][2:] == ["16", "4", "4.00"]
     assert {"load", "encode", "select", "prefill", "decode, a token", "keys and values"} <= set(cells)
-    assert re.search(r"The prefill is [\d.]+ times faster with [\d.]+ times fewer operations", lines[-2])
+    assert re.search(r"The prefill is [\d.]+ times faster with [\d.]+ times fewer operations", lines[-3])
+    assert re.search(r"At [\d.]+ GFLOP/s and [\d.]+ GB/s, as measured here, .* limit it to [\d.]+", lines[-2])
 
 
 def test_bench_sets_a_selection_inside_against_pruning_before(run, image):

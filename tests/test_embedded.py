@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 
 from gridprune_cli.cache.store import open_store
-from gridprune_cli.errors import BadInput
+from gridprune_cli.errors import BadInput, NoScene
 from gridprune_cli.evaluation.data import open_data
 from gridprune_cli.evaluation.results import summarise
 from gridprune_cli.evaluation.run import Cell, Plan, answers
@@ -231,4 +231,4 @@ def test_in_python_too_scenes_is_taken_by_name(pipeline):
     with pytest.raises(BadInput, match="no scene"):
         copied.encode(PHOTO)
     shown = [type(result) for _, result, _ in nobodys.encode_all([PHOTO, SCENE])]
-    assert shown == [BadInput, EncodedImage]
+    assert shown == [NoScene, EncodedImage] and issubclass(NoScene, BadInput)

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any, get_args
 
 from gridprune_cli.cli import options
-from gridprune_cli.errors import GridpruneError
+from gridprune_cli.errors import BadInput, GridpruneError
 
 _names_of_methods: frozenset[str] | None = None
 _SETTING = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
@@ -39,7 +39,8 @@ def describe(error: GridpruneError) -> str:
 
 def error_fields(error: GridpruneError) -> dict[str, str]:
     """What a line of JSON says about an error."""
-    return {"error": describe(error), "error_type": type(error).__name__}
+    kind = BadInput if isinstance(error, BadInput) else GridpruneError  # their subclasses are nobody else's concern
+    return {"error": describe(error), "error_type": kind.__name__}
 
 
 def with_options(text: str) -> str:
