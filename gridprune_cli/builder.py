@@ -143,7 +143,13 @@ def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> 
     out = []
     # where the CLIP was not looked for yet, nothing was pruned by it
     if pruning.needs_relevance and family.knows_clip and family.clip:
-        if pruning.method.relevance_sign == 0 and family.relevance_sign < 0:
+        sign, measured = pruning.method.relevance_sign, family.calibration.relevance_sign
+        if sign and measured and sign != measured:
+            out.append(
+                f"{pruning.method.name} takes relevance with the sign {sign:+d}, and `gridprune calibrate` measured "
+                f"{measured:+d} for this model"
+            )
+        if sign == 0 and family.relevance_sign < 0:
             out.append(
                 f"{pruning.method.name} turns CLIP's relevance round, as published; its option relevance_sign=1 takes "
                 "it as it is"

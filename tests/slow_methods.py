@@ -448,7 +448,7 @@ def cdpruner(signals, k, method):
     while len(kept) < k:
         free = set(range(len(outside))) - set(kept)
         squares = {i: math.fsum(x * x for x in outside[i]) for i in free}
-        score = {i: quality[i] ** 2 * squares[i] for i in free if squares[i] > 1e-6}
+        score = {i: quality[i] ** 2 * squares[i] for i in free if squares[i] > 1e-8}
         if not score:
             order = [i for i in ranked(relevance) if i in free]
             return sorted(kept + order[: k - len(kept)])

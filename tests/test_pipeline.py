@@ -323,6 +323,25 @@ def test_a_sign_that_turns_relevance_round_as_published_is_a_remark(
     assert PrunedSet.from_bytes(pruned.to_bytes(), "x").to_json()["notes"] == list(pruned.notes)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "measured", "differs"),
+    [
+        ("gridprune", {}, -1, True),
+        ("gridprune", {}, 1, False),
+        ("gridprune", {"relevance_sign": -1}, -1, False),
+        ("cdpruner", {"relevance_sign": -1}, 1, True),
+        ("cdpruner", {}, 1, False),  # it takes the model's
+        ("divprune", {}, -1, False),  # looks at no relevance
+    ],
+)
+def test_a_sign_other_than_the_measured_one_is_a_remark(method, options, measured, differs, tiny_llava, image):
+    pipeline = Pipeline(str(tiny_llava), dtype="float32")
+    pipeline.family.calibrate(replace(pipeline.family.calibration, relevance_sign=measured))
+    notes = pipeline.ask(image, QUESTION, Pruning(method=make_method(method, **options)), max_new_tokens=1).pruned.notes
+    assert [note for note in notes if f"`gridprune calibrate` measured {measured:+d}" in note] == [*notes]
+    assert bool(notes) == differs
+
+
 def test_a_clip_that_is_not_there_is_told_before_anything_is_loaded(tiny_llava, tmp_path, image):
     folder = shutil.copytree(tiny_llava, tmp_path / "alone", ignore=shutil.ignore_patterns("clip"))
     pipeline = Pipeline(str(folder), dtype="float32")

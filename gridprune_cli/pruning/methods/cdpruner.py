@@ -11,7 +11,7 @@ from gridprune_cli.pruning.select import top
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.similarity import LazyCosines
 
-_INDEPENDENT = 1e-6  # squared part of a unit row outside of what was taken: below it, the rest is rounding noise
+_INDEPENDENT = 1e-8  # squared part of a unit row outside of what was taken: below it, the rest is rounding noise
 
 
 @dataclass(frozen=True)
