@@ -6,6 +6,7 @@ lmms-eval finds it by the entry point `lmms_eval.models`. The options are those 
 the pruning, with `_` for `-`; `pretrained` is `--model`.
 """
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import replace
@@ -83,7 +84,9 @@ class GridpruneModel(lmms):
             raise GridpruneError(f"{task}, document {document}: gridprune answers about images, and about nothing else")
         text = context.replace(f"{_PLACEHOLDER}\n", "").replace(_PLACEHOLDER, "").strip()
         query = self.pruning.query or (text.partition("\n")[0] if self.first_line else text)
-        return Request(tuple(_bytes(image) for image in images), text, replace(self.pruning, query=query))
+        pictures = tuple(_bytes(image) for image in images)
+        pruning = replace(self.pruning, query=query).for_image(hashlib.sha256(pictures[0]).hexdigest())
+        return Request(pictures, text, pruning)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise GridpruneError("the model gridprune generates; tasks that compare likelihoods can't be run with it")
