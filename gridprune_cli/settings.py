@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Any, get_args
 
@@ -200,13 +200,6 @@ class Pruning:
         if self.tokens > full:
             raise BadInput(f"the image has {full} visual tokens", field="tokens", value=self.tokens)
         return self.tokens
-
-    def for_image(self, sha256: str) -> "Pruning":
-        """This pruning with the image's own seed, where the method has one: one draw for all images would be luck."""
-        method: Any = self.method
-        if not hasattr(method, "seed"):
-            return self
-        return replace(self, method=method.with_options(seed=(method.seed + int(sha256[:8], 16)) % 2**32))
 
     def heeds_region(self, images: int) -> bool:
         """Whether there is a region of each image to heed."""

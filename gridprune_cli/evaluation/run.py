@@ -12,7 +12,7 @@ from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.evaluation.data import Data, Item, one_or_all
 from gridprune_cli.evaluation.metrics import METRICS
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make_method
+from gridprune_cli.pruning.methods import make_method, with_image_seed
 from gridprune_cli.runners.batches import in_order, result_or_raise
 from gridprune_cli.runners.local import Runner
 from gridprune_cli.settings import Pruning, Request
@@ -35,8 +35,9 @@ class Cell:
         return asdict(self.pruning.method) | _plain({name: getattr(self.pruning, name) for name in names})
 
     def for_image(self, sha256: str) -> "Cell":
-        """This cell for one image, as of `Pruning.for_image`."""
-        return replace(self, pruning=self.pruning.for_image(sha256))
+        """This cell for one image: a method with a seed gets the image's own."""
+        method = with_image_seed(self.pruning.method, sha256)
+        return replace(self, pruning=replace(self.pruning, method=method))
 
 
 FULL = Cell("all tokens", Pruning(keep=1.0, method=make_method("uniform"), region="none"))
@@ -184,7 +185,7 @@ def prune(runner: Runner, plan: Plan, cell: Cell, batch: list[Item], encoded: "E
     requests = []
     for item in batch:
         images = tuple(encoded[use] for use in _uses(item))
-        pruning = cell.pruning.for_image(images[0].image)
+        pruning = cell.for_image(images[0].image).pruning
         question = f"{item.question}\n{plan.suffix}" if plan.suffix else item.question
         requests.append(
             Request(images, question, replace(pruning, query=pruning.query or item.question), **plan.prompt)

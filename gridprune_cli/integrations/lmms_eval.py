@@ -21,6 +21,7 @@ from PIL import Image
 from gridprune_cli.cache.files import canonical
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.opening import CACHE_OPTIONS, MODEL_OPTIONS, open_pipeline
+from gridprune_cli.pruning.methods import with_image_seed
 from gridprune_cli.runners.batches import result_or_raise
 from gridprune_cli.selector import find_relevance
 from gridprune_cli.settings import Pruning, Request
@@ -85,8 +86,8 @@ class GridpruneModel(lmms):
         text = context.replace(f"{_PLACEHOLDER}\n", "").replace(_PLACEHOLDER, "").strip()
         query = self.pruning.query or (text.partition("\n")[0] if self.first_line else text)
         pictures = tuple(_bytes(image) for image in images)
-        pruning = replace(self.pruning, query=query).for_image(hashlib.sha256(pictures[0]).hexdigest())
-        return Request(pictures, text, pruning)
+        method = with_image_seed(self.pruning.method, hashlib.sha256(pictures[0]).hexdigest())
+        return Request(pictures, text, replace(self.pruning, method=method, query=query))
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise GridpruneError("the model gridprune generates; tasks that compare likelihoods can't be run with it")

@@ -76,3 +76,13 @@ def make_method(name: str, **options: Any) -> Method:
         if not isinstance(value, kinds) or (isinstance(value, bool) and known[option] is not bool):
             raise ValueError(f"{option} must be {_KINDS[known[option]]}, not {value!r}")
     return METHODS[name](**options)
+
+
+def with_image_seed(method: Any, sha256: str) -> Method:
+    """A method with the seed of an image, from its own and the hash of the image's bytes, in hex.
+
+    Whatever has no seed is as it was. One draw for all images would be luck, so comparisons take one for each.
+    """
+    if not hasattr(method, "seed"):
+        return method
+    return method.with_options(seed=(method.seed + int(sha256[:8], 16)) % 2**32)
