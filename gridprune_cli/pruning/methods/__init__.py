@@ -79,9 +79,10 @@ def make_method(name: str, **options: Any) -> Method:
 
 
 def with_image_seed(method: Any, sha256: str) -> Method:
-    """A method with the seed of an image, from its own and the hash of the image's bytes, in hex.
+    """A method with a seed for one image, made from the method's seed and `sha256`, the hex digest of the image's bytes.
 
-    Whatever has no seed is as it was. One draw for all images would be luck, so comparisons take one for each.
+    Comparisons take this, so that their score does not hang on a single draw for all images. A method without a seed
+    is returned as it is.
     """
     if not hasattr(method, "seed"):
         return method
