@@ -79,7 +79,7 @@ def make_method(name: str, **options: Any) -> Method:
 
 
 def with_image_seed(method: Any, sha256: str) -> Method:
-    """A method with a seed for one image, made from the method's seed and `sha256`, the hex digest of the image's bytes.
+    """A method with a seed for one image, made from the method's seed and `sha256` of the image's bytes, in hex.
 
     Comparisons take this, so that their score does not hang on a single draw for all images. A method without a seed
     is returned as it is.
