@@ -1,23 +1,32 @@
 """The plug-in for lmms-eval: with the package itself where it is installed, else with the little of it that is used."""
 
 import abc
+import hashlib
 import importlib.util
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from benchmarks import lmms
 from gridprune_cli.errors import BadInput, GridpruneError
+from gridprune_cli.evaluation.data import open_data, scenes
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
-from gridprune_cli.runners.local import Runner
-from gridprune_cli.scenes.scene import draw, make_scene
+from gridprune_cli.runners.local import Reply, Runner
+from gridprune_cli.scenes.scene import SIZE, draw, make_scene
 from gridprune_cli.settings import Pruning
+
+ROOT = Path(__file__).parents[1]
+PYTHON = os.environ.get("LMMS_EVAL_PYTHON")
 
 
 def installed() -> bool:
@@ -172,41 +181,73 @@ def test_the_manifest_names_the_class(plugin):
     assert (module, name) == (plugin.GridpruneModel.__module__, plugin.GridpruneModel.__name__)
 
 
-@pytest.mark.skipif(not installed(), reason="lmms-eval is not installed; see docs/evaluation.md")
-def test_lmms_eval_itself_runs_a_local_task(documents, tmp_path, tiny_llava):
-    lines = [{"image": str(d["image"]), "question": d["question"], "answer": "yes"} for d in documents]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "local.yaml").write_text(
-        f"""
-task: local
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {tmp_path / "data.jsonl"}
-test_split: test
-output_type: generate_until
-doc_to_visual: !function utils.to_images
-doc_to_text: !function utils.to_text
-doc_to_target: answer
-generation_kwargs: {{max_new_tokens: 3, temperature: 0, do_sample: false}}
-metric_list:
-  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
-"""
-    )
-    (tmp_path / "utils.py").write_text(
-        "from PIL import Image\n\n"
-        "def to_images(doc):\n    return [Image.open(doc['image']).convert('RGB')]\n\n"
-        "def to_text(doc, lmms_eval_specific_kwargs=None):\n    return doc['question'] + '\\nShortly.'\n"
-    )
-    command = [sys.executable, "-m", "lmms_eval", "--model", "gridprune", "--tasks", "local"]
-    command += ["--model_args", f"pretrained={tiny_llava},method=gridprune,keep=0.5", "--batch_size", "4"]
-    command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    (samples,) = (tmp_path / "out").rglob("*_samples_local.jsonl")
-    logged = {line["doc_id"]: line["filtered_resps"] for line in map(json.loads, samples.read_text().splitlines())}
-    pipeline = Pipeline(str(tiny_llava))
-    for n, document in enumerate(documents):
-        pruning = Pruning(keep=0.5, query=document["question"])
-        answer = pipeline.ask(document["image"], f"{document['question']}\nShortly.", pruning, max_new_tokens=3)
-        assert logged[n] in (answer.text, [answer.text])  # 0.7.3 logs the text, others a list
+def test_a_method_with_a_seed_gets_the_images_own(plugin, documents, tiny_llava, monkeypatch):
+    """The one that `gridprune eval` gives it: that of the option, and of the picture's bytes."""
+    seeds = []
+
+    def watched(self, requests, **options):
+        seeds.extend(request.pruning.method.seed for request in requests)
+        return iter([Reply("", {}, False, ())] * len(requests))
+
+    monkeypatch.setattr(Runner, "answer", watched)
+    model = plugin.GridpruneModel(pretrained=str(tiny_llava), method="random", seed=5, keep=0.5)
+    model.generate_until(requests_of(model, documents, [{}] * 6))
+    data, expected = scenes(12, 0, "scenes"), []
+    for item in data.items[::4]:  # of the three pictures
+        picture = hashlib.sha256(data.find(item.images[0])).digest()
+        expected.append((5 + int.from_bytes(picture[:4], "big")) % 2**32)
+    assert seeds == expected * 2
+
+
+# ---- benchmarks.lmms -------------------------------------------------------------------------------------------------
+
+
+def test_the_task_of_the_benchmark_is_what_eval_asks(tmp_path):
+    lmms.write_task(tmp_path / "task", 6)
+    lines = [json.loads(line) for line in (tmp_path / "task/questions.jsonl").read_text().splitlines()]
+    data = open_data("scenes:6")
+    assert [(n["id"], n["question"], (n["answer"],)) for n in lines] == [
+        (item.id, item.question, item.answers) for item in data.items
+    ]
+    assert [Path(line["image"]).read_bytes() for line in lines] == [data.find(item.image) for item in data.items]
+    functions = runpy.run_path(str(tmp_path / "task/functions.py"))
+    assert functions["to_text"](lines[0]) == data.items[0].question
+    assert [image.size for image in functions["to_images"](lines[0])] == [(SIZE, SIZE)]
+
+
+def test_the_benchmark_lists_what_differs():
+    red, blue, late = lmms.Scored("red", 1.0), lmms.Scored("blue", 0.0), lmms.Scored("red", 0.0)
+    by_eval = {"1": red, "2": blue, "3": red}
+    alike = lmms.Comparison("gridprune", 0.11, 2 / 3, dict(by_eval), by_eval)
+    assert alike.equal and alike.different == []
+    assert not replace(alike, reported=0.5).equal, "the mean that lmms-eval reports counts, too"
+    for by_lmms, different in (
+        (by_eval | {"2": red}, ["2"]),
+        (by_eval | {"3": late}, ["3"]),
+        ({"1": red, "3": red}, ["2"]),
+        (by_eval | {"4": red}, ["4"]),
+    ):
+        other = replace(alike, by_lmms=by_lmms)
+        assert other.different == different and not other.equal
+    lines = list(lmms.report([alike, replace(alike, by_lmms=by_eval | {"2": red})]))
+    assert lines[2:4] == ["| gridprune | 0.11 | 66.7 | 66.7 | 3 | 3 |", "| gridprune | 0.11 | 66.7 | 66.7 | 3 | 2 |"]
+    assert len(lines) == 5 and lines[4].startswith("gridprune at 0.11, 2: ")
+
+
+def test_a_run_without_results_ends_the_benchmark(tmp_path, monkeypatch):
+    """lmms-eval ends with 0 where a model raises."""
+    monkeypatch.setattr(lmms, "_run", lambda command: "Error during evaluation: keep=2.0: must be above 0")
+    with pytest.raises(SystemExit, match="no results for gridprune at 2:\nError during evaluation"):
+        lmms.run_lmms(tmp_path, tmp_path / "out", "gridprune", 2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON, reason="LMMS_EVAL_PYTHON does not name a Python with lmms-eval; see docs/evaluation.md")
+def test_lmms_eval_itself_scores_as_eval_does(tmp_path):
+    """The embedded model, 100 held-out questions, two methods at two shares: equal question by question."""
+    command = [PYTHON, "-m", "benchmarks.lmms", "--output", str(tmp_path / "run"), "--questions", "100"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr[-3000:]
+    lines = process.stdout.splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| gridprune"] * 2 + ["| random"] * 2
+    assert all(line.endswith(" | 100 | 100 |") for line in lines)

@@ -12,7 +12,7 @@ from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.evaluation.data import Data, Item, one_or_all
 from gridprune_cli.evaluation.metrics import METRICS
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make_method
+from gridprune_cli.pruning.methods import make_method, with_image_seed
 from gridprune_cli.runners.batches import in_order, result_or_raise
 from gridprune_cli.runners.local import Runner
 from gridprune_cli.settings import Pruning, Request
@@ -34,13 +34,10 @@ class Cell:
         names = [field.name for field in fields(Pruning) if field.name not in ("keep", "tokens", "method")]
         return asdict(self.pruning.method) | _plain({name: getattr(self.pruning, name) for name in names})
 
-    def settled(self, key: str) -> "Cell":
-        """This cell for one image: a method with a seed gets the image's own, since one draw for all would be luck."""
-        method: Any = self.pruning.method
-        if not hasattr(method, "seed"):
-            return self
-        seeded = method.with_options(seed=(method.seed + int(key[:8], 16)) % 2**32)
-        return replace(self, pruning=replace(self.pruning, method=seeded))
+    def for_image(self, sha256: str) -> "Cell":
+        """This cell for one image: a method with a seed gets the image's own."""
+        method = with_image_seed(self.pruning.method, sha256)
+        return replace(self, pruning=replace(self.pruning, method=method))
 
 
 FULL = Cell("all tokens", Pruning(keep=1.0, method=make_method("uniform"), region="none"))
@@ -183,8 +180,8 @@ def answers(pipeline: Pipeline, plan: Plan, rows: Rows) -> Iterator[list[dict[st
             for item, pruned, answer in zip(batch, sets, generated, strict=True):
                 text = result_or_raise(answer).text
                 if place(cell, item) not in rows:
-                    settled = cell.settled(encoded[_uses(item)[0]].image)
-                    lines.append(_line(plan, item, settled, pruned, text))
+                    seeded = cell.for_image(encoded[_uses(item)[0]].image)
+                    lines.append(_line(plan, item, seeded, pruned, text))
                     rows[place(cell, item)] = _row(lines[-1])
             yield lines
 
@@ -194,7 +191,7 @@ def prune(runner: Runner, plan: Plan, cell: Cell, batch: list[Item], encoded: "E
     requests = []
     for item in batch:
         images = tuple(encoded[use] for use in _uses(item))
-        pruning = cell.settled(images[0].image).pruning
+        pruning = cell.for_image(images[0].image).pruning
         question = f"{item.question}\n{plan.suffix}" if plan.suffix else item.question
         requests.append(
             Request(images, question, replace(pruning, query=pruning.query or item.question), **plan.prompt)

@@ -6,6 +6,7 @@ lmms-eval finds it by the entry point `lmms_eval.models`. The options are those 
 the pruning, with `_` for `-`; `pretrained` is `--model`.
 """
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from PIL import Image
 from gridprune_cli.cache.files import canonical
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.opening import CACHE_OPTIONS, MODEL_OPTIONS, open_pipeline
+from gridprune_cli.pruning.methods import with_image_seed
 from gridprune_cli.runners.batches import result_or_raise
 from gridprune_cli.selector import find_relevance
 from gridprune_cli.settings import Pruning, Request
@@ -83,7 +85,9 @@ class GridpruneModel(lmms):
             raise GridpruneError(f"{task}, document {document}: gridprune answers about images, and about nothing else")
         text = context.replace(f"{_PLACEHOLDER}\n", "").replace(_PLACEHOLDER, "").strip()
         query = self.pruning.query or (text.partition("\n")[0] if self.first_line else text)
-        return Request(tuple(_bytes(image) for image in images), text, replace(self.pruning, query=query))
+        pictures = tuple(_bytes(image) for image in images)
+        method = with_image_seed(self.pruning.method, hashlib.sha256(pictures[0]).hexdigest())
+        return Request(pictures, text, replace(self.pruning, method=method, query=query))
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         raise GridpruneError("the model gridprune generates; tasks that compare likelihoods can't be run with it")

@@ -94,3 +94,14 @@ def make_method(name: str, **options: Any) -> Method:
         if not isinstance(value, kinds) or (isinstance(value, bool) and known[option] is not bool):
             raise ValueError(f"{option} must be {_KINDS[known[option]]}, not {value!r}")
     return METHODS[name](**options)
+
+
+def with_image_seed(method: Any, sha256: str) -> Method:
+    """A method with a seed for one image, made from the method's seed and `sha256` of the image's bytes, in hex.
+
+    Comparisons take this, so that their score does not hang on a single draw for all images. A method without a seed
+    is returned as it is.
+    """
+    if not hasattr(method, "seed"):
+        return method
+    return method.with_options(seed=(method.seed + int(sha256[:8], 16)) % 2**32)
