@@ -264,8 +264,8 @@ def _generate(
     watch = _Watch(watchers, stops) if watchers is not None else None
     length, clock, start = ids.shape[1], _Clock(), time.perf_counter()
     prefixes = continued = None
-    places = positions[..., 0, :].cpu()  # of the first prompt, (L,) or (3, L)
     if conversations is not None:
+        places = positions[..., 0, :].cpu()  # of the only prompt, (L,) or (3, L)
         continued = conversations.take(batch[0], places, family.image_token)
     if continued is not None and continued.get_seq_length():  # all images are behind it
         inputs: dict[str, Any] = {"past_key_values": continued}

@@ -210,7 +210,7 @@ FAULTS = [  # (whose, its function, what is there, what is planted)
     (word_relevance.WordRelevance, "vectors", "ids.to(self.parts.device)", "ids"),
     (hooks._Run, "_query_weights", ".to(hidden.device)", ""),
     (hooks._Run, "_drop", ".to(hidden.device)", ""),
-    (hooks._Run, "_measure", ".cpu()", ""),
+    (hooks, "_measure", ".cpu()", ""),
     (hooks._Run, "_decode", ", device=hidden.device", ""),
     (hooks, "decode_mask", ", device=hidden.device", ""),
 ]

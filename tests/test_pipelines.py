@@ -46,6 +46,7 @@ def blocks():
     return [block for block in commands if "--engine ray" not in block], [b for b in commands if "--engine ray" in b]
 
 
+@pytest.mark.slow
 def test_the_pipelines_with_ray_run_as_printed(shell, request, monkeypatch):
     """On a Ray that runs already; that commands start their own is tested with the engine."""
     pytest.importorskip("ray.data", reason="needs Ray: pip install 'gridprune[ray]'")

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gridprune_cli.cli.batch import line as line_of
-from gridprune_cli.cli.options import in_shard
 from gridprune_cli.cli.output import lines_to
+from gridprune_cli.cli.values import in_shard
 from gridprune_cli.errors import BadInput
 from gridprune_cli.questions import MAX_IMAGES, MAX_LINE, MAX_QUESTION, Done, Reader, parse, windows
 

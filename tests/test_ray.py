@@ -75,6 +75,7 @@ def workers_of(process):
 
 
 @with_ray
+@pytest.mark.slow
 def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(start, command, tmp_path, monkeypatch):
     from gridprune_cli.scenes.scene import draw, make_scene
 

@@ -160,7 +160,9 @@ def test_what_else_is_in_a_batch_leaves_an_image_s_saliency_alone(noise):
 def test_the_same_file_many_times_goes_through_the_tower_once(pipeline, pictures, monkeypatch):
     seen = []
     run_tower = pipeline.family.encode
-    monkeypatch.setattr(pipeline.family, "encode", lambda batch: seen.extend(batch) or run_tower(batch))
+    monkeypatch.setattr(
+        pipeline.family, "encode", lambda batch, optional: seen.extend(batch) or run_tower(batch, optional)
+    )
     copies = []
     for number in range(40):
         copies.append(pictures[0].with_name(f"copy {number}.png"))
@@ -193,10 +195,10 @@ def test_a_picture_that_the_tower_refuses_is_named(pipeline, pictures, monkeypat
 
     run_tower, refused = pipeline.encoder.run_tower, identify(pictures[3])[0]
 
-    def picky(batch, several):
+    def picky(batch, several, optional):
         if any(picture.sha256 == refused for picture in batch):
             raise ValueError("too strange")
-        return run_tower(batch, several)
+        return run_tower(batch, several, optional)
 
     monkeypatch.setattr(pipeline.encoder, "run_tower", picky)
     results = list(pipeline.runner().encode(pictures))
@@ -207,7 +209,7 @@ def test_a_picture_that_the_tower_refuses_is_named(pipeline, pictures, monkeypat
 def test_memory_that_runs_out_in_the_tower_halves_the_batch(pipeline, pictures, tiny_llava, monkeypatch, caplog):
     encode = pipeline.family.encode
 
-    def small(batch):
+    def small(batch, optional):
         if len(batch) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return encode(batch)

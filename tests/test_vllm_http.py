@@ -83,7 +83,7 @@ def test_what_fails_for_a_set(run, stub, sets, tmp_path):
     code, out, err = run("export", sets[0], gaps, sets[1], tmp_path / "p.png", *send, "--json")
     lines = [json.loads(line) for line in out.splitlines()]
     assert code == 3 and "3 of 4 could not be answered from" in err
-    assert [line.get("error_type") for line in lines] == [None, "BadInput", "ServerFault", "BadInput"]
+    assert [line.get("error_type") for line in lines] == [None, "BadInput", "GridpruneError", "BadInput"]
     assert "original positions" in lines[1]["error"] and lines[1]["pruned"] == str(gaps)
     vllm.preamble = "Be brief. "  # a chat template of its own
     code, out, err = run("export", sets[0], *send)

@@ -13,6 +13,7 @@ from gridprune_cli.cli import options, remote
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import describe, error_fields
 from gridprune_cli.cli.output import check_target, lines_to, progress, say, set_quiet, warn
+from gridprune_cli.cli.values import in_shard
 from gridprune_cli.client.remote import RemoteAnswer, RemotePipeline, RemoteRequest
 from gridprune_cli.errors import BadInput, GridpruneError
 
@@ -80,7 +81,7 @@ def batch(
     set_quiet(quiet)
     check_results(output, resume, file)
     done = Done(resume) if resume else None
-    reader = Reader(file, done=done, in_shard=options.in_shard(shard))
+    reader = Reader(file, done=done, in_shard=in_shard(shard))
     tally = Tally()
     runner = None if isinstance(pipeline, RemotePipeline) else pipeline.runner(questions=batch_size)
 

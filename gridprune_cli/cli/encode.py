@@ -13,6 +13,7 @@ from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import describe
 from gridprune_cli.cli.output import emit_json, progress, put, read_stdin, say, set_quiet, size, warn
+from gridprune_cli.cli.values import in_shard
 
 if TYPE_CHECKING:
     from gridprune_cli.pipeline import Pipeline
@@ -68,8 +69,8 @@ def encode(
     if paths.count("-") > 1:
         raise BadInput("stdin can be read once only", place="-")
     listed = [name for path in paths for name in (_names() if path == "-" else [path])]
-    in_shard = options.in_shard(shard)
-    images = [image for image in find_images(listed) if in_shard is None or in_shard(str(image))]
+    belongs = in_shard(shard)
+    images = [image for image in find_images(listed) if belongs is None or belongs(str(image))]
     if dry_run:
         pipeline.store.writable = False
     if dry_run or may_lack_room(pipeline.encoder, pipeline.store, images, with_prefix=with_prefix):

@@ -12,6 +12,7 @@ from gridprune_cli import choices
 from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.output import progress, put, say, set_quiet
+from gridprune_cli.cli.values import read_schedules
 from gridprune_cli.errors import BadInput
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def read_pruning(arguments: Sequence[str]) -> "Pruning":
                     raise BadInput(f"{flag} needs a value")
                 value = rest.pop(0)
             if name == "method_option":
-                settings.setdefault(name, []).extend(options.read_schedules([value]))
+                settings.setdefault(name, []).extend(read_schedules([value]))
             else:
                 settings[name] = value if equals or name not in _FLAGS else True
         return Pruning.from_options(settings)

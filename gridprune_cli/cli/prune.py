@@ -14,6 +14,7 @@ from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import error_fields
 from gridprune_cli.cli.inputs import read_inputs
 from gridprune_cli.cli.output import check_target, emit_json, progress, say, set_quiet, size, warn
+from gridprune_cli.cli.values import in_shard
 from gridprune_cli.client.remote import RemoteAnswer, RemotePipeline, RemoteRequest
 from gridprune_cli.errors import BadInput, GridpruneError
 
@@ -119,7 +120,7 @@ def prune_lines(
 
     if not os.path.isdir(folder):
         raise BadInput("with --batch, a folder; make it first", field="output", value=folder)
-    reader = Reader(file, in_shard=options.in_shard(shard))
+    reader = Reader(file, in_shard=in_shard(shard))
     tally, prune_all = Tally(), _pruner(pipeline, with_prefix)
     written: set[Path] = set()
     with pipeline, progress("pruning", reader.count()) as step:
