@@ -107,7 +107,7 @@ def batch(
         say(note)
     say(tally.summary(reader.skipped))
     if failed := tally.failed + (done.failed if done else 0):
-        warn(f"{failed} lines failed; they have an `error` in the results")
+        warn(f"{failed} line{'s' * (failed != 1)} failed; they have an `error` in the results")
         raise typer.Exit(3)
 
 

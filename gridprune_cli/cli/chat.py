@@ -106,7 +106,7 @@ def chat(
                 failed += 1
                 warn(describe(fault))
     if failed and not sys.stdin.isatty():
-        warn(f"{failed} lines failed")
+        warn(f"{failed} line{'s' * (failed != 1)} failed")
         raise typer.Exit(3)
 
 

@@ -146,7 +146,7 @@ def prune_lines(
         say(note)
     say(tally.summary(0))
     if tally.failed:
-        warn(f"{tally.failed} lines failed")
+        warn(f"{tally.failed} line{'s' * (tally.failed != 1)} failed")
         raise typer.Exit(3)
 
 
