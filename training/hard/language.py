@@ -1,0 +1,110 @@
+"""The second stage and the third: projector and language model of the hard checkpoint."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from training.data import IGNORE, some_patches, vary
+from training.hard import model as built
+from training.hard.data import HardPool, one_hot
+from training.hard.questions import HardQuestion, questions
+from training.hard.scene import N
+from training.language import Language, Packed, answer_losses
+from training.model import EOS, IMAGE, PAD
+from training.plan import Plan
+
+QUESTIONS = 8  # a scene
+
+
+def pack(groups: list[list[HardQuestion]], chosen: Tensor, tokenizer: Any, rng: random.Random) -> Packed:
+    """Questions behind each of B images, with what every token of an answer is read from.
+
+    chosen  (B, n)  the visual tokens that are shown, of N
+
+    `probed` and `asked` of what comes back have one entry for each token of an answer but `</s>`, padded with entries
+    that ask for nothing.
+    """
+    n = chosen.shape[1]
+    prefix = tokenizer("USER:").input_ids
+    start = len(prefix) + n
+    texts = [[(vary(q.text, rng) + " ASSISTANT:", q.answer) for q in group] for group in groups]
+    coded = iter(tokenizer([t for g in texts for pair in g for t in pair], add_special_tokens=False).input_ids)
+    lines = [[(next(coded), [*next(coded), EOS]) for _ in group] for group in texts]
+    length = start + max(sum(len(p) + len(a) for p, a in group) for group in lines)
+    size = (len(groups), length)
+    ids, labels = torch.full(size, PAD), torch.full(size, IGNORE)
+    positions, segment = torch.zeros(size, dtype=torch.long), torch.full(size, -1)  # segment -1: padding
+    looks: list[list[tuple[int, tuple[int, ...]]]] = []  # of each image, (token, patches)
+    for b, group in enumerate(lines):
+        ids[b, :start] = torch.tensor(prefix + [IMAGE] * n)
+        positions[b, :start] = torch.cat([torch.arange(len(prefix)), len(prefix) + chosen[b]])
+        segment[b, :start] = 0
+        at = start
+        looks.append([])
+        for j, (prompt, answer) in enumerate(group):
+            end = at + len(prompt) + len(answer)
+            ids[b, at:end] = torch.tensor(prompt + answer)
+            positions[b, at:end] = len(prefix) + N + torch.arange(end - at)
+            segment[b, at:end] = j + 1
+            last = at + len(prompt) - 1
+            labels[b, last : end - 1] = torch.tensor(answer)
+            looks[b] += [(last + i, patches) for i, patches in enumerate(groups[b][j].looks)]
+            at = end
+    same = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
+    mask = same & torch.ones(length, length, dtype=torch.bool).tril() | torch.eye(length, dtype=torch.bool)
+    count = max(len(line) for line in looks)
+    probed = torch.full((len(groups), count), length - 1)
+    asked = torch.zeros(len(groups), count, n)
+    for b, line in enumerate(looks):
+        for j, (token, patches) in enumerate(line):
+            probed[b, j] = token
+            asked[b, j] = torch.isin(chosen[b], torch.tensor(patches, dtype=torch.long))
+    return Packed(ids, positions, mask[:, None], labels, probed, asked)
+
+
+class HardLanguage(Language):
+    """The LLaVA model without a use of its tower: it answers from `features` `(scenes, N, D)`, or from contents."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        config = built.llava_config()
+        config.text_config._attn_implementation = "scenes_probe"
+        self.llava = LlavaForConditionalGeneration(config)
+        self.llava.model.language_model.set_attn_implementation("scenes_probe")
+        self.llava.model.vision_tower.requires_grad_(False)
+        self.tokenizer = built.make_tokenizer(close=False)
+        self.features = np.empty((0, N, built.WIDTH), np.float16)  # none: it answers from contents
+
+    def losses(self, pool: HardPool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:  # type: ignore[override]
+        rng = random.Random(f"hard-language-{plan.first_seed}-{step}")
+        index = pool.batch(step, plan)
+        table = torch.from_numpy(pool.contents[index]).long().transpose(1, 2)  # (B, N, 5)
+        chosen = some_patches(table[..., 0], plan.tokens_at(step), torch.Generator().manual_seed(step))
+        groups = [questions(pool.scene(int(i)), QUESTIONS, rng, plan.kinds) for i in index]
+        packed = pack(groups, chosen, self.tokenizer, rng)
+        features = torch.from_numpy(self.features[index]).float() if len(self.features) else one_hot(table[..., 1:])
+        features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).to(device)
+        losses, _ = answer_losses(self.llava, features, packed, plan)
+        return losses
+
+
+@torch.no_grad()
+def fit_projector(projector: Any, features: Tensor, table: Tensor) -> None:
+    """Makes the projector's first layer give of features `(M, D)` what it gave of contents `(M, 4)`, and freezes it.
+
+    The linear map of least squares, with a ridge of 1e-3 of the features' mean variance.
+    """
+    wanted = projector.linear_1(one_hot(table[None])[0]).double()
+    features = features.double()
+    centre, level = features.mean(0), wanted.mean(0)
+    centred = features - centre
+    gram = centred.T @ centred
+    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    weights = torch.linalg.solve(gram + ridge, centred.T @ (wanted - level))  # (D, hidden)
+    projector.linear_1.weight.copy_(weights.T)
+    projector.linear_1.bias.copy_(level - centre @ weights)
+    projector.linear_1.requires_grad_(False)
