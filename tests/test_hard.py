@@ -14,9 +14,9 @@ from gridprune_cli.scenes.scene import COLOURS, SHAPES
 from training.data import normalise
 from training.hard import run
 from training.hard.data import IGNORE, contents, one_hot
-from training.hard.language import fit_projector, pack
+from training.hard.language import NAMES, fit_projector, names_of, pack
 from training.hard.model import WIDTH, llava_config, make_tokenizer
-from training.hard.questions import KINDS, MAX_COUNT, ask, questions
+from training.hard.questions import KINDS, MAX_COUNT, HardQuestion, ask, questions
 from training.hard.scene import GRID, LETTERS, PATCH, SIZE, N, draw, make_scene, pixel_owners
 from training.hard.tower import HardTower, embed
 from training.hard.write import PER_SCENE, write_questions
@@ -191,3 +191,14 @@ def test_questions_are_written_as_eval_takes_them(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert len({line["image"] for line in lines}) == -(-7 // PER_SCENE)
     assert all(Image.open(tmp_path / line["image"]).size == (SIZE, SIZE) for line in lines)
+
+
+def test_names_of_questions():
+    count = HardQuestion("count", "how many red stars are there", "2", (0, 1), ((3, 4),))
+    sign = HardQuestion("sign", "What colour is the sign with BAD?", "blue", (12,), ((1, 2, 3),))
+    word = HardQuestion("word", "Read the cyan sign.", "BA", (12,), ((1,), (2,)))
+    named = names_of([[count, sign], [word, count]], 3)
+    assert named.shape == (2, 3, len(NAMES))
+    held = [[{n for n, x in zip(NAMES, line, strict=True) if x == 1} for line in group] for group in named.tolist()]
+    assert held == [[{"red", "star"}, {"B", "A", "D"}, set()], [{"cyan"}, {"cyan"}, {"red", "star"}]]
+    assert named[0, 2].isnan().all() and named[0, :2].isfinite().all()

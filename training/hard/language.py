@@ -5,19 +5,24 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from gridprune_cli.scenes.scene import COLOURS, SHAPES
 from training.data import IGNORE, some_patches, vary
 from training.hard import model as built
 from training.hard.data import HardPool, one_hot
 from training.hard.questions import HardQuestion, questions
-from training.hard.scene import N
+from training.hard.scene import LETTERS, N
 from training.language import Language, Packed, answer_losses
 from training.model import EOS, IMAGE, PAD
 from training.plan import Plan
 
 QUESTIONS = 8  # a scene
+LOOK = 3.0  # times as much weight of the led heads as in the first recipe
+TELL = 10.0
+NAMES = (*COLOURS, *SHAPES, *LETTERS)  # what questions single out objects and signs by
 
 
 def pack(groups: list[list[HardQuestion]], chosen: Tensor, tokenizer: Any, rng: random.Random) -> Packed:
@@ -66,6 +71,21 @@ def pack(groups: list[list[HardQuestion]], chosen: Tensor, tokenizer: Any, rng: 
     return Packed(ids, positions, mask[:, None], labels, probed, asked)
 
 
+def names_of(groups: list[list[HardQuestion]], count: int) -> Tensor:
+    """Which of `NAMES` a question holds, 1 or 0, for each token of each answer in turn: `(B, count, names)`, padded
+    with nan."""
+    out = torch.full((len(groups), count, len(NAMES)), torch.nan)
+    for b, group in enumerate(groups):
+        at = 0
+        for question in group:
+            texts = question.text.lower().rstrip("?.").split()
+            letters = question.text.rstrip("?.").split()[-1] if question.kind == "sign" else ""
+            held = [any(t.startswith(name) for t in texts) or name in letters for name in NAMES]
+            out[b, at : at + len(question.looks)] = torch.tensor(held, dtype=torch.float)
+            at += len(question.looks)
+    return out
+
+
 class HardLanguage(Language):
     """The LLaVA model without a use of its tower: it answers from `features` `(scenes, N, D)`, or from contents."""
 
@@ -76,20 +96,34 @@ class HardLanguage(Language):
         self.llava = LlavaForConditionalGeneration(config)
         self.llava.model.language_model.set_attn_implementation("scenes_probe")
         self.llava.model.vision_tower.requires_grad_(False)
+        projector = self.llava.model.multi_modal_projector
+        for layer in (projector.linear_1, projector.linear_2):  # contents as large as text embeds from the first step
+            nn.init.orthogonal_(layer.weight)
         self.tokenizer = built.make_tokenizer(close=False)
+        self.tell = nn.Linear(built.WIDTH, len(NAMES))
         self.features = np.empty((0, N, built.WIDTH), np.float16)  # none: it answers from contents
 
     def losses(self, pool: HardPool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:  # type: ignore[override]
         rng = random.Random(f"hard-language-{plan.first_seed}-{step}")
         index = pool.batch(step, plan)
         table = torch.from_numpy(pool.contents[index]).long().transpose(1, 2)  # (B, N, 5)
-        chosen = some_patches(table[..., 0], plan.tokens_at(step), torch.Generator().manual_seed(step))
+        telling = torch.where((table[..., 2] > 0) | (table[..., 3] > 0), 0, -1)  # centres of objects, and letters
+        chosen = some_patches(telling, plan.tokens_at(step), torch.Generator().manual_seed(step))
         groups = [questions(pool.scene(int(i)), QUESTIONS, rng, plan.kinds) for i in index]
         packed = pack(groups, chosen, self.tokenizer, rng)
         features = torch.from_numpy(self.features[index]).float() if len(self.features) else one_hot(table[..., 1:])
         features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1])).to(device)
+        first_layer: list[Tensor] = []
+        hook = self.llava.model.language_model.layers[0].register_forward_hook(
+            lambda _, __, out: first_layer.append(out)
+        )
         losses, _ = answer_losses(self.llava, features, packed, plan)
-        return losses
+        hook.remove()
+        named = names_of(groups, packed.probed.shape[1]).to(device)  # (B, T, names)
+        gathered = first_layer[0].gather(1, packed.probed[..., None].expand(-1, -1, built.WIDTH).to(device))
+        known = named.isfinite()
+        tell = F.binary_cross_entropy_with_logits(self.tell(gathered)[known], named[known])
+        return losses | {"look": LOOK * losses["look"], "tell names": TELL * tell}
 
 
 @torch.no_grad()

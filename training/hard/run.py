@@ -16,8 +16,10 @@ from training.plan import Plan
 from training.run import optimise, store_features
 
 STAGES = ("tower", "language", "join")
-TOWER = Plan(2000, 24, 3_000, TRAIN, 1.5e-3, ((0.85, 112), (0.15, 576)))
-LANGUAGE = Plan(2000, 16, 25_000, TRAIN + 8_000, 2e-3, ((0.8, 64), (0.2, 128)), kinds=KINDS, led=((1, 2), (2, 2)))
+TOWER = Plan(1400, 24, 3_000, TRAIN, 1.5e-3, ((1.0, 112),))
+LANGUAGE = Plan(
+    2000, 10, 25_000, TRAIN + 8_000, 2e-3, ((0.5, 24), (0.3, 48), (0.2, 96)), kinds=KINDS, led=((1, 2), (2, 2))
+)
 JOIN = Plan(600, 16, 1_200, TRAIN + 40_000, 1e-3, ((0.75, 128), (0.25, 576)), kinds=KINDS, led=((1, 2), (2, 2)))
 FITTED = 500  # scenes that the projector is fitted to
 
