@@ -166,6 +166,7 @@ def test_projector_is_fitted_to_what_it_gave_of_contents():
 def test_training_resumes_and_writes_a_checkpoint_that_answers(monkeypatch, tmp_path):
     led = {"kinds": KINDS, "led": ((1, 2), (2, 2))}
     monkeypatch.setattr(run, "TOWER", Plan(2, 2, 4, 0, 1e-3, ((1.0, 64),)))
+    monkeypatch.setattr(run, "TOWER_AGAIN", Plan(1, 2, 4, 4, 1e-3, ((1.0, 64),), start=2))
     monkeypatch.setattr(run, "LANGUAGE", Plan(2, 2, 4, 4, 1e-3, ((1.0, 32),), **led))
     monkeypatch.setattr(run, "JOIN", Plan(2, 2, 4, 8, 1e-3, ((1.0, 32),), **led))
     device = torch.device("cpu")

@@ -42,7 +42,8 @@ def ask(scene: HardScene, kind: str, rng: random.Random) -> HardQuestion | None:
     if question is None or (kind == "count" and int(question.answer) > MAX_COUNT):
         return None
     centres = tuple(scene.objects[i].centre_patch for i in question.asked)
-    return HardQuestion(kind, question.text, question.answer, question.asked, (centres,))
+    looks = (centres,) * len(question.answer.split())
+    return HardQuestion(kind, question.text, question.answer, question.asked, looks)
 
 
 def questions(scene: HardScene, n: int, rng: random.Random, kinds: tuple[str, ...] = KINDS) -> list[HardQuestion]:

@@ -17,10 +17,13 @@ from training.run import optimise, store_features
 
 STAGES = ("tower", "language", "join")
 TOWER = Plan(1400, 24, 3_000, TRAIN, 1.5e-3, ((1.0, 112),))
+TOWER_AGAIN = Plan(900, 24, 3_000, TRAIN + 3_000, 1.2e-3, ((1.0, 112),), start=1400)
 LANGUAGE = Plan(
-    2000, 10, 25_000, TRAIN + 8_000, 2e-3, ((0.5, 24), (0.3, 48), (0.2, 96)), kinds=KINDS, led=((1, 2), (2, 2))
+    2400, 10, 25_000, TRAIN + 8_000, 1e-3, ((0.3, 24), (0.7, 48)), stop=1600, kinds=KINDS, led=((1, 2), (2, 2))
 )
-JOIN = Plan(600, 16, 1_200, TRAIN + 40_000, 1e-3, ((0.75, 128), (0.25, 576)), kinds=KINDS, led=((1, 2), (2, 2)))
+JOIN = Plan(
+    2000, 10, 1_200, TRAIN + 40_000, 1e-3, ((0.6, 64), (0.34, 128), (0.06, 576)), kinds=KINDS, led=((1, 2), (2, 2))
+)
 FITTED = 500  # scenes that the projector is fitted to
 
 
@@ -30,8 +33,10 @@ def train(out: Path, work: Path, seed: int, device: torch.device, stages: tuple[
         (work / stage).mkdir(parents=True, exist_ok=True)
     if "tower" in stages:
         torch.manual_seed(seed)
-        pool = HardPool(work, TOWER.first_seed, TOWER.scenes, drawn=True)
-        optimise("tower", HardTower().to(device), pool, TOWER, work / "tower", device, autocast=False)
+        tower = HardTower().to(device)
+        for name, plan in (("tower", TOWER), ("tower-again", TOWER_AGAIN)):
+            pool = HardPool(work, plan.first_seed, plan.scenes, drawn=True)
+            optimise(name, tower, pool, plan, work / "tower", device, autocast=False)
     if "language" in stages:
         torch.manual_seed(seed)
         pool = HardPool(work, LANGUAGE.first_seed, LANGUAGE.scenes, drawn=False)
@@ -44,8 +49,8 @@ def join(out: Path, work: Path, seed: int, device: torch.device) -> None:
     """The third stage, from what the first two have saved, whether they came to their ends or not."""
     torch.manual_seed(seed)
     tower, language = HardTower().to(device), HardLanguage().to(device)
-    for model, stage in ((tower, "tower"), (language, "language")):
-        model.load_state_dict(torch.load(work / stage / f"{stage}.pt", map_location=device, weights_only=True)["model"])
+    for model, path in ((tower, work / "tower" / "tower-again.pt"), (language, work / "language" / "language.pt")):
+        model.load_state_dict(torch.load(path, map_location=device, weights_only=True)["model"])
     tower.clip.to(torch.bfloat16).to(torch.float32)  # what ships is 16-bit: the language model learns from just that
     language.llava.model.vision_tower.load_state_dict(tower.clip.vision_model.state_dict())
     pool = HardPool(work, JOIN.first_seed, JOIN.scenes, drawn=True)
