@@ -169,14 +169,15 @@ def test_training_resumes_and_writes_a_checkpoint_that_answers(monkeypatch, tmp_
     monkeypatch.setattr(run, "TOWER_AGAIN", Plan(1, 2, 4, 4, 1e-3, ((1.0, 64),), start=2))
     monkeypatch.setattr(run, "LANGUAGE", Plan(2, 2, 4, 4, 1e-3, ((1.0, 32),), **led))
     monkeypatch.setattr(run, "JOIN", Plan(2, 2, 4, 8, 1e-3, ((1.0, 32),), **led))
+    monkeypatch.setattr(run, "JOIN_AGAIN", Plan(1, 2, 4, 8, 1e-3, ((1.0, 32),), start=2, **led))
     device = torch.device("cpu")
     run.train(tmp_path / "out", tmp_path / "work", 0, device, ("tower", "language"))
     assert not (tmp_path / "out").exists()
     run.train(tmp_path / "out", tmp_path / "work", 0, device)  # the first two are at their ends
     llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     clip = CLIPModel.from_pretrained(tmp_path / "out" / "clip")
-    own = llava.model.vision_tower.state_dict()
-    assert all(torch.equal(own[name], value) for name, value in clip.vision_model.state_dict().items())
+    tower = llava.model.vision_tower.state_dict()
+    assert all(torch.equal(tower[name], value) for name, value in clip.vision_model.state_dict().items())
     processor = LlavaProcessor.from_pretrained(tmp_path / "out")
     inputs = processor(
         images=draw(make_scene(0)), text="USER: <image>\nRead the red sign. ASSISTANT:", return_tensors="pt"

@@ -102,7 +102,7 @@ class HardLanguage(Language):
         nn.init.orthogonal_(projector.linear_1.weight, 4)
         nn.init.orthogonal_(projector.linear_2.weight, 2)
         self.tokenizer = built.make_tokenizer(close=False)
-        self.tell = nn.Linear(built.WIDTH, len(NAMES))
+        self.tell_names = nn.Linear(built.WIDTH, len(NAMES))
         self.features = np.empty((0, N, built.WIDTH), np.float16)  # none: it answers from contents
 
     def losses(self, pool: HardPool, step: int, plan: Plan, device: torch.device) -> dict[str, Tensor]:  # type: ignore[override]
@@ -124,7 +124,7 @@ class HardLanguage(Language):
         named = names_of(groups, packed.probed.shape[1]).to(device)  # (B, T, names)
         gathered = first_layer[0].gather(1, packed.probed[..., None].expand(-1, -1, built.WIDTH).to(device))
         known = named.isfinite()
-        tell = F.binary_cross_entropy_with_logits(self.tell(gathered)[known], named[known])
+        tell = F.binary_cross_entropy_with_logits(self.tell_names(gathered)[known], named[known])
         return losses | {"look": LOOK * losses["look"], "tell names": TELL * tell}
 
 

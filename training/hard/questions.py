@@ -35,15 +35,15 @@ def ask(scene: HardScene, kind: str, rng: random.Random) -> HardQuestion | None:
         if kind == "sign" and [s.text for s in scene.signs].count(sign.text) > 1:
             return None
         answer = sign.text if kind == "word" else sign.colour
-        looks = tuple((patch,) for patch in patches) if kind == "word" else (patches,)
+        looks: tuple[tuple[int, ...], ...] = tuple((p,) for p in patches) if kind == "word" else (patches,)
         text = rng.choice(PHRASES[kind]).format(about)
         return HardQuestion(kind, text, answer, (len(scene.objects) + i,), looks)
     question = first.ask(scene, kind, rng)
     if question is None or (kind == "count" and int(question.answer) > MAX_COUNT):
         return None
     centres = tuple(scene.objects[i].centre_patch for i in question.asked)
-    looks = (centres,) * len(question.answer.split())
-    return HardQuestion(kind, question.text, question.answer, question.asked, looks)
+    read = (centres,) * len(question.answer.split())
+    return HardQuestion(kind, question.text, question.answer, question.asked, read)
 
 
 def questions(scene: HardScene, n: int, rng: random.Random, kinds: tuple[str, ...] = KINDS) -> list[HardQuestion]:

@@ -21,8 +21,17 @@ TOWER_AGAIN = Plan(900, 24, 3_000, TRAIN + 3_000, 1.2e-3, ((1.0, 112),), start=1
 LANGUAGE = Plan(
     2400, 10, 25_000, TRAIN + 8_000, 1e-3, ((0.3, 24), (0.7, 48)), stop=1600, kinds=KINDS, led=((1, 2), (2, 2))
 )
-JOIN = Plan(
-    2000, 10, 1_200, TRAIN + 40_000, 1e-3, ((0.6, 64), (0.34, 128), (0.06, 576)), kinds=KINDS, led=((1, 2), (2, 2))
+JOIN = Plan(2300, 10, 1_200, TRAIN + 40_000, 1e-3, ((0.6, 64), (0.4, 128)), kinds=KINDS, led=((1, 2), (2, 2)))
+JOIN_AGAIN = Plan(
+    650,
+    10,
+    1_200,
+    TRAIN + 40_000,
+    8e-4,
+    ((1.0, 128),),
+    start=2300,
+    kinds=(*KINDS, "count", "count", "shape"),
+    led=((1, 2), (2, 2)),
 )
 FITTED = 500  # scenes that the projector is fitted to
 
@@ -63,5 +72,6 @@ def join(out: Path, work: Path, seed: int, device: torch.device) -> None:
         language.llava.model.multi_modal_projector, features.flatten(0, 1), table[index, chosen, 1:].flatten(0, 1)
     )
     optimise("join", language, pool, JOIN, work / "join", device, autocast=False)
+    optimise("join-again", language, pool, JOIN_AGAIN, work / "join", device, autocast=False)
     language.llava.model.language_model.set_attn_implementation("sdpa")
     built.save(out, language.llava, tower.clip)
