@@ -26,7 +26,6 @@ from training.plan import (
     LOCALIZER_TOWER,
     TOWER,
     TOWER_AGAIN,
-    N,
     Plan,
 )
 from training.tower import Tower
@@ -64,8 +63,13 @@ def optimise(
     plan: Plan,
     work: Path,
     device: torch.device,
+    *,
+    autocast: bool = True,
 ) -> None:
-    """Runs a stage to its end. Weights and optimiser are saved every `SAVE_EVERY` steps, and loaded where they were."""
+    """Runs a stage to its end. Weights and optimiser are saved every `SAVE_EVERY` steps, and loaded where they were.
+
+    autocast  computes in bfloat16 where that loses little; else all in float32
+    """
     checkpoint = work / f"{name}.pt"
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -85,7 +89,7 @@ def optimise(
         for step in range(first, last):
             for group in optimiser.param_groups:
                 group["lr"] = plan.rate_at(step)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 losses = model.losses(pool, step, plan, device)
             torch.stack(list(losses.values())).sum().backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
@@ -101,22 +105,24 @@ def optimise(
 
 
 @torch.no_grad()
-def encodings(tower: Tower, pool: Pool, device: torch.device) -> Iterator[Tensor]:
+def encodings(tower: Tower, pool: Pool, device: torch.device, *, autocast: bool = True) -> Iterator[Tensor]:
     """Vision features of a pool, the penultimate layer's patches, 64 scenes at a time: `(64, N, D)` float16."""
     with progress() as bar:
         for at in bar.track(range(0, pool.count, 64), description="encoding scenes"):
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 hidden_states, _ = tower.hidden_states(normalise(pool.pixels[at : at + 64], device))
             yield hidden_states[:, 1:].half().cpu()  # without CLS
 
 
-def store_features(tower: Tower, pool: Pool, path: Path, device: torch.device) -> np.ndarray:
+def store_features(tower: Tower, pool: Pool, path: Path, device: torch.device, *, autocast: bool = True) -> np.ndarray:
     """Vision features of a pool, `(scenes, N, D)` float16, computed once and mapped from disk."""
     if not path.exists():
         partial = path.with_suffix(".tmp")
-        out = np.lib.format.open_memmap(partial, "w+", np.float16, (pool.count, N, built.WIDTH))
+        config = tower.clip.config.vision_config
+        size = (pool.count, (config.image_size // config.patch_size) ** 2, config.hidden_size)
+        out = np.lib.format.open_memmap(partial, "w+", np.float16, size)
         at = 0
-        for batch in encodings(tower, pool, device):
+        for batch in encodings(tower, pool, device, autocast=autocast):
             out[at : at + len(batch)] = batch.numpy()
             at += len(batch)
         out.flush()

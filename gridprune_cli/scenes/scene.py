@@ -148,7 +148,7 @@ def pixel_owners(scene: Scene) -> np.ndarray:
     owner = np.zeros((SIZE, SIZE), np.uint8)
     for i, obj in enumerate(scene.objects):
         x0, y0, x1, y1 = obj.box
-        owner[y0:y1, x0:x1][np.asarray(_shape_mask(obj.shape, x1 - x0)) > 127] = i + 1
+        owner[y0:y1, x0:x1][np.asarray(shape_mask(obj.shape, x1 - x0)) > 127] = i + 1
     return owner
 
 
@@ -158,10 +158,10 @@ def pixel_owners(scene: Scene) -> np.ndarray:
 def draw(scene: Scene) -> tuple[Image.Image, np.ndarray]:
     """The picture, and which object each pixel shows, as `pixel_owners` has it."""
     rng = np.random.default_rng(scene.seed)
-    picture = _background(rng)
-    _distract(rng, picture)
+    picture = background(rng)
+    distract(rng, picture)
     for obj in scene.objects:
-        mask = _shape_mask(obj.shape, obj.box[2] - obj.box[0])
+        mask = shape_mask(obj.shape, obj.box[2] - obj.box[0])
         tint = tuple(int(v) for v in np.clip(np.array(COLOURS[obj.colour]) + rng.integers(-12, 13, 3), 0, 255))
         picture.paste(tint, obj.box[:2], mask)
         _write(picture, obj, tint)
@@ -169,38 +169,38 @@ def draw(scene: Scene) -> tuple[Image.Image, np.ndarray]:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), pixel_owners(scene)
 
 
-def _background(rng: np.random.Generator) -> Image.Image:
+def background(rng: np.random.Generator, size: int = SIZE) -> Image.Image:
     """Dull colours in blotches, with stripes, checks or neither on top."""
     base = rng.integers(70, 170) + rng.integers(-15, 16, 3)
     blotch = rng.normal(0, 22, (int(rng.integers(3, 12)),) * 2 + (1,)) + rng.normal(0, 6, 3)
     small = np.clip(base + blotch, 0, 255).astype(np.uint8)
-    picture = np.asarray(Image.fromarray(small).resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32)
+    picture = np.asarray(Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC), np.float32)
     texture, period = rng.integers(3), rng.integers(8, 40)
-    y, x = np.mgrid[:SIZE, :SIZE]
+    y, x = np.mgrid[:size, :size]
     if texture == 0:
         wave = np.sign(np.sin((x * np.cos(base[0]) + y * np.sin(base[0])) * 2 * np.pi / period))
     elif texture == 1:
         wave = ((x // period + y // period) % 2) * 2.0 - 1
     else:
-        wave = np.zeros((SIZE, SIZE))
+        wave = np.zeros((size, size))
     return Image.fromarray((picture + wave[..., None] * rng.uniform(4, 14)).clip(0, 255).astype(np.uint8))
 
 
-def _distract(rng: np.random.Generator, picture: Image.Image) -> None:
+def distract(rng: np.random.Generator, picture: Image.Image, biggest: int = 5) -> None:
     """Marks that no question is about: thin lines, and dots too small to be an object, some in the objects' colours."""
     pen = ImageDraw.Draw(picture)
     tints = list(COLOURS.values())
     for _ in range(rng.integers(0, 6)):
-        x0, y0, x1, y1 = (int(v) for v in rng.integers(0, SIZE, 4))
+        x0, y0, x1, y1 = (int(v) for v in rng.integers(0, picture.width, 4))
         pen.line((x0, y0, x1, y1), fill=tints[rng.integers(len(tints))], width=int(rng.integers(1, 3)))
     for _ in range(rng.integers(0, 12)):
-        x, y, r = (int(v) for v in (*rng.integers(0, SIZE, 2), rng.integers(2, 6)))
+        x, y, r = (int(v) for v in (*rng.integers(0, picture.width, 2), rng.integers(2, biggest + 1)))
         mark = pen.ellipse if rng.integers(2) else pen.rectangle
         mark((x - r, y - r, x + r, y + r), fill=tints[rng.integers(len(tints))])
 
 
 @cache
-def _shape_mask(shape: str, size: int) -> Image.Image:
+def shape_mask(shape: str, size: int) -> Image.Image:
     s = size * _OVERSAMPLE
     mask = Image.new("L", (s, s))
     pen = ImageDraw.Draw(mask)
@@ -228,7 +228,7 @@ def _shape_mask(shape: str, size: int) -> Image.Image:
 
 
 @cache
-def _glyph(character: str, height: int) -> tuple[Image.Image, Image.Image]:
+def glyph(character: str, height: int) -> tuple[Image.Image, Image.Image]:
     """Ink and outline masks of a character whose ink is about `height` pixels tall."""
     font = ImageFont.load_default(round(height / 0.72))  # capitals of Pillow's built-in font are 0.72 em tall
     masks = []
@@ -243,7 +243,7 @@ def _glyph(character: str, height: int) -> tuple[Image.Image, Image.Image]:
 def _write(picture: Image.Image, obj: SceneObject, tint: tuple[int, ...]) -> None:
     """The character, in black or white, outlined in the shape's colour where it leaves the shape."""
     height = max(24, round((obj.box[2] - obj.box[0]) * 0.56))
-    ink, outline = _glyph(obj.character, height)
+    ink, outline = glyph(obj.character, height)
     x, y = obj.centre
     y += 0.1 * (obj.box[3] - obj.box[1]) if obj.shape == "triangle" else 0
     corner = (round(x) - height, round(y) - height)
