@@ -75,7 +75,8 @@ class Conversations:
             return DynamicCache()
         best = max(range(len(counts)), key=counts.__getitem__)
         cache = self._turns.pop(best).cache
-        cache.crop(min(0, counts[best] - cache.get_seq_length()))  # negative: how many to remove
+        if surplus := max(0, cache.get_seq_length() - counts[best]):
+            cache.crop(-surplus)  # negative: how many to remove
         return cache
 
     def put(self, pruned: PrunedSet, positions: Tensor, ids: Tensor, cache: DynamicCache) -> None:
