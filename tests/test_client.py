@@ -556,7 +556,7 @@ def test_what_is_under_way_ends_at_once_when_the_connection_is_closed(home):
 
     thread = threading.Thread(target=ask_all)
     thread.start()
-    wait_until(lambda: len(connection._open) == 3)
+    wait_until(lambda: len(connection._open) == 6)  # two batches
     connection.close()
     thread.join(10)
     assert failures
