@@ -413,6 +413,15 @@ def rate(signals, k, method):
     return pivots(signals.vision_features.double().tolist(), k)
 
 
+def take_out(vectors, token):
+    """Takes what lies along one of the vectors out of all of them."""
+    length = math.sqrt(math.fsum(x * x for x in vectors[token]))
+    axis = [x / length for x in vectors[token]]
+    for vector in vectors:
+        along = math.fsum(x * y for x, y in zip(vector, axis, strict=True))
+        vector[:] = [x - along * y for x, y in zip(vector, axis, strict=True)]
+
+
 def pivots(vectors, k):
     """Again and again the vector of which most lies outside of the span of those taken; then the longest."""
     squares = [math.fsum(x * x for x in vector) for vector in vectors]
@@ -424,10 +433,7 @@ def pivots(vectors, k):
         if not score:
             return sorted(kept + [i for i in ranked(squares) if i in free][: k - len(kept)])
         token = first_best(score, score.get, max(score.values()))
-        axis = [x / math.sqrt(left[token]) for x in outside[token]]
-        for vector in outside:
-            along = math.fsum(x * y for x, y in zip(vector, axis, strict=True))
-            vector[:] = [x - along * y for x, y in zip(vector, axis, strict=True)]
+        take_out(outside, token)
         kept.append(token)
     return sorted(kept)
 
@@ -453,10 +459,7 @@ def cdpruner(signals, k, method):
             order = [i for i in ranked(relevance) if i in free]
             return sorted(kept + order[: k - len(kept)])
         token = first_best(score, score.get, max(score.values()))
-        axis = [x / math.sqrt(squares[token]) for x in outside[token]]
-        for row in outside:
-            along = math.fsum(x * y for x, y in zip(row, axis, strict=True))
-            row[:] = [x - along * y for x, y in zip(row, axis, strict=True)]
+        take_out(outside, token)
         kept.append(token)
     return sorted(kept)
 

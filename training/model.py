@@ -176,12 +176,19 @@ def save_localizer(folder: Path, llava: LlavaForConditionalGeneration) -> None:
     publish(folder)
 
 
-def save(folder: Path, llava: LlavaForConditionalGeneration, clip: CLIPModel) -> None:
-    """Writes both checkpoints in bfloat16, the precision they were trained in."""
+def save(
+    folder: Path,
+    llava: LlavaForConditionalGeneration,
+    clip: CLIPModel,
+    processor: LlavaProcessor | None = None,
+    clip_tokenizer: PreTrainedTokenizerFast | None = None,
+) -> None:
+    """Writes both checkpoints in bfloat16, with the first recipe's processor and tokenizer where none are named."""
+    processor = processor or make_processor()
     for model, place in ((llava, folder), (clip, folder / "clip")):
         model.to(torch.bfloat16).save_pretrained(place)
-    make_processor().save_pretrained(folder)
-    make_tokenizer(close=True).save_pretrained(folder / "clip")
-    make_processor().image_processor.save_pretrained(folder / "clip")
+    processor.save_pretrained(folder)
+    (clip_tokenizer or make_tokenizer(close=True)).save_pretrained(folder / "clip")
+    processor.image_processor.save_pretrained(folder / "clip")
     for place in (folder, folder / "clip"):
         publish(place)

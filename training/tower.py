@@ -1,6 +1,7 @@
 """The first stage: vision and text tower."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -121,8 +122,28 @@ class Tower(nn.Module):
         table = torch.from_numpy(np.stack([properties(s) for s in scenes]))
         dense = read_off(self.heads(penultimate[:, 1:]), HEADS, table.to(device), shown.to(device))
 
-        # 3. a question matches the patches that it asks for
+        # 3. what texts have to do with patches, and with the picture
         asked = [[q for q in questions(s, 5, rng) if q.asked][:4] for s in scenes]
+        relevance, image = self.text_losses(scenes, asked, shown, (penultimate, last), rng)
+        return {"dense": dense, "relevance": relevance, "image": 0.3 * image}
+
+    def text_losses(
+        self,
+        scenes: Sequence[Any],
+        asked: Sequence[Sequence[Any]],
+        shown: Tensor,
+        hidden_states: tuple[Tensor, Tensor],
+        rng: random.Random,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of relevance, and that of the pooled images with the names of objects.
+
+        asked          the questions about each of B scenes that ask for an object
+        shown          (B, n), which object each chosen patch shows
+        hidden_states  (B, 1 + n, D) each, of the penultimate layer and of the last, CLS first
+        """
+        penultimate, last = hidden_states
+        device = penultimate.device
+        # 1. a question matches the patches of what it asks for
         flat = [(b, q) for b, group in enumerate(asked) for q in group]
         wanted = torch.stack([asked_patches(shown[b], q.asked) for b, q in flat]).to(device)
         named = [rng.choice(s.objects).name for s in scenes]
@@ -133,9 +154,9 @@ class Tower(nn.Module):
         logits = scale * torch.einsum("qnd,qd->qn", patch[image_of_question], text[: len(flat)])
         relevance = -(wanted * logits.log_softmax(-1)).sum(-1).mean()
 
-        # 4. the pooled image matches the names of objects that it shows
+        # 2. the pooled image matches the names of objects that it shows
         pooled = F.normalize(self.project(last[:, 0]).float(), dim=-1)
         pairs = scale * pooled @ text[len(flat) :].T + self.bias
         truth = torch.tensor([[1.0 if any(o.name == n for o in s.objects) else -1.0 for n in named] for s in scenes])
         image = -F.logsigmoid(pairs * truth.to(device)).sum(1).mean()
-        return {"dense": dense, "relevance": relevance, "image": 0.3 * image}
+        return relevance, image

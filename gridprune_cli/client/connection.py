@@ -50,6 +50,18 @@ def parse_address(url: str) -> Address:
     return Address(url, host=host, port=port, tls=parsed.scheme == "https")
 
 
+def http_connection(address: Address) -> http.client.HTTPConnection:
+    """A connection to a host and port, not yet opened."""
+    kind = http.client.HTTPSConnection if address.tls else http.client.HTTPConnection
+    return kind(address.host, address.port, timeout=CONNECT_SECONDS)
+
+
+def request_headers(key: str | None) -> dict[str, str]:
+    """Headers of a request with a body of JSON; `key` is what the server asks for as the API key."""
+    headers = {"Content-Type": "application/json", "Connection": "close"}
+    return headers if key is None else headers | {"Authorization": f"Bearer {key}"}
+
+
 def find_socket() -> Address | None:
     """The socket of this user's server, where there is one in a folder that is this user's alone."""
     path = socket_path()
@@ -112,8 +124,7 @@ class Connection:
         if address.socket is not None:
             connection: http.client.HTTPConnection = _UnixConnection(address.socket)
         else:
-            kind = http.client.HTTPSConnection if address.tls else http.client.HTTPConnection
-            connection = kind(address.host, address.port, timeout=CONNECT_SECONDS)
+            connection = http_connection(address)
         try:
             if address.socket is None and not address.tls and address.host.isascii():
                 # as bytes: else the codec for names of other scripts is loaded, for some 5 ms
@@ -133,10 +144,7 @@ class Connection:
         return connection
 
     def _send(self, connection: http.client.HTTPConnection, path: str, data: bytes) -> http.client.HTTPResponse:
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
-        connection.request("POST", path, data, headers)
+        connection.request("POST", path, data, request_headers(self._key))
         return connection.getresponse()
 
     def _lines(self, response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from gridprune_cli.client.connection import CONNECT_SECONDS, parse_address
+from gridprune_cli.client.connection import http_connection, parse_address, request_headers
 from gridprune_cli.client.protocol import ServerFault
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.integrations.vllm import to_vllm
@@ -100,12 +100,7 @@ class VllmServer:
 
     def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The object that the server gives for a request. Raises ServerFault where it gives none."""
-        address = self._address
-        kind = http.client.HTTPSConnection if address.tls else http.client.HTTPConnection
-        connection = kind(address.host, address.port, timeout=CONNECT_SECONDS)
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        if self._key is not None:
-            headers["Authorization"] = f"Bearer {self._key}"
+        connection = http_connection(self._address)
         try:
             try:
                 connection.connect()
@@ -114,7 +109,7 @@ class VllmServer:
                 raise self._fault(reason) from error
             connection.sock.settimeout(ANSWER_SECONDS)
             data = None if body is None else json.dumps(body, allow_nan=False).encode("ascii")
-            connection.request(method, path, data, headers)
+            connection.request(method, path, data, request_headers(self._key))
             response = connection.getresponse()
             content, status = response.read(), response.status
         except (OSError, http.client.HTTPException) as error:

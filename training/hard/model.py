@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
@@ -104,10 +103,6 @@ def llava_config() -> LlavaConfig:
 
 
 def save(folder: Path, llava: LlavaForConditionalGeneration, clip: CLIPModel) -> None:
-    """Writes both checkpoints in bfloat16."""
-    for model, place in ((llava, folder), (clip, folder / "clip")):
-        model.to(torch.bfloat16).save_pretrained(place)
+    """Writes both checkpoints, laid out as the first recipe's."""
     processor = first.make_processor(SIZE, make_tokenizer(close=False))
-    processor.save_pretrained(folder)
-    make_tokenizer(close=True).save_pretrained(folder / "clip")
-    processor.image_processor.save_pretrained(folder / "clip")
+    first.save(folder, llava, clip, processor, make_tokenizer(close=True))

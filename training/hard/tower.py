@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from training import tower as first
-from training.data import IGNORE, asked_patches, normalise, some_patches, vary
+from training.data import IGNORE, normalise, some_patches
 from training.hard import model as built
 from training.hard.data import CLASSES, HardPool
 from training.hard.questions import questions
@@ -79,21 +79,7 @@ class HardTower(first.Tower):
         # 2. a patch tells what it shows itself
         dense = contents_loss(self.heads(penultimate[:, 1:]), shown[..., 1:].to(device))
 
-        # 3. a question matches the patches of what it asks for
+        # 3. what texts have to do with patches, and with the picture
         asked = [[q for q in questions(s, QUESTIONS + 2, rng) if q.asked][:QUESTIONS] for s in scenes]
-        flat = [(b, q) for b, group in enumerate(asked) for q in group]
-        wanted = torch.stack([asked_patches(shown[b, :, 0], q.asked) for b, q in flat]).to(device)
-        named = [rng.choice(s.objects).name for s in scenes]
-        text = F.normalize(self.texts([vary(q.text, rng) for _, q in flat] + named, device).float(), dim=-1)
-        scale = self.clip.logit_scale.exp()
-        patch = F.normalize(self.project(penultimate[:, 1:]).float(), dim=-1)
-        image_of_question = torch.tensor([b for b, _ in flat], device=device)
-        logits = scale * torch.einsum("qnd,qd->qn", patch[image_of_question], text[: len(flat)])
-        relevance = -(wanted * logits.log_softmax(-1)).sum(-1).mean()
-
-        # 4. the pooled image matches the names of objects that it shows
-        pooled = F.normalize(self.project(last[:, 0]).float(), dim=-1)
-        pairs = scale * pooled @ text[len(flat) :].T + self.bias
-        truth = torch.tensor([[1.0 if any(o.name == n for o in s.objects) else -1.0 for n in named] for s in scenes])
-        image = -F.logsigmoid(pairs * truth.to(device)).sum(1).mean()
+        relevance, image = self.text_losses(scenes, asked, shown[..., 0], (penultimate, last), rng)
         return {"dense": dense, "relevance": relevance, "image": 0.1 * image}
