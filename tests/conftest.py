@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,22 @@ for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "T
     os.environ.pop(_name, None)
 
 
-@pytest.fixture(autouse=True)
+@contextmanager
 def _signals_as_before() -> Iterator[None]:
-    """The commands set what signals do for the rest of their process, which here goes on with other tests."""
+    """Commands set what signals do for the rest of their process, which here goes on: with SIGPIPE as they set it, the
+    first write to a connection that a server has closed would end it."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGPIPE)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _each_test_with_the_signals_of_before() -> Iterator[None]:
+    with _signals_as_before():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +101,8 @@ def command(monkeypatch, capsys):
         capsys.readouterr()
         code: object = 0
         try:
-            main()
+            with _signals_as_before():
+                main()
         except SystemExit as stop:
             code = stop.code or 0
         return code, *capsys.readouterr()
