@@ -450,6 +450,28 @@ def test_the_figures_of_a_cell():
     assert "region" not in full and "pope" not in half
 
 
+def test_the_difference_to_the_method_named_first():
+    """By hand: half is right where it was, `other` on all 6; per image half has 1, 0, 2 of 2: differences 1, 2, 0."""
+    plan, samples = made_up()
+    other = Cell("a|b", replace(HALF.pruning, region="none"))
+    alone = Cell("a|b", replace(HALF.pruning, region="none", keep=0.25))  # where the first method was not asked
+    for item in plan.data.items:
+        for cell in (other, alone):
+            samples[place(cell, item)] = replace(samples[place(FULL, item)], score=1.0)
+    results = summarise(replace(plan, cells=(HALF, other, alone)), samples)
+    assert [cell["to_first"] for cell in results["cells"] if cell["name"] != "a|b" or cell["keep"] != 0.5] == [None] * 3
+    (paired,) = (cell["to_first"] for cell in results["cells"] if cell["to_first"])
+    error = math.sqrt(0 + 1 + 1) / 6  # sums of residuals per image: 1 - 1, 2 - 1, 0 - 1
+    assert paired["first"] == "half" and paired["difference"] == 0.5
+    assert paired["difference_error"] == pytest.approx(error, abs=1e-6)
+    assert paired["difference_interval"] == pytest.approx([0.5 - 1.96 * error, 0.5 + 1.96 * error], abs=1e-4)
+    lines = markdown(results).splitlines()
+    assert "| difference to full | difference to half | same answer |" in lines[0]
+    assert all(line.count(" | ") == lines[0].count(" | ") for line in lines[2:6])
+    (line,) = (line for line in lines if "+50.0 [+3.8, +96.2]" in line)
+    assert line.startswith("| a\\|b | 0.5 ")
+
+
 def test_clustered_errors():
     """Against the formula written out: sums of residuals per cluster, squared, over n squared."""
     right, cluster = np.array([1.0, 1, 0, 1, 0, 0]), np.array([7, 7, 7, 3, 3, 9])

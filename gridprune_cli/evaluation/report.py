@@ -14,7 +14,7 @@ from PIL import Image
 
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.evaluation.data import Item
-from gridprune_cli.evaluation.results import region_line, relevance_line
+from gridprune_cli.evaluation.results import difference_heads, differences, region_line, relevance_line
 from gridprune_cli.evaluation.run import FULL, Cell, Plan, Rows, place
 from gridprune_cli.text import printable, visible
 
@@ -97,6 +97,8 @@ def html(plan: Plan, results: dict[str, Any], samples: Rows, picture: Callable[[
             bars=_bars(results["cells"]),
             gallery=gallery,
             keep=cells[0].pruning.keep if cells else None,
+            difference_heads=difference_heads(results["cells"]),
+            differences=differences,
             relevance=relevance_line(results),
             regions=[region_line(cell) for cell in results["cells"] if "region" in cell],
         )

@@ -30,6 +30,7 @@ def summarise(plan: Plan, samples: Rows) -> dict[str, Any]:
     of_full     score over that of all tokens; None where that is 0
     difference  mean of the paired differences to all tokens, with its clustered error, and the interval of 95 % that
                 follows from it under a normal approximation
+    to_first    the same to the method that was named `first`, at the same keep; None for itself and for all tokens
     agreement   share of answers that are the one from all tokens, to the letter
     region      of cells with contextual regions, on questions whose place in the picture is known: the share that has
                 80 % of that place inside, and the mean area of the region
@@ -40,7 +41,7 @@ def summarise(plan: Plan, samples: Rows) -> dict[str, Any]:
     return {
         "images": images,
         "caption": _caption(len(items), images, plan.metric),
-        "cells": [_figures(plan, cell, _column(samples, cell, items), full) for cell in plan.cells],
+        "cells": [_figures(plan, cell, samples) for cell in plan.cells],
     }
 
 
@@ -49,13 +50,15 @@ def _column(samples: Rows, cell: Cell, items: tuple[Item, ...]) -> list[Row]:
     return [samples[place(cell, item)] for item in items]
 
 
-def _figures(plan: Plan, cell: Cell, pruned: list[Row], full: list[Row]) -> dict[str, Any]:
-    """The figures of a cell, as `summarise` says, from its answers and those of all tokens."""
+def _figures(plan: Plan, cell: Cell, samples: Rows) -> dict[str, Any]:
+    """The figures of a cell, as `summarise` says."""
     items = plan.data.items
+    pruned, full = (_column(samples, column, items) for column in (cell, FULL))
     score, base = (np.array([row.score for row in column]) for column in (pruned, full))
     cluster = np.array([row.key for row in full])
     category = np.array([item.category for item in items])
-    difference, error = float((score - base).mean()), clustered_error(score - base, cluster)
+    first = _first(plan, cell)
+    scores_of_first = first and np.array([row.score for row in _column(samples, first, items)])
     figures: dict[str, Any] = {
         "name": cell.name,
         "method": cell.pruning.method.name,
@@ -65,9 +68,8 @@ def _figures(plan: Plan, cell: Cell, pruned: list[Row], full: list[Row]) -> dict
         "score": float(score.mean()),
         "error": clustered_error(score, cluster),
         "of_full": float(score.mean() / base.mean()) if base.mean() else None,
-        "difference": difference,
-        "difference_error": error,
-        "difference_interval": [difference - Z * error, difference + Z * error],
+        **_paired(score - base, cluster),
+        "to_first": first and {"first": first.name} | _paired(score - scores_of_first, cluster),
         "agreement": float(np.mean([a.answer == b.answer for a, b in zip(pruned, full, strict=True)])),
         "categories": {
             name: {
@@ -88,6 +90,21 @@ def _figures(plan: Plan, cell: Cell, pruned: list[Row], full: list[Row]) -> dict
         figures["region"] = {"questions": len(placed), "contains": share, "area": float(np.mean(area))}
     rounded: dict[str, Any] = _rounded(figures)
     return rounded
+
+
+def _paired(differences: np.ndarray, cluster: np.ndarray) -> dict[str, Any]:
+    """The mean of differences (Q,) between two cells' scores of the same questions, its error, and its interval."""
+    difference, error = float(differences.mean()), clustered_error(differences, cluster)
+    interval = [difference - Z * error, difference + Z * error]
+    return {"difference": difference, "difference_error": error, "difference_interval": interval}
+
+
+def _first(plan: Plan, cell: Cell) -> Cell | None:
+    """The cell of the method that was named first, at the keep of `cell`; None for itself, and for all tokens."""
+    name = next((other.name for other in plan.cells if other != FULL), None)
+    if cell == FULL or cell.name == name:
+        return None
+    return next((other for other in plan.cells if (other.name, other.pruning.keep) == (name, cell.pruning.keep)), None)
 
 
 def _containment(region: tuple[int, ...], box: tuple[float, ...]) -> tuple[float, float]:
@@ -112,18 +129,25 @@ def markdown(results: dict[str, Any]) -> str:
     cells = results["cells"]
     categories = list(cells[0]["categories"])
     of_pope = {"f1": "F1", "yes_ratio": "yes"} if "pope" in cells[0] else {}
-    heads = ["keep", "tokens", "score", "of full", "difference to full", "same answer", *of_pope.values()]
+    heads = [
+        "keep",
+        "tokens",
+        "score",
+        "of full",
+        *map(markdown_cell, difference_heads(cells)),
+        "same answer",
+        *of_pope.values(),
+    ]
     heads += map(markdown_cell, categories)
     lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for cell in cells:
         of_full = cell["of_full"]
-        low, high = cell["difference_interval"]
         row = [
             f"{cell['keep']:g}",
             f"{cell['kept']:.0f}",
             f"{_per_cent(cell['score'])} ± {_per_cent(cell['error'])}",
             "" if of_full is None else _per_cent(of_full),
-            f"{100 * cell['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" if cell is not cells[0] else "",
+            *differences(cells, cell),
             _per_cent(cell["agreement"]),
             *(_per_cent(cell["pope"][name]) for name in of_pope),
             *(_per_cent(cell["categories"][name]["score"]) for name in categories),
@@ -137,6 +161,26 @@ def markdown(results: dict[str, Any]) -> str:
         if cell["region"] not in [other["region"] for other in regional[:n]]:  # one line for cells with equal regions
             lines += ["", region_line(cell | {"name": markdown_cell(cell["name"])})]
     return "\n".join(lines) + "\n"
+
+
+def difference_heads(cells: list[dict[str, Any]]) -> list[str]:
+    """The heads of the columns of paired differences: to all tokens, and to the first method where there are others."""
+    first = next((cell["to_first"]["first"] for cell in cells if cell["to_first"]), None)
+    return ["difference to full", *([f"difference to {first}"] if first else [])]
+
+
+def differences(cells: list[dict[str, Any]], cell: dict[str, Any]) -> list[str]:
+    """What a cell has in these columns, in points, with the interval of 95 %; nothing against itself."""
+    shown = [
+        _difference(cell) if cell is not cells[0] else "",
+        _difference(cell["to_first"]) if cell["to_first"] else "",
+    ]
+    return shown[: len(difference_heads(cells))]
+
+
+def _difference(paired: dict[str, Any]) -> str:
+    low, high = paired["difference_interval"]
+    return f"{100 * paired['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def relevance_line(results: dict[str, Any]) -> str:
@@ -163,8 +207,8 @@ def _caption(questions: int, images: int, metric: str) -> str:
     """The line that explains the columns."""
     return (
         f"{questions} questions about {images} images, scored by `{metric}`, in per cent. ± is one standard error, "
-        "clustered by image: questions about one image stand or fall together. The difference to all tokens is paired, "
-        "question by question; in brackets its 95 % interval, from the clustered standard error under a normal "
+        "clustered by image: questions about one image stand or fall together. Differences are paired, "
+        "question by question; in brackets their 95 % interval, from the clustered standard error under a normal "
         "approximation. Same answer: the one from all tokens, to the letter."
     )
 
