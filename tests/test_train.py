@@ -259,7 +259,8 @@ def test_the_pruning_module_learns_from_what_it_will_be_given(whole):
     group = questions(scene, 4, random.Random(0))
     _, image_embeds = stage.image_embeds(np.array([0]), torch.device("cpu"))
     for question, scores in zip(group, stage.scores(image_embeds, [group]), strict=True):
-        assert torch.allclose(scores, pipeline.family.importance(image.vision_features, question.text), atol=1e-3)
+        expected = pipeline.family.importance(image.vision_features, question.text)
+        assert torch.allclose(scores, expected, atol=0.01) and expected.std() > 0.1  # features are stored in 16 bit
 
 
 @torch.no_grad()
