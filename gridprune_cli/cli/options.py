@@ -312,7 +312,7 @@ def pruning(
     ilp: Annotated[
         str | None,
         option(
-            "What stays inside the language model: selection (what --keep would leave before it), region, or shares.",
+            "What stays inside the language model: selection (by --keep), region, or shares.",
             REGIONS,
             metavar="SHARE",
             show_default="everything",
