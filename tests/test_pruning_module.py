@@ -34,8 +34,8 @@ def module():
 
 
 def linear(layer, vector):
-    rows = zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
-    return [math.fsum(w * x for w, x in zip(weights, vector, strict=True)) + bias for weights, bias in rows]
+    units = zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
+    return [math.fsum(w * x for w, x in zip(weights, vector, strict=True)) + bias for weights, bias in units]
 
 
 def norm(layer, vector):
