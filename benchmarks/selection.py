@@ -70,7 +70,7 @@ def methods() -> None:
             "vision_features": torch.randn(count, FEATURE_WIDTH),
             "image_embeds": torch.randn(count, EMBED_WIDTH),
             "question_embeds": torch.randn(WORDS, EMBED_WIDTH),
-        } | {name: torch.rand(count) for name in OPTIONAL_SIGNALS}
+        } | {name: torch.rand(count) for name in (*OPTIONAL_SIGNALS, "importance")}
         signals = Signals(views, torch.rand(count) * 0.2, torch.rand(count), None, **vectors)
         heading(k, count)
         for name in METHODS:

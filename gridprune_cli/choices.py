@@ -14,6 +14,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["int8", "int4"]
 CacheDtype = Literal["full", "float8", "int8"]
 Engine = Literal["local", "ray", "vllm"]
+EncodingEngine = Literal["local", "ray"]  # of those, what runs a vision tower
 Metric = Literal["exact", "vqa", "pope", "relaxed", "anls"]
 Shape = Literal["llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b", "qwen2.5-vl-3b"]
 Schedule = Literal["btp", "g-search"]  # of a method, found on samples

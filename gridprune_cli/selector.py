@@ -21,8 +21,20 @@ from gridprune_cli.regions import Localized
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import EncodedImage
 from gridprune_cli.vlm.attention_relevance import attention_relevance, join_relevance
+from gridprune_cli.vlm.checkpoint import CLIP_NAMES
 from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.word_relevance import keywords
+
+# fields of `Signals` that have a value or a vector for each visual token
+_PER_TOKEN = (
+    "relevance",
+    "saliency",
+    "vision_features",
+    "image_embeds",
+    "importance",
+    "patch_lengths",
+    *OPTIONAL_SIGNALS,
+)
 
 
 @dataclass(frozen=True)
@@ -63,8 +75,15 @@ def find_relevance(family: Family, pruning: Pruning) -> None:
     """Finds, and fetches where it is not here, the CLIP that relevance comes from, where the pruning needs one.
 
     To be called before long work, so that what is missing is known at once. Raises BadInput where there is none that
-    is the tower's, GridpruneError where the hub fails.
+    is the tower's, or the method needs what this relevance does not have; GridpruneError where the hub fails.
     """
+    if "patch_lengths" in pruning.method.needs and family.relevance_kind not in CLIP_NAMES:
+        raise BadInput(
+            f"cosine=false only with relevance from CLIP or SigLIP, here it comes from {family.relevance_kind}; leave "
+            "it out, or take `relevance=clip`",
+            field="method",
+            value=pruning.method.name,
+        )
     if pruning.needs_relevance and family.clip:
         _ = family.tower_differs  # which every pruned set has a remark about
 
@@ -187,7 +206,7 @@ def write_prompts(family: Family, requests: Sequence[EncodedRequest], questions:
 
 def _image_signals(family: Family, request: EncodedRequest, n: int, relevance: Tensor | None) -> Signals:
     """The signals of one image of a request; its region only where it is given, or a localiser named it."""
-    image, pruning, needs = request.images[n], request.pruning, request.pruning.method.requires
+    image, pruning, needs = request.images[n], request.pruning, request.pruning.method.needs
     region = None
     if pruning.heeds_region(len(request.images)):
         if isinstance(pruning.region, tuple):
@@ -212,6 +231,8 @@ def _image_signals(family: Family, request: EncodedRequest, n: int, relevance: T
         question_embeds=(
             family.vocabulary.vectors(keywords(request.query)) if "question_embeds" in needs else None  # (M, D)
         ),
+        importance=family.importance(features, request.query) if "importance" in needs else None,  # (N,)
+        patch_lengths=family.patch_lengths(features) if "patch_lengths" in needs else None,  # (N,)
         relevance_sign=family.relevance_sign,
         **{name: image.optional[name].float() for name in pruning.optional},  # (N,) each
     )
@@ -252,7 +273,7 @@ def join_signals(signals: Sequence[Signals]) -> Signals:
     first = signals[0]
     joined: dict[str, Any] = {
         name: torch.cat([image_signals.need(name) for image_signals in signals])
-        for name in ("relevance", "saliency", "vision_features", "image_embeds", *OPTIONAL_SIGNALS)
+        for name in _PER_TOKEN
         if getattr(first, name) is not None
     }
     views = tuple(view for image_signals in signals for view in image_signals.views)

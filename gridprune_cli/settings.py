@@ -200,12 +200,12 @@ class Pruning:
 
     @property
     def needs_relevance(self) -> bool:
-        return "relevance" in self.method.requires or self.plc == "trained"
+        return "relevance" in self.method.needs or self.plc == "trained"
 
     @property
     def optional(self) -> tuple[str, ...]:
         """The optional signals of an encoded image that the method needs."""
-        return tuple(name for name in OPTIONAL_SIGNALS if name in self.method.requires)
+        return tuple(name for name in OPTIONAL_SIGNALS if name in self.method.needs)
 
     def count(self, full: int) -> int:
         """K for an image of `full` tokens. Raises BadInput where more are asked for than there are."""

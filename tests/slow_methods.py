@@ -56,6 +56,10 @@ def top_relevance(signals, k, method):
     return sorted(ranked(signed_relevance(signals, method))[:k])
 
 
+def top_importance(signals, k, method):
+    return sorted(ranked(signals.importance.tolist())[:k])
+
+
 # VisionZip
 
 
@@ -96,9 +100,19 @@ def visionzip_weights(signals, k, method):
 # TRIM
 
 
+def dot_products(signals, method):
+    """With the question's unit vector: the cosine times the length of the patch."""
+    lengths = [1.0] * signals.count if method.cosine else signals.patch_lengths.tolist()
+    return [cosine * of_patch for cosine, of_patch in zip(signed_relevance(signals, method), lengths, strict=True)]
+
+
+def trim(signals, k, method):
+    return sorted(ranked(dot_products(signals, method))[:k])
+
+
 def trim_weights(signals, k, method):
     """{kept: {token: weight}}"""
-    order = ranked(signed_relevance(signals, method))
+    order = ranked(dot_products(signals, method))
     weights = {i: {i: 1.0} for i in order[:k]}
     if method.mean_token and k > 1:
         others = order[k - 1 :]

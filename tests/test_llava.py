@@ -108,6 +108,11 @@ def test_signals_equal_an_eager_reference(tiny_llava, reference, picture):
         assert torch.allclose(asked[name], out.attentions[layer][0].mean((0, 1))[1:], atol=1e-6)
     relevance = pipeline.family.relevance(encoded.vision_features, question)
     assert torch.allclose(relevance, torch.cosine_similarity(patches, text), atol=1e-5)
+    dots = patches @ text[0] / text.norm()  # as TRIM's published code has them
+    assert torch.allclose(relevance * pipeline.family.patch_lengths(encoded.vision_features), dots, atol=1e-4)
+    trim = make_method("trim", cosine=False, mean_token=False)
+    kept = pipeline.prune(encoded, question, Pruning(tokens=4, method=trim)).kept
+    assert kept.tolist() == (-dots).topk(4).indices.sort().values.tolist()
 
 
 def test_a_long_question_is_read_to_its_end(tiny_llava, noise, monkeypatch, caplog):

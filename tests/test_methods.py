@@ -46,8 +46,9 @@ MATRIX = [
     ("cdpruner", {"relevance_sign": 1}, slow.cdpruner),
     ("mmtok", {}, slow.mmtok),
     ("mmtok", {"alpha": 2.0, "text_temperature": 0.1, "vision_temperature": 0.5}, slow.mmtok),
-    ("trim", {}, slow.top_relevance),
-    ("trim", {"relevance_sign": 1, "mean_token": False}, slow.top_relevance),
+    ("trim", {}, slow.trim),
+    ("trim", {"relevance_sign": 1, "mean_token": False}, slow.trim),
+    ("trim", {"cosine": False}, slow.trim),
     ("hired", {}, slow.hired),
     ("hired", {"base_share": 0.2}, slow.hired),
     ("hiprune", {}, slow.hiprune),
@@ -59,6 +60,7 @@ MATRIX = [
     ("vflowopt", {}, slow.vflowopt),
     ("vflowopt", {"beta": 0.1, "recycled_share": 0.7, "cell": 2}, slow.vflowopt),
     ("rate", {}, slow.rate),
+    ("covipal", {}, slow.top_importance),
     ("uniform", {}, None),
     ("random", {}, None),
     ("random", {"seed": 7}, None),
@@ -69,6 +71,7 @@ MOSAIC = View(6, 9, (-0.02, 0.0, 1.02, 1.0))
 LAYOUTS = [(View(8, 8),), (View(1, 17),), (View(13, 1),), (View(7, 11),), (View(1, 1),), (View(5, 5), *TILES)]
 LAYOUTS += [(View(4, 4), MOSAIC), (*TILES[:2], View(3, 4), View(2, 2))]
 REGIONS = [None, (0, 0, 7, 7), (2, 3, 4, 6), (0, 0, 0, 0), (7, 7, 7, 7)]
+SCALARS = (*OPTIONAL_SIGNALS, "importance", "patch_lengths")  # a number for each token, beside those of all methods
 VECTORS = ("vision_features", "image_embeds", "question_embeds")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -78,7 +81,7 @@ def problems(draw):
     views = draw(st.sampled_from(LAYOUTS))
     count = sum(view.count for view in views)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    relevance, saliency, *others = torch.rand(5, count, generator=generator, dtype=torch.float64)
+    relevance, saliency, *others = torch.rand(7, count, generator=generator, dtype=torch.float64)
     relevance = relevance * draw(st.sampled_from([0.0, 0.1, 1.0])) - draw(st.sampled_from([0.0, 0.5]))
     saliency = saliency * draw(st.sampled_from([0.0, 1 / 576, 1.0]))
     if draw(st.booleans()):  # ties
@@ -107,7 +110,7 @@ def problems(draw):
     dtype = draw(st.sampled_from(DTYPES))
     region = draw(st.sampled_from(REGIONS))
     vectors = {name: vector.to(dtype) for name, vector in vectors.items()}
-    vectors |= {name: signal.to(dtype) for name, signal in zip(OPTIONAL_SIGNALS, others, strict=True)}
+    vectors |= {name: signal.to(dtype) for name, signal in zip(SCALARS, others, strict=True)}
     sign = -1 if draw(st.booleans()) else 1
     signals = Signals(views, relevance.to(dtype), saliency.to(dtype), region, **vectors, relevance_sign=sign)
     return signals, draw(st.integers(1, count))
@@ -576,6 +579,7 @@ def test_what_is_merged(problem, data):
                 (make_method("vflowopt", recycled_share=0.8, cell=3), slow.vflowopt_weights),
                 (make_method("trim"), slow.trim_weights),
                 (make_method("trim", mean_token=False), slow.trim_weights),
+                (make_method("trim", cosine=False), slow.trim_weights),
             ]
         )
     )
@@ -594,7 +598,7 @@ def test_what_is_merged(problem, data):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("visionzip", "trim", "vflowopt")])
 def test_all_others_merge_nothing(name):
-    known = {signal: torch.rand(9, 5) for signal in VECTORS} | {signal: torch.rand(9) for signal in OPTIONAL_SIGNALS}
+    known = {signal: torch.rand(9, 5) for signal in VECTORS} | {signal: torch.rand(9) for signal in SCALARS}
     signals = Signals((View(3, 3),), torch.rand(9), torch.rand(9), **known)
     assert make_method(name).merge(signals, select(make_method(name), signals, 4)) is None
 

@@ -20,6 +20,8 @@ from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import PrunedSet
 
 QUESTION = "What colour is the star?"
+# fields of `Signals` that are computed where a method needs them
+PER_QUESTION = ("relevance", "vision_features", "image_embeds", "question_embeds", "importance", "patch_lengths")
 
 
 @pytest.fixture
@@ -186,11 +188,7 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
     monkeypatch.setattr(type(method), "merge_weights", lambda self, signals, kept: None)
     pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=method))
     (signals,) = computed
-    known = {
-        name
-        for name in ("relevance", "vision_features", "image_embeds", "question_embeds", *OPTIONAL_SIGNALS)
-        if getattr(signals, name) is not None
-    }
+    known = {name for name in PER_QUESTION + OPTIONAL_SIGNALS if getattr(signals, name) is not None}
     assert known == method.requires - {"saliency"} and signals.relevance_sign == -1
     assert ("language" in pipeline.family._loaded, "projector" in pipeline.family._loaded) == (False, True)
 
@@ -321,6 +319,14 @@ def test_a_sign_that_turns_relevance_round_as_published_is_a_remark(
     expected = (f"{method} turns CLIP's relevance round, as published; its option relevance_sign=1 takes it as it is",)
     assert remarks(pipeline.family, pruning) == pruned.notes == (expected if turned else ())
     assert PrunedSet.from_bytes(pruned.to_bytes(), "x").to_json()["notes"] == list(pruned.notes)
+
+
+@pytest.mark.parametrize("relevance", ["attention", "both", "words"])
+def test_dot_products_with_patches_need_a_clip(relevance, tiny_llava, image):
+    pipeline = Pipeline(str(tiny_llava), dtype="float32", relevance=relevance)
+    with pytest.raises(BadInput, match=f"method=trim: cosine=false only with .* it comes from {relevance}; leave it"):
+        pipeline.ask(image, QUESTION, Pruning(method=make_method("trim", cosine=False)), max_new_tokens=1)
+    assert not pipeline.family._loaded  # it was told before anything was loaded
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,8 @@ def test_every_familys_stored_tokens_are_scored_by_the_whole_siglip(name, checkp
         expected = torch.cosine_similarity(tower.head(tokens), text_embeds(folder, QUESTION))
     relevance = family.relevance(encoding.vision_features, QUESTION)
     assert torch.allclose(relevance, expected, atol=1e-5) and relevance.std() > 0.01
+    lengths = family.patch_lengths(encoding.vision_features)  # which the dot product has and the cosine has not
+    assert torch.allclose(lengths, tower.head(tokens).detach().norm(dim=-1), atol=1e-4)
 
 
 def test_a_long_question_is_read_to_its_end(siglip):

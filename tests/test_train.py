@@ -29,10 +29,11 @@ from gridprune_cli.scenes.scene import (
 )
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm.compressor import load_compressor
+from gridprune_cli.vlm.pruning_module import load_pruning_module
 from training import model as built
 from training import run
 from training.data import IGNORE, Pool, asked_patches, normalise
-from training.language import pack, places_of, whiten
+from training.language import answer_loss, pack, places_of, whiten
 from training.localizer import LOCALIZER_HEADS, Localizer, extents, seen_owners, shrink
 from training.model import IMAGE, WIDTH
 from training.plan import Plan
@@ -64,6 +65,8 @@ def shorten(monkeypatch):
     again = replace(plan, steps=2, first_seed=4, start=4, led=((2, 2), (3, 4)), trains="language")
     monkeypatch.setattr(run, "LOCALIZER_AGAIN", again)
     monkeypatch.setattr(run, "COMPRESSOR", Plan(3, 2, 4, 4, 1e-3, ((0.5, 28), (0.5, 13))))
+    monkeypatch.setattr(run, "PRUNER", Plan(3, 2, 4, 4, 1e-3, ((1.0, 256),)))
+    monkeypatch.setattr(run, "PRUNER_AGAIN", Plan(1, 2, 4, 4, 1e-3, ((1.0, 5),), start=3))
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +80,13 @@ def trained(folder):
     run.train(folder / "out", folder / "work", 0, torch.device("cpu"))
     out = folder / "out"
     models = (LlavaForConditionalGeneration.from_pretrained(out), CLIPModel.from_pretrained(out / "clip"))
-    return *models, load_compressor(out)
+    return *models, load_compressor(out), load_pruning_module(out)
 
 
 def test_a_run_that_was_stopped_ends_where_another_would(whole, tmp_path, monkeypatch):
     whole_folder, models = whole
     ran: list[tuple[str, int, int]] = []
-    for name in ("Tower", "Language", "Compression"):
+    for name in ("Tower", "Language", "Compression", "Guided"):
         kind = getattr(run, name)
         losses = kind.losses
 
@@ -104,13 +107,13 @@ def test_a_run_that_was_stopped_ends_where_another_would(whole, tmp_path, monkey
             assert torch.allclose(x.float(), y.float(), atol=1e-6), name
     logs = [(folder / "work/log.jsonl").read_text().splitlines() for folder in (whole_folder, tmp_path / "stopped")]
     steps = [[(line["stage"], line["step"]) for line in map(json.loads, log)] for log in logs]
-    assert steps[0] == steps[1] and len(steps[0]) == 14
+    assert steps[0] == steps[1] and len(steps[0]) == 18
     assert any(weight.any() for weight in (models[2].out.weight, models[2].narrow.weight))  # it learned something
     assert ran.count(("Tower", 0, 0)) == 1 and ran.count(("Language", 0, 0)) == 1  # it went on, it did not start again
 
 
 def test_the_towers_of_both_checkpoints_are_one(whole):
-    folder, (llava, clip, _) = whole
+    folder, (llava, clip, *_) = whole
     assert llava.dtype == clip.dtype == torch.bfloat16
     of_clip = clip.vision_model.state_dict()
     of_llava = llava.model.vision_tower.state_dict()
@@ -137,7 +140,7 @@ def test_what_is_written_has_the_layout_of_what_ships(whole):
 
 def test_the_localizer_starts_from_the_towers_first_layers(whole, tmp_path):
     folder, _ = whole  # with the stages that the localizer's run has in common with it
-    others = shutil.ignore_patterns("compressor*", "log.jsonl")
+    others = shutil.ignore_patterns("compressor*", "pruner*", "log.jsonl")
     shutil.copytree(folder / "work", tmp_path / "work", ignore=others, copy_function=os.link)
     run.train(tmp_path / "out", tmp_path / "work", 0, torch.device("cpu"), "localizer")
     llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -242,6 +245,39 @@ def test_the_compressor_learns_from_what_it_will_be_given(whole):
     assert torch.allclose(relevance, pipeline.family.relevance(image.vision_features, text), atol=1e-5)
     pruned = pipeline.prune(image, text, Pruning(plc="trained"))
     assert pruned.plc == "trained" and len(pruned.image_embeds) == 28
+
+
+@torch.no_grad()
+def test_the_pruning_module_learns_from_what_it_will_be_given(whole):
+    """What it scores in training is what the pipeline has it score, of questions padded to one length."""
+    folder, _ = whole
+    pipeline, scene = Pipeline(str(folder / "out"), dtype="float32"), make_scene(run.PRUNER.first_seed)
+    image = pipeline.encoder.encode([Picture(draw(scene)[0], "0" * 64, "scene", ())])[0]
+    llava = LlavaForConditionalGeneration.from_pretrained(folder / "out", dtype=torch.float32)
+    stage = run.Guided(llava, load_pruning_module(folder / "out"))
+    stage.features = np.load(folder / "work/pruner-features.npy")
+    group = questions(scene, 4, random.Random(0))
+    _, image_embeds = stage.image_embeds(np.array([0]), torch.device("cpu"))
+    for question, scores in zip(group, stage.scores(image_embeds, [group]), strict=True):
+        expected = pipeline.family.importance(image.vision_features, question.text)
+        assert torch.allclose(scores, expected, atol=0.01) and expected.std() > 0.1  # features are stored in 16 bit
+
+
+@torch.no_grad()
+def test_a_token_that_is_not_retained_is_as_if_it_were_not_there():
+    llava, scene, tokenizer = run.Language().llava.eval(), make_scene(0), built.make_tokenizer(close=False)
+    features, owners = torch.randn(1, 256, WIDTH), torch.full((1, 256), -1)
+    group = questions(scene, 1, random.Random(0))
+
+    def loss(chosen, retained=None):
+        packed = pack([group], chosen[None], owners, tokenizer, random.Random(0))
+        return float(answer_loss(llava, features[:, chosen], packed, retained))
+
+    some, fewer = torch.arange(40), torch.arange(0, 40, 2)
+    retained = torch.where(some % 2 == 0, 0.0, -1e4)[None]
+    assert loss(some, retained) == pytest.approx(loss(fewer), abs=1e-4)
+    assert loss(some, torch.zeros(1, 40)) == pytest.approx(loss(some), abs=1e-5)
+    assert abs(loss(some) - loss(fewer)) > 1e-3
 
 
 def test_a_plan_shows_the_tokens_and_rates_it_says():

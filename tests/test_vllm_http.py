@@ -181,7 +181,7 @@ def test_what_vllm_cant_do_is_refused_before_any_work(run, stub, questions, tiny
     assert "--engine vllm: needs --server" in fails(*there, "--no-server")
     assert "--workers: only with --engine ray" in fails(*there, "--workers", 2)
     assert "not http://HOST:PORT" in fails("--engine", "vllm", "--server", "unix:/x")
-    assert "`gridprune batch` alone" in fails("--engine", "vllm", command="encode", what=questions.parent / "0.png")
+    assert "'local', 'ray'" in fails("--engine", "vllm", command="encode", what=questions.parent / "0.png")
     vllm.root = "another/model"
     assert f"serves {MODEL}, not {tiny_llava}" in fails(*there, *compact)
     assert not vllm.bodies

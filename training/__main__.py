@@ -10,8 +10,10 @@ from training.run import train
 
 def main() -> None:
     parser = argparse.ArgumentParser("training", description="Train the embedded model from random weights.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoints")
-    parser.add_argument("--checkpoint", choices=("model", "localizer"), default="model")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the checkpoints; with `--checkpoint pruner` it has one"
+    )
+    parser.add_argument("--checkpoint", choices=("model", "localizer", "pruner"), default="model")
     parser.add_argument(
         "--work", type=Path, default=Path("scenes-work"), help="folder for what is resumed, and the log"
     )

@@ -158,15 +158,24 @@ def attention_loss(weights: Tensor, asked: Tensor) -> Tensor:
     return -hit[known].clamp(min=1e-6).log().mean()
 
 
-def answer_loss(llava: LlavaForConditionalGeneration, features: Tensor, packed: Packed) -> Tensor:
-    """Cross-entropy of the packed questions' answers, from vision features `(B, n, D)`, compressed or not."""
+def answer_loss(
+    llava: LlavaForConditionalGeneration, features: Tensor, packed: Packed, retained: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of the packed questions' answers, from vision features `(B, n, D)`, compressed or not.
+
+    `retained` (B, n), up to 0, is added to all attention to the visual tokens.
+    """
     core, device = llava.model, features.device
     embeds = core.get_input_embeddings()(packed.ids.to(device))
     image = (packed.ids == built.IMAGE).to(device)
     projected = core.multi_modal_projector(features).to(embeds.dtype)
+    mask = packed.mask.to(device)
+    if retained is not None:
+        bias = torch.zeros_like(embeds[..., 0]).masked_scatter(image, retained.to(embeds.dtype))  # (B, L)
+        mask = bias[:, None, None].expand(mask.shape).masked_fill(~mask, torch.finfo(bias.dtype).min)
     hidden = core.language_model(
         inputs_embeds=embeds.masked_scatter(image[..., None], projected),
-        attention_mask=packed.mask.to(device),
+        attention_mask=mask,
         position_ids=packed.positions.to(device),
         use_cache=False,
     ).last_hidden_state

@@ -3,6 +3,7 @@
     <folder>/        LlavaForConditionalGeneration with tokenizer, processor and chat template
     <folder>/clip/   CLIPModel: the same vision tower, and the text tower that gives the relevance
     <folder>/compressor/  the compressor of `--plc trained`
+    <folder>/covipal/     the pruning module of `--method covipal`
 
 Nothing else lies beside the first, since engines read every file of weights in a checkpoint's folder.
 

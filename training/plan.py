@@ -29,6 +29,7 @@ class Plan:
     closely     pulls it at the answer's first token too, and not to the neighbour that a relation asks for
     placed      the last of these heads also learn to tell, together, where the objects asked for are
     trains      of the localiser: "tower" or "language", or "" for both
+    warm        steps over which the learning rate rises
     """
 
     steps: int
@@ -44,6 +45,7 @@ class Plan:
     closely: bool = False
     placed: bool = False
     trains: str = ""
+    warm: int = 200
 
     @property
     def last(self) -> int:
@@ -60,7 +62,7 @@ class Plan:
 
     def rate_at(self, step: int) -> float:
         done = step - self.start
-        warm = min(1.0, (done + 1) / 200)
+        warm = min(1.0, (done + 1) / self.warm)
         return self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done / self.steps)))
 
 
@@ -121,3 +123,7 @@ LOCALIZER_AGAIN = replace(
     trains="language",
 )
 COMPRESSOR = Plan(500, 128, 4_000, TRAIN + 66_000, 2e-3, ((0.1, 28), (0.1, 13)) * 5)
+PRUNER = Plan(250, 16, 2_000, TRAIN + 70_000, 3e-3, ((1.0, N),), warm=30)
+PRUNER_AGAIN = replace(
+    PRUNER, steps=60, batch=32, rate=5e-4, tokens=((0.05, 28), (0.05, 13), (0.05, 5)) * 7, start=250, warm=10
+)

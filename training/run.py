@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import CLIPModel, LlavaForConditionalGeneration
 
 from gridprune_cli.vlm.compressor import save_compressor
+from gridprune_cli.vlm.pruning_module import PruningModule, save_pruning_module
 from training import model as built
 from training.compressor import Compression
 from training.data import Pool, normalise, progress
@@ -24,10 +26,13 @@ from training.plan import (
     LOCALIZER,
     LOCALIZER_AGAIN,
     LOCALIZER_TOWER,
+    PRUNER,
+    PRUNER_AGAIN,
     TOWER,
     TOWER_AGAIN,
     Plan,
 )
+from training.pruner import Guided, Retained
 from training.tower import Tower
 
 SAVE_EVERY = 200  # steps
@@ -58,7 +63,7 @@ class Log:
 
 def optimise(
     name: str,
-    model: Tower | Language | Localizer | Compression,
+    model: Tower | Language | Localizer | Compression | Guided,
     pool: Pool,
     plan: Plan,
     work: Path,
@@ -147,8 +152,14 @@ def store_encodings(tower: Tower, pool: Pool, work: Path, device: torch.device) 
 
 
 def train(out: Path, work: Path, seed: int, device: torch.device, checkpoint: str = "model") -> None:
-    """Trains a checkpoint, "model" with its compressor or "localizer", into `out`; it is resumed from `work`."""
+    """Trains a checkpoint into `out`, "model" with its compressor and its pruning module, or "localizer".
+
+    "pruner" trains the pruning module alone, of the checkpoint that is in `out`. All is resumed from `work`.
+    """
     work.mkdir(parents=True, exist_ok=True)
+    if checkpoint == "pruner":
+        train_pruner(out, work, seed, device)
+        return
     # 1. vision and text tower
     torch.manual_seed(seed)
     tower = Tower().to(device)
@@ -181,6 +192,24 @@ def train(out: Path, work: Path, seed: int, device: torch.device, checkpoint: st
     compression.features, compression.saliency = store_encodings(tower, pool, work, device)
     optimise("compressor", compression, pool, COMPRESSOR, work, device)
     save_compressor(compression.compressor, out)
+    # 4. the pruning module, likewise
+    train_pruner(out, work, seed, device)
+
+
+def train_pruner(out: Path, work: Path, seed: int, device: torch.device) -> None:
+    """Trains the module of `--method covipal` for the checkpoint in `out`, in float32: it is so small."""
+    tower = Tower()
+    tower.clip = CLIPModel.from_pretrained(out / "clip", dtype=torch.float32)
+    llava = LlavaForConditionalGeneration.from_pretrained(out, dtype=torch.float32).to(device)
+    pool = Pool(work, PRUNER.first_seed, PRUNER.scenes)
+    features = store_features(tower.to(device), pool, work / "pruner-features.npy", device, autocast=False)
+    torch.manual_seed(seed)
+    module = PruningModule(llava.config.text_config.hidden_size).to(device)
+    for name, kind, plan in (("pruner", Guided, PRUNER), ("pruner-again", Retained, PRUNER_AGAIN)):
+        stage = kind(llava, module)
+        stage.features = features
+        optimise(name, stage, pool, plan, work, device, autocast=False)
+    save_pruning_module(module, out)
 
 
 def train_localizer(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     "gridprune encode photos/",
     "find . -name '*.jpg' | gridprune encode -",
 )
-@options.takes(pipeline=options.pipeline, engine=options.engine)
+@options.takes(pipeline=options.pipeline, engine=options.encoding_engine)
 def encode(
     paths: Annotated[
         list[str],

@@ -211,38 +211,52 @@ def pipeline(
     return open_pipeline(options)
 
 
-def engine(
+Address = Annotated[
+    str | None,
+    option(
+        "Ray to use, HOST:PORT, or auto for the one of this machine.",
+        WORK,
+        show_default="RAY_ADDRESS, else Ray is started here",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    option("Workers of Ray, each with a model.", WORK, min=1, show_default="one per GPU, else one per 4 CPUs"),
+]
+
+
+def encoding_engine(
     engine: Annotated[
-        choices.Engine,
-        option(
-            "local: this process; ray: workers of Ray, also on other machines; vllm, for batch alone: tokens are "
-            "pruned here, and the vLLM at --server answers.",
-            WORK,
-        ),
+        choices.EncodingEngine, option("local: this process; ray: workers of Ray, also on other machines.", WORK)
     ] = "local",
-    address: Annotated[
-        str | None,
-        option(
-            "Ray to use, HOST:PORT, or auto for the one of this machine.",
-            WORK,
-            show_default="RAY_ADDRESS, else Ray is started here",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        option("Workers of Ray, each with a model.", WORK, min=1, show_default="one per GPU, else one per 4 CPUs"),
-    ] = None,
+    address: Address = None,
+    workers: Workers = None,
 ) -> "Ray | None":
     """Ray, where the work is not to be done in this process."""
     from gridprune_cli.runners.ray import Ray
 
     if engine == "ray":
         return Ray(address, workers)
-    if engine == "vllm":  # `batch` has it from `cli.remote`
-        raise BadInput("answers questions of `gridprune batch` alone", field="engine", value="vllm")
     if address is not None or workers is not None:
         raise BadInput("only with `engine=ray`", field="workers" if address is None else "address")
     return None
+
+
+def engine(
+    engine: Annotated[
+        choices.Engine,
+        option(
+            "local: this process; ray: workers of Ray, also on other machines; vllm: tokens are pruned here, and the "
+            "vLLM at --server answers.",
+            WORK,
+        ),
+    ] = "local",
+    address: Address = None,
+    workers: Workers = None,
+) -> "Ray | None":
+    """`encoding_engine` for questions, of which vLLM can answer some: `cli.remote` has it from here."""
+    assert engine != "vllm"
+    return encoding_engine(engine, address, workers)
 
 
 def pruning(
@@ -298,7 +312,7 @@ def pruning(
     ilp: Annotated[
         str | None,
         option(
-            "What stays inside the language model: selection (what --keep would leave before it), region, or shares.",
+            "What stays inside the language model: selection (by --keep), region, or shares.",
             REGIONS,
             metavar="SHARE",
             show_default="everything",

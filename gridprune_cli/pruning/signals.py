@@ -41,6 +41,8 @@ class Signals:
     received_attention  (N,)    mean attention of all tokens of the tower to it, in the layer of the vision features
     middle_attention    (N,)    the same in a middle layer of the tower
     entropy             (N,)    of the picture's grey levels in the token's rectangle, in bits
+    importance          (N,)    how much a trained module says that it matters to the question, any number
+    patch_lengths       (N,)    length of its patch in the common space of CLIP or SigLIP, before relevance makes it 1
     relevance_sign              what methods that leave the sign to the model multiply relevance with: -1 as published
                                 for CLIP's, 1 for that of the language model
     """
@@ -55,11 +57,13 @@ class Signals:
     received_attention: Tensor | None = None
     middle_attention: Tensor | None = None
     entropy: Tensor | None = None
+    importance: Tensor | None = None
+    patch_lengths: Tensor | None = None
     relevance_sign: int = -1
 
     def __post_init__(self) -> None:
         """Raises ValueError where a signal has another length than the views, or values that are not finite."""
-        for name in ("relevance", "saliency", *OPTIONAL_SIGNALS):
+        for name in ("relevance", "saliency", "importance", "patch_lengths", *OPTIONAL_SIGNALS):
             value = getattr(self, name)
             if value is None:
                 continue

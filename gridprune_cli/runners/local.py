@@ -262,12 +262,15 @@ class Runner:
 
 
 def _load_signals(family: Family, requests: Sequence[Request], parts: Sequence[str]) -> None:
-    """Loads what pruning needs beside `parts`: a text tower, embeddings or layers, the trained compressor."""
+    """Loads what pruning needs beside `parts`: a text tower, embeddings or layers, trained modules."""
     in_parts = family.relevance_kind == "attention" and "language" in parts  # the whole model holds the first layers
     for request in requests:
         if request.pruning.plc == "trained":
             _ = family.compressor
-        if "question_embeds" in request.pruning.method.requires:
+        needs = request.pruning.method.needs
+        if "importance" in needs:
+            _ = family.pruning_module
+        if needs & {"question_embeds", "importance"}:
             family.vocabulary.load()
         if request.pruning.needs_relevance and not in_parts:
             family.load_relevance()

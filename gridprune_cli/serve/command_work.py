@@ -69,6 +69,8 @@ class CommandRunner:
         find_relevance(self._pipeline.family, pruning)
         if pruning.plc == "trained":
             _ = self._pipeline.family.compressor
+        if "importance" in pruning.method.needs:
+            _ = self._pipeline.family.pruning_module
         return pruning
 
     @property

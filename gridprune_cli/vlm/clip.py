@@ -68,7 +68,8 @@ class ClipRelevance:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._texts: dict[str, Tensor] = {}
-        self._last: tuple[Tensor, Tensor] | None = None  # vision features, and their patches in CLIP's space
+        # vision features, their patches in CLIP's space as unit vectors, and the lengths that these had
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     @cached_property
     def model(self) -> Any:
@@ -88,12 +89,24 @@ class ClipRelevance:
 
         Raises BadInput where the features are not of the width of this CLIP's tower.
         """
+        return (self._unit_patches(vision_features)[0] @ self._text(question).T).mean(1).cpu()
+
+    @torch.inference_mode()
+    def patch_lengths(self, vision_features: Tensor) -> Tensor:
+        """Lengths of patches' features `(N, C)` in CLIP's common space, `(N,)` float32 on the CPU. Raises BadInput as
+        relevance itself: times the cosine it is the dot product with the question's unit vector.
+        """
+        return self._unit_patches(vision_features)[1].cpu()
+
+    def _unit_patches(self, vision_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches in CLIP's common space as unit vectors `(N, D)`, and their lengths `(N,)`, in float32."""
         if self._last is None or self._last[0] is not vision_features:  # an image has often several questions in turn
-            self._last = vision_features, self._patches(vision_features)
-        return (self._last[1] @ self._text(question).T).mean(1).cpu()
+            patches = self._patches(vision_features).float()
+            self._last = vision_features, normalize(patches, dim=-1), patches.norm(dim=-1)
+        return self._last[1:]
 
     def _patches(self, vision_features: Tensor) -> Tensor:
-        """Unit vectors `(N, D)` of patches' features, in CLIP's common space."""
+        """Patches' features `(N, D)` in CLIP's common space, as they come from its projection."""
         head = self.model.vision_model.post_layernorm
         if vision_features.shape[1] != len(head.weight):
             raise BadInput(
@@ -102,8 +115,7 @@ class ClipRelevance:
                 field="clip",
                 value=self.checkpoint.name,
             )
-        patches = self.model.visual_projection(head(vision_features.to(self.device, self.dtype)))
-        return normalize(patches.float(), dim=-1)
+        return self.model.visual_projection(head(vision_features.to(self.device, self.dtype)))
 
     def _text(self, question: str) -> Tensor:
         """Unit vectors `(pieces, D)` of a question; cached, since one question is often asked of many images."""

@@ -26,6 +26,8 @@ from gridprune_cli.pruning.signals import View
 from gridprune_cli.tokens import EncodedImage
 from gridprune_cli.vlm.compressor import FILE, Compressor, load_compressor
 from gridprune_cli.vlm.prompt import PromptWriter
+from gridprune_cli.vlm.pruning_module import FILE as PRUNING_MODULE
+from gridprune_cli.vlm.pruning_module import PruningModule, load_pruning_module
 from gridprune_cli.vlm.relevance import RelevanceSource
 
 _PREPARED = "gridprune_prepared"  # attribute of a picture
@@ -167,6 +169,28 @@ class Family(RelevanceSource, PromptWriter):
         if not (self.checkpoint.folder / FILE).is_file():
             raise BadInput(f"{self.checkpoint.name} has no {FILE}; use `plc=pool`", field="plc", value="trained")
         return load_compressor(self.checkpoint.folder).to(self.device)
+
+    @cached_property
+    def pruning_module(self) -> PruningModule:
+        """The trained module for CoViPAL beside the checkpoint, on the device. Raises BadInput where there is none."""
+        if not (self.checkpoint.folder / PRUNING_MODULE).is_file():
+            raise BadInput(
+                f"{self.checkpoint.name} has no {PRUNING_MODULE}, the module that this method trains for a model; take "
+                "another method",
+                field="method",
+                value="covipal",
+            )
+        return load_pruning_module(self.checkpoint.folder).to(self.device)
+
+    @torch.inference_mode()
+    def importance(self, vision_features: Tensor, question: str) -> Tensor:
+        """How much visual tokens `(N, C)` matter to a question, by the trained module: `(N,)` float32 on the CPU.
+
+        Raises as `pruning_module`.
+        """
+        image_embeds = self.text_embeds(vision_features).to(self.device)  # (N, D)
+        question_embeds = self.vocabulary.vectors(question)  # (M, D)
+        return self.pruning_module(image_embeds.float()[None], question_embeds.float()[None])[0].cpu()
 
     def separator(self) -> Tensor:
         """The embedding `(D,)` of a separator."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gridprune_cli.choices import Relevance
 from gridprune_cli.errors import BadInput
-from gridprune_cli.vlm.checkpoint import Checkpoint, find_clip
+from gridprune_cli.vlm.checkpoint import CLIP_NAMES, Checkpoint, find_clip
 from gridprune_cli.vlm.clip import ClipRelevance, weights_differ
 from gridprune_cli.vlm.parts import ModelParts
 from gridprune_cli.vlm.siglip import SiglipRelevance
@@ -191,6 +191,15 @@ class RelevanceSource(ModelParts, ABC):
         if self.checkpoint.clip_kind == "siglip":
             return SiglipRelevance(self.clip, self.dtype, self.device, normed=bool(self.patches_normed))
         return ClipRelevance(self.clip, self.dtype, self.device)
+
+    def patch_lengths(self, vision_features: Tensor) -> Tensor:
+        """How long the patches of vision features `(N, C)` are that relevance compares with texts: `(N,)` float32.
+
+        Raises as `clip`, and TypeError where relevance does not come from CLIP or SigLIP alone.
+        """
+        if self.relevance_kind not in CLIP_NAMES or not isinstance(self.relevance, ClipRelevance):
+            raise TypeError(f"relevance from {self.relevance_kind} compares no patches with texts")
+        return self.relevance.patch_lengths(vision_features)
 
     def load_relevance(self) -> None:
         """Loads what relevance comes from, now. Raises as `clip`."""

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from transformers import SiglipModel
 
 from gridprune_cli.errors import BadInput
@@ -48,7 +47,7 @@ class SiglipRelevance(ClipRelevance):
             ) from fault
 
     def _patches(self, vision_features: Tensor) -> Tensor:
-        """Unit vectors `(N, D)` of visual tokens' features `(N, P * C)`, those of P patches each one after another."""
+        """Embeddings `(N, D)` of visual tokens' features `(N, P * C)`, those of P patches each one after another."""
         tower = self.model.vision_model
         width = tower.config.hidden_size
         if vision_features.shape[1] % width:
@@ -61,7 +60,7 @@ class SiglipRelevance(ClipRelevance):
         patches = vision_features.to(self.device, self.dtype).unflatten(1, (-1, width))  # (N, P, C)
         if not self.normed:
             patches = tower.post_layernorm(patches)
-        return normalize(tower.head(patches).float(), dim=-1)
+        return tower.head(patches)
 
     def _pieces(self, question: str) -> list[list[int]]:
         """Token ids of a question, filled up to the full length: SigLIP was trained on texts of that length alone.

@@ -301,6 +301,8 @@ def run_signals(random: Random) -> str:
         image_embeds=numbers(count, 4),
         question_embeds=numbers(random.choice((1, 3)), 4),
         **{name: numbers(count, low=0.0) for name in OPTIONAL_SIGNALS},
+        importance=numbers(count),
+        patch_lengths=numbers(count, low=0.0),
         relevance_sign=random.choice((1, -1)),
     )
     k = random.randint(1, count)

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.vlm.family import Family
+from gridprune_cli.vlm.pruning_module import PruningModule, save_pruning_module
 
 PAD, BOS, EOS = 0, 1, 2
 VOCAB = 512  # size of the vocabularies
@@ -34,10 +35,13 @@ CHATML = (
 
 
 def write_checkpoint(family: str, folder: Path) -> Path:
-    """Writes the tiny checkpoint of a family into a folder, which it returns."""
+    """Writes the tiny checkpoint of a family, with its pruning module, into a folder, which it returns."""
     with torch.random.fork_rng():  # a few one-dimensional weights begin at random
         torch.manual_seed(0)
-        return import_module(f"tiny_families.{family}").write(folder)
+        folder = import_module(f"tiny_families.{family}").write(folder)
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        save_pruning_module(PruningModule(config.hidden_size), folder)
+        return folder
 
 
 @cache

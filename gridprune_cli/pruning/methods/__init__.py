@@ -7,6 +7,7 @@ from gridprune_cli.pruning.methods.adaptprune import AdaptPrune
 from gridprune_cli.pruning.methods.base import Method
 from gridprune_cli.pruning.methods.btp import BTP
 from gridprune_cli.pruning.methods.cdpruner import CDPruner
+from gridprune_cli.pruning.methods.covipal import CoViPAL
 from gridprune_cli.pruning.methods.dart import Dart
 from gridprune_cli.pruning.methods.divprune import DivPrune
 from gridprune_cli.pruning.methods.fastervlm import FasterVLM
@@ -55,6 +56,7 @@ METHODS: dict[str, type[Method]] = {
         FoPru,
         VFlowOpt,
         RATE,
+        CoViPAL,
         Uniform,
         Random,
         FastV,

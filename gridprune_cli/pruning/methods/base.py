@@ -24,7 +24,7 @@ class Method(ABC):
     Callers use `select_batch` and `merge`, which do the checks.
 
     name          what `--method` takes; its file is called so, with `_` for `-`
-    requires      the fields of `Signals` that it looks at; no others are computed
+    requires      the fields of `Signals` that it looks at; no others are computed, but for those that options add
     single_image  whether it splits the budget of one image over its views, so that images can't share a budget
     takes_region  whether it keeps more tokens inside the contextual region
     inner         whether it prunes inside the language model, by its `stages`, and gives it all tokens
@@ -51,6 +51,11 @@ class Method(ABC):
     def merges(self) -> bool:
         """Whether other tokens are merged into those that it keeps."""
         return type(self).merge_weights is not Method.merge_weights
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The signals that it looks at with the options that it has: those it `requires`, and what options add."""
+        return self.requires
 
     # ---- for callers -------------------------------------------------------------------------------------------------
 
