@@ -20,7 +20,14 @@ from gridprune_cli.questions import check_history, check_question
 from gridprune_cli.regions import MAX_ANSWER, Localized, Localizers, localizer_request, read_answer
 from gridprune_cli.runners.batches import MODELS, Batches, Stopwatch, as_error, in_order, result_or_raise
 from gridprune_cli.runners.images import Encoded, ImageRunner
-from gridprune_cli.selector import EncodedRequest, compute_signals, find_relevance, select_tokens, with_prompts
+from gridprune_cli.selector import (
+    EncodedRequest,
+    compute_signals,
+    find_relevance,
+    read_queries,
+    select_tokens,
+    with_prompts,
+)
 from gridprune_cli.settings import Request
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm.family import Family
@@ -29,6 +36,7 @@ Watchers = Sequence[Watcher] | None  # one for each pruned set
 
 MAX_BYTES = 1 << 29  # of image embeds and prefixes of pruned sets that wait for their turn
 GROUP = 4  # batches of questions among which those of like length are put together
+READ_AHEAD = 512  # questions that a text tower reads before any is pruned for: the lines that `batch` looks at together
 
 
 @dataclass(frozen=True)
@@ -121,9 +129,11 @@ class Runner:
                 continue
             several = self.family.encodes_multi_image and len(request.images) > 1
             by_encoding.setdefault((several, request.pruning.optional), []).append(index)
+        to_ask = [requests[index] for indices in by_encoding.values() for index in indices]
         with MODELS, self.stopwatch.measure("load"):
-            to_ask = [requests[index] for indices in by_encoding.values() for index in indices]
             _load_signals(self.family, to_ask, parts)
+        with self.stopwatch.measure("select"):
+            read_queries(self.family, to_ask[:READ_AHEAD])
         # 3. images through the tower, and requests pruned as soon as theirs are there
         for (several, optional), indices in by_encoding.items():
             ready: list[tuple[int, EncodedRequest, tuple[bool, ...]]] = []
@@ -250,7 +260,9 @@ class Runner:
                 if prefix is not None and id(prefix) not in prefixes:
                     held += prefix.nbytes
                     prefixes.add(id(prefix))
-                if len(waiting) >= GROUP * self._to_answer.size or held > MAX_BYTES:
+                idle = all(future.done() for _, future in in_flight)
+                enough = self._to_answer.size if idle else GROUP * self._to_answer.size
+                if len(waiting) >= enough or held > MAX_BYTES:
                     send()
                     held = 0
                     prefixes.clear()
