@@ -35,7 +35,7 @@ from gridprune_cli.vlm.family import Family
 Watchers = Sequence[Watcher] | None  # one for each pruned set
 
 MAX_BYTES = 1 << 29  # of image embeds and prefixes of pruned sets that wait for their turn
-GROUP = 4  # batches of questions among which those of like length are put together
+GROUP = 4  # batches of questions, at most, among which those of like length are put together
 READ_AHEAD = 512  # questions that a text tower reads before any is pruned for: the lines that `batch` looks at together
 
 
@@ -229,6 +229,7 @@ class Runner:
             waiting: list[tuple[int, Pruned]] = []
             held = 0  # bytes of image embeds that wait, and of their prefixes, each of which several sets may share
             prefixes: set[int] = set()
+            group = 1  # batches that are waited for; few at first, so that the language model starts soon
 
             def texts(sets: Sequence[PrunedSet]) -> list[Generated | GridpruneError]:
                 return list(self._generate(sets, max_new_tokens, options))
@@ -260,11 +261,9 @@ class Runner:
                 if prefix is not None and id(prefix) not in prefixes:
                     held += prefix.nbytes
                     prefixes.add(id(prefix))
-                idle = all(future.done() for _, future in in_flight)
-                enough = self._to_answer.size if idle else GROUP * self._to_answer.size
-                if len(waiting) >= enough or held > MAX_BYTES:
+                if len(waiting) >= group * self._to_answer.size or held > MAX_BYTES:
                     send()
-                    held = 0
+                    held, group = 0, min(GROUP, 2 * group)
                     prefixes.clear()
                 while in_flight and (len(in_flight) > GROUP or in_flight[0][1].done()):
                     yield from receive()
