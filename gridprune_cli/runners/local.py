@@ -245,11 +245,7 @@ class Runner:
             def receive() -> Iterator[tuple[int, Reply | GridpruneError]]:
                 batch, future = in_flight.popleft()
                 for (index, pruned), generated in zip(batch, future.result(), strict=True):
-                    if isinstance(generated, GridpruneError):
-                        yield index, generated
-                    else:
-                        record = pruned.pruned.to_json()
-                        yield index, Reply(generated.text, record, pruned.hit, pruned.image_notes)
+                    yield index, _reply(pruned, generated)
 
             for index, pruned in self.prune(requests, parts=("projector", "language")):
                 if isinstance(pruned, GridpruneError):
@@ -282,6 +278,13 @@ def _load_signals(family: Family, requests: Sequence[Request], parts: Sequence[s
             family.vocabulary.load()
         if request.pruning.needs_relevance and not in_parts:
             family.load_relevance()
+
+
+def _reply(pruned: Pruned, generated: Generated | GridpruneError) -> Reply | GridpruneError:
+    """The answer with what is told of its pruned set; an error as it is."""
+    if isinstance(generated, GridpruneError):
+        return generated
+    return Reply(generated.text, pruned.pruned.to_json(), pruned.hit, pruned.image_notes)
 
 
 def _batch_order(pruned: PrunedSet) -> tuple[bool, int]:
