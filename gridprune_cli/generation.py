@@ -133,7 +133,7 @@ def check_model(family: Family, pruned: PrunedSet) -> None:
 
 def _misfit(family: Family, pruned: PrunedSet) -> str:
     """What of a set this model can't work with, or nothing. Indices out of range would end a GPU's whole process."""
-    ids, text = pruned.input_ids, family.config.get_text_config()
+    ids, text = pruned.input_ids, family.text_config
     images = ids == family.image_token
     if int(images.sum()) != pruned.placeholders:
         return f"{int(images.sum())} image tokens for {pruned.placeholders} image embeds"

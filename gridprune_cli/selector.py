@@ -5,6 +5,7 @@ for several images of the same views, costs little more than for one.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -133,6 +134,17 @@ def compute_signals(
     return signals
 
 
+def read_queries(family: Family, requests: Sequence[Request]) -> None:
+    """Has the text tower that relevance comes from, if any, read what many requests ask, in few large batches.
+
+    What fails here fails again where a request is pruned for, and is told there.
+    """
+    queries = [request.pruning.query or request.question for request in requests if request.pruning.needs_relevance]
+    if queries and family.relevance_kind != "attention":
+        with suppress(Exception):
+            family.relevance.read(queries)
+
+
 def _relevance(
     family: Family, requests: Sequence[EncodedRequest], prefixes: Prefixes | None
 ) -> Sequence[Sequence[Tensor]]:
@@ -141,7 +153,7 @@ def _relevance(
     if family.relevance_kind == "attention":
         return _relevance_from_attention(family, requests, queries, prefixes or Prefixes(family))
     if queries:
-        family.relevance.read(queries)  # by the text tower in one batch; each call below then only compares
+        family.relevance.read(queries)  # those that `read_queries` has not; each call below then only compares
     by_tower = [[family.relevance(image.vision_features, r.query) for image in r.images] for r in requests]
     if family.relevance_kind != "both":
         return by_tower

@@ -136,13 +136,13 @@ def test_a_localizers_time_is_told_and_part_of_the_answer(pipeline, noise, tiny_
 def test_every_question_is_new_to_the_text_tower(pipeline, noise, monkeypatch):
     heard = []
     relevance = pipeline.family.relevance
-    read = relevance.read
+    pieces = relevance._pieces
 
     def watched(questions):
         heard.extend(questions)
-        return read(questions)
+        return pieces(questions)
 
-    monkeypatch.setattr(relevance, "read", watched)
+    monkeypatch.setattr(relevance, "_pieces", watched)  # of questions that were not read before
     measure(pipeline, png(noise((80, 60))), QUESTION, Pruning(query="star"), repeat=3, new_tokens=2)
     assert len(heard) == len(set(heard)) == 4 and all(text.startswith("star ") for text in heard)
 

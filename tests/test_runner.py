@@ -13,6 +13,7 @@ from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.runners import images as images_module
 from gridprune_cli.runners import local as local_module
 from gridprune_cli.runners.batches import Batches, in_order
@@ -449,6 +450,63 @@ def test_sets_that_are_too_large_to_wait_together_are_answered_in_parts(pipeline
     whole = [reply.text for reply in pipeline.runner().answer(questions, max_new_tokens=4)]
     monkeypatch.setattr(local_module, "MAX_BYTES", 1)
     assert [r.text for r in pipeline.runner().answer(questions, max_new_tokens=4)] == whole
+
+
+def test_the_language_model_starts_while_others_are_pruned_for(pipeline, pictures, monkeypatch):
+    begun, generate, select, batches = threading.Event(), local_module.generate, local_module._select, []
+
+    def generating(family, batch, *args, **settings):
+        begun.set()
+        return generate(family, batch, *args, **settings)
+
+    def selecting(encoder, batch, with_prefix):
+        batches.append(len(batch))
+        if len(batches) > 1 and not begun.wait(60):
+            raise GridpruneError("the first batch waits for the second")
+        return select(encoder, batch, with_prefix)
+
+    monkeypatch.setattr(local_module, "generate", generating)
+    monkeypatch.setattr(local_module, "_select", selecting)
+    asked = [Request((pictures[0],), f"Is it {n}?") for n in range(6)]
+    replies = list(pipeline.runner(questions=2).answer(asked, max_new_tokens=2))
+    assert batches == [2, 2, 2] and all(isinstance(reply, Reply) for reply in replies)
+
+
+def test_questions_of_many_batches_are_read_in_one_pass_of_the_text_tower(pipeline, pictures, tiny_llava, monkeypatch):
+    clip, lengths = pipeline.family.relevance.model, []
+    read = clip.get_text_features
+
+    def reading(ids):
+        lengths.append(len(ids))
+        return read(ids)
+
+    monkeypatch.setattr(clip, "get_text_features", reading)
+    asked = [Request((path,), f"Is it {n}?") for n, path in enumerate(pictures)]
+    pruned_of = dict(pipeline.runner(questions=2).prune(asked))
+    assert lengths == [len(asked)]
+    alone = fresh(tiny_llava)
+    for index, request in enumerate(asked):
+        assert torch.equal(pruned_of[index].pruned.kept, alone.prune(request.images, request.question).kept)
+    lengths.clear()
+    every = Pruning(keep=0.5, method=make_method("divprune"))  # which needs no relevance
+    list(pipeline.runner().prune([Request((pictures[0],), "Is it new?", every)]))
+    assert lengths == []
+
+
+def test_a_question_that_the_text_tower_fails_at_fails_alone(pipeline, pictures, monkeypatch):
+    clip = pipeline.family.relevance.model
+    read, bad = clip.get_text_features, pipeline.family.relevance._pieces(["red star"])[0][0]
+
+    def reading(ids):
+        if bad in ids.tolist():
+            raise RuntimeError("no such text")
+        return read(ids)
+
+    monkeypatch.setattr(clip, "get_text_features", reading)
+    asked = [Request((pictures[0],), question) for question in ("red", "red star", "blue")]
+    results = dict(pipeline.runner().prune(asked))
+    assert [isinstance(results[n], Pruned) for n in range(3)] == [True, False, True]
+    assert "no such text" in str(results[1])
 
 
 def test_pruning_in_bulk_is_pruning(pipeline, pictures, tiny_llava):

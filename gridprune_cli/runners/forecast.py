@@ -127,7 +127,7 @@ def prefix_bytes(encoder: Encoder, size: tuple[int, int]) -> int:
     family = encoder.family
     length = family.count_placeholders(size) + TEXT
     depth, heads, _, _ = shape = keys_shape(family, family.relevance_depth, length)
-    hidden_size = family.config.get_text_config().hidden_size
+    hidden_size = family.text_config.hidden_size
     numbers = 2 * math.prod(shape) + length * hidden_size  # of keys and values, and of hidden states
     vectors = 2 * depth * heads * length + length
     stored = numbers * family.dtype.itemsize if encoder.cache_dtype == "full" else numbers + 4 * vectors

@@ -20,7 +20,14 @@ from gridprune_cli.questions import check_history, check_question
 from gridprune_cli.regions import MAX_ANSWER, Localized, Localizers, localizer_request, read_answer
 from gridprune_cli.runners.batches import MODELS, Batches, Stopwatch, as_error, in_order, result_or_raise
 from gridprune_cli.runners.images import Encoded, ImageRunner
-from gridprune_cli.selector import EncodedRequest, compute_signals, find_relevance, select_tokens, with_prompts
+from gridprune_cli.selector import (
+    EncodedRequest,
+    compute_signals,
+    find_relevance,
+    read_queries,
+    select_tokens,
+    with_prompts,
+)
 from gridprune_cli.settings import Request
 from gridprune_cli.tokens import EncodedImage, PrunedSet
 from gridprune_cli.vlm.family import Family
@@ -28,7 +35,8 @@ from gridprune_cli.vlm.family import Family
 Watchers = Sequence[Watcher] | None  # one for each pruned set
 
 MAX_BYTES = 1 << 29  # of image embeds and prefixes of pruned sets that wait for their turn
-GROUP = 4  # batches of questions among which those of like length are put together
+GROUP = 4  # batches of questions, at most, among which those of like length are put together
+READ_AHEAD = 512  # questions that a text tower reads before any is pruned for: the lines that `batch` looks at together
 
 
 @dataclass(frozen=True)
@@ -121,9 +129,11 @@ class Runner:
                 continue
             several = self.family.encodes_multi_image and len(request.images) > 1
             by_encoding.setdefault((several, request.pruning.optional), []).append(index)
+        to_ask = [requests[index] for indices in by_encoding.values() for index in indices]
         with MODELS, self.stopwatch.measure("load"):
-            to_ask = [requests[index] for indices in by_encoding.values() for index in indices]
             _load_signals(self.family, to_ask, parts)
+        with self.stopwatch.measure("select"):
+            read_queries(self.family, to_ask[:READ_AHEAD])
         # 3. images through the tower, and requests pruned as soon as theirs are there
         for (several, optional), indices in by_encoding.items():
             ready: list[tuple[int, EncodedRequest, tuple[bool, ...]]] = []
@@ -219,6 +229,7 @@ class Runner:
             waiting: list[tuple[int, Pruned]] = []
             held = 0  # bytes of image embeds that wait, and of their prefixes, each of which several sets may share
             prefixes: set[int] = set()
+            group = 1  # batches that are waited for; few at first, so that the language model starts soon
 
             def texts(sets: Sequence[PrunedSet]) -> list[Generated | GridpruneError]:
                 return list(self._generate(sets, max_new_tokens, options))
@@ -234,11 +245,7 @@ class Runner:
             def receive() -> Iterator[tuple[int, Reply | GridpruneError]]:
                 batch, future = in_flight.popleft()
                 for (index, pruned), generated in zip(batch, future.result(), strict=True):
-                    if isinstance(generated, GridpruneError):
-                        yield index, generated
-                    else:
-                        record = pruned.pruned.to_json()
-                        yield index, Reply(generated.text, record, pruned.hit, pruned.image_notes)
+                    yield index, _reply(pruned, generated)
 
             for index, pruned in self.prune(requests, parts=("projector", "language")):
                 if isinstance(pruned, GridpruneError):
@@ -250,9 +257,9 @@ class Runner:
                 if prefix is not None and id(prefix) not in prefixes:
                     held += prefix.nbytes
                     prefixes.add(id(prefix))
-                if len(waiting) >= GROUP * self._to_answer.size or held > MAX_BYTES:
+                if len(waiting) >= group * self._to_answer.size or held > MAX_BYTES:
                     send()
-                    held = 0
+                    held, group = 0, min(GROUP, 2 * group)
                     prefixes.clear()
                 while in_flight and (len(in_flight) > GROUP or in_flight[0][1].done()):
                     yield from receive()
@@ -274,6 +281,13 @@ def _load_signals(family: Family, requests: Sequence[Request], parts: Sequence[s
             family.vocabulary.load()
         if request.pruning.needs_relevance and not in_parts:
             family.load_relevance()
+
+
+def _reply(pruned: Pruned, generated: Generated | GridpruneError) -> Reply | GridpruneError:
+    """The answer with what is told of its pruned set; an error as it is."""
+    if isinstance(generated, GridpruneError):
+        return generated
+    return Reply(generated.text, pruned.pruned.to_json(), pruned.hit, pruned.image_notes)
 
 
 def _batch_order(pruned: PrunedSet) -> tuple[bool, int]:

@@ -131,7 +131,7 @@ class Answer:
     def __init__(self, job: Job, runner: Runner, pruned: Pruned, max_tokens: int):
         self.job, self.pruned = job, pruned
         self._tokenizer = runner.family.processor.tokenizer
-        most = getattr(runner.family.config.get_text_config(), "max_position_embeddings", None)
+        most = getattr(runner.family.text_config, "max_position_embeddings", None)
         self.limit = job.request.max_tokens or max_tokens
         if most is not None:
             self.limit = min(self.limit, most - int(pruned.pruned.position_ids.max()) - 1)

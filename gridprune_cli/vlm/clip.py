@@ -6,7 +6,7 @@ h_i is the patch's hidden state of the penultimate layer, LN_post and W_v CLIP's
 2511.10081; CLIP applies that head to the CLS token only).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -130,11 +130,11 @@ class ClipRelevance:
         A question longer than the text tower takes is read in pieces of its full length; the cosines of the pieces are
         averaged, so no word is dropped.
         """
+        unread = [question for question in dict.fromkeys(questions) if question not in self._texts]
         lengths: dict[int, list[tuple[str, list[int]]]] = {}
-        for question in dict.fromkeys(questions):
-            if question not in self._texts:
-                for piece in self._pieces(question):
-                    lengths.setdefault(len(piece), []).append((question, piece))
+        for question, of_question in zip(unread, self._pieces(unread), strict=True):
+            for piece in of_question:
+                lengths.setdefault(len(piece), []).append((question, piece))
         vectors: dict[str, list[Tensor]] = {}
         for pieces in lengths.values():
             for start in range(0, len(pieces), _BATCH):
@@ -147,14 +147,16 @@ class ClipRelevance:
         for question in list(self._texts)[:-_TEXTS]:
             del self._texts[question]
 
-    def _pieces(self, question: str) -> list[list[int]]:
-        """Token ids of a question as the text tower reads it, in pieces that are no longer than it takes."""
+    def _pieces(self, questions: Sequence[str]) -> list[list[list[int]]]:
+        """Token ids of questions as the text tower reads them, each in pieces that are no longer than it takes."""
         room = self.model.config.text_config.max_position_embeddings - 2
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        return [[first, *piece, last] for piece in self._split(question, room)]
+        return [[[first, *piece, last] for piece in pieces] for pieces in self._split(questions, room)]
 
-    def _split(self, text: str, room: int) -> list[list[int]]:
-        """Token ids of a text without special tokens, `room` at a time; at least one piece, which may be empty."""
+    def _split(self, texts: Sequence[str], room: int) -> list[list[list[int]]]:
+        """Token ids of texts without special tokens, `room` at a time; at least one piece each, which may be empty."""
+        if not texts:
+            return []
         # not `verbose`: it would warn of a length that is never read at once
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return [ids[i : i + room] for i in range(0, max(1, len(ids)), room)]
+        ids_of_texts = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+        return [[ids[i : i + room] for i in range(0, max(1, len(ids)), room)] for ids in ids_of_texts]

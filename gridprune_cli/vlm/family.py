@@ -94,7 +94,7 @@ class Family(RelevanceSource, PromptWriter):
     @property
     def embed_width(self) -> int:
         """D, how many numbers an embedding has that the language model receives."""
-        return self.config.get_text_config().hidden_size
+        return self.text_config.hidden_size
 
     def check(self, image: EncodedImage) -> None:
         """Raises ValueError where an encoded image, as a cache holds it, is none that `encode` gives."""
@@ -217,7 +217,7 @@ class Family(RelevanceSource, PromptWriter):
     @property
     def depth(self) -> int:
         """How many layers the language model has."""
-        return self.config.get_text_config().num_hidden_layers
+        return self.text_config.num_hidden_layers
 
     @property
     def first_inner(self) -> int:

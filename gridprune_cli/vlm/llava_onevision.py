@@ -25,7 +25,7 @@ class LlavaOnevision(LlavaNext):
 
     @property
     def width(self) -> int:
-        return self.config.get_text_config().hidden_size
+        return self.text_config.hidden_size
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[Image], optional: Collection[str] = ()) -> list[Encoding]:

@@ -88,7 +88,7 @@ class ModelParts:
             model = whole
             if model is None:
                 without = [*self.modules["tower"], *self.modules["projector"], "lm_head", f"{self.text_model}.norm"]
-                layers = range(depth, self.config.get_text_config().num_hidden_layers)
+                layers = range(depth, self.text_config.num_hidden_layers)
                 without += [f"{self.text_model}.layers.{layer}" for layer in layers]
                 model = self._read(without, None if self.sharded else self.device, quantized=True)
                 make_watchable(model)
@@ -114,6 +114,11 @@ class ModelParts:
     def config(self) -> Any:
         """The checkpoint's config as transformers reads it, with the values that it leaves out."""
         return AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True)
+
+    @cached_property
+    def text_config(self) -> Any:
+        """Of it the language model's. transformers looks for that among all parts, which takes longer than it seems."""
+        return self.config.get_text_config()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -34,7 +34,7 @@ def prefix_length(family: Family, prompt: Tensor) -> int:
 
 def keys_shape(family: Family, depth: int, length: int) -> tuple[int, int, int, int]:
     """(d, H, P, C): the shape of the keys, and of the values, of a prefix of `length` tokens in `depth` layers."""
-    text = family.config.get_text_config()
+    text = family.text_config
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return depth, text.num_key_value_heads, length, width
 
@@ -64,7 +64,7 @@ def misfit(family: Family, prefix: Prefix) -> str:
     for name in ("keys", "values"):
         if tuple(getattr(prefix, name).shape) != shape:
             return f"{name} of {tuple(getattr(prefix, name).shape)}, not {shape}"
-    hidden = len(prefix.ids), family.config.get_text_config().hidden_size
+    hidden = len(prefix.ids), family.text_config.hidden_size
     if tuple(prefix.hidden_states.shape) != hidden:
         return f"hidden states of {tuple(prefix.hidden_states.shape)}, not {hidden}"
     return "" if 0 < depth < family.depth else f"{depth} layers, where there are {family.depth}"
@@ -210,7 +210,7 @@ def _batches(
 
     `shared`: their prefixes are there; else the whole prompts go through.
     """
-    text, itemsize = family.config.get_text_config(), family.dtype.itemsize
+    text, itemsize = family.text_config, family.dtype.itemsize
     of_token = 2 * math.prod(keys_shape(family, 1, 1)) * itemsize  # its key and value in one layer
     of_prefix = depth * of_token + text.hidden_size * itemsize  # for each token of it
     of_query = 8 * text.hidden_size * itemsize  # what a layer's feed-forward network makes of it, about

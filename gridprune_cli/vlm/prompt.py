@@ -141,7 +141,7 @@ class PromptWriter(ModelParts):
 
     def check_length(self, positions: int, remedy: str) -> None:
         """Raises BadInput, with what to do, for a prompt of more positions than the language model was made for."""
-        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        most = getattr(self.text_config, "max_position_embeddings", None)
         if most is not None and positions > most:
             raise BadInput(f"the prompt takes {positions} positions, and {self.checkpoint.name} has {most}; {remedy}")
 

@@ -32,7 +32,7 @@ class Qwen2VL(Family):
 
     @property
     def width(self) -> int:
-        return self.config.get_text_config().hidden_size
+        return self.text_config.hidden_size
 
     def check(self, image: EncodedImage) -> None:
         super().check(image)

@@ -216,7 +216,7 @@ class RelevanceSource(ModelParts, ABC):
     @property
     def _layer_kinds(self) -> Sequence[str]:
         """The kind of each layer of the language model."""
-        text = self.config.get_text_config()
+        text = self.text_config
         return getattr(text, "layer_types", None) or [FULL] * text.num_hidden_layers
 
     @property

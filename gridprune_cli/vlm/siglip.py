@@ -9,6 +9,7 @@ gives just that patch's value. Where a model averages the patches of a token, as
 head is that of the patches with equal attention to each, since values are linear.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -62,12 +63,12 @@ class SiglipRelevance(ClipRelevance):
             patches = tower.post_layernorm(patches)
         return tower.head(patches)
 
-    def _pieces(self, question: str) -> list[list[int]]:
-        """Token ids of a question, filled up to the full length: SigLIP was trained on texts of that length alone.
+    def _pieces(self, questions: Sequence[str]) -> list[list[list[int]]]:
+        """Token ids of questions, filled up to the full length: SigLIP was trained on texts of that length alone.
 
         Both versions were trained on small letters, but SigLIP 2's tokenizer does not make them.
         """
         length = self.model.config.text_config.max_position_embeddings
         last, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        pieces = [[*piece, last] for piece in self._split(question.lower(), length - 1)]
-        return [piece + [pad] * (length - len(piece)) for piece in pieces]
+        split = self._split([question.lower() for question in questions], length - 1)
+        return [[[*piece, last] + [pad] * (length - 1 - len(piece)) for piece in pieces] for pieces in split]
