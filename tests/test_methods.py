@@ -668,18 +668,18 @@ def slow_gridprune(signals, k, method):
             limits[side, j] = budgets[j] + 1
     if not method.diverse or k >= number:
         return sorted(kept)
-    parts = {(side, j): members for side, zones in sides.items() for j, members in zones.items()}
-    return slow_diverse(relevance, signals.vision_features.tolist(), parts, quotas, signals.region is not None)
+    halves = {(side, j): members for side, zones in sides.items() for j, members in zones.items()}
+    return slow_diverse(relevance, signals.vision_features.tolist(), halves, quotas, signals.region is not None)
 
 
-def slow_diverse(relevance, features, parts, quotas, region):
+def slow_diverse(relevance, features, zones, quotas, region):
     """Again and again the token, of those that may be taken, of which most is above the median and in no taken one."""
     # 1. how far each token is above the median
     median, high = statistics.median_low(relevance), max(relevance)
     excess = [max(0, r - median) / (high - median) if high > median else float(r == high) for r in relevance]
     # 2. budgets by the squares of that; inside the region not fewer than its quota
-    k, weights = sum(quotas.values()), {part: math.fsum(excess[i] ** 2 for i in m) for part, m in parts.items()}
-    sizes, most = {part: len(members) for part, members in parts.items()}, dict(quotas)
+    k, weights = sum(quotas.values()), {zone: math.fsum(excess[i] ** 2 for i in m) for zone, m in zones.items()}
+    sizes, most = {zone: len(members) for zone, members in zones.items()}, dict(quotas)
     if region:
         most[True] = k - min(1, quotas[False])
         by_weight = slow_budgets(weights, sizes, k)
@@ -687,15 +687,17 @@ def slow_diverse(relevance, features, parts, quotas, region):
         quotas = {True: inner, False: k - inner}
     limits = {}
     for side in quotas:
-        of_side = [part for part in parts if part[0] == side]
-        budgets = slow_budgets({p: weights[p] for p in of_side}, {p: sizes[p] for p in of_side}, quotas[side])
-        limits |= {part: budget + 1 for part, budget in budgets.items()}
+        of_side = [zone for zone in zones if zone[0] == side]
+        budgets = slow_budgets(
+            {zone: weights[zone] for zone in of_side}, {zone: sizes[zone] for zone in of_side}, quotas[side]
+        )
+        limits |= {zone: budget + 1 for zone, budget in budgets.items()}
     # 3. one by one; what a taken vector spans is taken out of all others
-    part_of = {i: part for part, members in parts.items() for i in members}
+    zone_of = {i: zone for zone, members in zones.items() for i in members}
     outside = [[x / math.hypot(*vector) for x in vector] for vector in features]
     kept = []
     while len(kept) < k:
-        free = [i for i in part_of if i not in kept and limits[part_of[i]] and most[part_of[i][0]]]
+        free = [i for i in zone_of if i not in kept and limits[zone_of[i]] and most[zone_of[i][0]]]
         squares = {i: math.fsum(x * x for x in outside[i]) for i in free}
         gains = {i: excess[i] ** 4 * squares[i] for i in free if squares[i] > 1e-8 and excess[i]}
         if gains:
@@ -704,8 +706,8 @@ def slow_diverse(relevance, features, parts, quotas, region):
         else:
             best = min(free, key=lambda i: (-relevance[i], i))
         kept.append(best)
-        limits[part_of[best]] -= 1
-        most[part_of[best][0]] -= 1
+        limits[zone_of[best]] -= 1
+        most[zone_of[best][0]] -= 1
     return sorted(kept)
 
 
