@@ -225,7 +225,8 @@ class Trial:
         requests, signals = [], []
         for item, image, of_question, region in zip(self.items, self.encoded, relevance, regions, strict=True):
             requests.append(EncodedRequest(Request((image,), item.question, pruning), (image,)))
-            signals.append([Signals(image.views, of_question.float(), image.saliency.float(), region)])
+            saliency, features = image.saliency.float(), image.vision_features
+            signals.append([Signals(image.views, of_question.float(), saliency, region, features)])
         return build_pruned_sets(self.family, requests, signals, select_tokens(requests, signals))
 
     def _scores(self, sets: Sequence[PrunedSet]) -> np.ndarray:
@@ -307,16 +308,16 @@ def sources(trial: Trial, layer: int) -> Iterator[Entry]:
 
 
 def selection(trial: Trial, layer: int) -> Iterator[Entry]:
-    """GridPrune with and without spacing and region, before the language model and behind a layer of it."""
+    """GridPrune, diverse or not, with and without region, before the language model and behind a layer of it."""
     attention = minmax(trial.maps(layer))
     relevance = {"attention": attention, "CLIP": trial.clip, "half each": (attention + minmax(trial.clip)) / 2}
     for leaving, where in ((layer + 1, "inside"), (0, "before")):
         for name, maps in relevance.items():
-            for spacing in (0.0, 2.0):
+            for diverse in (False, True):
                 for region in (True, False):
-                    pruning = gridprune(region, spacing=spacing)
+                    pruning = gridprune(region, diverse=diverse)
                     yield (
-                        f"{where}, {name}, spacing {spacing:g}{'' if region else ', no region'}",
+                        f"{where}, {name}, {'diverse' if diverse else 'top'}{'' if region else ', no region'}",
                         maps,
                         pruning,
                         leaving,

@@ -46,17 +46,18 @@ def gridprune() -> None:
     print(f"{'kept':>12}  {'no region':>10}  {'find region':>11}  {'region + select':>15}   ms")
     for k, views in CASES:
         count = sum(view.count for view in views)
-        relevance, saliency = torch.rand(count) * 0.2, torch.rand(count)
+        relevance, saliency, features = torch.rand(count) * 0.2, torch.rand(count), torch.randn(count, FEATURE_WIDTH)
 
-        def plain(k: int = k, signals: tuple = (views, relevance, saliency)) -> None:
+        def plain(k: int = k, signals: tuple = (views, relevance, saliency, None, features)) -> None:
             method.select_batch([Signals(*signals)], [k])
 
         def find(relevance: torch.Tensor = relevance, views: tuple[View, ...] = views) -> None:
             contextual_region(relevance, views)
 
-        def full(k: int = k, signals: tuple = (views, relevance, saliency)) -> None:
-            views, relevance, saliency = signals
-            method.select_batch([Signals(views, relevance, saliency, contextual_region(relevance, views))], [k])
+        def full(k: int = k, signals: tuple = (views, relevance, saliency, features)) -> None:
+            views, relevance, saliency, features = signals
+            region = contextual_region(relevance, views)
+            method.select_batch([Signals(views, relevance, saliency, region, features)], [k])
 
         row = [milliseconds(work) for work in (plain, find, full)]
         print(f"{f'{k} of {count}':>12}  {row[0]:>10.2f}  {row[1]:>11.2f}  {row[2]:>15.2f}")

@@ -19,12 +19,12 @@ from gridprune_cli.settings import Pruning
 
 
 def swept() -> tuple[Cell, ...]:
-    """The settings among which the defaults were chosen, at 0.11; without spacing, which was chosen after them."""
+    """The settings among which the defaults were chosen, at 0.11; by budgets alone, where tokens are few, too."""
     cells = []
     for zone in (2, 4, 8):
         for temperature in (0.05, 0.1, 0.3, 1.0):
             for alpha in (0.0, 0.2, 0.5):
-                method = make_method("gridprune", zone=zone, temperature=temperature, alpha=alpha, spacing=0.0)
+                method = make_method("gridprune", zone=zone, temperature=temperature, alpha=alpha, diverse=False)
                 pruning = Pruning(method=method, region="none")
                 cells.append(Cell(f"zone {zone}, T {temperature}, a {alpha}, no region", pruning))
     for share in (0.5, 0.65, 0.8, 0.9):

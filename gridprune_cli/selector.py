@@ -301,5 +301,6 @@ def _budget(signals: Signals, pruning: Pruning) -> tuple[Method, int]:
     if signals.region is not None and (pruning.inside_ratio or pruning.outside_ratio):
         in_region = int(within_region(signals).sum())
         k, share = ratio_budget(k, in_region, signals.count, pruning.inside_ratio, pruning.outside_ratio)
-        method = method.with_options(region_share=share)
+        # each side gets exactly what its ratio says, not at least
+        method = method.with_options(region_share=share, diverse=False)
     return method, k

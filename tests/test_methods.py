@@ -7,12 +7,19 @@ from dataclasses import replace
 import pytest
 import slow_methods as slow
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gridprune_cli.pruning.methods import METHODS, RULES, make_method
 from gridprune_cli.pruning.methods.base import Method
-from gridprune_cli.pruning.methods.gridprune import LITERAL, SALIENCY_SCALES, GridPrune, region_quotas
+from gridprune_cli.pruning.methods.gridprune import (
+    LITERAL,
+    SALIENCY_SCALES,
+    GridPrune,
+    above_median,
+    least_share_budgets,
+    region_quotas,
+)
 from gridprune_cli.pruning.methods.uniform import lattice
 from gridprune_cli.pruning.schedule import LayerSignals, plan
 from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, Signals, View
@@ -208,7 +215,8 @@ def test_k_out_of_range_is_an_error(name, options, k):
 
 @pytest.mark.parametrize("name", OUTER)
 def test_a_method_needs_what_it_requires_and_no_more(name):
-    method, views = make_method(name), (View(3, 3),)
+    options = {"zone": 1} if name == "gridprune" else {}  # more zones than tokens are kept
+    method, views = make_method(name, **options), (View(3, 3),)
     known = {signal: torch.rand(*((9, 5) if signal in VECTORS else (9,))) for signal in method.requires}
     assert len(select(method, Signals(views, **known), 4)) == 4
     for missing in method.requires:
@@ -478,8 +486,6 @@ def test_unknown_names_and_options_name_the_known_ones():
         ("gridprune", "alpha", 1.1),
         ("gridprune", "alpha", math.nan),
         ("gridprune", "region_share", -0.1),
-        ("gridprune", "spacing", -1.0),
-        ("gridprune", "spacing", math.inf),
         ("gridprune", "temperature", 0.0),
         ("gridprune", "temperature", math.inf),
         ("gridprune", "temperature", math.nan),
@@ -664,35 +670,60 @@ def slow_gridprune(signals, k, method):
         for j, members in zones.items():
             kept += sorted(members, key=lambda i: -score[i])[: budgets[j]]
             limits[side, j] = budgets[j] + 1
-    if method.spacing == 0 or k >= number:
+    if not method.diverse or k >= number:
         return sorted(kept)
-    part_of = {i: (side, j) for side, zones in sides.items() for j, members in zones.items() for i in members}
-    return slow_spaced(score, signals.views, part_of, limits, quotas, method.spacing)
+    halves = {(side, j): members for side, zones in sides.items() for j, members in zones.items()}
+    return slow_diverse(relevance, signals.vision_features.tolist(), halves, quotas, signals.region is not None)
 
 
-def slow_spaced(score, views, part_of, limits, quotas, spacing):
-    """Again and again the best token that may still be taken; what is near it counts less from then on."""
-    places = [(v, row, col) for v, view in enumerate(views) for row in range(view.rows) for col in range(view.cols)]
-    low, high = min(score), max(score)
-    value = [(s - low) / (high - low) for s in score]
-    limits, quotas, kept = dict(limits), dict(quotas), []
-    while sum(quotas.values()):
-        free = [i for i in range(len(score)) if i not in kept and limits[part_of[i]] and quotas[part_of[i][0]]]
-        best = max(free, key=lambda i: value[i])
+def slow_diverse(relevance, features, zones, quotas, region):
+    """Again and again the token, of those that may be taken, of which most is above the median and in no taken one."""
+    # 1. how far each token is above the median
+    median, high = statistics.median_low(relevance), max(relevance)
+    excess = [max(0, r - median) / (high - median) if high > median else float(r == high) for r in relevance]
+    # 2. budgets by the squares of that; inside the region not fewer than its quota
+    k, weights = sum(quotas.values()), {zone: math.fsum(excess[i] ** 2 for i in m) for zone, m in zones.items()}
+    sizes, most = {zone: len(members) for zone, members in zones.items()}, dict(quotas)
+    if region:
+        most[True] = k - min(1, quotas[False])
+        by_weight = slow_budgets(weights, sizes, k)
+        inner = min(max(quotas[True], sum(n for (side, _), n in by_weight.items() if side)), most[True])
+        quotas = {True: inner, False: k - inner}
+    limits = {}
+    for side in quotas:
+        of_side = [zone for zone in zones if zone[0] == side]
+        budgets = slow_budgets(
+            {zone: weights[zone] for zone in of_side}, {zone: sizes[zone] for zone in of_side}, quotas[side]
+        )
+        limits |= {zone: budget + 1 for zone, budget in budgets.items()}
+    # 3. one by one; what a taken vector spans is taken out of all others
+    zone_of = {i: zone for zone, members in zones.items() for i in members}
+    outside = [[x / math.hypot(*vector) for x in vector] for vector in features]
+    kept = []
+    while len(kept) < k:
+        free = [i for i in zone_of if i not in kept and limits[zone_of[i]] and most[zone_of[i][0]]]
+        squares = {i: math.fsum(x * x for x in outside[i]) for i in free}
+        gains = {i: excess[i] ** 4 * squares[i] for i in free if squares[i] > 1e-8 and excess[i]}
+        if gains:
+            best = max(gains, key=gains.get)
+            slow.take_out(outside, best)
+        else:
+            best = min(free, key=lambda i: (-relevance[i], i))
         kept.append(best)
-        limits[part_of[best]] -= 1
-        quotas[part_of[best][0]] -= 1
-        for i, (view, row, col) in enumerate(places):
-            if view == places[best][0]:
-                square = (row - places[best][1]) ** 2 + (col - places[best][2]) ** 2
-                value[i] *= round((1 - math.exp(-square / (2 * spacing**2))) * 2**32) / 2**32
+        limits[zone_of[best]] -= 1
+        most[zone_of[best][0]] -= 1
     return sorted(kept)
 
 
 def slow_budgets(weights, caps, k):
-    """Shares of what is left among zones with room, until none overflows; then the largest remainders."""
+    """Shares of what is left among zones with room, until none overflows; then the largest remainders.
+
+    Where no zone with room has weight, all have the same.
+    """
     shares, open_, left = {}, set(weights), k
     while open_:
+        if not any(weights[j] for j in open_):
+            weights = dict.fromkeys(weights, 1.0)
         total = sum(weights[j] for j in open_)
         full = {j for j in open_ if left * weights[j] / total >= caps[j]}
         if not full:
@@ -714,14 +745,15 @@ def test_gridprune_is_what_the_formulas_say(data):
     count = sum(view.count for view in views)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     relevance, saliency = torch.rand(2, count, generator=generator, dtype=torch.float64)
-    signals = Signals(views, relevance - 0.4, saliency, data.draw(st.sampled_from(REGIONS)))
+    features = torch.randn(count, data.draw(st.sampled_from([3, 30])), generator=generator, dtype=torch.float64)
+    signals = Signals(views, relevance - 0.4, saliency, data.draw(st.sampled_from(REGIONS)), features)
     method = GridPrune(
         zone=data.draw(st.integers(1, 5)),
         alpha=data.draw(st.sampled_from([0.0, 0.2, 0.7, 1.0])),
         temperature=data.draw(st.sampled_from([0.05, 0.1, 1.0])),
         saliency_scale=data.draw(st.sampled_from(SALIENCY_SCALES)),
         region_share=data.draw(st.sampled_from([0.0, 0.5, 0.8, 1.0])),
-        spacing=data.draw(st.sampled_from([0.0, 0.7, 2.0])),
+        diverse=data.draw(st.booleans()),
         relevance_sign=data.draw(st.sampled_from([1, -1])),
     )
     k = data.draw(st.integers(1, count - 1))
@@ -734,32 +766,66 @@ def test_relevant_zones_keep_more_the_colder_the_more():
     signals = Signals((View(8, 8),), relevance.flatten(), torch.rand(64, generator=torch.Generator().manual_seed(0)))
     budgets = []
     for options in (LITERAL, {"temperature": 0.1}, {"temperature": 0.01}):
-        method = GridPrune(**{"spacing": 0.0} | options)
+        method = GridPrune(**{"diverse": False} | options)
         index, zones = method.zones(signals)
         budgets.append(torch.bincount(index[select(method, signals, 16)], minlength=zones.count).tolist())
     assert budgets == [[5, 4, 4, 3], [14, 1, 1, 0], [16, 0, 0, 0]]
 
 
-def test_spacing_takes_a_token_of_each_object_before_a_second_of_the_most_relevant():
-    relevance = torch.zeros(16, 16)
-    relevance[1:4, 1:4], relevance[11:14, 2:5], relevance[6:9, 12:15] = 0.9, 0.8, 0.7
-    signals = Signals((View(16, 16),), relevance.flatten(), torch.zeros(256))
+def test_few_tokens_are_of_each_object_before_a_second_that_is_like_the_first():
+    relevance, features = torch.zeros(16, 16), torch.rand(16, 16, 4, generator=torch.Generator().manual_seed(0))
+    for value, (top, left) in ((0.9, (1, 1)), (0.8, (11, 2)), (0.7, (6, 12))):
+        relevance[top : top + 3, left : left + 3] = value
+        features[top : top + 3, left : left + 3] = torch.eye(4)[int(value * 10) - 6]
+    signals = Signals((View(16, 16),), relevance.flatten(), torch.zeros(256), vision_features=features.flatten(0, 1))
     objects = {}
-    for spacing in (0.0, 2.0):
-        kept = select(GridPrune(spacing=spacing, temperature=0.02), signals, 3)
-        objects[spacing] = sorted({round(float(value), 1) for value in relevance.flatten()[kept]})
-    assert objects == {0.0: [0.9], 2.0: [0.7, 0.8, 0.9]}
+    for diverse in (False, True):
+        kept = select(GridPrune(diverse=diverse, temperature=0.02), signals, 3)
+        objects[diverse] = sorted({round(float(value), 1) for value in relevance.flatten()[kept]})
+    assert objects == {False: [0.9], True: [0.7, 0.8, 0.9]}
 
 
-def test_a_zone_exceeds_its_budget_by_one_at_most():
-    signals = Signals((View(8, 8), View(4, 4)), *torch.rand(2, 80, generator=torch.Generator().manual_seed(0)))
-    index, zones = GridPrune().zones(signals)
-    for k in (4, 5):  # of five zones
-        counts = [
-            torch.bincount(index[select(GridPrune(spacing=spacing), signals, k)], minlength=zones.count)
-            for spacing in (0.0, 2.0)
-        ]
-        assert int(counts[1].sum()) == k and int((counts[1] - counts[0]).max()) == (1 if k < zones.count else 0)
+def test_few_tokens_are_all_letters_of_a_word():
+    relevance, features = torch.zeros(16, 16), torch.ones(16, 16, 6)
+    relevance[5, 4:7], relevance[10:12, 10:12] = 0.9, 0.3
+    features[5, 4:7] += 2 * torch.eye(6)[:3]  # unlike each other, but for what all tokens have in common
+    signals = Signals((View(16, 16),), relevance.flatten(), torch.zeros(256), vision_features=features.flatten(0, 1))
+    assert {84, 85, 86} <= set(select(GridPrune(), signals, 5).tolist())
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_budgets_give_the_region_its_share_at_least(data):
+    caps = torch.tensor(
+        data.draw(st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=2, max_size=2))
+    )
+    weights = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.1, 5.0]), min_size=6, max_size=6))).view(2, 3)
+    within, count = int(caps[0].sum()), int(caps.sum())
+    assume(count > 1)
+    quotas = region_quotas(data.draw(st.integers(1, count - 1)), within, count, data.draw(st.floats(0, 1)))
+    budgets, most = least_share_budgets(weights, caps, quotas)
+    assert int(budgets.sum()) == sum(quotas) and bool(((budgets >= 0) & (budgets <= caps)).all())
+    assert int(budgets[0].sum()) >= quotas[0] and int(budgets[1].sum()) >= min(1, quotas[1])
+    assert most.tolist() == [sum(quotas) - min(1, quotas[1]), quotas[1]]
+
+
+@pytest.mark.parametrize(
+    ("relevance", "expected"),
+    [
+        ([0.0, 0.25, 0.75, 0.5], [0.0, 0.0, 1.0, 0.5]),  # the median is the lower of 0.25 and 0.5
+        ([-0.25, -0.25, -0.25], [1.0, 1.0, 1.0]),
+        ([0.5, 0.5, 0.5, 0.0], [1.0, 1.0, 1.0, 0.0]),
+    ],
+)
+def test_relevance_above_its_median(relevance, expected):
+    assert above_median(torch.tensor(relevance, dtype=torch.float64)).tolist() == expected
+
+
+@pytest.mark.parametrize("region", REGIONS[:4])
+def test_few_tokens_of_no_relevance_and_no_difference_are_still_k(region):
+    signals = Signals((View(8, 8),), torch.zeros(64), torch.zeros(64), region, torch.ones(64, 2))
+    for k in range(1, 16):
+        assert len(select(GridPrune(zone=2), signals, k).unique()) == k
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,7 @@ def pruning(
         bool, option("Several images share one budget, without regions.", PRUNING, "--share-budget")
     ] = False,
     literal: Annotated[
-        bool, option("GridPrune as published: T = 1, saliency unscaled, no spacing, no region.", PRUNING, "--literal")
+        bool, option("GridPrune as published: T = 1, saliency unscaled, by score, no region.", PRUNING, "--literal")
     ] = False,
     localizer: Annotated[
         str | None,

@@ -1,13 +1,11 @@
-"""The tokens with the highest scores, over all, per zone, and apart from each other. Ties go to the lower index."""
+"""The tokens with the highest scores, over all and per zone, and those unlike each other. Ties: the lower index."""
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.signals import View
-from gridprune_cli.pruning.similarity import GRAIN
+from gridprune_cli.pruning.similarity import LazyCosines
+
+_INDEPENDENT = 1e-8  # squared part of a unit row outside of what was taken: below it, the rest is rounding noise
 
 
 def top(score: Tensor, k: int) -> Tensor:
@@ -39,59 +37,43 @@ def best_by_zone(score: Tensor, zone: Tensor, budgets: Tensor) -> Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, by_zone, places < limits)
 
 
-def best_spaced(
-    score: Tensor, zone: Tensor, limits: Tensor, quotas: Tensor, views: Sequence[View], spacing: float
+def best_diverse(
+    weight: Tensor, likeness: LazyCosines, rest: Tensor, zone: Tensor, limits: Tensor, quotas: Tensor, k: int
 ) -> Tensor:
-    """(B, N) bool, what stays: the best tokens one by one, each lowering the scores around it.
+    """(N,) bool, the k tokens that stay: one by one the one whose weight is high and that is unlike those before it.
 
-    Scores are brought to 0..1. Once a token is taken, those of its view at a distance of d tokens on the grid are
-    multiplied by `1 - exp(-d^2 / (2 * spacing^2))`. That is soft non-maximum suppression (arXiv 1704.04503), by
-    distance instead of overlap.
+    With L_ij = sqrt(weight_i) * cos(i, j) * sqrt(weight_j), the next is argmax_j det(L of taken and j) / det(L of
+    taken). That is `weight_j` times the squared part of unit vector j that no taken one spans, and is found by a
+    Cholesky factor that grows by a row per token. Where that is 0 for all tokens, the highest of `rest` comes next.
 
-    score (B, N) float64, zone (B, N) int64 in 0..H*Z-1, quotas (B, H): how many tokens are taken of each of H groups of
-    Z zones, limits (B, H*Z): and how many at most of each zone, which must leave room for the quotas.
+    weight (N,) float64 >= 0, rest (N,), zone (N,) int64 in 0..H*Z-1, limits (H*Z,): how many tokens are taken of each
+    zone at most, quotas (H,): and how many of each group of Z zones. Together they must leave room for k.
     """
-    # 1. scores in 0..1; all are 1 where they are equal
-    low, high = score.aminmax(dim=-1, keepdim=True)
-    scaled = torch.where(high > low, (score - low) / (high - low), 1.0).numpy()  # (B, N)
-    # 2. where each token lies, and by what the tokens around one are multiplied, itself in the middle
-    places = [(number, row, col) for number, view in enumerate(views) for row, col in np.ndindex(view.rows, view.cols)]
-    ends = np.cumsum([view.count for view in views])[:-1]
-    factors = [_spacing_factors(view, spacing) for view in views]  # (2 * rows - 1, 2 * cols - 1) each
-    # 3. one by one. numpy, since these are many operations on few numbers, which torch is slow to start
-    zones_per_group = limits.shape[1] // quotas.shape[1]
-    stays = np.zeros(scaled.shape, dtype=bool)
-    for values, zone_of, limit, quota, taken in zip(
-        scaled, zone.numpy(), limits.clone().numpy(), quotas.clone().numpy(), stays, strict=True
-    ):
-        group_of = zone_of // zones_per_group  # (N,)
-        barred = np.where((limit[zone_of] > 0) & (quota[group_of] > 0), 0.0, -np.inf)  # (N,)
-        grids = [
-            grid.reshape(view.rows, view.cols) for grid, view in zip(np.split(values, ends), views, strict=True)
-        ]  # of the same memory as values
-        for _ in range(quota.sum()):
-            best = int((values + barred).argmax())  # the first of equal ones
-            taken[best], barred[best] = True, -np.inf
-            limit[zone_of[best]] -= 1
-            quota[group_of[best]] -= 1
-            if limit[zone_of[best]] == 0:
-                barred[zone_of == zone_of[best]] = -np.inf
-            if quota[group_of[best]] == 0:
-                barred[group_of == group_of[best]] = -np.inf
-            number, row, col = places[best]
-            top_row, left_col = views[number].rows - 1 - row, views[number].cols - 1 - col
-            grids[number] *= factors[number][top_row:, left_col:][: views[number].rows, : views[number].cols]
-    return torch.from_numpy(stays)
-
-
-def _spacing_factors(view: View, spacing: float) -> np.ndarray:
-    """`1 - exp(-d^2 / (2 * spacing^2))` for every offset between two tokens of a view: `(2 * rows - 1, 2 * cols - 1)`.
-
-    Rounded, so that what libraries differ by can't decide between equal scores.
-    """
-    row, col = np.arange(1 - view.rows, view.rows), np.arange(1 - view.cols, view.cols)
-    factors = -np.expm1(-(row[:, None] ** 2 + col**2) / (2 * spacing**2))
-    return np.round(factors * GRAIN) / GRAIN
+    left = likeness.of_each_with_itself()
+    factor = torch.empty(k, len(left), dtype=torch.float64)
+    taken = torch.zeros(len(left), dtype=torch.bool)
+    group = zone // (len(limits) // len(quotas))  # (N,)
+    limits, quotas = limits.clone(), quotas.clone()
+    barred = (limits[zone] == 0) | (quotas[group] == 0)  # (N,)
+    for step in range(k):
+        gain = torch.where(left > _INDEPENDENT, weight * left, 0.0).masked_fill_(barred, 0.0)
+        best = float(gain.max())
+        if best > 0:
+            # rounding noise must not decide between equal tokens
+            token = int((gain >= best * (1 - 1e-9)).int().argmax())
+            row = likeness.of_token(token, gain) - factor[:step, token] @ factor[:step]
+            factor[step] = row / left[token].sqrt()
+            left -= factor[step] ** 2
+        else:  # from here on for good, since gains only fall: the factor is complete
+            token = int(rest.masked_fill(barred, -torch.inf).argmax())
+        taken[token] = barred[token] = True
+        limits[zone[token]] -= 1
+        quotas[group[token]] -= 1
+        if limits[zone[token]] == 0:
+            barred |= zone == zone[token]
+        if quotas[group[token]] == 0:
+            barred |= group == group[token]
+    return taken
 
 
 def _descending(score: Tensor) -> Tensor:

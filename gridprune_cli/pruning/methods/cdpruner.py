@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.methods.base import Method, signed_relevance
-from gridprune_cli.pruning.select import top
+from gridprune_cli.pruning.select import best_diverse
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.similarity import LazyCosines
-
-_INDEPENDENT = 1e-8  # squared part of a unit row outside of what was taken: below it, the rest is rounding noise
 
 
 @dataclass(frozen=True)
@@ -44,22 +42,6 @@ class CDPruner(Method):
         low, high = relevance.aminmax()
         quality = (relevance - low + 1e-6) / (high - low) if bool(high > low) else torch.ones_like(relevance)
         likeness = LazyCosines(signals.need("image_embeds"))
-        # With L = diag(q) S diag(q), the ratio of determinants is q_j^2 times what of unit row j no taken row spans.
-        left = likeness.of_each_with_itself()
-        weight = quality**2
-        factor = torch.empty(k, len(left), dtype=torch.float64)
-        taken = torch.zeros(len(left), dtype=torch.bool)
-        for step in range(k):
-            score = torch.where(left > _INDEPENDENT, weight * left, 0.0)
-            best = float(score.max())
-            if best <= 0:
-                taken[top(relevance.masked_fill(taken, relevance.min() - 1), k - step)] = True
-                break
-            # rounding noise must not decide between equal tokens
-            token = int((score >= best * (1 - 1e-9)).int().argmax())
-            row = likeness.of_token(token, score) - factor[:step, token] @ factor[:step]
-            factor[step] = row / left[token].sqrt()
-            left -= factor[step] ** 2
-            left[token] = 0.0
-            taken[token] = True
-        return taken.nonzero()[:, 0]
+        zone = torch.zeros(len(relevance), dtype=torch.long)
+        one = torch.tensor([k])
+        return best_diverse(quality**2, likeness, relevance, zone, one, one, k).nonzero()[:, 0]

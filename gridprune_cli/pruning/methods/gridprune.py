@@ -8,18 +8,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.budget import allocate_by_logits
+from gridprune_cli.pruning.budget import allocate, allocate_by_logits
 from gridprune_cli.pruning.methods.base import Method, check_sign, values
 from gridprune_cli.pruning.region import inside_each
-from gridprune_cli.pruning.select import best_by_zone, best_spaced
+from gridprune_cli.pruning.select import best_by_zone, best_diverse
 from gridprune_cli.pruning.signals import Signals
+from gridprune_cli.pruning.similarity import LazyCosines
 from gridprune_cli.pruning.zones import Zones, zone_index
 
 SALIENCY_SCALES = ("minmax", "max", "rank", "none")
 
 _COLDEST = 1e-300  # a temperature below which quotients overflow; at it, any difference of means decides already
 
-LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none", "spacing": 0.0}
+LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none", "diverse": False}
 """The options under which the published formulas are taken as they stand; signals then have no region."""
 
 
@@ -27,31 +28,32 @@ LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none", "spacin
 class GridPrune(Method):
     """Budgets per zone from the zones' mean relevance, and within a zone the top tokens by relevance and saliency.
 
-    With fewer tokens to keep than there are zones, most budgets are 0 or 1 by the rounding. With a spacing, tokens are
-    then taken one by one over all zones, each lowering the scores of the tokens around it, and a zone's budget may be
-    exceeded by one. So tokens of several objects stay, where the highest scores are all of one.
+    With fewer tokens to keep than there are zones, most of these budgets are 0 or 1. By default tokens are then taken
+    one by one over all zones, for being above the median of relevance and unlike those taken before. Budgets follow
+    the sums of what is above the median, and a zone may exceed its own by one. So a token of each object stays, where
+    the most relevant are many of one, and all letters of a word, which are relevant and unlike each other.
 
     zone            side of a zone in tokens
     alpha           weight of saliency in a token's score, 0..1; relevance, mapped to 0..1, has the rest
     temperature     of the softmax over zones, above 0: lower gives relevant zones more
     saliency_scale  how saliency is brought to 0..1: "minmax", "max", "rank" or "none"
     region_share    share of K for the contextual region, 0..1, where the signals have one
-    spacing         how far around it a token lowers the others' scores, where fewer are kept than there are zones: a
-                    standard deviation in tokens, 0 or more
+    diverse         whether tokens are taken so where they are fewer than the zones. Neither temperature nor saliency
+                    counts there, and the region's share is the least that it gets
     relevance_sign  1, or -1 where low relevance marks what the question is about
 
     The paper publishes no values; the defaults were chosen by `python -m benchmarks.sweeps`, see docs/results.md.
     """
 
     name: ClassVar[str] = "gridprune"
-    requires: ClassVar[frozenset[str]] = frozenset({"relevance", "saliency"})
+    requires: ClassVar[frozenset[str]] = frozenset({"relevance", "saliency", "vision_features"})
     takes_region: ClassVar[bool] = True
     zone: int = 4
     alpha: float = 0.2
     temperature: float = 0.3
     saliency_scale: str = "minmax"
     region_share: float = 0.5
-    spacing: float = 2.0
+    diverse: bool = True
     relevance_sign: int = 1
 
     def __post_init__(self) -> None:
@@ -63,8 +65,6 @@ class GridPrune(Method):
                 raise ValueError(f"{option} must be from 0 to 1, not {getattr(self, option)}")
         if not (self.temperature > 0 and isfinite(self.temperature)):
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
-        if not (self.spacing >= 0 and isfinite(self.spacing)):
-            raise ValueError(f"spacing must be 0 or more, not {self.spacing}")
         if self.saliency_scale not in SALIENCY_SCALES:
             raise ValueError(f"saliency_scale must be one of {', '.join(SALIENCY_SCALES)}, not {self.saliency_scale}")
         check_sign(self.relevance_sign)
@@ -100,13 +100,49 @@ class GridPrune(Method):
         budgets = allocate_by_logits(logits, caps, torch.tensor(quotas))  # (B, H, Z)
         # 4. the best of each zone
         stays = best_by_zone(score, zone, budgets.flatten(1))  # (B, N)
-        # 5. where they are few, the best of all, apart from each other, one more than its budget from a zone
-        few = torch.tensor([self.spacing > 0 and k < zones.count for k in ks])  # (B,)
-        if few.any():
-            limits = torch.minimum(budgets + 1, caps).flatten(1)[few]  # (F, H * Z) of F questions
-            quotas_of_few = torch.tensor(quotas)[few]
-            stays[few] = best_spaced(score[few], zone[few], limits, quotas_of_few, first.views, self.spacing)
+        # 5. where they are few, tokens unlike each other instead
+        for n, k in enumerate(ks):
+            if self.diverse and k < zones.count:
+                stays[n] = few(relevance[n], signals[n].need("vision_features"), zone[n], caps[n], quotas[n])
         return list(stays.nonzero()[:, 1].split(list(ks)))
+
+
+def few(relevance: Tensor, features: Tensor, zone: Tensor, caps: Tensor, quotas: Sequence[int]) -> Tensor:
+    """(N,) bool, what stays of fewer tokens than zones: those far above the median relevance, unlike each other.
+
+    relevance (N,), features (N, C), zone (N,) in 0..H*Z-1, caps (H, Z) the sizes of zones, quotas: K inside and outside
+    of the region, or K alone.
+    """
+    excess = above_median(relevance)  # (N,)
+    weights = torch.zeros(caps.numel(), dtype=excess.dtype).scatter_add(0, zone, excess**2).view_as(caps)  # (H, Z)
+    budgets, most = least_share_budgets(weights, caps, quotas)
+    limits = torch.minimum(budgets + 1, caps).flatten()
+    return best_diverse(excess**4, LazyCosines(features), relevance, zone, limits, most, sum(quotas))
+
+
+def above_median(relevance: Tensor) -> Tensor:
+    """(N,) how far relevance is above its median, 1 for the highest and 0 from the median down.
+
+    The median is the lower one of two. Where it is the highest relevance, all that have that are 1.
+    """
+    median, high = relevance.median(), relevance.max()
+    return ((relevance - median) / (high - median)).clamp(min=0) if high > median else (relevance == high).double()
+
+
+def least_share_budgets(weights: Tensor, caps: Tensor, quotas: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Budgets in proportion to weights, and how many tokens the inside and the outside of the region give at most.
+
+    The inside gets its quota at least, and more where its weights have more; one at least stays outside, where the
+    outside has a quota. weights and caps (H, Z) -> (H, Z) int64 that sums to K, and (H,) int64 that sum to K or more.
+    """
+    k = sum(quotas)
+    if len(quotas) == 1:
+        return allocate(weights, caps, torch.tensor(quotas)), torch.tensor(quotas)
+    inner, outer = quotas
+    by_weight = int(allocate(weights.flatten(), caps.flatten(), k).view_as(caps)[0].sum())
+    most_inside = k - min(outer, 1)
+    inner = min(max(inner, by_weight), most_inside)
+    return allocate(weights, caps, torch.tensor([inner, k - inner])), torch.tensor([most_inside, outer])
 
 
 def region_quotas(k: int, within: int, count: int, share: float) -> list[int]:
