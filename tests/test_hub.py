@@ -24,7 +24,7 @@ NAME = "llava-hf/llava-interleave-qwen-0.5b-hf"  # its relevance needs no second
 QUESTION = "what colour is the left object?"
 LARGE = 40 << 20  # bytes of a further weight file; the client stores a file in pieces of 10 MB
 SMALL = tuple(f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
-SOON = 5  # seconds; 2 are promised, where the machine has nothing else to do
+SOON = 30  # seconds; 2 are promised, where the machine has nothing else to do
 PATIENCE = 200  # seconds
 
 
