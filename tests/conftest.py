@@ -135,14 +135,17 @@ def address() -> Iterator[str]:
 
     process = subprocess.Popen(
         [sys.executable, "-c", RAY],
-        env=os.environ | _DEFAULTS | {"RAY_AUTH_MODE": "disabled"},  # its token is known below its own process alone
+        # its token is known below its own process alone; and a busy machine may need longer than 30 s to start it
+        env=os.environ | _DEFAULTS | {"RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "300"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
     assert process.stdin and process.stdout
-    yield process.stdout.readline().strip()
+    line = process.stdout.readline().strip()
+    assert line, "Ray did not start"
+    yield line
     process.stdin.close()
     process.wait()
 
