@@ -34,11 +34,14 @@ for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "T
     os.environ.pop(_name, None)
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGPIPE)  # those that commands set; a test may take a name from the module
+
+
 @contextmanager
 def _signals_as_before() -> Iterator[None]:
     """Commands set what signals do for the rest of their process, which here goes on: with SIGPIPE as they set it, the
     first write to a connection that a server has closed would end it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGPIPE)}
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         yield
     finally:
