@@ -1,5 +1,6 @@
 """Every test runs without network, without the user's settings and cache, and without forced colours."""
 
+import copy
 import functools
 import io
 import os
@@ -33,11 +34,14 @@ for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "T
     os.environ.pop(_name, None)
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGPIPE)  # those that commands set; a test may take a name from the module
+
+
 @contextmanager
 def _signals_as_before() -> Iterator[None]:
     """Commands set what signals do for the rest of their process, which here goes on: with SIGPIPE as they set it, the
     first write to a connection that a server has closed would end it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGPIPE)}
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         yield
     finally:
@@ -134,14 +138,17 @@ def address() -> Iterator[str]:
 
     process = subprocess.Popen(
         [sys.executable, "-c", RAY],
-        env=os.environ | _DEFAULTS | {"RAY_AUTH_MODE": "disabled"},  # its token is known below its own process alone
+        # its token is known below its own process alone; and a busy machine may need longer than 30 s to start it
+        env=os.environ | _DEFAULTS | {"RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "300"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
     assert process.stdin and process.stdout
-    yield process.stdout.readline().strip()
+    line = process.stdout.readline().strip()
+    assert line, "Ray did not start"
+    yield line
     process.stdin.close()
     process.wait()
 
@@ -165,29 +172,39 @@ def noise():
 
 @pytest.fixture(scope="session")
 def loaded_models() -> dict[Any, Any]:
-    """The parts of models that commands have loaded in this process."""
+    """The parts of models that were loaded in this process, as they were read."""
     return {}
 
 
-@pytest.fixture
-def load_once(monkeypatch: pytest.MonkeyPatch, loaded_models: dict[Any, Any]) -> None:
-    """Commands that are called in this process load the same weights of the same files once."""
-    from gridprune_cli.vlm import clip, parts, word_relevance
+@pytest.fixture(autouse=True)
+def _load_once(monkeypatch: pytest.MonkeyPatch, loaded_models: dict[Any, Any]) -> None:
+    """The same weights of the same files are read once per process, which is ten times as fast.
+
+    Each who loads them gets modules, hooks and configs of his own; the weights are shared, so no test may write to
+    them. What lies on several devices or is quantised is always read.
+    """
+    modules = [sys.modules.get(f"gridprune_cli.vlm.{name}") for name in ("clip", "parts", "word_relevance")]
+    if not all(modules):
+        return  # of tests that load nothing; they need not wait for torch
     from gridprune_cli.vlm.loading import load_part
 
-    def load(cls: Any, folder: Path, without: Collection[str], *options: Any) -> Any:
+    def load(cls: Any, folder: Path, without: Collection[str], dtype: Any, device: Any, quantised: Any = None) -> Any:
+        if device is None or quantised is not None:
+            return load_part(cls, folder, without, dtype, device, quantised)
         files = tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
-        key = (cls, folder, tuple(without), files, *map(repr, options))
+        key = (cls, folder, tuple(without), files, dtype, str(device))
         if key not in loaded_models:
-            loaded_models[key] = load_part(cls, folder, without, *options)
-        return loaded_models[key]
+            loaded_models[key] = load_part(cls, folder, without, dtype, device)
+        model = loaded_models[key]
+        weights = (*model.parameters(), *model.buffers())
+        return copy.deepcopy(model, {id(weight): weight for weight in weights})
 
-    for module in (clip, parts, word_relevance):
+    for module in modules:
         monkeypatch.setattr(module, "load_part", load)
 
 
 @pytest.fixture
-def run(monkeypatch, command, tiny_llava, load_once):
+def run(monkeypatch, command, tiny_llava):
     """Calls `gridprune` with the tiny model: (exit code, stdout, stderr)."""
     monkeypatch.setenv("GRIDPRUNE_MODEL", str(tiny_llava))
     monkeypatch.setenv("GRIDPRUNE_MAX_NEW_TOKENS", "4")

@@ -37,12 +37,17 @@ class Command:
         cwd: str | Path | None = None,
         env: Mapping[str, str] | None = None,
         streams: Sequence[int | None] = STREAMS,
+        script: str | Path | None = None,
     ):
-        """`streams`: the file descriptors that become its stdin, stdout and stderr; None is a stream that is closed."""
+        """`streams`: the file descriptors that become its stdin, stdout and stderr; None is a stream that is closed.
+
+        `script`: a program in Python that is run with these arguments in place of `gridprune`.
+        """
         self.returncode: int | None = None
         self._server = socket.socket(socket.AF_UNIX)
         self._server.connect(address)
         request = {"arguments": [*arguments], "cwd": str(cwd or os.getcwd()), "env": dict(env or os.environ)}
+        request["script"] = script and str(script)
         data = json.dumps(request | {"streams": [stream is not None for stream in streams]}).encode()
         socket.send_fds(
             self._server, [struct.pack("!i", len(data))], [stream for stream in streams if stream is not None]
@@ -175,7 +180,10 @@ def _run(request: dict, received: list[int]) -> None:
     sys.argv = ["gridprune", *request["arguments"]]
     code: object = 0
     try:
-        runpy.run_module("gridprune_cli", run_name="__main__")
+        if request["script"]:
+            runpy.run_path(request["script"], run_name="__main__")
+        else:
+            runpy.run_module("gridprune_cli", run_name="__main__")
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:

@@ -58,7 +58,7 @@ def ask(port: int, body: Any, **headers: str) -> httpx2.Response:
     return httpx2.post(url, content=json.dumps(body), headers=headers, timeout=60)  # `json=` would refuse surrogates
 
 
-def send_raw(port: int, data: bytes, seconds: float = 20) -> bytes:
+def send_raw(port: int, data: bytes, seconds: float = 60) -> bytes:
     """Sends bytes, and gives all that comes back until the server closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
         connection.sendall(data)

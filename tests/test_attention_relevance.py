@@ -123,7 +123,8 @@ def test_questions_about_one_image_share_its_prefix(pipeline, encoded, monkeypat
 def test_attention_that_is_not_finite_ends_with_a_line(tiny_llava, encoded):
     pipeline = Pipeline(str(tiny_llava), dtype="float32", relevance="attention")
     layer = pipeline.family.load("language").get_submodule(pipeline.family.text_model).layers[0]
-    layer.self_attn.k_proj.weight.data[:] = torch.nan
+    weight = layer.self_attn.k_proj.weight
+    layer.self_attn.k_proj.weight = torch.nn.Parameter(torch.full_like(weight, torch.nan))
     with pytest.raises(GridpruneError, match="not finite; try `dtype=float32`"):
         pipeline.prune(encoded, QUESTION, TOP)
 

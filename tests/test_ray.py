@@ -113,21 +113,41 @@ def test_a_worker_that_is_killed_loses_nothing_and_doubles_nothing(start, comman
     assert entries(cache) == entries(tmp_path / "whole")
 
 
-@with_ray
-def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(
-    start, run, tmp_path, noise, address, monkeypatch
-):
-    lines = ["no line", json.dumps({"id": 7, "image": "gone.png", "question": QUESTIONS[0]})]
-    for seed in range(IMAGES):
-        noise((50 + seed % 40, 60), seed).image.save(tmp_path / f"{seed}.png")
-    for question in QUESTIONS:
-        lines += [json.dumps({"image": f"{n}.png", "question": question, "n": n}) for n in range(IMAGES)]
-    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    arguments = ("batch", "questions.jsonl", "--batch-size", 2, "--keep", 0.5)
-    monkeypatch.chdir(tmp_path)
-    assert run(*arguments, "-o", "whole.jsonl")[0] == 3
-    whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "ray.jsonl"
+@pytest.fixture
+def batch(run, tmp_path, noise, monkeypatch):
+    """Writes questions about so many pictures, two of which fail, and answers them by the local engine: the command,
+    and the lines that it wrote."""
 
+    def write(count):
+        lines = ["no line", json.dumps({"id": 7, "image": "gone.png", "question": QUESTIONS[0]})]
+        for seed in range(count):
+            noise((50 + seed % 40, 60), seed).image.save(tmp_path / f"{seed}.png")
+        for question in QUESTIONS:
+            lines += [json.dumps({"image": f"{n}.png", "question": question, "n": n}) for n in range(count)]
+        (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+        arguments = ("batch", "questions.jsonl", "--batch-size", 2, "--keep", 0.5)
+        monkeypatch.chdir(tmp_path)
+        assert run(*arguments, "-o", "whole.jsonl")[0] == 3
+        return arguments, (tmp_path / "whole.jsonl").read_bytes()
+
+    return write
+
+
+@with_ray
+def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(start, batch, tmp_path, address):
+    arguments, whole = batch(8)
+    ray = (*arguments, "--engine", "ray", "--address", address, "--workers", 1, "-o", "ray.jsonl")
+    process = start(*ray, GRIDPRUNE_CACHE_DIR=str(tmp_path / "ray-cache"))
+    assert process.wait() == 3, (tmp_path / "err").read_text()
+    assert (tmp_path / "ray.jsonl").read_bytes() == whole
+    assert stderr_lines(tmp_path)[-1].startswith("warning: 2 lines failed")
+
+
+@with_ray
+@pytest.mark.slow
+def test_batch_on_a_ray_goes_on_where_it_was_interrupted(start, batch, tmp_path, address):
+    arguments, whole = batch(IMAGES)
+    out = tmp_path / "ray.jsonl"
     ray = (*arguments, "--engine", "ray", "--address", address, "--workers", 2, "--resume", out)
     process = start(*ray, GRIDPRUNE_CACHE_DIR=str(tmp_path / "ray-cache"))
     while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") > 2):

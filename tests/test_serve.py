@@ -3,7 +3,6 @@
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -176,7 +175,11 @@ def test_questions_that_come_together_are_answered_together(served, expected):
 def texts(reply: httpx2.Response) -> list[str]:
     """Pieces of a streamed answer."""
     assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/event-stream")
-    lines = [line for line in reply.text.split("\n\n") if line and not line.startswith(":")]
+    return texts_of_events(reply.text)
+
+
+def texts_of_events(events: str) -> list[str]:
+    lines = [line for line in events.split("\n\n") if line and not line.startswith(":")]
     assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
     chunks = [json.loads(line[6:]) for line in lines[:-1]]
     return [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk["choices"]]
@@ -445,13 +448,14 @@ def test_who_leaves_amid_its_answer_ends_it(served, monkeypatch, stream):
 
 def test_a_stream_says_that_it_is_alive(served, monkeypatch, held_back):
     monkeypatch.setattr(chat, "PING", 0.05)
-    with ThreadPoolExecutor(1) as threads:
-        answering = threads.submit(served.ask, stream=True)
-        held_back.wait_until_reached()
-        time.sleep(0.5)
-        held_back.release()
-        reply = answering.result()
-    assert "".join(texts(reply)) == "red star" and reply.text.count(": working\n\n") >= 2
+    body, events = chat_body(QUESTION, "scene-1.png", stream=True), ""
+    url = f"http://127.0.0.1:{served.port}/v1/chat/completions"
+    with httpx2.stream("POST", url, json=body, timeout=60) as reply:
+        for piece in reply.iter_text():
+            events += piece
+            if events.count(": working\n\n") >= 2:
+                held_back.release()
+    assert "".join(texts_of_events(events)) == "red star"
 
 
 def test_an_error_amid_a_stream_is_an_event(served, client, monkeypatch):

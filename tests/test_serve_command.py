@@ -81,7 +81,7 @@ def test_the_answers_of_ask_and_an_end_in_order(start, command):
         thread.start()
     wait_until(lambda: len(replies) >= 8)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     for thread in threads:
         thread.join()
     assert {reply for reply in replies if reply[0] == 200} == {(200, "red star")}
@@ -93,12 +93,12 @@ def test_it_ends_while_the_model_is_loaded(start, number):
     process, port = start()
     assert port
     process.send_signal(number)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_model_that_can_not_be_used_ends_it(start, tmp_path):
     process, _ = start("--model", tmp_path / "none")
-    assert process.wait(30) == 2
+    assert process.wait(60) == 2
     lines = (tmp_path / "stderr").read_text().splitlines()
     assert lines[-1].startswith("gridprune: --model ") and len(lines) == 2
 

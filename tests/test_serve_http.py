@@ -44,16 +44,16 @@ def test_what_is_no_http_is_told(port):
 def test_half_a_head_is_not_waited_for(port, monkeypatch):
     monkeypatch.setattr(http, "HEAD_SECONDS", 0.3)
     for data in (b"", b"GET / HTTP/1.1\r\nHost: 127.0.0", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET / HT"):
-        answer = send_raw(port, data, seconds=5)  # which would raise if the connection stayed
+        answer = send_raw(port, data, seconds=12)  # which would raise if the connection stayed
         assert answer.count(b"here") == data.count(b"\r\n\r\n")
     assert lives(port)
 
 
 def test_who_does_not_read_is_dropped(port, monkeypatch):
     monkeypatch.setattr(http, "WRITE_SECONDS", 0.3)
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(b"GET /large HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        wait_until(lambda: is_closed(connection), 10)
+        wait_until(lambda: is_closed(connection), 25)
     assert lives(port)
 
 
@@ -66,14 +66,15 @@ def is_closed(connection: socket.socket) -> bool:
     return False
 
 
-def test_a_thousand_connections(port):
+def test_a_thousand_connections(port, monkeypatch):
     """Those that are too many are refused or dropped; who has one is answered; when they leave, all is as before."""
+    monkeypatch.setattr(http, "HEAD_SECONDS", 300.0)  # a busy machine needs long for so many
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, most), most))
     connections, answers = [], []
     try:
         for _ in range(1000):
-            connections.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+            connections.append(socket.create_connection(("127.0.0.1", port), timeout=60))
         for connection in connections:
             answers.append(exchange(connection))
     finally:
