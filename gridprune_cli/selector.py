@@ -218,7 +218,10 @@ def write_prompts(family: Family, requests: Sequence[EncodedRequest], questions:
 
 def _image_signals(family: Family, request: EncodedRequest, n: int, relevance: Tensor | None) -> Signals:
     """The signals of one image of a request; its region only where it is given, or a localiser named it."""
-    image, pruning, needs = request.images[n], request.pruning, request.pruning.method.needs
+    image, pruning = request.images[n], request.pruning
+    of_pool = request.images if request.shares_budget else (image,)  # images whose tokens share one K
+    views = tuple(view for of_image in of_pool for view in of_image.views)
+    needs = pruning.method.needs_for(pruning.count(sum(view.count for view in views)), views)
     region = None
     if pruning.heeds_region(len(request.images)):
         if isinstance(pruning.region, tuple):

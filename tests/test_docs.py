@@ -123,13 +123,13 @@ def test_every_option_and_variable_named_alone_exists(page):
 
 
 def test_the_table_of_methods_and_the_help_name_every_method():
-    from gridprune_cli.pruning.methods import METHODS
+    from gridprune_cli.pruning.methods import METHODS, make_method
 
     rows = {
         name.strip("`"): {signal for signal in needs.split(", ") if signal}
         for name, needs, *_ in table_under("Methods", "methods.md")
     }
-    assert rows == {name: set(method.requires) for name, method in METHODS.items()}
+    assert rows == {name: set(make_method(name).needs) for name in METHODS}
     (option,) = [p for p in get_command(app).commands["ask"].params if "--method" in p.opts]
     assert set(re.findall(r"[\w-]+", option.help.replace(" or ", " "))) == set(METHODS)
 

@@ -214,14 +214,23 @@ def test_k_out_of_range_is_an_error(name, options, k):
 
 
 @pytest.mark.parametrize("name", OUTER)
-def test_a_method_needs_what_it_requires_and_no_more(name):
+def test_a_method_needs_what_it_says_and_no_more(name):
     options = {"zone": 1} if name == "gridprune" else {}  # more zones than tokens are kept
     method, views = make_method(name, **options), (View(3, 3),)
-    known = {signal: torch.rand(*((9, 5) if signal in VECTORS else (9,))) for signal in method.requires}
+    known = {signal: torch.rand(*((9, 5) if signal in VECTORS else (9,))) for signal in method.needs_for(4, views)}
+    assert set(known) == method.needs
     assert len(select(method, Signals(views, **known), 4)) == 4
-    for missing in method.requires:
+    for missing in method.needs:
         with pytest.raises(ValueError, match=missing):
             select(method, Signals(views, **{**known, missing: None}), 4)
+
+
+def test_gridprune_looks_at_vision_features_where_tokens_are_few():
+    views, known = (View(8, 8),), Signals((View(8, 8),), torch.rand(64), torch.rand(64))
+    for k, method in ((4, make_method("gridprune")), (1, make_method("gridprune", diverse=False))):
+        assert method.needs_for(k, views) == {"relevance", "saliency"}
+        assert len(select(method, known, k)) == k  # as many as there are zones, or the top of each
+    assert make_method("gridprune").needs_for(3, views) == {"relevance", "saliency", "vision_features"}
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(OUTER)))

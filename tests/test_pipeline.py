@@ -177,7 +177,7 @@ def test_merged_rows_are_projected_means_of_states(pipeline, noise, count, share
 
 @pytest.mark.parametrize("method", METHODS)
 def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, method, monkeypatch):
-    encoded, _ = pipeline.encode(image, optional=make_method(method).requires & set(OPTIONAL_SIGNALS))
+    encoded, _ = pipeline.encode(image, optional=make_method(method).needs & set(OPTIONAL_SIGNALS))
     computed = []
     method = make_method(method)
     monkeypatch.setattr(
@@ -189,7 +189,7 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
     pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=method))
     (signals,) = computed
     known = {name for name in PER_QUESTION + OPTIONAL_SIGNALS if getattr(signals, name) is not None}
-    assert known == method.requires - {"saliency"} and signals.relevance_sign == -1
+    assert known == method.needs_for(3, encoded.views) - {"saliency"} and signals.relevance_sign == -1
     assert ("language" in pipeline.family._loaded, "projector" in pipeline.family._loaded) == (False, True)
 
 

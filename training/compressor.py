@@ -49,11 +49,12 @@ class Compression(nn.Module):
         vision_features = torch.from_numpy(self.features[index]).float().to(device)  # (B, N, D)
         saliency = torch.from_numpy(self.saliency[index])  # (B, N)
 
-        # 2. the tokens that pruning would keep of each, K a scene, and the pooled start of the compressor
+        # 2. the tokens that pruning would keep of each by its zones' budgets, K a scene, and the pooled start of the
+        #    compressor
         with torch.autocast(device.type, enabled=False):  # in float32, as the selection is at inference
             relevance = self.relevance(vision_features, [question.text for (question,) in asked])
         view, k = (View(built.GRID, built.GRID),), plan.tokens_at(step)
-        method = GridPrune(temperature=0.1, region_share=0.8)
+        method = GridPrune(temperature=0.1, region_share=0.8, diverse=False)
         chosen, pooled, within = [], [], []
         for b, cosines in enumerate(relevance.cpu()):
             region = contextual_region(cosines, view)

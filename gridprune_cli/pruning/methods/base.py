@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gridprune_cli.pruning.schedule import Rule, Stage
 from gridprune_cli.pruning.select import top
-from gridprune_cli.pruning.signals import Signals
+from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.pruning.zones import Zones
 
 
@@ -56,6 +56,10 @@ class Method(ABC):
     def needs(self) -> frozenset[str]:
         """The signals that it looks at with the options that it has: those it `requires`, and what options add."""
         return self.requires
+
+    def needs_for(self, k: int, views: tuple[View, ...]) -> frozenset[str]:
+        """Those of `needs` that it looks at to keep k tokens of these views."""
+        return self.needs
 
     # ---- for callers -------------------------------------------------------------------------------------------------
 

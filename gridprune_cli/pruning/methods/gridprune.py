@@ -12,7 +12,7 @@ from gridprune_cli.pruning.budget import allocate, allocate_by_logits
 from gridprune_cli.pruning.methods.base import Method, check_sign, values
 from gridprune_cli.pruning.region import inside_each
 from gridprune_cli.pruning.select import best_by_zone, best_diverse
-from gridprune_cli.pruning.signals import Signals
+from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.pruning.similarity import LazyCosines
 from gridprune_cli.pruning.zones import Zones, zone_index
 
@@ -46,7 +46,7 @@ class GridPrune(Method):
     """
 
     name: ClassVar[str] = "gridprune"
-    requires: ClassVar[frozenset[str]] = frozenset({"relevance", "saliency", "vision_features"})
+    requires: ClassVar[frozenset[str]] = frozenset({"relevance", "saliency"})
     takes_region: ClassVar[bool] = True
     zone: int = 4
     alpha: float = 0.2
@@ -72,6 +72,13 @@ class GridPrune(Method):
     def zones(self, signals: Signals) -> tuple[Tensor, Zones]:
         """Each token's zone, (N,) int64, and the zones."""
         return zone_index(signals.views, self.zone)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.requires | {"vision_features"} if self.diverse else self.requires
+
+    def needs_for(self, k: int, views: tuple[View, ...]) -> frozenset[str]:
+        return self.needs if self.diverse and k < zone_index(views, self.zone)[1].count else self.requires
 
     def select(self, signals: Signals, k: int) -> Tensor:
         return self.select_alike([signals], [k])[0]
