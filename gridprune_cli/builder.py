@@ -168,6 +168,20 @@ def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> 
     return tuple(out)
 
 
+def _unused(pruning: Pruning, images: Sequence[Origin], kept_by_pool: Sequence[Tensor]) -> tuple[str, ...]:
+    """A line about options of the method that had no part in what was kept, if there are any."""
+    if pruning.inside_ratio or pruning.outside_ratio:  # by budgets alone, however few tokens there are
+        return ()
+    views_of = [image.views for image in images]
+    pools = views_of if len(kept_by_pool) == len(images) else [sum(views_of, ())]
+    for kept, views in zip(kept_by_pool, pools, strict=True):
+        if names := pruning.method.unused_options(len(kept), views):
+            return (
+                f"with fewer tokens than zones {', '.join(names)} had no part; `diverse=false` goes by budgets alone",
+            )
+    return ()
+
+
 def _draft(
     family: Family, request: EncodedRequest, signals: Sequence[Signals], kept_by_pool: Sequence[Tensor], prompt: Tensor
 ) -> _Draft:
@@ -230,7 +244,7 @@ def _draft(
         "schedule": schedule,
         "plc": pruning.plc,
         "relevance_source": relevance_source(family, pruning),
-        "remarks": remarks(family, pruning, origins),
+        "remarks": (*remarks(family, pruning, origins), *_unused(pruning, origins, kept_by_pool)),
     }
     return _Draft(vision_features, placeholder_map[stays], rest)
 

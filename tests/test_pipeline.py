@@ -321,6 +321,20 @@ def test_a_sign_that_turns_relevance_round_as_published_is_a_remark(
     assert PrunedSet.from_bytes(pruned.to_bytes(), "x").to_json()["notes"] == list(pruned.notes)
 
 
+def test_options_that_few_tokens_do_not_heed_are_a_remark(pipeline, image):
+    remark = "with fewer tokens than zones alpha, temperature had no part; `diverse=false` goes by budgets alone"
+    options = {"zone": 1, "alpha": 0.5, "temperature": 1.0}
+    for pruning, notes in (
+        (Pruning(tokens=2, method=make_method("gridprune", **options)), (remark,)),
+        (Pruning(tokens=2, method=make_method("gridprune", zone=1)), ()),
+        (Pruning(tokens=2, method=make_method("gridprune", **options, diverse=False)), ()),
+        (Pruning(keep=1.0, method=make_method("gridprune", **options)), ()),
+    ):
+        assert pipeline.prune(image, QUESTION, pruning).notes == notes
+    shared = Pruning(tokens=2, share_budget=True, method=make_method("gridprune", **options))
+    assert pipeline.prune([image, image], QUESTION, shared).notes == (remark,)
+
+
 @pytest.mark.parametrize("relevance", ["attention", "both", "words"])
 def test_dot_products_with_patches_need_a_clip(relevance, tiny_llava, image):
     pipeline = Pipeline(str(tiny_llava), dtype="float32", relevance=relevance)

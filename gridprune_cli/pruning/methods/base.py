@@ -61,6 +61,10 @@ class Method(ABC):
         """Those of `needs` that it looks at to keep k tokens of these views."""
         return self.needs
 
+    def unused_options(self, k: int, views: tuple[View, ...]) -> tuple[str, ...]:
+        """Options that were set, but have no part in which k tokens of these views are kept."""
+        return ()
+
     # ---- for callers -------------------------------------------------------------------------------------------------
 
     def select_batch(self, signals: Sequence[Signals], ks: Sequence[int]) -> list[Tensor]:

@@ -78,7 +78,17 @@ class GridPrune(Method):
         return self.requires | {"vision_features"} if self.diverse else self.requires
 
     def needs_for(self, k: int, views: tuple[View, ...]) -> frozenset[str]:
-        return self.needs if self.diverse and k < zone_index(views, self.zone)[1].count else self.requires
+        return self.needs if self._takes_few(k, zone_index(views, self.zone)[1]) else self.requires
+
+    def unused_options(self, k: int, views: tuple[View, ...]) -> tuple[str, ...]:
+        if not self._takes_few(k, zone_index(views, self.zone)[1]):
+            return ()
+        of_scores = ("alpha", "temperature", "saliency_scale")
+        return tuple(name for name in of_scores if getattr(self, name) != getattr(type(self), name))
+
+    def _takes_few(self, k: int, zones: Zones) -> bool:
+        """Whether k tokens are chosen by `few`."""
+        return self.diverse and k < zones.count
 
     def select(self, signals: Signals, k: int) -> Tensor:
         return self.select_alike([signals], [k])[0]
@@ -109,7 +119,7 @@ class GridPrune(Method):
         stays = best_by_zone(score, zone, budgets.flatten(1))  # (B, N)
         # 5. where they are few, tokens unlike each other instead
         for n, k in enumerate(ks):
-            if self.diverse and k < zones.count:
+            if self._takes_few(k, zones):
                 stays[n] = few(relevance[n], signals[n].need("vision_features"), zone[n], caps[n], quotas[n])
         return list(stays.nonzero()[:, 1].split(list(ks)))
 
