@@ -241,7 +241,7 @@ Entry = tuple[str, Tensor, Pruning] | tuple[str, Tensor, Pruning, int]
 """A line of a table: name, relevance (Q, N), what is selected by it, and where the others leave, as of `figure`."""
 
 
-def gridprune(region: bool = True, **options: float) -> Pruning:
+def gridprune(region: bool = True, **options: float | str) -> Pruning:
     """GridPrune's default but for some options."""
     return Pruning(method=make_method("gridprune", **options), region="auto" if region else "none")
 
@@ -308,16 +308,16 @@ def sources(trial: Trial, layer: int) -> Iterator[Entry]:
 
 
 def selection(trial: Trial, layer: int) -> Iterator[Entry]:
-    """GridPrune, diverse or not, with and without region, before the language model and behind a layer of it."""
+    """GridPrune, few tokens in each way, with and without region, before the language model and behind a layer."""
     attention = minmax(trial.maps(layer))
     relevance = {"attention": attention, "CLIP": trial.clip, "half each": (attention + minmax(trial.clip)) / 2}
     for leaving, where in ((layer + 1, "inside"), (0, "before")):
         for name, maps in relevance.items():
-            for diverse in (False, True):
+            for few in ("top", "apart", "unlike"):
                 for region in (True, False):
-                    pruning = gridprune(region, diverse=diverse)
+                    pruning = gridprune(region, few=few)
                     yield (
-                        f"{where}, {name}, {'diverse' if diverse else 'top'}{'' if region else ', no region'}",
+                        f"{where}, {name}, {few}{'' if region else ', no region'}",
                         maps,
                         pruning,
                         leaving,

@@ -24,7 +24,7 @@ def swept() -> tuple[Cell, ...]:
     for zone in (2, 4, 8):
         for temperature in (0.05, 0.1, 0.3, 1.0):
             for alpha in (0.0, 0.2, 0.5):
-                method = make_method("gridprune", zone=zone, temperature=temperature, alpha=alpha, diverse=False)
+                method = make_method("gridprune", zone=zone, temperature=temperature, alpha=alpha, few="top")
                 pruning = Pruning(method=method, region="none")
                 cells.append(Cell(f"zone {zone}, T {temperature}, a {alpha}, no region", pruning))
     for share in (0.5, 0.65, 0.8, 0.9):

@@ -168,17 +168,15 @@ def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> 
     return tuple(out)
 
 
-def _unused(pruning: Pruning, images: Sequence[Origin], kept_by_pool: Sequence[Tensor]) -> tuple[str, ...]:
+def _unused(pruning: Pruning, signals: Sequence[Signals], kept_by_pool: Sequence[Tensor]) -> tuple[str, ...]:
     """A line about options of the method that had no part in what was kept, if there are any."""
-    if pruning.inside_ratio or pruning.outside_ratio:  # by budgets alone, however few tokens there are
+    if pruning.inside_ratio or pruning.outside_ratio:  # which take tokens in a way of their own, where they are few
         return ()
-    views_of = [image.views for image in images]
-    pools = views_of if len(kept_by_pool) == len(images) else [sum(views_of, ())]
+    views_of = [of_image.views for of_image in signals]
+    pools = views_of if len(kept_by_pool) == len(signals) else [sum(views_of, ())]
     for kept, views in zip(kept_by_pool, pools, strict=True):
-        if names := pruning.method.unused_options(len(kept), views):
-            return (
-                f"with fewer tokens than zones {', '.join(names)} had no part; `diverse=false` goes by budgets alone",
-            )
+        if names := pruning.method.unused_options(len(kept), views, signals[0].relevance_kind):
+            return (f"with fewer tokens than zones {', '.join(names)} had no part; `few=top` goes by budgets alone",)
     return ()
 
 
@@ -244,7 +242,7 @@ def _draft(
         "schedule": schedule,
         "plc": pruning.plc,
         "relevance_source": relevance_source(family, pruning),
-        "remarks": (*remarks(family, pruning, origins), *_unused(pruning, origins, kept_by_pool)),
+        "remarks": (*remarks(family, pruning, origins), *_unused(pruning, signals, kept_by_pool)),
     }
     return _Draft(vision_features, placeholder_map[stays], rest)
 

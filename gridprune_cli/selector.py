@@ -16,6 +16,7 @@ from gridprune_cli.errors import BadInput
 from gridprune_cli.prefixes import Prefixes
 from gridprune_cli.pruning.compress import ratio_budget
 from gridprune_cli.pruning.methods import Method
+from gridprune_cli.pruning.methods.gridprune import GridPrune
 from gridprune_cli.pruning.region import contextual_regions, inside
 from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, Signals, View
 from gridprune_cli.regions import Localized
@@ -221,7 +222,8 @@ def _image_signals(family: Family, request: EncodedRequest, n: int, relevance: T
     image, pruning = request.images[n], request.pruning
     of_pool = request.images if request.shares_budget else (image,)  # images whose tokens share one K
     views = tuple(view for of_image in of_pool for view in of_image.views)
-    needs = pruning.method.needs_for(pruning.count(sum(view.count for view in views)), views)
+    k = pruning.count(sum(view.count for view in views))
+    needs = pruning.method.needs_for(k, views, family.relevance_kind if pruning.needs_relevance else "")
     region = None
     if pruning.heeds_region(len(request.images)):
         if isinstance(pruning.region, tuple):
@@ -249,6 +251,7 @@ def _image_signals(family: Family, request: EncodedRequest, n: int, relevance: T
         importance=family.importance(features, request.query) if "importance" in needs else None,  # (N,)
         patch_lengths=family.patch_lengths(features) if "patch_lengths" in needs else None,  # (N,)
         relevance_sign=family.relevance_sign,
+        relevance_kind=family.relevance_kind if pruning.needs_relevance else "",
         **{name: image.optional[name].float() for name in pruning.optional},  # (N,) each
     )
 
@@ -305,5 +308,7 @@ def _budget(signals: Signals, pruning: Pruning) -> tuple[Method, int]:
         in_region = int(within_region(signals).sum())
         k, share = ratio_budget(k, in_region, signals.count, pruning.inside_ratio, pruning.outside_ratio)
         # each side gets exactly what its ratio says, not at least
-        method = method.with_options(region_share=share, diverse=False)
+        assert isinstance(method, GridPrune)  # which alone heeds a region
+        few = "top" if method.few == "top" else "apart"
+        method = method.with_options(region_share=share, few=few)
     return method, k

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gridprune_cli.pruning.methods import METHODS, RULES, make_method
 from gridprune_cli.pruning.methods.base import Method
 from gridprune_cli.pruning.methods.gridprune import (
+    FEW,
     LITERAL,
     SALIENCY_SCALES,
     GridPrune,
@@ -217,7 +218,9 @@ def test_k_out_of_range_is_an_error(name, options, k):
 def test_a_method_needs_what_it_says_and_no_more(name):
     options = {"zone": 1} if name == "gridprune" else {}  # more zones than tokens are kept
     method, views = make_method(name, **options), (View(3, 3),)
-    known = {signal: torch.rand(*((9, 5) if signal in VECTORS else (9,))) for signal in method.needs_for(4, views)}
+    known = {
+        signal: torch.rand(*((9, 5) if signal in VECTORS else (9,))) for signal in method.needs_for(4, views, "clip")
+    }
     assert set(known) == method.needs
     assert len(select(method, Signals(views, **known), 4)) == 4
     for missing in method.needs:
@@ -225,12 +228,22 @@ def test_a_method_needs_what_it_says_and_no_more(name):
             select(method, Signals(views, **{**known, missing: None}), 4)
 
 
-def test_gridprune_looks_at_vision_features_where_tokens_are_few():
-    views, known = (View(8, 8),), Signals((View(8, 8),), torch.rand(64), torch.rand(64))
-    for k, method in ((4, make_method("gridprune")), (1, make_method("gridprune", diverse=False))):
-        assert method.needs_for(k, views) == {"relevance", "saliency"}
-        assert len(select(method, known, k)) == k  # as many as there are zones, or the top of each
-    assert make_method("gridprune").needs_for(3, views) == {"relevance", "saliency", "vision_features"}
+def test_gridprune_looks_at_vision_features_where_tokens_are_few_and_relevance_is_a_cosine():
+    views, least = (View(8, 8),), {"relevance", "saliency"}
+    for k, few, kind, features in (
+        (4, "auto", "clip", False),  # as many as there are zones
+        (3, "auto", "clip", True),
+        (3, "auto", "siglip", True),
+        (3, "auto", "attention", False),
+        (3, "unlike", "attention", True),
+        (3, "apart", "clip", False),
+        (3, "top", "clip", False),
+    ):
+        method = make_method("gridprune", few=few)
+        assert method.needs_for(k, views, kind) == least | ({"vision_features"} if features else set())
+        known = {"vision_features": torch.rand(64, 5)} if features else {}
+        signals = Signals(views, torch.rand(64), torch.rand(64), **known, relevance_kind=kind)
+        assert len(select(method, signals, k)) == k
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(OUTER)))
@@ -679,10 +692,34 @@ def slow_gridprune(signals, k, method):
         for j, members in zones.items():
             kept += sorted(members, key=lambda i: -score[i])[: budgets[j]]
             limits[side, j] = budgets[j] + 1
-    if not method.diverse or k >= number:
+    by_cosine = signals.relevance_kind in ("clip", "siglip")
+    way = {"auto": "unlike" if by_cosine else "apart"}.get(method.few, method.few)
+    if way == "top" or k >= number:
         return sorted(kept)
     halves = {(side, j): members for side, zones in sides.items() for j, members in zones.items()}
+    if way == "apart":
+        part_of = {i: half for half, members in halves.items() for i in members}
+        return slow_spaced(score, signals.views, part_of, limits, quotas, 2)
     return slow_diverse(relevance, signals.vision_features.tolist(), halves, quotas, signals.region is not None)
+
+
+def slow_spaced(score, views, part_of, limits, quotas, spacing):
+    """Again and again the best token that may still be taken; what is near it counts less from then on."""
+    places = [(v, row, col) for v, view in enumerate(views) for row in range(view.rows) for col in range(view.cols)]
+    low, high = min(score), max(score)
+    value = [(s - low) / (high - low) for s in score]
+    limits, quotas, kept = dict(limits), dict(quotas), []
+    while sum(quotas.values()):
+        free = [i for i in range(len(score)) if i not in kept and limits[part_of[i]] and quotas[part_of[i][0]]]
+        best = max(free, key=lambda i: value[i])
+        kept.append(best)
+        limits[part_of[best]] -= 1
+        quotas[part_of[best][0]] -= 1
+        for i, (view, row, col) in enumerate(places):
+            if view == places[best][0]:
+                square = (row - places[best][1]) ** 2 + (col - places[best][2]) ** 2
+                value[i] *= round((1 - math.exp(-square / (2 * spacing**2))) * 2**32) / 2**32
+    return sorted(kept)
 
 
 def slow_diverse(relevance, features, zones, quotas, region):
@@ -755,14 +792,18 @@ def test_gridprune_is_what_the_formulas_say(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     relevance, saliency = torch.rand(2, count, generator=generator, dtype=torch.float64)
     features = torch.randn(count, data.draw(st.sampled_from([3, 30])), generator=generator, dtype=torch.float64)
-    signals = Signals(views, relevance - 0.4, saliency, data.draw(st.sampled_from(REGIONS)), features)
+    region, kind = (
+        data.draw(st.sampled_from(REGIONS)),
+        data.draw(st.sampled_from(["clip", "siglip", "attention", "words"])),
+    )
+    signals = Signals(views, relevance - 0.4, saliency, region, features, relevance_kind=kind)
     method = GridPrune(
         zone=data.draw(st.integers(1, 5)),
         alpha=data.draw(st.sampled_from([0.0, 0.2, 0.7, 1.0])),
         temperature=data.draw(st.sampled_from([0.05, 0.1, 1.0])),
         saliency_scale=data.draw(st.sampled_from(SALIENCY_SCALES)),
         region_share=data.draw(st.sampled_from([0.0, 0.5, 0.8, 1.0])),
-        diverse=data.draw(st.booleans()),
+        few=data.draw(st.sampled_from(FEW)),
         relevance_sign=data.draw(st.sampled_from([1, -1])),
     )
     k = data.draw(st.integers(1, count - 1))
@@ -775,7 +816,7 @@ def test_relevant_zones_keep_more_the_colder_the_more():
     signals = Signals((View(8, 8),), relevance.flatten(), torch.rand(64, generator=torch.Generator().manual_seed(0)))
     budgets = []
     for options in (LITERAL, {"temperature": 0.1}, {"temperature": 0.01}):
-        method = GridPrune(**{"diverse": False} | options)
+        method = GridPrune(**{"few": "top"} | options)
         index, zones = method.zones(signals)
         budgets.append(torch.bincount(index[select(method, signals, 16)], minlength=zones.count).tolist())
     assert budgets == [[5, 4, 4, 3], [14, 1, 1, 0], [16, 0, 0, 0]]
@@ -788,10 +829,21 @@ def test_few_tokens_are_of_each_object_before_a_second_that_is_like_the_first():
         features[top : top + 3, left : left + 3] = torch.eye(4)[int(value * 10) - 6]
     signals = Signals((View(16, 16),), relevance.flatten(), torch.zeros(256), vision_features=features.flatten(0, 1))
     objects = {}
-    for diverse in (False, True):
-        kept = select(GridPrune(diverse=diverse, temperature=0.02), signals, 3)
-        objects[diverse] = sorted({round(float(value), 1) for value in relevance.flatten()[kept]})
-    assert objects == {False: [0.9], True: [0.7, 0.8, 0.9]}
+    for few in ("top", "apart", "unlike"):
+        kept = select(GridPrune(few=few, temperature=0.02), signals, 3)
+        objects[few] = sorted({round(float(value), 1) for value in relevance.flatten()[kept]})
+    assert objects == {"top": [0.9], "apart": [0.7, 0.8, 0.9], "unlike": [0.7, 0.8, 0.9]}
+
+
+def test_a_zone_exceeds_its_budget_by_one_at_most():
+    signals = Signals((View(8, 8), View(4, 4)), *torch.rand(2, 80, generator=torch.Generator().manual_seed(0)))
+    index, zones = GridPrune().zones(signals)
+    for k in (4, 5):  # of five zones
+        counts = [
+            torch.bincount(index[select(GridPrune(few=few), signals, k)], minlength=zones.count)
+            for few in ("top", "apart")
+        ]
+        assert int(counts[1].sum()) == k and int((counts[1] - counts[0]).max()) == (1 if k < zones.count else 0)
 
 
 def test_few_tokens_are_all_letters_of_a_word():

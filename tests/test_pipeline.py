@@ -189,7 +189,7 @@ def test_only_the_signals_that_a_method_needs_are_computed(pipeline, image, meth
     pipeline.prune(encoded, QUESTION, Pruning(tokens=3, method=method))
     (signals,) = computed
     known = {name for name in PER_QUESTION + OPTIONAL_SIGNALS if getattr(signals, name) is not None}
-    assert known == method.needs_for(3, encoded.views) - {"saliency"} and signals.relevance_sign == -1
+    assert known == method.needs_for(3, encoded.views, "clip") - {"saliency"} and signals.relevance_sign == -1
     assert ("language" in pipeline.family._loaded, "projector" in pipeline.family._loaded) == (False, True)
 
 
@@ -322,12 +322,12 @@ def test_a_sign_that_turns_relevance_round_as_published_is_a_remark(
 
 
 def test_options_that_few_tokens_do_not_heed_are_a_remark(pipeline, image):
-    remark = "with fewer tokens than zones alpha, temperature had no part; `diverse=false` goes by budgets alone"
+    remark = "with fewer tokens than zones alpha, temperature had no part; `few=top` goes by budgets alone"
     options = {"zone": 1, "alpha": 0.5, "temperature": 1.0}
     for pruning, notes in (
         (Pruning(tokens=2, method=make_method("gridprune", **options)), (remark,)),
         (Pruning(tokens=2, method=make_method("gridprune", zone=1)), ()),
-        (Pruning(tokens=2, method=make_method("gridprune", **options, diverse=False)), ()),
+        (Pruning(tokens=2, method=make_method("gridprune", **options, few="top")), ()),
         (Pruning(keep=1.0, method=make_method("gridprune", **options)), ()),
     ):
         assert pipeline.prune(image, QUESTION, pruning).notes == notes

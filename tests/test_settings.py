@@ -26,7 +26,7 @@ from gridprune_cli.settings import Pruning, parse_pairs
         (
             {"literal": True, "method_option": ["alpha=0.5"]},
             Pruning(
-                method=make_method("gridprune", alpha=0.5, temperature=1.0, saliency_scale="none", diverse=False),
+                method=make_method("gridprune", alpha=0.5, temperature=1.0, saliency_scale="none", few="top"),
                 region="none",
             ),
         ),

@@ -54,7 +54,7 @@ class Compression(nn.Module):
         with torch.autocast(device.type, enabled=False):  # in float32, as the selection is at inference
             relevance = self.relevance(vision_features, [question.text for (question,) in asked])
         view, k = (View(built.GRID, built.GRID),), plan.tokens_at(step)
-        method = GridPrune(temperature=0.1, region_share=0.8, diverse=False)
+        method = GridPrune(temperature=0.1, region_share=0.8, few="top")
         chosen, pooled, within = [], [], []
         for b, cosines in enumerate(relevance.cpu()):
             region = contextual_region(cosines, view)

@@ -1,9 +1,16 @@
-"""The tokens with the highest scores, over all and per zone, and those unlike each other. Ties: the lower index."""
+"""The tokens with the highest scores, over all and per zone, those apart from each other, and those unlike each other.
 
+Ties go to the lower index.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.similarity import LazyCosines
+from gridprune_cli.pruning.signals import View
+from gridprune_cli.pruning.similarity import GRAIN, LazyCosines
 
 _INDEPENDENT = 1e-8  # squared part of a unit row outside of what was taken: below it, the rest is rounding noise
 
@@ -35,6 +42,61 @@ def best_by_zone(score: Tensor, zone: Tensor, budgets: Tensor) -> Tensor:
     limits = (sizes.cumsum(-1) - sizes + budgets).gather(-1, zone.gather(-1, by_zone))
     places = torch.arange(score.shape[-1])
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, by_zone, places < limits)
+
+
+def best_spaced(
+    score: Tensor, zone: Tensor, limits: Tensor, quotas: Tensor, views: Sequence[View], spacing: float
+) -> Tensor:
+    """(B, N) bool, what stays: the best tokens one by one, each lowering the scores around it.
+
+    Scores are brought to 0..1. Once a token is taken, those of its view at a distance of d tokens on the grid are
+    multiplied by `1 - exp(-d^2 / (2 * spacing^2))`. That is soft non-maximum suppression (arXiv 1704.04503), by
+    distance instead of overlap.
+
+    score (B, N) float64, zone (B, N) int64 in 0..H*Z-1, quotas (B, H): how many tokens are taken of each of H groups of
+    Z zones, limits (B, H*Z): and how many at most of each zone, which must leave room for the quotas.
+    """
+    # 1. scores in 0..1; all are 1 where they are equal
+    low, high = score.aminmax(dim=-1, keepdim=True)
+    scaled = torch.where(high > low, (score - low) / (high - low), 1.0).numpy()  # (B, N)
+    # 2. where each token lies, and by what the tokens around one are multiplied, itself in the middle
+    places = [(number, row, col) for number, view in enumerate(views) for row, col in np.ndindex(view.rows, view.cols)]
+    ends = np.cumsum([view.count for view in views])[:-1]
+    factors = [_spacing_factors(view, spacing) for view in views]  # (2 * rows - 1, 2 * cols - 1) each
+    # 3. one by one. numpy, since these are many operations on few numbers, which torch is slow to start
+    zones_per_group = limits.shape[1] // quotas.shape[1]
+    stays = np.zeros(scaled.shape, dtype=bool)
+    for values, zone_of, limit, quota, taken in zip(
+        scaled, zone.numpy(), limits.clone().numpy(), quotas.clone().numpy(), stays, strict=True
+    ):
+        group_of = zone_of // zones_per_group  # (N,)
+        barred = np.where((limit[zone_of] > 0) & (quota[group_of] > 0), 0.0, -np.inf)  # (N,)
+        grids = [
+            grid.reshape(view.rows, view.cols) for grid, view in zip(np.split(values, ends), views, strict=True)
+        ]  # of the same memory as values
+        for _ in range(quota.sum()):
+            best = int((values + barred).argmax())  # the first of equal ones
+            taken[best], barred[best] = True, -np.inf
+            limit[zone_of[best]] -= 1
+            quota[group_of[best]] -= 1
+            if limit[zone_of[best]] == 0:
+                barred[zone_of == zone_of[best]] = -np.inf
+            if quota[group_of[best]] == 0:
+                barred[group_of == group_of[best]] = -np.inf
+            number, row, col = places[best]
+            top_row, left_col = views[number].rows - 1 - row, views[number].cols - 1 - col
+            grids[number] *= factors[number][top_row:, left_col:][: views[number].rows, : views[number].cols]
+    return torch.from_numpy(stays)
+
+
+def _spacing_factors(view: View, spacing: float) -> np.ndarray:
+    """`1 - exp(-d^2 / (2 * spacing^2))` for every offset between two tokens of a view: `(2 * rows - 1, 2 * cols - 1)`.
+
+    Rounded, so that what libraries differ by can't decide between equal scores.
+    """
+    row, col = np.arange(1 - view.rows, view.rows), np.arange(1 - view.cols, view.cols)
+    factors = -np.expm1(-(row[:, None] ** 2 + col**2) / (2 * spacing**2))
+    return np.round(factors * GRAIN) / GRAIN
 
 
 def best_diverse(

@@ -45,6 +45,7 @@ class Signals:
     patch_lengths       (N,)    length of its patch in the common space of CLIP or SigLIP, before relevance makes it 1
     relevance_sign              what methods that leave the sign to the model multiply relevance with: -1 as published
                                 for CLIP's, 1 for that of the language model
+    relevance_kind              what relevance comes from: "clip", "siglip", "attention", "both" or "words"
     """
 
     views: tuple[View, ...]
@@ -60,6 +61,7 @@ class Signals:
     importance: Tensor | None = None
     patch_lengths: Tensor | None = None
     relevance_sign: int = -1
+    relevance_kind: str = "clip"
 
     def __post_init__(self) -> None:
         """Raises ValueError where a signal has another length than the views, or values that are not finite."""

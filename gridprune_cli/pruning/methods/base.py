@@ -57,11 +57,11 @@ class Method(ABC):
         """The signals that it looks at with the options that it has: those it `requires`, and what options add."""
         return self.requires
 
-    def needs_for(self, k: int, views: tuple[View, ...]) -> frozenset[str]:
-        """Those of `needs` that it looks at to keep k tokens of these views."""
+    def needs_for(self, k: int, views: tuple[View, ...], relevance_kind: str) -> frozenset[str]:
+        """Those of `needs` that it looks at to keep k tokens of these views, with relevance from there."""
         return self.needs
 
-    def unused_options(self, k: int, views: tuple[View, ...]) -> tuple[str, ...]:
+    def unused_options(self, k: int, views: tuple[View, ...], relevance_kind: str) -> tuple[str, ...]:
         """Options that were set, but have no part in which k tokens of these views are kept."""
         return ()
 

@@ -11,16 +11,18 @@ from torch import Tensor
 from gridprune_cli.pruning.budget import allocate, allocate_by_logits
 from gridprune_cli.pruning.methods.base import Method, check_sign, values
 from gridprune_cli.pruning.region import inside_each
-from gridprune_cli.pruning.select import best_by_zone, best_diverse
+from gridprune_cli.pruning.select import best_by_zone, best_diverse, best_spaced
 from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.pruning.similarity import LazyCosines
 from gridprune_cli.pruning.zones import Zones, zone_index
 
 SALIENCY_SCALES = ("minmax", "max", "rank", "none")
+FEW = ("auto", "unlike", "apart", "top")
+_SPACING = 2.0  # tokens, of "apart": how far around it a token lowers the others' scores; chosen on tuning scenes
 
 _COLDEST = 1e-300  # a temperature below which quotients overflow; at it, any difference of means decides already
 
-LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none", "diverse": False}
+LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none", "few": "top"}
 """The options under which the published formulas are taken as they stand; signals then have no region."""
 
 
@@ -28,18 +30,24 @@ LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none", "divers
 class GridPrune(Method):
     """Budgets per zone from the zones' mean relevance, and within a zone the top tokens by relevance and saliency.
 
-    With fewer tokens to keep than there are zones, most of these budgets are 0 or 1. By default tokens are then taken
-    one by one over all zones, for being above the median of relevance and unlike those taken before. Budgets follow
-    the sums of what is above the median, and a zone may exceed its own by one. So a token of each object stays, where
-    the most relevant are many of one, and all letters of a word, which are relevant and unlike each other.
+    With fewer tokens to keep than there are zones, most of these budgets are 0 or 1, and tokens are taken one by one
+    over all zones instead, with one above a zone's budget at most. `few` says how:
+
+    "unlike"  for relevance above the median, and vision features unlike those of the tokens taken before; budgets
+              follow the sums of what is above the median. So a token of each object stays, where the most relevant are
+              many of one, and all letters of a word, which are relevant and unlike each other. Neither temperature nor
+              saliency counts, and the region's share is the least that it gets
+    "apart"   by score, each token lowering the scores around it on the grid (`best_spaced`)
+    "top"     the budgets decide alone
+    "auto"    "unlike" with relevance from CLIP or SigLIP, "apart" with any other: attention is too uneven, and word
+              embeddings are too noisy, to be trusted that much
 
     zone            side of a zone in tokens
     alpha           weight of saliency in a token's score, 0..1; relevance, mapped to 0..1, has the rest
     temperature     of the softmax over zones, above 0: lower gives relevant zones more
     saliency_scale  how saliency is brought to 0..1: "minmax", "max", "rank" or "none"
     region_share    share of K for the contextual region, 0..1, where the signals have one
-    diverse         whether tokens are taken so where they are fewer than the zones. Neither temperature nor saliency
-                    counts there, and the region's share is the least that it gets
+    few             how tokens are taken where they are fewer than the zones
     relevance_sign  1, or -1 where low relevance marks what the question is about
 
     The paper publishes no values; the defaults were chosen by `python -m benchmarks.sweeps`, see docs/results.md.
@@ -53,7 +61,7 @@ class GridPrune(Method):
     temperature: float = 0.3
     saliency_scale: str = "minmax"
     region_share: float = 0.5
-    diverse: bool = True
+    few: str = "auto"
     relevance_sign: int = 1
 
     def __post_init__(self) -> None:
@@ -67,6 +75,8 @@ class GridPrune(Method):
             raise ValueError(f"temperature must be above 0, not {self.temperature}")
         if self.saliency_scale not in SALIENCY_SCALES:
             raise ValueError(f"saliency_scale must be one of {', '.join(SALIENCY_SCALES)}, not {self.saliency_scale}")
+        if self.few not in FEW:
+            raise ValueError(f"few must be one of {', '.join(FEW)}, not {self.few}")
         check_sign(self.relevance_sign)
 
     def zones(self, signals: Signals) -> tuple[Tensor, Zones]:
@@ -75,20 +85,26 @@ class GridPrune(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        return self.requires | {"vision_features"} if self.diverse else self.requires
+        return self.requires | {"vision_features"} if self.few in ("auto", "unlike") else self.requires
 
-    def needs_for(self, k: int, views: tuple[View, ...]) -> frozenset[str]:
-        return self.needs if self._takes_few(k, zone_index(views, self.zone)[1]) else self.requires
+    def needs_for(self, k: int, views: tuple[View, ...], relevance_kind: str) -> frozenset[str]:
+        return (
+            self.needs if self._way(k, zone_index(views, self.zone)[1], relevance_kind) == "unlike" else self.requires
+        )
 
-    def unused_options(self, k: int, views: tuple[View, ...]) -> tuple[str, ...]:
-        if not self._takes_few(k, zone_index(views, self.zone)[1]):
+    def unused_options(self, k: int, views: tuple[View, ...], relevance_kind: str) -> tuple[str, ...]:
+        if self._way(k, zone_index(views, self.zone)[1], relevance_kind) != "unlike":
             return ()
         of_scores = ("alpha", "temperature", "saliency_scale")
         return tuple(name for name in of_scores if getattr(self, name) != getattr(type(self), name))
 
-    def _takes_few(self, k: int, zones: Zones) -> bool:
-        """Whether k tokens are chosen by `few`."""
-        return self.diverse and k < zones.count
+    def _way(self, k: int, zones: Zones, relevance_kind: str) -> str:
+        """How k tokens are taken: "unlike", "apart" or "top"."""
+        if k >= zones.count:
+            return "top"
+        if self.few == "auto":
+            return "unlike" if relevance_kind in ("clip", "siglip") else "apart"
+        return self.few
 
     def select(self, signals: Signals, k: int) -> Tensor:
         return self.select_alike([signals], [k])[0]
@@ -117,14 +133,20 @@ class GridPrune(Method):
         budgets = allocate_by_logits(logits, caps, torch.tensor(quotas))  # (B, H, Z)
         # 4. the best of each zone
         stays = best_by_zone(score, zone, budgets.flatten(1))  # (B, N)
-        # 5. where they are few, tokens unlike each other instead
-        for n, k in enumerate(ks):
-            if self._takes_few(k, zones):
-                stays[n] = few(relevance[n], signals[n].need("vision_features"), zone[n], caps[n], quotas[n])
+        # 5. where they are few, tokens unlike each other or apart from each other instead
+        ways = [self._way(k, zones, each.relevance_kind) for k, each in zip(ks, signals, strict=True)]
+        for n in (n for n, way in enumerate(ways) if way == "unlike"):
+            features = signals[n].need("vision_features")
+            stays[n] = best_unlike(relevance[n], features, zone[n], caps[n], quotas[n])
+        apart = torch.tensor([way == "apart" for way in ways])  # (B,)
+        if apart.any():
+            limits = torch.minimum(budgets + 1, caps).flatten(1)[apart]  # (A, H * Z) of A questions
+            quotas_apart = torch.tensor(quotas)[apart]
+            stays[apart] = best_spaced(score[apart], zone[apart], limits, quotas_apart, first.views, _SPACING)
         return list(stays.nonzero()[:, 1].split(list(ks)))
 
 
-def few(relevance: Tensor, features: Tensor, zone: Tensor, caps: Tensor, quotas: Sequence[int]) -> Tensor:
+def best_unlike(relevance: Tensor, features: Tensor, zone: Tensor, caps: Tensor, quotas: Sequence[int]) -> Tensor:
     """(N,) bool, what stays of fewer tokens than zones: those far above the median relevance, unlike each other.
 
     relevance (N,), features (N, C), zone (N,) in 0..H*Z-1, caps (H, Z) the sizes of zones, quotas: K inside and outside
