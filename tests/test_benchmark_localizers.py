@@ -53,6 +53,7 @@ def test_the_formula_counts_what_torch_counts(configured):
     assert localizers.flops(config, 14, 1) == pytest.approx(counter.get_total_flops(), rel=0.005)
 
 
+@pytest.mark.slow
 def test_the_embedded_localizer_finds_what_is_asked_for():
     results = localizers.run(HELDOUT, 200)
     table = results["localizers"]["vlm"]

@@ -134,6 +134,7 @@ def batch(run, tmp_path, noise, monkeypatch):
 
 
 @with_ray
+@pytest.mark.slow
 def test_batch_on_a_ray_that_runs_gives_the_lines_of_the_local_engine(start, batch, tmp_path, address):
     arguments, whole = batch(8)
     ray = (*arguments, "--engine", "ray", "--address", address, "--workers", 1, "-o", "ray.jsonl")

@@ -83,6 +83,7 @@ def trained(folder):
     return *models, load_compressor(out), load_pruning_module(out)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_where_another_would(whole, tmp_path, monkeypatch):
     whole_folder, models = whole
     ran: list[tuple[str, int, int]] = []
@@ -112,6 +113,7 @@ def test_a_run_that_was_stopped_ends_where_another_would(whole, tmp_path, monkey
     assert ran.count(("Tower", 0, 0)) == 1 and ran.count(("Language", 0, 0)) == 1  # it went on, it did not start again
 
 
+@pytest.mark.slow
 def test_the_towers_of_both_checkpoints_are_one(whole):
     folder, (llava, clip, *_) = whole
     assert llava.dtype == clip.dtype == torch.bfloat16
@@ -133,11 +135,13 @@ def shipped_like(out, shipped):
             assert json.loads((out / path).read_text()) == json.loads((shipped / path).read_text()), path
 
 
+@pytest.mark.slow
 def test_what_is_written_has_the_layout_of_what_ships(whole):
     folder, _ = whole
     shipped_like(folder / "out", CHECKPOINT)
 
 
+@pytest.mark.slow
 def test_the_localizer_starts_from_the_towers_first_layers(whole, tmp_path):
     folder, _ = whole  # with the stages that the localizer's run has in common with it
     others = shutil.ignore_patterns("compressor*", "pruner*", "log.jsonl")
@@ -170,6 +174,7 @@ def test_the_localizer_starts_from_the_towers_first_layers(whole, tmp_path):
         assert torch.equal(weight, after[name]) == ("vision_tower" in name or name.startswith("heads")), name
 
 
+@pytest.mark.slow
 def test_the_localizer_takes_over_the_main_models_vocabulary_and_image_embeds(short, tmp_path):
     """On the main model's vision features, scaled down, its projector would give the main model's image embeds."""
     pool = Pool(tmp_path, 4, 64)
@@ -231,6 +236,7 @@ def test_extents_are_the_boxes_of_the_object_its_like_and_its_neighbours():
                 assert box == ((IGNORE,) * 4 if j is None else (8,) * 4 if j < 0 else covering(scene, (j,)))
 
 
+@pytest.mark.slow
 def test_the_compressor_learns_from_what_it_will_be_given(whole):
     """Saliency and relevance in training are those of the pipeline, but for the rounding of 16 bit."""
     folder, _ = whole
@@ -248,6 +254,7 @@ def test_the_compressor_learns_from_what_it_will_be_given(whole):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_pruning_module_learns_from_what_it_will_be_given(whole):
     """What it scores in training is what the pipeline has it score, of questions padded to one length."""
     folder, _ = whole
