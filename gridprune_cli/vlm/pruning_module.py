@@ -13,11 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gridprune_cli.errors import GridpruneError
+from gridprune_cli.vlm.compressor import load_beside, save_beside
 
 FILE = "covipal/model.safetensors"  # in a folder of its own: engines read every file of weights beside a checkpoint
 WIDTH = 96  # W, of what visual tokens and questions meet in; ours
@@ -56,18 +54,9 @@ class PruningModule(nn.Module):
 
 def save_pruning_module(module: PruningModule, folder: Path) -> None:
     """Writes it beside a checkpoint, in bfloat16."""
-    weights = {name: weight.detach().to("cpu", torch.bfloat16) for name, weight in module.state_dict().items()}
-    (folder / FILE).parent.mkdir(exist_ok=True)
-    save_file(weights, folder / FILE, {"format": "pt"})
+    save_beside(module, folder / FILE)
 
 
 def load_pruning_module(folder: Path) -> PruningModule:
     """The module beside a checkpoint, in float32 on the CPU. Raises GridpruneError where it can't be read."""
-    try:
-        weights = load_file(folder / FILE)
-        module = PruningModule(weights["image.weight"].shape[1])
-        module.load_state_dict(weights)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as fault:
-        first = (str(fault).splitlines() or [""])[0]
-        raise GridpruneError(f"can't be loaded ({first}); fetch it again", place=str(folder / FILE)) from fault
-    return module.float().eval()
+    return load_beside(lambda weights: PruningModule(weights["image.weight"].shape[1]), folder / FILE)

@@ -88,19 +88,17 @@ class GridPrune(Method):
         return self.requires | {"vision_features"} if self.few in ("auto", "unlike") else self.requires
 
     def needs_for(self, k: int, views: tuple[View, ...], relevance_kind: str) -> frozenset[str]:
-        return (
-            self.needs if self._way(k, zone_index(views, self.zone)[1], relevance_kind) == "unlike" else self.requires
-        )
+        return self.needs if self._way(k, views, relevance_kind) == "unlike" else self.requires
 
     def unused_options(self, k: int, views: tuple[View, ...], relevance_kind: str) -> tuple[str, ...]:
-        if self._way(k, zone_index(views, self.zone)[1], relevance_kind) != "unlike":
+        if self._way(k, views, relevance_kind) != "unlike":
             return ()
         of_scores = ("alpha", "temperature", "saliency_scale")
         return tuple(name for name in of_scores if getattr(self, name) != getattr(type(self), name))
 
-    def _way(self, k: int, zones: Zones, relevance_kind: str) -> str:
-        """How k tokens are taken: "unlike", "apart" or "top"."""
-        if k >= zones.count:
+    def _way(self, k: int, views: tuple[View, ...], relevance_kind: str) -> str:
+        """How k tokens of these views are taken: "unlike", "apart" or "top"."""
+        if k >= zone_index(views, self.zone)[1].count:
             return "top"
         if self.few == "auto":
             return "unlike" if relevance_kind in ("clip", "siglip") else "apart"
@@ -134,7 +132,7 @@ class GridPrune(Method):
         # 4. the best of each zone
         stays = best_by_zone(score, zone, budgets.flatten(1))  # (B, N)
         # 5. where they are few, tokens unlike each other or apart from each other instead
-        ways = [self._way(k, zones, each.relevance_kind) for k, each in zip(ks, signals, strict=True)]
+        ways = [self._way(k, each.views, each.relevance_kind) for k, each in zip(ks, signals, strict=True)]
         for n in (n for n, way in enumerate(ways) if way == "unlike"):
             features = signals[n].need("vision_features")
             stays[n] = best_unlike(relevance[n], features, zone[n], caps[n], quotas[n])
