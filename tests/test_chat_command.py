@@ -1,5 +1,6 @@
 """`gridprune chat`: through a pipe, at a terminal, and interrupted."""
 
+import contextlib
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Command
 from served import SAMPLES
 
 from gridprune_cli.pipeline import Pipeline
@@ -168,12 +170,22 @@ class Terminal:
     def __init__(self, number: int):
         self.number, self._shown = number, b""
 
-    def wait_for(self, pattern: bytes) -> None:
-        end = time.monotonic() + 60
+    def wait_for(self, pattern: bytes, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
         while not (match := re.search(pattern, self._shown)):
-            assert select.select([self.number], [], [], max(0, end - time.monotonic()))[0], self._shown
+            if not select.select([self.number], [], [], max(0, end - time.monotonic()))[0]:
+                raise TimeoutError(self._shown)
             self._shown += os.read(self.number, 4096)
         self._shown = self._shown[match.end() :]
+
+    def interrupt_line(self, process: Command) -> None:
+        """Ctrl-C until a line is begun anew: Python's `input` does not see one that comes before it waits for a key."""
+        self.wait_for(b"> ")
+        for _ in range(10):
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(TimeoutError):
+                return self.wait_for(b"\n", 5)
+        raise AssertionError("no Ctrl-C begins the line anew")
 
     def type(self, line: bytes) -> None:
         self.wait_for(b"> ")
@@ -185,8 +197,7 @@ def test_ctrl_c_at_a_terminal(server):
     process = server.start("chat", SCENE, "--pin", *LONG, streams=(theirs,) * 3)
     os.close(theirs)
     terminal = Terminal(ours)
-    terminal.wait_for(b"> ")
-    process.send_signal(signal.SIGINT)  # a line is begun anew
+    terminal.interrupt_line(process)  # the line is begun anew
     for question in (b"Which object has the T?\n", b"And now?\n"):
         terminal.type(question)
         terminal.wait_for(rb"\?\r\n\w+ \w+")  # the answer has begun
