@@ -36,9 +36,7 @@ from gridprune_cli.scenes import CHECKPOINT
 from gridprune_cli.scenes.questions import questions
 from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene
 from gridprune_cli.settings import Request
-from gridprune_cli.vlm.family import Family
 from gridprune_cli.vlm.llava import Llava
-from gridprune_cli.vlm.loading import take_out_module
 from gridprune_cli.vlm.shapes import SHAPES, build, find_shape
 
 IMAGES = 16  # the command's batch of images
@@ -82,16 +80,9 @@ def in_turn(number: int, *work: Callable[[], None]) -> None:
         work[(number + i) % len(work)]()
 
 
-def random_weights(shape: str) -> Family:
-    """A published shape in 32 bit on the CPU, with one layer of its language model, which encoding does not run."""
-    family = build(find_shape(shape), torch.float32, "cpu", layers=1)
-    for path in family.unread():  # as a checkpoint is loaded
-        take_out_module(family.load("tower"), path)
-    return family
-
-
 def encode(paths: list[Path], cache: Path, count: int, shape: str | None) -> None:
-    family = random_weights(shape) if shape else None
+    # encoding does not run the language model: a layer of it is enough
+    family = build(find_shape(shape), torch.float32, "cpu", layers=1) if shape else None
     towers: dict[str, Any] = {}
     if family is None:
         model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()

@@ -66,6 +66,12 @@ def test_a_shape_answers(name, tokens, separators, text_tokens):
     assert "2 of 3 layers" in pipeline.model and "random weights" in pipeline.model
 
 
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-next-7b"])
+def test_a_shape_has_the_layers_of_the_tower_that_are_read(name):
+    family = build(shrunk(name), torch.float32, "cpu")
+    assert len(family.load("tower").model.vision_tower.encoder.layers) == 2  # of 3: the last but one is read
+
+
 def test_rows_of_a_matrix_differ():
     family = build(shrunk("llava-1.5-7b"), torch.float32, "cpu")
     table = family.load("language").get_input_embeddings().weight

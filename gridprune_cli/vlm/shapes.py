@@ -257,7 +257,7 @@ def build(
         clip = Checkpoint(f"{name}, CLIP", folder / "clip") if shape.clip and relevance in ("auto", "clip") else None
         family = shape.family(Checkpoint(name, folder), dtype, device, clip, relevance=relevance, quantize=quantize)
         family.fingerprint = name  # there are no weights on disk to tell it by
-        model = _random(shape.family.model_class, folder, dtype, device, (), quantize, family.text_model)
+        model = _random(shape.family.model_class, folder, dtype, device, family.unread(), quantize, family.text_model)
         model.set_attn_implementation({"vision_config": NAME})
         make_watchable(model)
         family._loaded |= dict.fromkeys(PARTS, model)
