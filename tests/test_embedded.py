@@ -114,6 +114,7 @@ def test_the_samples_are_answered_right(pipeline):
     assert sum(right[0.11]) >= 0.85 * len(lines)
 
 
+@pytest.mark.slow
 def test_an_evaluation_on_a_few_scenes(pipeline):
     cells = (Cell("gridprune", Pruning()), Cell("one token", Pruning(tokens=1)))
     plan, samples = Plan(open_data("scenes:80"), cells, batch=80), {}

@@ -111,6 +111,7 @@ def here(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
+@pytest.mark.slow
 def test_first_second_and_offline_run(hub, ask, checkpoint):
     """The first fetches each file once, the second asks one thing, offline asks nothing; the answer stays the same."""
     answer = ask("some/model", afresh=True)

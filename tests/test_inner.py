@@ -42,7 +42,7 @@ def pipeline(request, checkpoint):
     return Pipeline(str(checkpoint(request.param)), dtype="float32")
 
 
-@pytest.fixture(params=["sdpa", "eager"])
+@pytest.fixture(params=["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def attention(request, pipeline):
     """Both ways to attend; the model goes back to how it was loaded."""
     model = pipeline.family.load("language")

@@ -28,7 +28,15 @@ LENGTH = 6  # tokens of an answer
 REPOSITORIES = published.load()
 
 
-@pytest.fixture(scope="module", params=REPOSITORIES)
+def by_family():
+    """The names of the repositories, those slow that come after another one of their family."""
+    seen = set()
+    for name, data in REPOSITORIES.items():
+        yield pytest.param(name, marks=[pytest.mark.slow] if data["family"] in seen else [])
+        seen.add(data["family"])
+
+
+@pytest.fixture(scope="module", params=by_family())
 def repository(request, tmp_path_factory):
     """A repository's data, its small checkpoint, and a pipeline on it."""
     data = REPOSITORIES[request.param]

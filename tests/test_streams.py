@@ -24,6 +24,7 @@ def shell(server, tmp_path):
     return lambda line, **variables: run(tmp_path, f'"{server.program}" {line}', variables)
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed_when_python_starts(tmp_path):
     """As below, where `gridprune` is forked with its streams closed: here Python itself finds them so."""
     python = f'"{sys.executable}" -m gridprune_cli'
