@@ -80,6 +80,11 @@ def batch(
 
     set_quiet(quiet)
     check_results(output, resume, file)
+    if engine:
+        from gridprune_cli.integrations.vllm_http import Vllm, check_pruning
+
+        if isinstance(engine, Vllm):
+            check_pruning(pruning)  # with a share of its own, a line fails alone
     done = Done(resume) if resume else None
     reader = Reader(file, done=done, in_shard=in_shard(shard))
     tally = Tally()
