@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from gridprune_cli.cli import options
 from gridprune_cli.cli.describe import describe, set_method_options
 from gridprune_cli.cli.output import say, set_quiet
-from gridprune_cli.client.protocol import ServerFault
+from gridprune_cli.client.protocol import ServerFault, finite
 from gridprune_cli.errors import BadInput
 
 if TYPE_CHECKING:
@@ -76,12 +76,13 @@ def find_server(
         if setting := _elsewhere(values):
             reason = "a server works alone, with its one model; take `no_server`"
             raise Mismatch(reason, field=setting, value=values[setting])
-        pruning, generation = groups.get("pruning", {}), groups.get("generation", {})
+        pruning = {name: finite(value) for name, value in groups.get("pruning", {}).items()}
+        generation = groups.get("generation", {})
         remote = open_remote(connection, settings, pruning, generation, named=bool(server), answers_only=answers_only)
     except (Mismatch, ServerFault) as fault:
         if server:
             raise
-        if not isinstance(fault, ServerFault) or fault.status is not None:  # not one that has gone and left its socket
+        if not (isinstance(fault, ServerFault) and fault.gone):  # not one that has ended and left its socket
             say(f"working without the server at {address.name}: {describe(fault)}")
         return {"server": None}
     set_method_options(remote.methods)
