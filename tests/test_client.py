@@ -145,6 +145,13 @@ def test_a_conversation(both, tmp_path, arguments):
     assert there == here
 
 
+def test_a_conversation_says_whether_its_picture_came_from_the_cache(home, command, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRIDPRUNE_CACHE_DIR", str(home.cache))
+    (tmp_path / "new.png").write_bytes(SCENE.read_bytes() + b" ")
+    out = command("chat", tmp_path / "new.png", "--server", home.url, "--json", stdin=f"{QUESTION}\nWhy?".encode())[1]
+    assert [json.loads(line)["cache"] for line in out.splitlines()] == ["miss", "hit"]
+
+
 def test_a_pinned_conversation_goes_on_at_the_server(home, command, monkeypatch):
     """With the answers that it has anew; that it goes on from its keys and values, test_conversations counts."""
     monkeypatch.setenv("GRIDPRUNE_CACHE_DIR", str(home.cache))
@@ -358,10 +365,9 @@ def test_a_server_that_is_found_and_fails_is_named(command, monkeypatch):
         path.parent.mkdir(mode=0o700)
         listener.bind(str(path))
         listener.listen()
-        hang_up = threading.Thread(target=lambda: listener.accept()[0].close())
-        hang_up.start()
-        code, out, err = command("ask", SCENE, QUESTION)
-        hang_up.join()
+        connect = Connection._connect
+        monkeypatch.setattr(Connection, "_connect", lambda self: (connect(self), listener.accept()[0].close())[0])
+        code, out, err = command("ask", SCENE, QUESTION)  # whose first byte finds the other end closed
     note, line = err.splitlines()
     assert (code, out, line) == (1, "", "gridprune: opened here")
     assert note.startswith(f"working without the server at unix:{path}: ") and "ended the connection" in note

@@ -1,6 +1,7 @@
 """A running vLLM, asked over HTTP: what is sent, and answers, order, resuming and errors of `export` and `batch`."""
 
 import base64
+import gc
 import io
 import json
 import signal
@@ -14,6 +15,7 @@ import torch
 from served import serving
 from stub_vllm import MODEL, StubVllm
 
+from gridprune_cli.client.connection import http_connection
 from gridprune_cli.client.protocol import ServerFault
 from gridprune_cli.errors import BadInput
 from gridprune_cli.integrations import vllm_http
@@ -200,6 +202,35 @@ def test_what_is_under_way_ends_when_nobody_waits_for_it(monkeypatch):
         assert time.monotonic() - start < 15
         with pytest.raises(ServerFault, match="interrupted"):
             answer()
+
+
+def test_the_first_line_that_fails_ends_the_others(run, stub, questions, monkeypatch):
+    vllm, url = stub
+    vllm.refusals = {"what": (400, "no"), "circle": (503, "later")}
+    closed = []
+    monkeypatch.setattr(VllmServer, "close", lambda server: closed.append(True))
+    call = ("batch", questions, "--tokens", 5, "--positions", "compact", "--engine", "vllm", "--server", url)
+    gc.disable()  # which would close what nobody holds any more, sooner or later
+    try:
+        assert run(*call, "--fail-fast")[0] == 2 and closed
+    finally:
+        gc.enable()
+
+
+def test_a_server_that_hangs_up_is_an_error_and_no_signal_that_ends_the_command(
+    run, stub, sets, questions, monkeypatch
+):
+    _, url = stub
+    heeded = []
+
+    def connect(address):
+        heeded.append(signal.getsignal(signal.SIGPIPE))
+        return http_connection(address)
+
+    monkeypatch.setattr(vllm_http, "http_connection", connect)
+    assert run("export", sets[0], "--to", "vllm", "--serve", url)[0] == 0
+    assert run("batch", questions, "--positions", "compact", "--engine", "vllm", "--server", url)[0] == 0
+    assert len(heeded) > 2 and set(heeded) == {signal.SIG_IGN}
 
 
 def test_what_vllm_cant_do_is_refused_before_any_work(run, stub, questions, tiny_llava):

@@ -13,7 +13,7 @@ from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import describe, error_fields
 from gridprune_cli.cli.output import emit_json, emit_text, progress, say, set_quiet, size, warn
-from gridprune_cli.cli.remote import check_key
+from gridprune_cli.cli.remote import check_key, ignore_broken_pipes
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def export(
         if to != "vllm":
             raise BadInput("only `to=vllm` can be sent; write files with `output`", field="serve", value=serve)
         check_key(api_key)
+        ignore_broken_pipes()
         _serve(files, serve, api_key, model, max_new_tokens, batch_size, json)
     else:
         assert output is not None
