@@ -1,7 +1,6 @@
 """A running vLLM, asked over HTTP: what is sent, and answers, order, resuming and errors of `export` and `batch`."""
 
 import base64
-import gc
 import io
 import json
 import signal
@@ -202,19 +201,6 @@ def test_what_is_under_way_ends_when_nobody_waits_for_it(monkeypatch):
         assert time.monotonic() - start < 15
         with pytest.raises(ServerFault, match="interrupted"):
             answer()
-
-
-def test_the_first_line_that_fails_ends_the_others(run, stub, questions, monkeypatch):
-    vllm, url = stub
-    vllm.refusals = {"what": (400, "no"), "circle": (503, "later")}
-    closed = []
-    monkeypatch.setattr(VllmServer, "close", lambda server: closed.append(True))
-    call = ("batch", questions, "--tokens", 5, "--positions", "compact", "--engine", "vllm", "--server", url)
-    gc.disable()  # which would close what nobody holds any more, sooner or later
-    try:
-        assert run(*call, "--fail-fast")[0] == 2 and closed
-    finally:
-        gc.enable()
 
 
 def test_a_server_that_hangs_up_is_an_error_and_no_signal_that_ends_the_command(
