@@ -320,9 +320,16 @@ def _from_text(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return value
+
+
+def _finite(text: str) -> float:
+    """Raises ValueError for what JSON can't write again: NaN, infinity, and a number as large as 1e999."""
+    if not isfinite(number := float(text)):
+        raise ValueError(f"{text} is no JSON")
+    return number
 
 
 def _check_region(method: str, literal: bool, named: Mapping[str, Any]) -> None:

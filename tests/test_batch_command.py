@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from gridprune_cli.cli.batch import work
+from gridprune_cli.errors import GridpruneError
+from gridprune_cli.questions import Reader
+from gridprune_cli.settings import Pruning
+
 QUESTIONS = ("What colour is the star?", "Where is it?", "How many circles are there?")
 
 
@@ -359,3 +364,19 @@ def test_a_reader_that_leaves_ends_batch_quietly(folder, run, server):
     command = f"{server.program} batch questions.jsonl -q --batch-size 1 | head -1"
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") == 1
+
+
+def test_the_first_line_that_fails_ends_the_work_on_the_others(tmp_path):
+    """At once, and not when nobody holds the failure any more."""
+    (tmp_path / "q.jsonl").write_text('{"image": "a.png", "question": "What?"}\n' * 2)
+    ended = []
+
+    def results(requests):
+        try:
+            yield from (GridpruneError("failed") for _ in requests)
+        finally:
+            ended.append(len(requests))
+
+    with pytest.raises(GridpruneError, match="failed") as failure:
+        list(work(Reader(str(tmp_path / "q.jsonl")), Pruning(), {}, results, 9, fail_fast=True))
+    assert ended and failure

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -307,6 +308,17 @@ def test_json_is_one_line_whatever_the_name(capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr().out == '"\u00e9"\n'
     with pytest.raises(ValueError):
         output.emit_json(float("nan"))
+
+
+def test_a_ctrl_c_that_a_script_has_ignored_stays_ignored(capfd, monkeypatch):
+    monkeypatch.setattr(output, "put", lambda text: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        output.emit_json(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        output.emit_json(1)
 
 
 def test_a_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:

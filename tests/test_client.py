@@ -1,5 +1,6 @@
 """The commands through a server: all that they print and write is what they print and write without one."""
 
+import io
 import json
 import os
 import signal
@@ -17,9 +18,10 @@ import pytest
 import torch
 from served import SAMPLES, wait_until
 
+from gridprune_cli.cli.drawing import figure_text
 from gridprune_cli.client.connection import Connection, parse_address
 from gridprune_cli.client.protocol import SESSION, ServerFault, error_from_json, error_to_json
-from gridprune_cli.client.remote import RemotePipeline, RemoteRequest
+from gridprune_cli.client.remote import RemotePipeline, RemotePruned, RemoteRequest
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.tokens import load_pruned
 
@@ -143,6 +145,13 @@ def test_a_conversation(both, tmp_path, arguments):
     assert there == here
 
 
+def test_a_conversation_says_whether_its_picture_came_from_the_cache(home, command, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRIDPRUNE_CACHE_DIR", str(home.cache))
+    (tmp_path / "new.png").write_bytes(SCENE.read_bytes() + b" ")
+    out = command("chat", tmp_path / "new.png", "--server", home.url, "--json", stdin=f"{QUESTION}\nWhy?".encode())[1]
+    assert [json.loads(line)["cache"] for line in out.splitlines()] == ["miss", "hit"]
+
+
 def test_a_pinned_conversation_goes_on_at_the_server(home, command, monkeypatch):
     """With the answers that it has anew; that it goes on from its keys and values, test_conversations counts."""
     monkeypatch.setenv("GRIDPRUNE_CACHE_DIR", str(home.cache))
@@ -234,6 +243,14 @@ def test_batch_in_order_with_its_errors(both, tmp_path):
         ["ask", SCENE, QUESTION, "--system", "x" * 70_000],
         ["ask", SCENE, QUESTION, "--save", "."],
         ["chat", "missing.png"],
+        ["ask", SCENE, QUESTION, "--keep", "nan"],
+        ["ask", SCENE, QUESTION, "--plc", "pool", "--inside-ratio", "inf"],
+        ["ask", SCENE, QUESTION, "--generation", "temperature=NaN"],
+        ["chat", SAMPLES / "hills.jpg"],
+        ["chat", __file__],
+        ["chat", SCENE, "--pin", "--ilp", "0.5"],
+        ["chat", SCENE, "--pin", "--method", "fastv"],
+        ["chat", SCENE, "--tokens", "999"],
         ["chat", SCENE, "--method", "colour"],
         ["ask", SCENE, QUESTION, "--plc", "trained", "--model", "scenes"],
         ["show", SCENE, QUESTION, "-o", "none/figure.png"],
@@ -339,6 +356,23 @@ def test_a_socket_without_a_server_of_this_user_is_passed_over(command, monkeypa
         listener.close()
 
 
+def test_a_server_that_is_found_and_fails_is_named(command, monkeypatch):
+    """One that has ended is not, as above: its socket alone is left."""
+    monkeypatch.setattr("gridprune_cli.opening.open_pipeline", refuse_to_open)
+    with tempfile.TemporaryDirectory() as base, socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", base)
+        path = Path(base, "gridprune/server.sock")
+        path.parent.mkdir(mode=0o700)
+        listener.bind(str(path))
+        listener.listen()
+        connect = Connection._connect
+        monkeypatch.setattr(Connection, "_connect", lambda self: (connect(self), listener.accept()[0].close())[0])
+        code, out, err = command("ask", SCENE, QUESTION)  # whose first byte finds the other end closed
+    note, line = err.splitlines()
+    assert (code, out, line) == (1, "", "gridprune: opened here")
+    assert note.startswith(f"working without the server at unix:{path}: ") and "ended the connection" in note
+
+
 class Strange(BaseHTTPRequestHandler):
     """Answers everything as the test wants it."""
 
@@ -426,6 +460,41 @@ def test_a_batch_ends_with_its_server(command, strange, tmp_path):
     request = RemoteRequest((SCENE,), QUESTION, {})
     with pytest.raises(ServerFault, match="ended the connection"):
         list(remote.map(remote.run, [request] * 5, 2))
+
+
+def test_no_line_is_written_for_what_was_not_sent_and_a_failure_of_one_line_is_that_line_s():
+    """The first question fails when the server has ended already for the second, and the third is never sent."""
+    remote = RemotePipeline(Connection(parse_address("http://localhost:9")), SESSION_OF_SCENES, True, True, True)
+    ended, sent = threading.Event(), []
+
+    def act(number: int) -> Any:
+        sent.append(number)
+        if number == 0:
+            assert ended.wait(10)
+            raise ServerFault("of this question", status=500)
+        ended.set()
+        raise ServerFault("of all")
+
+    results = remote.map(act, [0, 1, 2, 3], 1)
+    assert str(next(results)) == "of this question"
+    with pytest.raises(ServerFault, match="of all"):
+        next(results)
+    assert sorted(sent) == [0, 1]
+
+
+OBEYED = "\x1b]0;title\x07\x1b[2J\x1b[31mred"
+
+
+def test_what_a_server_sends_is_shown_and_not_obeyed(strange):
+    result = {"record": {}, "counts": "", "notes": [], "image_notes": [], "hits": [], "ms": {}, "remarks": []}
+    lines = [{"text": piece} for piece in OBEYED] + [{"result": result | {"answer": OBEYED}}]
+    url = strange(200, "\n".join(map(json.dumps, lines)).encode())
+    remote = RemotePipeline(Connection(parse_address(url)), SESSION_OF_SCENES, True, True, True)
+    shown = io.StringIO()
+    remote.run(RemoteRequest((SCENE,), QUESTION, {}), {}, shown)
+    assert shown.getvalue() == r"\x1b]0;title\x07\x1b[2J\x1b[31mred"
+    figure = figure_text(SCENE, RemotePruned({}, "", (), figure=OBEYED.encode()))
+    assert figure == r"\x1b]0;title\x07\x1b[2J" + "\x1b[31mred"
 
 
 def test_a_server_that_is_not_there(command):
@@ -536,6 +605,21 @@ def test_a_batch_that_is_interrupted_goes_on_later(home, server, tmp_path, comma
     (line,) = (tmp_path / "stderr").read_text().splitlines()
     assert f"give the same command with --resume {results}" in line
     assert 0 < results.read_text().count("\n") < len(lines)
+
+
+def test_ctrl_c_while_an_answer_is_printed_ends_the_work_on_the_other_sets(home, command, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRIDPRUNE_CACHE_DIR", str(home.cache))
+    file, closed = tmp_path / "set", []
+    assert command("prune", SCENE, QUESTION, "-o", file, "-q")[0] == 0
+
+    def interrupted(text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gridprune_cli.cli.generate.emit_text", interrupted)
+    close = Connection.close
+    monkeypatch.setattr(Connection, "close", lambda connection: closed.append(True) or close(connection))
+    assert command("generate", *[file] * 9, "--server", home.url, "--batch-size", 1)[0] == 130
+    assert closed
 
 
 def test_what_is_under_way_ends_at_once_when_the_connection_is_closed(home):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -392,6 +393,22 @@ def test_models_and_env(run, tmp_path):
     assert settings["cache-dir"]["value"] == str(tmp_path / "cache")
     assert settings["device"]["value"] and settings["dtype"]["from"]
     assert settings["relevance"] == {"value": "auto", "from": "default"}
+    assert settings["server"] == settings["api-key"] == {"value": "none", "from": "default"}
+
+
+def test_env_says_which_server_is_sent_the_pictures_and_never_its_key(run, monkeypatch, tmp_path):
+    folder = tmp_path / "runtime/gridprune"
+    monkeypatch.chdir(tmp_path)
+    folder.mkdir(mode=0o700, parents=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("runtime/gridprune/server.sock")  # as a whole path it may be too long
+        monkeypatch.setenv("GRIDPRUNE_API_KEY", "secret")
+        settings = json.loads(run("env", "--json")[1])
+        assert settings["server"] == {"value": f"unix:{folder}/server.sock", "from": "its socket"}
+        assert settings["api-key"] == {"value": "set", "from": "GRIDPRUNE_API_KEY"}
+        monkeypatch.setenv("GRIDPRUNE_SERVER", "http://elsewhere")
+        settings = json.loads(run("env", "--json")[1])
+        assert settings["server"] == {"value": "http://elsewhere", "from": "GRIDPRUNE_SERVER"}
 
 
 LIGHT = """

@@ -111,6 +111,9 @@ def test_a_schedule_goes_from_calibrate_to_ask_by_a_file(pipeline, command, tmp_
     for arguments, reason in (
         (("--schedule", "btp"), "--output: --schedule needs it, too"),
         (("-o", file), "--schedule: --output needs it, too"),
+        (("--schedule", "btp", "-o", tmp_path / "gone" / "s"), "there is no folder"),
+        (("--schedule", "btp", "-o", file, "--dry-run"), "--dry-run: not with --schedule"),
+        (("--schedule", "btp", "-o", file, "--keep", 0.5), "--keep 0.5: not with --schedule"),
     ):
         code, _, err = command("calibrate", questions, *arguments, *model)
         assert code == 2 and reason in err

@@ -74,3 +74,5 @@ def test_what_can_not_be_names_its_setting(options, line):
 
 def test_pairs():
     assert parse_pairs(["a=1", "b=x=y", "c=[1]", "d="], "generation") == {"a": 1, "b": "x=y", "c": [1], "d": ""}
+    no_json = {"a": "NaN", "b": "[-Infinity]", "c": "1e999"}  # nor can any of it be sent to a server
+    assert parse_pairs([f"{name}={text}" for name, text in no_json.items()], "generation") == no_json

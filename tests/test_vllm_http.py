@@ -3,13 +3,22 @@
 import base64
 import io
 import json
+import signal
 import socket
+import threading
+import time
+from functools import partial
 
 import pytest
 import torch
 from served import serving
 from stub_vllm import MODEL, StubVllm
 
+from gridprune_cli.client.connection import http_connection
+from gridprune_cli.client.protocol import ServerFault
+from gridprune_cli.errors import BadInput
+from gridprune_cli.integrations import vllm_http
+from gridprune_cli.integrations.vllm_http import VllmServer, send_all
 from gridprune_cli.tokens import load_pruned
 
 QUESTION, OTHER = "what colour is the left object?", "Is there a circle?"
@@ -103,6 +112,8 @@ def test_what_fails_for_the_server(run, stub, sets, tiny_llava):
     assert "--serve unix:/x: not http://HOST:PORT" in fails("--serve", "unix:/x")
     assert "give --output for files, or --serve" in fails()
     assert "give --output for files, or --serve" in fails("--serve", url, "-o", sets[0].parent)
+    for option, value in (("--max-new-tokens", 9), ("--batch-size", 9), ("--api-key", "secret")):
+        assert f"{option}: only with --serve" in fails("-o", sets[0].parent, option, value)
     vllm.key = "secret"
     assert "give its --api-key" in fails("--serve", url)
     assert run("export", *sets[:2], "--to", "vllm", "--serve", url, "--api-key", "secret")[0] == 0
@@ -161,6 +172,51 @@ def test_lines_that_fail_and_a_server_that_ends(run, stub, questions, tmp_path):
     vllm.refusals = {}
     code, _, err = run(*call, "--resume", results)
     assert code == 0 and [json.loads(line) for line in results.read_text().splitlines()] == expected
+
+
+def test_a_line_with_a_share_that_vllm_cant_follow_fails_alone(run, stub, questions, tmp_path):
+    _, url = stub
+    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    lines[5]["keep"] = 0.5
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, err = run("batch", questions, "--keep", 1.0, "--engine", "vllm", "--server", url)
+    results = [json.loads(line) for line in out.splitlines()]
+    assert code == 3 and "1 line failed" in err
+    assert [number for number, result in enumerate(results) if "error" in result] == [5] and len(results) == 8
+    assert results[5]["error"] == "--positions original: vLLM numbers tokens without gaps; take --positions compact"
+
+
+def test_what_is_under_way_ends_when_nobody_waits_for_it(monkeypatch):
+    monkeypatch.setattr(vllm_http, "ANSWER_SECONDS", 30.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = VllmServer(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        answer = partial(server.answer, {}, [])
+        results = send_all(server, [("first", BadInput("no")), *[("next", answer)] * 3], 2)
+        assert next(results)[0] == "first"
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        start = time.monotonic()
+        threading.Timer(0.5, signal.pthread_kill, [threading.get_ident(), signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(results)
+        assert time.monotonic() - start < 15
+        with pytest.raises(ServerFault, match="interrupted"):
+            answer()
+
+
+def test_a_server_that_hangs_up_is_an_error_and_no_signal_that_ends_the_command(
+    run, stub, sets, questions, monkeypatch
+):
+    _, url = stub
+    heeded = []
+
+    def connect(address):
+        heeded.append(signal.getsignal(signal.SIGPIPE))
+        return http_connection(address)
+
+    monkeypatch.setattr(vllm_http, "http_connection", connect)
+    assert run("export", sets[0], "--to", "vllm", "--serve", url)[0] == 0
+    assert run("batch", questions, "--positions", "compact", "--engine", "vllm", "--server", url)[0] == 0
+    assert len(heeded) > 2 and set(heeded) == {signal.SIG_IGN}
 
 
 def test_what_vllm_cant_do_is_refused_before_any_work(run, stub, questions, tiny_llava):

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,6 +81,11 @@ def batch(
 
     set_quiet(quiet)
     check_results(output, resume, file)
+    if engine:
+        from gridprune_cli.integrations.vllm_http import Vllm, check_pruning
+
+        if isinstance(engine, Vllm):
+            check_pruning(pruning)  # with a share of its own, a line fails alone
     done = Done(resume) if resume else None
     reader = Reader(file, done=done, in_shard=in_shard(shard))
     tally = Tally()
@@ -149,7 +155,7 @@ def request_of(
 def work(
     reader: "Reader", pruning: Any, prompt: dict[str, Any], results: Any, most: int | None, fail_fast: bool
 ) -> "Iterator[tuple[Item, Any]]":
-    """Every line and what came of it, in turn. `results` makes the results of questions, in turn.
+    """Every line and what came of it, in turn. `results` makes the results of questions, in turn, as a generator.
 
     It is given `most` lines at a time, of those that are there; None: all of them at once.
     """
@@ -162,17 +168,17 @@ def work(
             for item in window
             if item.fault is None
         ]
-        outcomes = results(requests)
-        for item in window:
-            result = next(outcomes) if item.fault is None else BadInput(item.fault)
-            if isinstance(result, GridpruneError):
-                report(item, result, fail_fast)
-            else:
-                for name, note in result.image_notes:
-                    if note not in noted:
-                        say(f"{name}: {note}")
-                        noted.add(note)
-            yield item, result
+        with closing(results(requests)) as outcomes:  # so that the rest is not worked on where a line is the last
+            for item in window:
+                result = next(outcomes) if item.fault is None else BadInput(item.fault)
+                if isinstance(result, GridpruneError):
+                    report(item, result, fail_fast)
+                else:
+                    for name, note in result.image_notes:
+                        if note not in noted:
+                            say(f"{name}: {note}")
+                            noted.add(note)
+                yield item, result
 
 
 def report(item: "Item", error: GridpruneError, fail_fast: bool) -> None:

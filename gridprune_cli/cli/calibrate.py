@@ -9,7 +9,7 @@ from gridprune_cli import choices
 from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.evaluate import read_shares
-from gridprune_cli.cli.output import emit_json, progress, say, set_quiet, table
+from gridprune_cli.cli.output import check_target, emit_json, progress, say, set_quiet, table
 from gridprune_cli.errors import BadInput
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from gridprune_cli.evaluation.run import Plan
     from gridprune_cli.pipeline import Pipeline
     from gridprune_cli.vlm.relevance import Calibration
+
+
+_KEEP = "0.11"
 
 
 @examples(
@@ -39,7 +42,7 @@ def calibrate(
     prompt: dict[str, Any],
     keep: Annotated[
         str, options.option("Shares of the tokens to keep, commas between; all count alike.", options.PRUNING)
-    ] = "0.11",
+    ] = _KEEP,
     limit: Annotated[
         int, options.option("Questions that are asked, drawn from the file where it has more.", options.WORK, min=1)
     ] = 50,
@@ -79,6 +82,11 @@ def calibrate(
         if schedule is None or output is None:
             missing, there = ("schedule", "output") if schedule is None else ("output", "schedule")
             raise BadInput(f"--{there} needs it, too", field=missing)
+        if dry_run:
+            raise BadInput("not with --schedule, which remembers nothing but writes its file", field="dry_run")
+        if keep != _KEEP:
+            raise BadInput("not with --schedule, which finds its own share", field="keep", value=keep)
+        check_target(output, "output")
         data = sample(read_jsonl(questions, scored=False), limit, seed)
         plan = Plan(data, (), prompt=prompt, max_new_tokens=max_new_tokens, batch=batch_size)
         _find_schedule(schedule, output, pipeline, plan, json)

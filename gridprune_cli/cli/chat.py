@@ -135,7 +135,7 @@ class _Conversation:
         generation: dict[str, Any],
         pin: bool,
     ):
-        """Encodes the images, where this process does the work. Raises BadInput where one can't be read."""
+        """Has the images encoded. Raises BadInput where one can't be read, and for a pruning that can't be pinned."""
         self.history: tuple[Exchange, ...] = ()
         self.latest: _Latest | None = None
         self.noted: set[str] = set()
@@ -147,6 +147,9 @@ class _Conversation:
         if isinstance(pipeline, RemotePipeline):
             if pin:
                 self._continued = {"pin": True}
+            # the server has no exchange for encoding alone: it prunes for any question, whatever `tokens` the image has
+            request = RemoteRequest(files, "?", _change(pruning, tokens=None), pin=pin)
+            self._hits = pipeline.run(request, outputs={"with_prefix": False}).hits
             return
         if pin:
             from gridprune_cli.settings import check_pin
@@ -173,7 +176,7 @@ class _Conversation:
             if shown and shown.text.strip():
                 self.history = (*self.history, Exchange(question, shown.text.strip(), images))
             raise
-        if self._hits and not isinstance(answer, RemoteAnswer):
+        if self._hits:
             answer, self._hits = replace(answer, hits=self._hits), ()
         self.latest = _Latest(question, pruning, self.history, answer)
         self.history = (*self.history, Exchange(question, answer.text, images))

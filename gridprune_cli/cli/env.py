@@ -44,6 +44,8 @@ def env(
         ("device", placed.device, f"{_setting('DEVICE', '')[1]}: {placed.device_reason}"),
         ("dtype", str(placed.dtype).removeprefix("torch."), f"{_setting('DTYPE', '')[1]}: {placed.dtype_reason}"),
         ("quantize", *_setting("QUANTIZE", "none")),
+        ("server", *_server()),
+        ("api-key", "set" if os.environ.get("GRIDPRUNE_API_KEY") else "none", _setting("API_KEY", "")[1]),
         ("python", platform.python_version(), "version"),
     ]
     settings += [(name, version(name), "version") for name in ("gridprune", "torch", "transformers", "safetensors")]
@@ -57,6 +59,15 @@ def _setting(name: str, default: str) -> tuple[str, str]:
     """The value in force, and where it comes from. An empty variable is one that is not set."""
     value = os.environ.get(f"GRIDPRUNE_{name}")
     return (value, f"GRIDPRUNE_{name}") if value else (default, "default")
+
+
+def _server() -> tuple[str, str]:
+    """The server that `ask` and others take where no option names one, and where it comes from."""
+    from gridprune_cli.client.connection import find_socket
+
+    address = find_socket()
+    named, origin = _setting("SERVER", "none" if address is None else address.name)
+    return named, "its socket" if address is not None and origin == "default" else origin
 
 
 def _of_model(model: str, name: str, value: str, origin: str) -> tuple[str, str]:

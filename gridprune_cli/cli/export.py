@@ -13,7 +13,7 @@ from gridprune_cli.cli import options
 from gridprune_cli.cli.command import examples
 from gridprune_cli.cli.describe import describe, error_fields
 from gridprune_cli.cli.output import emit_json, emit_text, progress, say, set_quiet, size, warn
-from gridprune_cli.cli.remote import check_key
+from gridprune_cli.cli.remote import check_key, ignore_broken_pipes
 from gridprune_cli.errors import BadInput, GridpruneError
 
 if TYPE_CHECKING:
@@ -84,9 +84,18 @@ def export(
         if to != "vllm":
             raise BadInput("only `to=vllm` can be sent; write files with `output`", field="serve", value=serve)
         check_key(api_key)
+        ignore_broken_pipes()
         _serve(files, serve, api_key, model, max_new_tokens, batch_size, json)
     else:
         assert output is not None
+        sent_only = {
+            "max_new_tokens": max_new_tokens != 128
+            and str(max_new_tokens) != os.environ.get("GRIDPRUNE_MAX_NEW_TOKENS"),
+            "batch_size": batch_size != 32,
+            "api_key": api_key is not None,
+        }
+        if setting := next((name for name, changed in sent_only.items() if changed), None):
+            raise BadInput("only with --serve, where sets are sent and answered", field=setting)
         _write(files, output, to, model, json)
 
 
@@ -235,7 +244,7 @@ def _serve(
             yield (path, pruned.to_json()), as_job(server, family, pruned, served[name], max_new_tokens)
 
     with progress("answering", len(files)) as step:
-        for (path, record), answer in send_all(jobs(), batch_size):
+        for (path, record), answer in send_all(server, jobs(), batch_size):
             if isinstance(answer, GridpruneError):
                 reporter.fail(path, answer)
             elif json:

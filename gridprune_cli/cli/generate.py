@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,7 +72,7 @@ def generate(
     else:
         answers_of = _remote_answers(server, batch_size, generation)
     failed = 0
-    with progress("answering", len(files)) as step:
+    with server or nullcontext(), progress("answering", len(files)) as step:
         for window in _windows(files):
             for path, result in zip(window, answers_of(window), strict=True):
                 if isinstance(result, GridpruneError):

@@ -45,7 +45,11 @@ Json = Annotated[bool, option("Print one JSON object per result.", OUTPUT, "--js
 Quiet = Annotated[bool, option("No progress and no notices.", OUTPUT, "--quiet", "-q")]
 Shard = Annotated[
     str | None,
-    option("Do one share of N alone, I from 0 to N-1. An image's name alone decides which.", WORK, metavar="I/N"),
+    option(
+        "Do one share of N, numbered I from 0 to N-1; the image's path decides which share it is in.",
+        WORK,
+        metavar="I/N",
+    ),
 ]
 MaxNewTokens = Annotated[
     int, option("Longest answer, in tokens.", PROMPT, min=1, metavar="N", envvar="GRIDPRUNE_MAX_NEW_TOKENS")

@@ -191,7 +191,8 @@ def _json(value: object, encoding: str) -> str:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Ctrl-C takes effect at the end of this, so that a line is written whole or not at all."""
-    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+    unheard = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as a script may have set it
+    if unheard or threading.current_thread() is not threading.main_thread():  # where no signal arrives
         yield
         return
     arrived: list[int] = []

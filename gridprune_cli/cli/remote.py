@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from gridprune_cli.cli import options
 from gridprune_cli.cli.describe import describe, set_method_options
 from gridprune_cli.cli.output import say, set_quiet
-from gridprune_cli.client.protocol import ServerFault
+from gridprune_cli.client.protocol import ServerFault, finite
 from gridprune_cli.errors import BadInput
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def find_server(
     if address is None:
         return {"server": None}
     check_key(api_key)
+    ignore_broken_pipes()
     connection = Connection(address, api_key)
     settings = {name: values[name] for name in _SETTINGS if name in values}
     answers_only = "pipeline" not in groups
@@ -76,19 +77,18 @@ def find_server(
         if setting := _elsewhere(values):
             reason = "a server works alone, with its one model; take `no_server`"
             raise Mismatch(reason, field=setting, value=values[setting])
-        pruning, generation = groups.get("pruning", {}), groups.get("generation", {})
+        pruning = {name: finite(value) for name, value in groups.get("pruning", {}).items()}
+        generation = groups.get("generation", {})
         remote = open_remote(connection, settings, pruning, generation, named=bool(server), answers_only=answers_only)
     except (Mismatch, ServerFault) as fault:
         if server:
             raise
-        if not isinstance(fault, ServerFault) or fault.status is not None:  # not one that has gone and left its socket
+        if not (isinstance(fault, ServerFault) and fault.gone):  # not one that has ended and left its socket
             say(f"working without the server at {address.name}: {describe(fault)}")
         return {"server": None}
     set_method_options(remote.methods)
     if remote.fault:
         raise remote.fault
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a server that has gone is an error, with its line
     if server and not values.get("model") and remote.model != EMBEDDED:
         say(f"asking {remote.model} at {server}")
     results = {"server": remote, "pipeline": remote, "pruning": remote.pruning, "generation": remote.generation}
@@ -101,6 +101,12 @@ def check_key(api_key: str | None) -> None:
         raise BadInput("must be of printable ASCII characters, without blanks", field="api_key")
 
 
+def ignore_broken_pipes() -> None:
+    """Has a server that has gone be an error, with its line, in place of a signal that ends this process."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
 def _vllm(server: str | None, api_key: str | None, values: Mapping[str, Any]) -> "Vllm":
     """The vLLM that answers. Raises BadInput where none is named, and for options of other engines."""
     if not server or server.lower() == OFF:
@@ -109,6 +115,7 @@ def _vllm(server: str | None, api_key: str | None, values: Mapping[str, Any]) ->
         if values.get(name) is not None:
             raise BadInput("only with `engine=ray`", field=name)
     check_key(api_key)
+    ignore_broken_pipes()
     from gridprune_cli.integrations.vllm_http import Vllm, VllmServer
 
     return Vllm(VllmServer(server, api_key))

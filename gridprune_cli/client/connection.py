@@ -134,7 +134,8 @@ class Connection:
                 connection.connect()
         except OSError as error:
             reason = f"can't be reached ({_reason(error)}); start it with `gridprune serve`, or {_LOCAL}"
-            raise self._error(reason) from error
+            gone = isinstance(error, ConnectionRefusedError | FileNotFoundError)
+            raise self._error(reason, gone=gone) from error
         connection.sock.settimeout(SILENCE_SECONDS)
         with self._lock:
             if self._closed.is_set():

@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Mapping
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,25 @@ class ServerFault(GridpruneError):
 
     status  of its response, where it gave one
     code    of its error object
+    gone    whether nothing listens at its address
     """
 
-    def __init__(self, reason: str, *, status: int | None = None, code: str | None = None, **about: Any) -> None:
+    def __init__(
+        self, reason: str, *, status: int | None = None, code: str | None = None, gone: bool = False, **about: Any
+    ) -> None:
         super().__init__(reason, **about)
-        self.status, self.code = status, code
+        self.status, self.code, self.gone = status, code, gone
         if status is not None and 400 <= status < 429:  # what was sent is at fault
             self.exit_code = BadInput.exit_code
 
     def at(self, place: str) -> "ServerFault":
         inside = super().at(place).place
-        about: dict[str, Any] = {"status": self.status, "code": self.code, "field": self.field, "value": self.value}
-        return ServerFault(self.reason, place=inside, **about)
+        about: dict[str, Any] = {"status": self.status, "code": self.code, "gone": self.gone}
+        return ServerFault(self.reason, place=inside, field=self.field, value=self.value, **about)
 
     @property
     def for_all(self) -> bool:
-        """Whether the server would answer nothing else either."""
+        """Whether every other request would fail the same way."""
         return self.status is None or self.status in (401, 403, 404, 503)
 
 
@@ -44,10 +48,15 @@ def installed_version() -> str:
     return version("gridprune")
 
 
+def finite(value: Any) -> Any:
+    """The value; nan and infinity as texts, since JSON can't hold them, and they are read from these as well."""
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
+
+
 def error_to_json(error: GridpruneError) -> dict[str, Any]:
     """A failure with its setting and place, for the other side to raise."""
     kind = "input" if isinstance(error, BadInput) else "failure"
-    value = error.value if isinstance(error.value, bool | int | float | str | None) else str(error.value)
+    value = finite(error.value) if isinstance(error.value, bool | int | float | str | None) else str(error.value)
     return {"kind": kind, "reason": error.reason, "field": error.field, "value": value, "place": error.place}
 
 
@@ -60,7 +69,7 @@ def error_from_json(error: Mapping[str, Any]) -> GridpruneError:
 def socket_path() -> Path:
     """Where a server listens for the commands of the same user.
 
-    $XDG_RUNTIME_DIR/gridprune/server.sock, else gridprune-USER in the folder for temporary files.
+    $XDG_RUNTIME_DIR/gridprune/server.sock, else gridprune-UID in the folder for temporary files, UID being a number.
     """
     base = os.environ.get("XDG_RUNTIME_DIR", "")
     if os.path.isabs(base):

@@ -8,13 +8,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gridprune_cli.client.protocol import COMMAND, UNKNOWN_IMAGE, ServerFault, error_from_json
 from gridprune_cli.errors import GridpruneError
 from gridprune_cli.image_files import Source, name_of, read_image
 from gridprune_cli.questions import Exchange, cache_outcome
+from gridprune_cli.text import visible
 
 if TYPE_CHECKING:
     from gridprune_cli.client.connection import Connection
@@ -189,25 +189,24 @@ class RemotePipeline:
         """
         from concurrent.futures import ThreadPoolExecutor
 
-        broken, remaining = Event(), len(items)
+        remaining = len(items)
+        fatal: list[ServerFault] = []  # after the first of these nothing is sent any more
 
         def attempt(item: Any) -> RemoteAnswer | GridpruneError:
-            if broken.is_set():
-                return GridpruneError("not sent any more")
+            if fatal:
+                return fatal[0]
             try:
                 return act(item)
-            except ServerFault as fault:
-                if fault.for_all:
-                    broken.set()
-                return fault
             except GridpruneError as fault:
+                if isinstance(fault, ServerFault) and fault.for_all:
+                    fatal.append(fault)
                 return fault
 
         threads = ThreadPoolExecutor(min(2 * batch_size, MAX_UNDER_WAY, max(1, len(items))))
         try:
             for result in threads.map(attempt, items):
-                if broken.is_set() and isinstance(result, ServerFault):
-                    raise result
+                if isinstance(result, ServerFault) and result.for_all:
+                    raise fatal[0]
                 remaining -= 1
                 yield result
         except BaseException:
@@ -220,7 +219,7 @@ class RemotePipeline:
     def _send(self, body: Mapping[str, Any], stream: TextIO | None) -> RemoteAnswer:
         for value in self._connection.post(COMMAND, body):
             if stream is not None and "text" in value:
-                stream.write(value["text"])
+                stream.write(visible(value["text"]))
                 stream.flush()
         result = value["result"]
         self.remarks = tuple(result["remarks"])

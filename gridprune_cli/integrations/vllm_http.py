@@ -8,11 +8,14 @@ the server returns the token ids that it answered from, and an answer from other
 import http.client
 import json
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from gridprune_cli.client.connection import http_connection, parse_address, request_headers
@@ -21,7 +24,7 @@ from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.integrations.vllm import to_vllm
 from gridprune_cli.runners.batches import in_order
 from gridprune_cli.runners.local import Pruned, Reply, Runner
-from gridprune_cli.settings import Request
+from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.tokens import PrunedSet
 from gridprune_cli.vlm.family import Family
 
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ANSWER_SECONDS = 600.0  # for one answer, which may wait for others in the server
-AT_ONCE = 32  # requests under way, from which vLLM makes its batches
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,16 @@ class VllmServer:
         if self._address.socket is not None:
             raise wrong
         self._key = key
+        self._open: set[socket.socket] = set()
+        self._lock, self._closed = Lock(), False
+
+    def close(self) -> None:
+        """Ends all requests that are on their way, and with them the server's work on them. None can follow."""
+        with self._lock:
+            self._closed = True
+            for open_socket in self._open:
+                with suppress(OSError):
+                    open_socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
 
     def find_model(self, checkpoint: "Checkpoint") -> str:
         """The name by which the server has a model. Raises BadInput where it serves others only.
@@ -101,13 +113,19 @@ class VllmServer:
     def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The object that the server gives for a request. Raises ServerFault where it gives none."""
         connection = http_connection(self._address)
+        open_socket = None
         try:
             try:
                 connection.connect()
             except OSError as error:
                 reason = f"can't be reached ({_reason(error)}); start it with `vllm serve MODEL --enable-mm-embeds`"
                 raise self._fault(reason) from error
-            connection.sock.settimeout(ANSWER_SECONDS)
+            open_socket = connection.sock  # which the connection forgets once a response is there
+            open_socket.settimeout(ANSWER_SECONDS)
+            with self._lock:
+                if self._closed:
+                    raise self._fault("interrupted")
+                self._open.add(open_socket)
             data = None if body is None else json.dumps(body, allow_nan=False).encode("ascii")
             connection.request(method, path, data, request_headers(self._key))
             response = connection.getresponse()
@@ -115,6 +133,8 @@ class VllmServer:
         except (OSError, http.client.HTTPException) as error:
             raise self._fault(f"ended the connection before it had answered ({_reason(error)}); see its log") from error
         finally:
+            with self._lock:
+                self._open.discard(open_socket)
             connection.close()
         try:
             value = json.loads(content)
@@ -172,25 +192,29 @@ def as_job(
 
 
 def send_all(
-    jobs: Iterable[tuple[T, Callable[[], VllmAnswer] | GridpruneError]], at_once: int = AT_ONCE
+    server: VllmServer, jobs: Iterable[tuple[T, Callable[[], VllmAnswer] | GridpruneError]], at_once: int
 ) -> Iterator[tuple[T, VllmAnswer | GridpruneError]]:
     """What comes of each job, or the error that stands in its place, in turn, with `at_once` of them under way.
 
-    Raises ServerFault where the server would answer nothing else either.
+    vLLM makes its batches from these. Raises ServerFault where every other request would fail the same way. Then, and
+    where nobody waits for the rest, the server is closed: requests under way end at once.
     """
     threads = ThreadPoolExecutor(at_once)
     in_flight: deque[tuple[T, Future[VllmAnswer] | GridpruneError]] = deque()
 
     def receive() -> tuple[T, VllmAnswer | GridpruneError]:
-        name, future = in_flight.popleft()
-        if isinstance(future, GridpruneError):
-            return name, future
-        try:
-            return name, future.result()
-        except GridpruneError as fault:
-            if isinstance(fault, ServerFault) and fault.for_all:
-                raise
-            return name, fault
+        name, result = in_flight[0]
+        if isinstance(result, Future):
+            try:
+                answer: VllmAnswer | GridpruneError = result.result()
+            except GridpruneError as fault:
+                if isinstance(fault, ServerFault) and fault.for_all:
+                    raise
+                answer = fault
+        else:
+            answer = result
+        in_flight.popleft()  # what was waited for in vain is under way as before
+        return name, answer
 
     def ready() -> bool:
         future = in_flight[0][1]
@@ -203,8 +227,22 @@ def send_all(
                 yield receive()
         while in_flight:
             yield receive()
+    except BaseException:
+        if in_flight:
+            server.close()
+        raise
     finally:
         threads.shutdown(cancel_futures=True)
+
+
+def check_pruning(pruning: Pruning) -> None:
+    """Raises BadInput for a pruning that vLLM can't follow: one prompt for all layers, positions in turn."""
+    if pruning.ilp is not None or pruning.method.inner:
+        field, value = ("ilp", pruning.ilp) if pruning.ilp is not None else ("method", pruning.method.name)
+        raise BadInput("prunes inside the language model, which vLLM can't do; leave it out", field=field, value=value)
+    if pruning.positions == "original" and (pruning.keep < 1 or pruning.tokens is not None):
+        reason = "vLLM numbers tokens without gaps; take `positions=compact`"
+        raise BadInput(reason, field="positions", value="original")
 
 
 @dataclass(frozen=True)
@@ -219,8 +257,8 @@ class Vllm:
     ) -> Iterator[Reply | GridpruneError]:
         """Encodes, localises and prunes here, and has vLLM answer: each answer, or its error, in turn.
 
-        Raises BadInput for what vLLM can't do for any of the requests, and for a server with another model; ServerFault
-        where the server fails.
+        Raises BadInput for what vLLM can't do for any request, and for a server with another model; ServerFault where
+        the server fails. A pruning as of `check_pruning` fails for its own request.
         """
         # 1. what would fail for every request
         family = runner.family
@@ -229,27 +267,26 @@ class Vllm:
         if family.vllm:
             kind = family.checkpoint.family
             raise BadInput(f"can't answer for model type {kind}: {family.vllm}", field="engine", value="vllm")
-        for pruning in {request.pruning for request in requests}:
-            if pruning.ilp is not None or pruning.method.inner:
-                field, value = ("ilp", pruning.ilp) if pruning.ilp is not None else ("method", pruning.method.name)
-                reason = "prunes inside the language model, which vLLM can't do; leave it out"
-                raise BadInput(reason, field=field, value=value)
-            if pruning.positions == "original" and (pruning.keep < 1 or pruning.tokens is not None):
-                raise BadInput(
-                    "vLLM numbers tokens without gaps; take `positions=compact`", field="positions", value="original"
-                )
         model = self.server.find_model(family.checkpoint)
 
         # 2. pruned sets go out as they come, in no order
         def jobs() -> Iterator[tuple[tuple[int, Pruned | None], Callable[[], VllmAnswer] | GridpruneError]]:
-            for index, pruned in runner.prune(requests, with_prefix=False):
+            possible: list[int] = []  # indices of requests
+            for index, request in enumerate(requests):
+                try:
+                    check_pruning(request.pruning)
+                    possible.append(index)
+                except BadInput as fault:
+                    yield (index, None), fault
+            for place, pruned in runner.prune([requests[index] for index in possible], with_prefix=False):
+                index = possible[place]
                 if isinstance(pruned, GridpruneError):
                     yield (index, None), pruned
                 else:
                     yield (index, pruned), as_job(self.server, family, pruned.pruned, model, max_new_tokens)
 
         def replies() -> Iterator[tuple[int, Reply | GridpruneError]]:
-            for (index, pruned), answer in send_all(jobs(), runner.batch_sizes[1]):
+            for (index, pruned), answer in send_all(self.server, jobs(), runner.batch_sizes[1]):
                 if isinstance(answer, GridpruneError):
                     yield index, answer
                 else:
