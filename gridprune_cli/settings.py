@@ -1,7 +1,7 @@
 """What is asked for: which visual tokens to keep (`Pruning`), and a question about images with it (`Request`)."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from math import isfinite
@@ -29,7 +29,7 @@ class Pruning:
     keep       share of the visual tokens, in (0, 1]; K = keep * N, rounded to the nearest, at least 1
     tokens     K itself, instead of `keep`
     method     how to choose them
-    region     "auto" (found from the relevance), "none", or a box; only methods with zones heed it
+    region     "auto" (found from the relevance), "none", or a box; only methods with `takes_region` (GridPrune) use it
     positions  "original": kept tokens keep their place in the prompt; "compact": they are numbered on
     localizer  what finds the region "auto": "relevance", "vlm" (the embedded model's own), or a model by name
     localizer_template  how such a model is asked, a text with `{question}`; "" is our own (`regions.TEMPLATE`)
@@ -78,6 +78,14 @@ class Pruning:
             raise BadInput(
                 f"not with `method={self.method.name}`, which splits the budget of one image", field="share_budget"
             )
+        if self.localizer != RELEVANCE and (not self.method.takes_region or self.region != "auto"):
+            raise BadInput(
+                f"only for `method={DEFAULT_METHOD}` with `region=auto`, and not `literal`",
+                field="localizer",
+                value=self.localizer,
+            )
+        if self.localizer_template and self.localizer == RELEVANCE:
+            raise BadInput("only with a `localizer` that is a model", field="localizer_template")
         if self.localizer_template and "{question}" not in self.localizer_template:
             raise BadInput("needs {question}, where the question goes", field="localizer_template")
         if self.query is not None and not self.query.strip():
@@ -86,6 +94,12 @@ class Pruning:
         check_text(self.localizer_template, "`localizer_template`")
         if self.positions not in POSITIONS:
             raise BadInput(f"not one of {', '.join(POSITIONS)}", field="positions", value=self.positions)
+        if self.positions == "compact" and self.method.inner:
+            raise BadInput(
+                f"not with `method={self.method.name}`, whose stages say how what stays is numbered; leave it out",
+                field="positions",
+                value=self.positions,
+            )
         self._check_ilp()
         self._check_plc()
 
@@ -137,6 +151,13 @@ class Pruning:
             raise BadInput(
                 f"not with `method={self.method.name}`, which prunes inside the language model alone", field="plc"
             )
+        if self.plc != "off" and self.method.merges:
+            raise BadInput(
+                f"not with `method={self.method.name}`, which merges tokens in a way of its own; take another method, "
+                "or leave it out",
+                field="plc",
+                value=self.plc,
+            )
         for name in ("inside_ratio", "outside_ratio"):
             ratio = getattr(self, name)
             if ratio is None:
@@ -167,24 +188,17 @@ class Pruning:
         pairs = named.pop("method_option", {})
         if not isinstance(pairs, Mapping | list | tuple):
             raise BadInput("must be a list of NAME=VALUE, or an object", field="method_option", value=pairs)
-        chosen = dict(pairs) if isinstance(pairs, Mapping) else parse_pairs(pairs, "method_option")
         if not isinstance(method, str) or method not in METHODS:
             raise BadInput(f"unknown method {method!r}: choose from {', '.join(METHODS)}", field="method", value=method)
+        texts = {option.name for option in fields(METHODS[method]) if isinstance(option.default, str)}
+        chosen = dict(pairs) if isinstance(pairs, Mapping) else parse_pairs(pairs, "method_option", texts)
         for name in named.keys() & {option.name for option in fields(METHODS[method])}:
             if name in chosen:
                 raise BadInput(f"given twice, also as `{name}`", field="method_option", value=name)
-            chosen[name] = _from_text(named.pop(name))
+            value = named.pop(name)
+            chosen[name] = _as_text(value) if name in texts else _from_text(value)
         # 2. settings of methods with a region, before their values
-        region, localizer = named.get("region", "auto"), named.get("localizer", RELEVANCE)
         _check_region(method, literal, named)
-        if localizer != RELEVANCE and (not METHODS[method].takes_region or literal or region != "auto"):
-            raise BadInput(
-                f"only for `method={DEFAULT_METHOD}` with `region=auto`, and not `literal`",
-                field="localizer",
-                value=localizer,
-            )
-        if named.get("localizer_template") and localizer == RELEVANCE:
-            raise BadInput("only with a `localizer` that is a model", field="localizer_template")
         # 3. the values
         kinds = {setting.name: setting.type for setting in fields(cls) if setting.name != "method"}
         if unknown := sorted(named.keys() - kinds.keys()):
@@ -241,7 +255,10 @@ class Request:
 
 
 def check_pin(pruning: Pruning) -> None:
-    """Raises BadInput where what is kept depends on more than the query, so that no turn can decide for others."""
+    """Raises BadInput for a pruning whose kept tokens a conversation can't reuse for later turns (`chat --pin`).
+
+    These are prunings by which what is kept depends on more than the query.
+    """
     if pruning.method.inner:
         reason = f"not with `method={pruning.method.name}`, which chooses anew for every prompt; leave one of them out"
         raise BadInput(reason, field="pin")
@@ -249,14 +266,17 @@ def check_pin(pruning: Pruning) -> None:
         raise BadInput("not with `ilp`, where tokens leave as each prompt goes through the layers", field="pin")
 
 
-def parse_pairs(pairs: Iterable[str], setting: str) -> dict[str, Any]:
-    """Options that are texts NAME=VALUE. Raises BadInput, with the setting that they are of, where one is not."""
+def parse_pairs(pairs: Iterable[str], setting: str, texts: Collection[str] = ()) -> dict[str, Any]:
+    """Options that are texts NAME=VALUE, the values as JSON, but those of the names in `texts` as texts.
+
+    Raises BadInput, with the setting that they are of, where one is no such text.
+    """
     options = {}
     for pair in pairs:
         name, equals, value = str(pair).partition("=")
         if not equals:
             raise BadInput("not NAME=VALUE", field=setting, value=pair)
-        options[name] = _from_text(value)
+        options[name] = _as_text(value) if name in texts else _from_text(value)
     return options
 
 
@@ -323,6 +343,12 @@ def _from_text(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+def _as_text(value: Any) -> Any:
+    """A value as it stands, or the text that it is as JSON: an option that is a text may be 3, 2,4 or "2,4"."""
+    read = _from_text(value)
+    return read if isinstance(read, str) else value
 
 
 def _check_region(method: str, literal: bool, named: Mapping[str, Any]) -> None:
