@@ -159,6 +159,11 @@ def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> 
                 f"this model's tower has other weights than {family.clip.name}, from which its relevance comes; "
                 "compare it with `relevance=attention`"
             )
+    if pruning.plc == "trained" and family.relevance_kind != "clip":
+        out.append(
+            "compressors are trained on relevance from CLIP, and here it comes from "
+            f"{family.relevance_kind}; compare `plc=trained` with `plc=pool`"
+        )
     for image in images:
         if image.localizer and not image.localizer.get("parsed", True):
             out.append(

@@ -222,8 +222,11 @@ class Pruning:
         return tuple(name for name in OPTIONAL_SIGNALS if name in self.method.needs)
 
     def count(self, full: int) -> int:
-        """K for an image of `full` tokens. Raises BadInput where more are asked for than there are."""
-        if self.tokens is None:
+        """K for an image of `full` tokens, by `keep` or `tokens`. Raises BadInput for more than there are.
+
+        With both ratios `tokens` has no say, since K follows from them (`ratio_budget`).
+        """
+        if self.tokens is None or (self.inside_ratio and self.outside_ratio):
             return max(1, int(self.keep * full + 0.5))
         if self.tokens > full:
             raise BadInput(f"the image has {full} visual tokens", field="tokens", value=self.tokens)

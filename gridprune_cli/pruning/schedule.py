@@ -101,10 +101,10 @@ class Attention(Rule):
 
 
 @dataclass(frozen=True)
-class OwnAttention(Attention):
+class StageAttention(Attention):
     """The highest attention of the stage's own layer, measured ahead of it: PyramidDrop (arXiv 2410.17247)."""
 
-    name: ClassVar[str] = "own-attention"
+    name: ClassVar[str] = "stage-attention"
     attention: ClassVar[int | None] = 0
 
 

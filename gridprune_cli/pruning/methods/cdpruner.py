@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.methods.base import Method, signed_relevance
+from gridprune_cli.pruning.methods.base import Method, check_sign, signed_relevance
 from gridprune_cli.pruning.select import best_diverse
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.similarity import LazyCosines
@@ -34,8 +34,7 @@ class CDPruner(Method):
 
     def __post_init__(self) -> None:
         """Raises ValueError where the sign is not 1, -1 or 0."""
-        if self.relevance_sign not in (1, -1, 0):
-            raise ValueError(f"relevance_sign must be 1, -1 or 0, not {self.relevance_sign}")
+        check_sign(self.relevance_sign, allowed=(1, -1, 0))
 
     def select(self, signals: Signals, k: int) -> Tensor:
         relevance = signed_relevance(signals, self.relevance_sign)
