@@ -101,7 +101,7 @@ class Pruning:
                 value=self.positions,
             )
         self._check_ilp()
-        self._check_plc()
+        _check_plc(self)
 
     def _check_ilp(self) -> None:
         """Reads a share that is a text. Raises BadInput for what can't stay inside the language model.
@@ -142,34 +142,6 @@ class Pruning:
         return tuple(
             (share, None if layer is None else int(layer)) for share, layer in zip(shares, layers, strict=True)
         )
-
-    def _check_plc(self) -> None:
-        """Raises BadInput for a compression that can't be, or that this pruning leaves no place for."""
-        if self.plc not in PLC:
-            raise BadInput(f"not one of {', '.join(PLC)}", field="plc", value=self.plc)
-        if self.plc != "off" and self.method.inner:
-            raise BadInput(
-                f"not with `method={self.method.name}`, which prunes inside the language model alone", field="plc"
-            )
-        if self.plc != "off" and self.method.merges:
-            raise BadInput(
-                f"not with `method={self.method.name}`, which merges tokens in a way of its own; take another method, "
-                "or leave it out",
-                field="plc",
-                value=self.plc,
-            )
-        for name in ("inside_ratio", "outside_ratio"):
-            ratio = getattr(self, name)
-            if ratio is None:
-                continue
-            if not (ratio >= 1 and isfinite(ratio)):
-                raise BadInput("must be at least 1, in visual tokens per kept one", field=name, value=ratio)
-            if self.plc == "off":
-                raise BadInput("only with `plc=pool` or `plc=trained`", field=name)
-            if self.share_budget or self.region == "none" or not self.method.takes_region:
-                raise BadInput("needs a region; leave out what takes it away", field=name)
-        if self.inside_ratio and self.outside_ratio and self.inside_ratio > self.outside_ratio:
-            raise BadInput("must not be above `outside_ratio`", field="inside_ratio", value=self.inside_ratio)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "Pruning":
@@ -255,6 +227,35 @@ class Request:
     system: str | None = None
     template: str | None = None
     history: tuple[Exchange, ...] = ()
+
+
+def _check_plc(pruning: Pruning) -> None:
+    """Raises BadInput for a compression that can't be, or that this pruning leaves no place for."""
+    if pruning.plc not in PLC:
+        raise BadInput(f"not one of {', '.join(PLC)}", field="plc", value=pruning.plc)
+    if pruning.plc != "off" and pruning.method.inner:
+        raise BadInput(
+            f"not with `method={pruning.method.name}`, which prunes inside the language model alone", field="plc"
+        )
+    if pruning.plc != "off" and pruning.method.merges:
+        raise BadInput(
+            f"not with `method={pruning.method.name}`, which merges tokens in a way of its own; take another method, "
+            "or leave it out",
+            field="plc",
+            value=pruning.plc,
+        )
+    for name in ("inside_ratio", "outside_ratio"):
+        ratio = getattr(pruning, name)
+        if ratio is None:
+            continue
+        if not (ratio >= 1 and isfinite(ratio)):
+            raise BadInput("must be at least 1, in visual tokens per kept one", field=name, value=ratio)
+        if pruning.plc == "off":
+            raise BadInput("only with `plc=pool` or `plc=trained`", field=name)
+        if pruning.share_budget or pruning.region == "none" or not pruning.method.takes_region:
+            raise BadInput("needs a region; leave out what takes it away", field=name)
+    if pruning.inside_ratio and pruning.outside_ratio and pruning.inside_ratio > pruning.outside_ratio:
+        raise BadInput("must not be above `outside_ratio`", field="inside_ratio", value=pruning.inside_ratio)
 
 
 def check_pin(pruning: Pruning) -> None:

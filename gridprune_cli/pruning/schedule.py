@@ -122,7 +122,8 @@ class Region(Rule):
 class RegionAttention(Rule):
     """What is inside the region first, then what is outside, each by the highest attention of the layer before.
 
-    After CROP, which names neither a budget nor what happens where the region has another number of tokens: ours.
+    After CROP. A budget, and what happens where the region has another number of tokens, are in nothing that was read
+    of it: ours.
     """
 
     name: ClassVar[str] = "region-attention"

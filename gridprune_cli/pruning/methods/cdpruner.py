@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.methods.base import Method, check_sign, signed_relevance
-from gridprune_cli.pruning.select import best_diverse
+from gridprune_cli.pruning.select import greedy_dpp
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.similarity import LazyCosines
 
@@ -40,7 +40,7 @@ class CDPruner(Method):
         relevance = signed_relevance(signals, self.relevance_sign)
         low, high = relevance.aminmax()
         quality = (relevance - low + 1e-6) / (high - low) if bool(high > low) else torch.ones_like(relevance)
-        likeness = LazyCosines(signals.need("image_embeds"))
+        similarity = LazyCosines(signals.need("image_embeds"))
         zone = torch.zeros(len(relevance), dtype=torch.long)
         one = torch.tensor([k])
-        return best_diverse(quality**2, likeness, relevance, zone, one, one, k).nonzero()[:, 0]
+        return greedy_dpp(quality**2, similarity, relevance, zone, one, one, k).nonzero()[:, 0]
