@@ -159,6 +159,11 @@ def remarks(family: Family, pruning: Pruning, images: Sequence[Origin] = ()) -> 
                 f"this model's tower has other weights than {family.clip.name}, from which its relevance comes; "
                 "compare it with `relevance=attention`"
             )
+    if pruning.plc == "trained" and family.relevance_kind != "clip":
+        out.append(
+            "compressors are trained on relevance from CLIP, and here it comes from "
+            f"{family.relevance_kind}; compare `plc=trained` with `plc=pool`"
+        )
     for image in images:
         if image.localizer and not image.localizer.get("parsed", True):
             out.append(
@@ -198,7 +203,7 @@ def _draft(
         selected_of = list(kept_by_pool)
     kept = torch.arange(sum(counts)) if pruning.ilp == "selection" else selected
     # 2. features of kept tokens, into which others may have been merged or compressed
-    if pruning.plc != "off":  # takes the place of what the method merges
+    if pruning.plc != "off":  # only with methods that merge nothing
         compressed = zip(images, signals, selected_of, strict=True)
         vision_features = torch.cat([_compress(family, *of_image, pruning.plc) for of_image in compressed])  # (N, C)
     elif request.shares_budget:

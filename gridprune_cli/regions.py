@@ -80,7 +80,7 @@ class Localizers:
         Raises BadInput for a localiser that can't be used with this model, and as `open_model`.
         """
         name, encoder = pruning.localizer, self._encoder
-        if name == RELEVANCE or pruning.region != "auto" or not pruning.heeds_region(images):
+        if name == RELEVANCE or not pruning.heeds_region(images):
             return None
         if name == VLM and encoder.model != EMBEDDED:
             raise BadInput(

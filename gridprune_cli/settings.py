@@ -1,7 +1,7 @@
 """What is asked for: which visual tokens to keep (`Pruning`), and a question about images with it (`Request`)."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from math import isfinite
@@ -29,7 +29,7 @@ class Pruning:
     keep       share of the visual tokens, in (0, 1]; K = keep * N, rounded to the nearest, at least 1
     tokens     K itself, instead of `keep`
     method     how to choose them
-    region     "auto" (found from the relevance), "none", or a box; only methods with zones heed it
+    region     "auto" (found from the relevance), "none", or a box; only methods with `takes_region` (GridPrune) use it
     positions  "original": kept tokens keep their place in the prompt; "compact": they are numbered on
     localizer  what finds the region "auto": "relevance", "vlm" (the embedded model's own), or a model by name
     localizer_template  how such a model is asked, a text with `{question}`; "" is our own (`regions.TEMPLATE`)
@@ -78,6 +78,14 @@ class Pruning:
             raise BadInput(
                 f"not with `method={self.method.name}`, which splits the budget of one image", field="share_budget"
             )
+        if self.localizer != RELEVANCE and (not self.method.takes_region or self.region != "auto"):
+            raise BadInput(
+                f"only for `method={DEFAULT_METHOD}` with `region=auto`, and not `literal`",
+                field="localizer",
+                value=self.localizer,
+            )
+        if self.localizer_template and self.localizer == RELEVANCE:
+            raise BadInput("only with a `localizer` that is a model", field="localizer_template")
         if self.localizer_template and "{question}" not in self.localizer_template:
             raise BadInput("needs {question}, where the question goes", field="localizer_template")
         if self.query is not None and not self.query.strip():
@@ -86,8 +94,14 @@ class Pruning:
         check_text(self.localizer_template, "`localizer_template`")
         if self.positions not in POSITIONS:
             raise BadInput(f"not one of {', '.join(POSITIONS)}", field="positions", value=self.positions)
+        if self.positions == "compact" and self.method.inner:
+            raise BadInput(
+                f"not with `method={self.method.name}`, whose stages say how what stays is numbered; leave it out",
+                field="positions",
+                value=self.positions,
+            )
         self._check_ilp()
-        self._check_plc()
+        _check_plc(self)
 
     def _check_ilp(self) -> None:
         """Reads a share that is a text. Raises BadInput for what can't stay inside the language model.
@@ -129,27 +143,6 @@ class Pruning:
             (share, None if layer is None else int(layer)) for share, layer in zip(shares, layers, strict=True)
         )
 
-    def _check_plc(self) -> None:
-        """Raises BadInput for a compression that can't be, or that this pruning leaves no place for."""
-        if self.plc not in PLC:
-            raise BadInput(f"not one of {', '.join(PLC)}", field="plc", value=self.plc)
-        if self.plc != "off" and self.method.inner:
-            raise BadInput(
-                f"not with `method={self.method.name}`, which prunes inside the language model alone", field="plc"
-            )
-        for name in ("inside_ratio", "outside_ratio"):
-            ratio = getattr(self, name)
-            if ratio is None:
-                continue
-            if not (ratio >= 1 and isfinite(ratio)):
-                raise BadInput("must be at least 1, in visual tokens per kept one", field=name, value=ratio)
-            if self.plc == "off":
-                raise BadInput("only with `plc=pool` or `plc=trained`", field=name)
-            if self.share_budget or self.region == "none" or not self.method.takes_region:
-                raise BadInput("needs a region; leave out what takes it away", field=name)
-        if self.inside_ratio and self.outside_ratio and self.inside_ratio > self.outside_ratio:
-            raise BadInput("must not be above `outside_ratio`", field="inside_ratio", value=self.inside_ratio)
-
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "Pruning":
         """The pruning that options of the command line name, with `_` for `-`: from there, a file or a request.
@@ -167,24 +160,17 @@ class Pruning:
         pairs = named.pop("method_option", {})
         if not isinstance(pairs, Mapping | list | tuple):
             raise BadInput("must be a list of NAME=VALUE, or an object", field="method_option", value=pairs)
-        chosen = dict(pairs) if isinstance(pairs, Mapping) else parse_pairs(pairs, "method_option")
         if not isinstance(method, str) or method not in METHODS:
             raise BadInput(f"unknown method {method!r}: choose from {', '.join(METHODS)}", field="method", value=method)
+        texts = {option.name for option in fields(METHODS[method]) if isinstance(option.default, str)}
+        chosen = dict(pairs) if isinstance(pairs, Mapping) else parse_pairs(pairs, "method_option", texts)
         for name in named.keys() & {option.name for option in fields(METHODS[method])}:
             if name in chosen:
                 raise BadInput(f"given twice, also as `{name}`", field="method_option", value=name)
-            chosen[name] = _from_text(named.pop(name))
+            value = named.pop(name)
+            chosen[name] = _as_text(value) if name in texts else _from_text(value)
         # 2. settings of methods with a region, before their values
-        region, localizer = named.get("region", "auto"), named.get("localizer", RELEVANCE)
         _check_region(method, literal, named)
-        if localizer != RELEVANCE and (not METHODS[method].takes_region or literal or region != "auto"):
-            raise BadInput(
-                f"only for `method={DEFAULT_METHOD}` with `region=auto`, and not `literal`",
-                field="localizer",
-                value=localizer,
-            )
-        if named.get("localizer_template") and localizer == RELEVANCE:
-            raise BadInput("only with a `localizer` that is a model", field="localizer_template")
         # 3. the values
         kinds = {setting.name: setting.type for setting in fields(cls) if setting.name != "method"}
         if unknown := sorted(named.keys() - kinds.keys()):
@@ -208,8 +194,11 @@ class Pruning:
         return tuple(name for name in OPTIONAL_SIGNALS if name in self.method.needs)
 
     def count(self, full: int) -> int:
-        """K for an image of `full` tokens. Raises BadInput where more are asked for than there are."""
-        if self.tokens is None:
+        """K for an image of `full` tokens, by `keep` or `tokens`. Raises BadInput for more than there are.
+
+        With both ratios `tokens` has no say, since K follows from them (`ratio_budget`).
+        """
+        if self.tokens is None or (self.inside_ratio and self.outside_ratio):
             return max(1, int(self.keep * full + 0.5))
         if self.tokens > full:
             raise BadInput(f"the image has {full} visual tokens", field="tokens", value=self.tokens)
@@ -240,8 +229,40 @@ class Request:
     history: tuple[Exchange, ...] = ()
 
 
+def _check_plc(pruning: Pruning) -> None:
+    """Raises BadInput for a compression that can't be, or that this pruning leaves no place for."""
+    if pruning.plc not in PLC:
+        raise BadInput(f"not one of {', '.join(PLC)}", field="plc", value=pruning.plc)
+    if pruning.plc != "off" and pruning.method.inner:
+        raise BadInput(
+            f"not with `method={pruning.method.name}`, which prunes inside the language model alone", field="plc"
+        )
+    if pruning.plc != "off" and pruning.method.merges:
+        raise BadInput(
+            f"not with `method={pruning.method.name}`, which merges tokens in a way of its own; take another method, "
+            "or leave it out",
+            field="plc",
+            value=pruning.plc,
+        )
+    for name in ("inside_ratio", "outside_ratio"):
+        ratio = getattr(pruning, name)
+        if ratio is None:
+            continue
+        if not (ratio >= 1 and isfinite(ratio)):
+            raise BadInput("must be at least 1, in visual tokens per kept one", field=name, value=ratio)
+        if pruning.plc == "off":
+            raise BadInput("only with `plc=pool` or `plc=trained`", field=name)
+        if pruning.share_budget or pruning.region == "none" or not pruning.method.takes_region:
+            raise BadInput("needs a region; leave out what takes it away", field=name)
+    if pruning.inside_ratio and pruning.outside_ratio and pruning.inside_ratio > pruning.outside_ratio:
+        raise BadInput("must not be above `outside_ratio`", field="inside_ratio", value=pruning.inside_ratio)
+
+
 def check_pin(pruning: Pruning) -> None:
-    """Raises BadInput where what is kept depends on more than the query, so that no turn can decide for others."""
+    """Raises BadInput for a pruning whose kept tokens a conversation can't reuse for later turns (`chat --pin`).
+
+    These are prunings by which what is kept depends on more than the query.
+    """
     if pruning.method.inner:
         reason = f"not with `method={pruning.method.name}`, which chooses anew for every prompt; leave one of them out"
         raise BadInput(reason, field="pin")
@@ -249,14 +270,17 @@ def check_pin(pruning: Pruning) -> None:
         raise BadInput("not with `ilp`, where tokens leave as each prompt goes through the layers", field="pin")
 
 
-def parse_pairs(pairs: Iterable[str], setting: str) -> dict[str, Any]:
-    """Options that are texts NAME=VALUE. Raises BadInput, with the setting that they are of, where one is not."""
+def parse_pairs(pairs: Iterable[str], setting: str, texts: Collection[str] = ()) -> dict[str, Any]:
+    """Options that are texts NAME=VALUE, the values as JSON, but those of the names in `texts` as texts.
+
+    Raises BadInput, with the setting that they are of, where one is no such text.
+    """
     options = {}
     for pair in pairs:
         name, equals, value = str(pair).partition("=")
         if not equals:
             raise BadInput("not NAME=VALUE", field=setting, value=pair)
-        options[name] = _from_text(value)
+        options[name] = _as_text(value) if name in texts else _from_text(value)
     return options
 
 
@@ -330,6 +354,12 @@ def _finite(text: str) -> float:
     if not isfinite(number := float(text)):
         raise ValueError(f"{text} is no JSON")
     return number
+
+
+def _as_text(value: Any) -> Any:
+    """A value as it stands, or the text that it is as JSON: an option that is a text may be 3, 2,4 or "2,4"."""
+    read = _from_text(value)
+    return read if isinstance(read, str) else value
 
 
 def _check_region(method: str, literal: bool, named: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from gridprune_cli.pruning.methods import RULES
 from gridprune_cli.pruning.schedule import LayerSchedule
 from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, Box, View
 
-SCHEMA = 4  # of a pruned set's file; an encoded image's is `cache.layout.SCHEMA`, which the cache checks
+SCHEMA = 5  # of a pruned set's file; an encoded image's is `cache.layout.SCHEMA`, which the cache checks
 
 _DTYPES = {
     torch.float64: "F64",

@@ -342,7 +342,7 @@ def hivtp(signals, k, method):
     def up(length, side):
         return -(-length // side)
 
-    regions = blocks(lambda view: [up(length, up(length, method.regions)) for length in (view.rows, view.cols)])
+    regions = blocks(lambda view: [min(length, method.regions) for length in (view.rows, view.cols)])
     budgets = shared(
         [1] * len(regions), [len(region) for region in regions], max(1, math.floor(method.global_share * k))
     )

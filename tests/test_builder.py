@@ -53,7 +53,7 @@ def test_a_saved_prefix_answers_as_the_whole_prompt_does(pipeline, noise, count)
         saved = pipeline.prune(images, QUESTION, pruning, with_prefix=True)
         data = saved.to_bytes()
         header, tensors = files.decode(data)
-        assert "image_embeds" not in tensors and len(saved.image_embeds) == 0 and header["schema"] == 4
+        assert "image_embeds" not in tensors and len(saved.image_embeds) == 0 and header["schema"] == 5
         again = PrunedSet.from_bytes(data, "x")
         assert again.to_bytes() == data and again.to_json() == whole.to_json()
         assert all(torch.equal(getattr(again.prefix, name), getattr(saved.prefix, name)) for name in vars(saved.prefix))

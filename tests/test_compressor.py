@@ -79,7 +79,7 @@ def test_it_comes_back_from_disk_in_16_bit(trained, tmp_path):
         assert loaded.dtype == torch.float32 and torch.equal(saved.bfloat16().float(), loaded), name
 
 
-@pytest.mark.parametrize("spoil", ["cut", "renamed"])
+@pytest.mark.parametrize("spoil", ["cut", "renamed", "flat"])
 def test_a_broken_one_is_named_in_one_line(trained, tmp_path, spoil):
     from safetensors.torch import load_file, save_file
 
@@ -87,6 +87,8 @@ def test_a_broken_one_is_named_in_one_line(trained, tmp_path, spoil):
     path = tmp_path / FILE
     if spoil == "cut":
         path.write_bytes(path.read_bytes()[:-9])
+    elif spoil == "flat":
+        save_file({name: weight.flatten() for name, weight in load_file(path).items()}, path)
     else:
         save_file({f"{name}x": weight for name, weight in load_file(path).items()}, path)
     with pytest.raises(GridpruneError, match=r"compressor/model\.safetensors: can't be loaded") as caught:

@@ -20,11 +20,11 @@ from gridprune_cli.pruning.region import inside
 from gridprune_cli.pruning.schedule import (
     Attention,
     LayerSignals,
-    OwnAttention,
     Region,
     RegionAttention,
     Rule,
     Stage,
+    StageAttention,
     plan,
 )
 from gridprune_cli.settings import Pruning
@@ -297,7 +297,7 @@ def test_pyramiddrop_ranks_by_the_layer_ahead(pipeline, attention, noise):
     layer = last(pipeline)
     pruned = prune(pipeline, [noise((210, 170))], Pruning(keep=0.3, method=make_method("fastv", layer=layer)))
     (stage,) = pruned.schedule.stages
-    pruned = replace(pruned, schedule=replace(pruned.schedule, stages=(replace(stage, rule=OwnAttention()),)))
+    pruned = replace(pruned, schedule=replace(pruned.schedule, stages=(replace(stage, rule=StageAttention()),)))
     row = eager_rows(pipeline, replace(pruned, schedule=None), layer)
     check(pipeline, pruned, {layer: highest(pipeline, pruned, row, stage.budgets[0])})
 

@@ -63,6 +63,7 @@ MATRIX = [
     ("hiprune", {"alpha": 1.0}, slow.hiprune),
     ("hivtp", {}, slow.hivtp),
     ("hivtp", {"global_share": 0.0, "regions": 3, "window": 4}, slow.hivtp),
+    ("hivtp", {"global_share": 0.8, "regions": 5}, slow.hivtp),
     ("fopru", {}, slow.fopru),
     ("fopru", {"strategy": "row"}, slow.fopru),
     ("vflowopt", {}, slow.vflowopt),
@@ -265,7 +266,7 @@ def test_pyramiddrop_halves_three_times_as_published():
     """576 tokens in 32 layers: 288 from layer 8, 144 from 16, 72 from 24 on; 270 in the mean, as the paper has it."""
     stages = make_method("pyramiddrop").stages([576], [72], range(1, 32))
     assert [(stage.layer, stage.budgets) for stage in stages] == [(8, (288,)), (16, (144,)), (24, (72,))]
-    assert {(stage.rule.name, stage.positions) for stage in stages} == {("own-attention", "compact")}
+    assert {(stage.rule.name, stage.positions) for stage in stages} == {("stage-attention", "compact")}
     assert sum(plan(stages, [576], 32).tokens) / 32 == 270
 
 
@@ -480,7 +481,7 @@ def test_rules_pick_by_attention():
     within = torch.tensor([False, True, False, True, False])
     layer_signals = LayerSignals(torch.arange(5), within, attention=torch.tensor([0.4, 0.1, 0.2, 0.0, 0.2]))
     assert RULES["attention"]().select(layer_signals, 2).tolist() == [0, 2]
-    assert RULES["own-attention"]().select(layer_signals, 0).tolist() == []
+    assert RULES["stage-attention"]().select(layer_signals, 0).tolist() == []
     assert RULES["region"]().select(layer_signals, 2).tolist() == [1, 3]
     assert [RULES["region-attention"]().select(layer_signals, k).tolist() for k in (1, 2, 4)] == [
         [1],
@@ -562,6 +563,7 @@ def test_unknown_names_and_options_name_the_known_ones():
         ("vflowopt", "recycled_share", -1.0),
         ("vflowopt", "cell", 0),
         ("rate", "oversampling", -1),
+        ("rate", "seed", 2**63),
         # of another kind than the option
         ("gridprune", "zone", 2.5),
         ("gridprune", "alpha", "0.5"),

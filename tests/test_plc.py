@@ -112,6 +112,7 @@ def test_ratios_split_the_budget(llava, noise):
     assert kept(tokens=5, inside_ratio=2.0) == (2, 3, {"inside": 2.0, "outside": 4.0})
     assert kept(tokens=5, outside_ratio=12.0) == (4, 1, {"inside": 1.0, "outside": 12.0})
     assert kept(tokens=5, inside_ratio=1.0, outside_ratio=3.0) == (4, 4, {"inside": 1.0, "outside": 3.0})
+    assert kept(tokens=17, inside_ratio=1.0, outside_ratio=3.0) == kept(inside_ratio=1.0, outside_ratio=3.0)  # of 16
     assert kept(tokens=8, inside_ratio=4.0) == (2, 6, {"inside": 2.0, "outside": 2.0})  # never more than outside
     by_method = {"inside": pytest.approx(4 / 3, abs=0.01), "outside": 6.0}  # the method's own split
     assert kept(tokens=5) == (3, 2, by_method)
@@ -181,6 +182,18 @@ def test_trained_rows_are_what_the_compressor_makes_of_pooled_ones(with_compress
     assert generate(pipeline.family, [again], 6)[0].ids == generate(pipeline.family, [pruned], 6)[0].ids
 
 
+def test_a_compressor_of_cosines_on_other_relevance_is_a_remark(with_compressor, noise):
+    pipeline, _ = with_compressor
+    other = Pipeline(pipeline.model, dtype="float32", relevance="attention")
+    remark = (
+        "compressors are trained on relevance from CLIP, and here it comes from attention; compare `plc=trained` with "
+        "`plc=pool`"
+    )
+    for asking, plc, expected in ((pipeline, "trained", ()), (other, "pool", ()), (other, "trained", (remark,))):
+        (encoded,) = asking.encoder.encode([noise((224, 224))])
+        assert asking.prune(encoded, QUESTION, Pruning(plc=plc)).notes == expected
+
+
 def test_a_compressor_leaves_the_fingerprint_of_the_language_model(with_compressor, llava):
     assert with_compressor[0].family.fingerprint == llava.family.fingerprint
 
@@ -190,5 +203,5 @@ def test_a_set_of_an_older_schema_is_refused_with_what_to_do(llava, noise):
 
     header, tensors = files.decode(llava.prune(llava.encoder.encode([noise((100, 80))])[0], QUESTION).to_bytes())
     header = {k: v for k, v in header.items() if k not in ("plc", "tensors", "digest")} | {"schema": 1}
-    with pytest.raises(BadInput, match=r"^x: its schema is 1, and this version reads 4; prune again, with .*$"):
+    with pytest.raises(BadInput, match=r"^x: its schema is 1, and this version reads 5; prune again, with .*$"):
         PrunedSet.from_bytes(files.encode(tensors, header), "x")

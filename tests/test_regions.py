@@ -17,7 +17,6 @@ from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput
 from gridprune_cli.images import Picture
 from gridprune_cli.pipeline import Pipeline
-from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.pruning.region import contextual_region
 from gridprune_cli.regions import ALL_TOKENS, TEMPLATE, read_answer
 from gridprune_cli.runners import local
@@ -197,19 +196,14 @@ def test_a_localiser_sees_the_picture_that_was_encoded(pipeline, image, tmp_path
 
 
 def test_nobody_is_asked_where_no_region_is_to_be_found(pipeline, image):
-    for pruning in (
-        Pruning(),
-        Pruning(localizer="vlm", region="none"),
-        Pruning(localizer="vlm", region=(0, 0, 3, 3)),
-        Pruning(localizer="vlm", method=make_method("uniform")),
-    ):
-        assert pipeline.localizers.find(pruning) is None
+    assert pipeline.localizers.find(Pruning()) is None
+    assert pipeline.localizers.find(Pruning(localizer="vlm", share_budget=True), images=2) is None
 
 
 def test_settings_that_cannot_be(pipeline, image):
     encoded, _ = pipeline.encode(image)
     with pytest.raises(BadInput, match="localizer_template: needs"):
-        Pruning(localizer_template="Where?")
+        Pruning(localizer="vlm", localizer_template="Where?")
     with pytest.raises(BadInput, match="give the file of"):
         pipeline.prune(replace(encoded, source=None), QUESTION, BARE)
     with pytest.raises(BadInput, match=r"localizer=vlm: .*FOLDER"):

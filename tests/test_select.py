@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gridprune_cli.pruning.select import best_by_zone, best_diverse, best_spaced, top, top_by_zone
+from gridprune_cli.pruning.select import best_by_zone, greedy_dpp, soft_nms, top, top_by_zone
 from gridprune_cli.pruning.signals import View
 from gridprune_cli.pruning.similarity import LazyCosines
 
@@ -74,7 +74,7 @@ def test_a_token_lowers_those_near_it_in_its_own_view():
     views = (View(1, 4), View(1, 2))
     score = torch.tensor([[9.0, 8.0, 1.0, 4.0, 7.0, 0.0], [9.0, 8.0, 1.0, 4.0, 7.0, 0.0]], dtype=torch.float64)
     zone, limits = torch.zeros(2, 6, dtype=torch.long), torch.tensor([[6], [6]])
-    stays = best_spaced(score, zone, limits, torch.tensor([[1], [3]]), views, 1.0)
+    stays = soft_nms(score, zone, limits, torch.tensor([[1], [3]]), views, 1.0)
     # beside the first token 8/9 becomes 0.35, below the 4/9 three tokens away; the other view's 7/9 stays
     assert [of_question.nonzero()[:, 0].tolist() for of_question in stays] == [[0], [0, 3, 4]]
 
@@ -82,36 +82,36 @@ def test_a_token_lowers_those_near_it_in_its_own_view():
 def test_spaced_tokens_are_limited_by_zone_and_by_group():
     score = torch.tensor([[9.0, 8.0, 7.0, 6.0, 5.0, 4.0]], dtype=torch.float64)
     zone = torch.tensor([[0, 0, 1, 2, 2, 3]])  # zones 0 and 1 are the first group, 2 and 3 the second
-    stays = best_spaced(score, zone, torch.tensor([[1, 1, 2, 1]]), torch.tensor([[2, 1]]), (View(1, 6),), 0.1)
+    stays = soft_nms(score, zone, torch.tensor([[1, 1, 2, 1]]), torch.tensor([[2, 1]]), (View(1, 6),), 0.1)
     assert stays.nonzero()[:, 1].tolist() == [0, 2, 3]
 
 
 def test_where_all_scores_are_equal_spaced_tokens_are_apart():
     score, zone = torch.zeros(1, 9, dtype=torch.float64), torch.zeros(1, 9, dtype=torch.long)
-    stays = best_spaced(score, zone, torch.tensor([[9]]), torch.tensor([[3]]), (View(1, 9),), 2.0)
+    stays = soft_nms(score, zone, torch.tensor([[9]]), torch.tensor([[3]]), (View(1, 9),), 2.0)
     assert stays.nonzero()[:, 1].tolist() == [0, 4, 8]
 
 
-def best_diverse_of(weight, vectors, rest=(0.0,) * 4, zone=(0,) * 4, limits=(4,), quotas=(4,), *, k):
+def greedy_dpp_of(weight, vectors, rest=(0.0,) * 4, zone=(0,) * 4, limits=(4,), quotas=(4,), *, k):
     likeness = LazyCosines(torch.tensor(vectors))
     limited = [torch.tensor(values) for values in (rest, zone, limits, quotas)]
-    return best_diverse(torch.tensor(weight, dtype=torch.float64), likeness, *limited, k).nonzero()[:, 0].tolist()
+    return greedy_dpp(torch.tensor(weight, dtype=torch.float64), likeness, *limited, k).nonzero()[:, 0].tolist()
 
 
 VECTORS = [[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]  # the first, the second and the last span nearly the same
 
 
 def test_a_token_that_is_like_a_taken_one_adds_little():
-    assert best_diverse_of([1.0, 0.9, 0.1, 0.9], VECTORS, k=2) == [0, 2]
-    assert best_diverse_of([1.0, 0.9, 0.0001, 0.9], VECTORS, k=2) == [0, 1]
+    assert greedy_dpp_of([1.0, 0.9, 0.1, 0.9], VECTORS, k=2) == [0, 2]
+    assert greedy_dpp_of([1.0, 0.9, 0.0001, 0.9], VECTORS, k=2) == [0, 1]
 
 
 def test_where_no_token_adds_anything_the_rest_decides():
-    assert best_diverse_of([1.0, 0.0, 0.0, 0.9], VECTORS, (0.0, 2.0, 3.0, 1.0), k=2) == [0, 2]
-    assert best_diverse_of([1.0, 0.0, 0.0, 0.9], VECTORS, (0.0, 2.0, 3.0, 1.0), k=3) == [0, 1, 2]
+    assert greedy_dpp_of([1.0, 0.0, 0.0, 0.9], VECTORS, (0.0, 2.0, 3.0, 1.0), k=2) == [0, 2]
+    assert greedy_dpp_of([1.0, 0.0, 0.0, 0.9], VECTORS, (0.0, 2.0, 3.0, 1.0), k=3) == [0, 1, 2]
 
 
 def test_unlike_tokens_are_limited_by_zone_and_by_group():
     zone, limits = (0, 0, 1, 3), (1, 1, 2, 1)  # zones 0 and 1 are the first group, 2 and 3 the second
-    assert best_diverse_of([1.0, 0.9, 0.1, 0.2], VECTORS, zone=zone, limits=limits, quotas=(2, 1), k=3) == [0, 2, 3]
-    assert best_diverse_of([0.5, 0.9, 0.6, 0.2], VECTORS, zone=zone, limits=limits, quotas=(1, 1), k=2) == [1, 3]
+    assert greedy_dpp_of([1.0, 0.9, 0.1, 0.2], VECTORS, zone=zone, limits=limits, quotas=(2, 1), k=3) == [0, 2, 3]
+    assert greedy_dpp_of([0.5, 0.9, 0.6, 0.2], VECTORS, zone=zone, limits=limits, quotas=(1, 1), k=2) == [1, 3]

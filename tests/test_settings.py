@@ -22,6 +22,9 @@ from gridprune_cli.settings import Pruning, parse_pairs
         ({"ilp": 0.05, "plc": "pool", "inside_ratio": "2"}, Pruning(ilp=0.05, plc="pool", inside_ratio=2.0)),
         ({"method": "fastv", "layer": "1"}, Pruning(method=make_method("fastv", layer=1))),
         ({"method_option": ["zone=2", "alpha=0.5"]}, Pruning(method=make_method("gridprune", zone=2, alpha=0.5))),
+        ({"method": "btp", "method_option": ["layers=3"]}, Pruning(method=make_method("btp", layers="3"))),
+        ({"method": "btp", "method_option": ['layers="2,3"']}, Pruning(method=make_method("btp", layers="2,3"))),
+        ({"method": "btp", "layers": "3"}, Pruning(method=make_method("btp", layers="3"))),
         ({"method_option": {"zone": 2}, "alpha": 0.5}, Pruning(method=make_method("gridprune", zone=2, alpha=0.5))),
         (
             {"literal": True, "method_option": ["alpha=0.5"]},
@@ -63,6 +66,14 @@ def test_options_as_texts_and_as_values(options, pruning):
         ({"literal": True, "region": "auto"}, "region: not with `literal`"),
         ({"localizer": "vlm", "region": "0,0,1,1"}, "localizer=vlm: only for `method=gridprune` with `region=auto`"),
         ({"localizer_template": "{question}"}, "localizer_template: only with a `localizer` that is a model"),
+        (
+            {"localizer": "vlm", "literal": True},
+            "localizer=vlm: only for `method=gridprune` .*, and not `literal`",
+        ),
+        ({"localizer": "vlm", "method": "trim"}, "localizer=vlm: only for `method=gridprune`"),
+        ({"positions": "compact", "method": "vtw"}, "positions=compact: not with `method=vtw`, whose stages say how"),
+        ({"plc": "pool", "method": "visionzip"}, "plc=pool: not with `method=visionzip`, which merges"),
+        ({"plc": "pool", "method": "trim"}, "plc=pool: not with `method=trim`, which merges"),
         ({"positions": "x"}, "positions=x: not one of original, compact"),
         ({"inside_ratio": "0.5", "plc": "pool"}, "inside_ratio=0.5: must be at least 1"),
     ],
@@ -72,7 +83,22 @@ def test_what_can_not_be_names_its_setting(options, line):
         Pruning.from_options(options)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"localizer": "vlm", "region": "none"},
+        {"localizer": "vlm", "region": (0, 0, 3, 3)},
+        {"localizer": "vlm", "method": make_method("divprune")},
+        {"localizer_template": "{question}"},
+    ],
+)
+def test_a_localizer_needs_a_region_to_find_from_python_too(settings):
+    with pytest.raises(BadInput, match=r"^localizer(=vlm: only for|_template: only with)"):
+        Pruning(**settings)
+
+
 def test_pairs():
+    assert parse_pairs(["a=1", "b=1"], "method_option", {"b"}) == {"a": 1, "b": "1"}
     assert parse_pairs(["a=1", "b=x=y", "c=[1]", "d="], "generation") == {"a": 1, "b": "x=y", "c": [1], "d": ""}
     no_json = {"a": "NaN", "b": "[-Infinity]", "c": "1e999"}  # nor can any of it be sent to a server
     assert parse_pairs([f"{name}={text}" for name, text in no_json.items()], "generation") == no_json

@@ -55,7 +55,7 @@ def test_rows_computed_when_they_are_asked_for_are_those_of_the_whole(count, wid
     whole, lazy = cosines(vectors), LazyCosines(vectors)
     lazy._all_at_once = all_at_once  # as on a GPU
     others = whole.clone().fill_diagonal_(-torch.inf).amax(1)
-    assert lazy.least_alike() == int(others.argmin())
+    assert lazy.least_similar() == int(others.argmin())
     assert torch.equal(lazy.of_each_with_itself(), whole.diagonal())
     score = torch.rand(count, generator=generator)
     score[::3] = -torch.inf
@@ -67,7 +67,7 @@ def test_few_rows_are_computed_where_each_token_has_others_like_it():
     vectors = noise(20, 8).repeat_interleave(20, 0) + 0.01 * noise(400, 8, seed=1)
     vectors[77] = -vectors[77]
     lazy = LazyCosines(vectors)
-    assert lazy.least_alike() == int(cosines(vectors).fill_diagonal_(-torch.inf).amax(1).argmin())
+    assert lazy.least_similar() == int(cosines(vectors).fill_diagonal_(-torch.inf).amax(1).argmin())
     assert len(lazy._computed) <= 200
 
 

@@ -141,7 +141,7 @@ def of_schema(schema, data):
         (lambda data: b"", "not a pruned set"),
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "not a pruned set"),
         (lambda data: encoded_image(torch.float32).to_bytes(), "it holds something else"),
-        (lambda data: of_schema(3, data), "its schema is 3, and this version reads 4; prune again"),
+        (lambda data: of_schema(4, data), "its schema is 4, and this version reads 5; prune again"),
         (lambda data: of_schema("9\n" * 99, data), "its schema is '9.*; prune again"),
         (
             lambda data: dataclasses.replace(pruned_set(), image_embeds=torch.zeros(1, 4)).to_bytes(),
@@ -207,7 +207,7 @@ def test_a_pruned_set_of_no_sense_is_refused(what):
     data = changed(staged_set().to_bytes(), PRUNED_FAULTS[what])
     with pytest.raises(BadInput) as caught:
         PrunedSet.from_bytes(data, "x.safetensors")
-    reason = "its schema is 9, and this version reads 4" if what == "another schema" else "not a pruned set ("
+    reason = "its schema is 9, and this version reads 5" if what == "another schema" else "not a pruned set ("
     assert str(caught.value).startswith(f"x.safetensors: {reason}")
     assert "\n" not in str(caught.value)
 

@@ -231,7 +231,7 @@ def test_what_vllm_cant_do_is_refused_before_any_work(run, stub, questions, tiny
     compact = ("--positions", "compact")
     assert "--positions original: vLLM numbers tokens without gaps; take --positions compact" in fails(*there)
     assert "--ilp 0.5: prunes inside the language model" in fails(*there, *compact, "--ilp", 0.5)
-    assert "--method fastv: prunes inside" in fails(*there, *compact, "--method", "fastv")
+    assert "--method fastv: prunes inside" in fails(*there, "--method", "fastv")
     assert "--generation top_p: vLLM answers greedily" in fails(*there, *compact, "--generation", "top_p=0.9")
     assert "--engine vllm: needs --server" in fails("--engine", "vllm")
     assert "--engine vllm: needs --server" in fails(*there, "--no-server")

@@ -28,11 +28,10 @@ def allocate(weights: Tensor, caps: Tensor, k: int | Tensor) -> Tensor:
 
 
 def allocate_by_logits(logits: Tensor, caps: Tensor, k: int | Tensor) -> Tensor:
-    """`allocate` in proportion to the softmax of `logits` (..., Z): of two zones, however far apart, the lower counts.
+    """`allocate` with `softmax(logits)` as weights, logits (..., Z).
 
-    The softmax itself would underflow at low temperatures, and then forget which of two small shares is the larger.
-    A logit of minus infinity stands for the weight 0. Raises ValueError as `allocate`, and where a logit is not a
-    number or is infinite.
+    It is computed so that zones whose softmax underflows still differ once the others are full. A logit of minus
+    infinity stands for the weight 0. Raises ValueError as `allocate`, and where a logit is not a number or is infinite.
     """
     logits, caps, k = logits.double(), caps.long(), torch.as_tensor(k)
     room = caps.sum(-1)

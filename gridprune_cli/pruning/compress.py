@@ -1,8 +1,9 @@
 """Compression before the language model, after CROP's PLC (arXiv 2505.21233).
 
 CROP compresses what lies inside the contextual region at one ratio and what lies outside at a higher one, and keeps
-tokens of the region as anchors; it publishes no formula. Ours: inside, kept tokens stay as they are. Outside, each kept
-token is the anchor of a cell, the tokens nearer to it than to any other, and its features become those of the cell.
+tokens of the region as anchors; a formula is in nothing that was read of it. Ours: inside, kept tokens stay as they
+are. Outside, each kept token is the anchor of a cell, the tokens nearer to it than to any other, and its features
+become those of the cell.
 """
 
 from math import floor

@@ -101,10 +101,10 @@ class Attention(Rule):
 
 
 @dataclass(frozen=True)
-class OwnAttention(Attention):
+class StageAttention(Attention):
     """The highest attention of the stage's own layer, measured ahead of it: PyramidDrop (arXiv 2410.17247)."""
 
-    name: ClassVar[str] = "own-attention"
+    name: ClassVar[str] = "stage-attention"
     attention: ClassVar[int | None] = 0
 
 
@@ -122,7 +122,8 @@ class Region(Rule):
 class RegionAttention(Rule):
     """What is inside the region first, then what is outside, each by the highest attention of the layer before.
 
-    After CROP, which names neither a budget nor what happens where the region has another number of tokens: ours.
+    After CROP. A budget, and what happens where the region has another number of tokens, are in nothing that was read
+    of it: ours.
     """
 
     name: ClassVar[str] = "region-attention"

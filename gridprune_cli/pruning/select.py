@@ -1,4 +1,4 @@
-"""The tokens with the highest scores, over all and per zone, those apart from each other, and those unlike each other.
+"""The tokens of the highest scores, over all and per zone; soft non-maximum suppression; greedy DPP MAP inference.
 
 Ties go to the lower index.
 """
@@ -44,7 +44,7 @@ def best_by_zone(score: Tensor, zone: Tensor, budgets: Tensor) -> Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, by_zone, places < limits)
 
 
-def best_spaced(
+def soft_nms(
     score: Tensor, zone: Tensor, limits: Tensor, quotas: Tensor, views: Sequence[View], spacing: float
 ) -> Tensor:
     """(B, N) bool, what stays: the best tokens one by one, each lowering the scores around it.
@@ -99,19 +99,20 @@ def _spacing_factors(view: View, spacing: float) -> np.ndarray:
     return np.round(factors * GRAIN) / GRAIN
 
 
-def best_diverse(
-    weight: Tensor, likeness: LazyCosines, rest: Tensor, zone: Tensor, limits: Tensor, quotas: Tensor, k: int
+def greedy_dpp(
+    weight: Tensor, similarity: LazyCosines, rest: Tensor, zone: Tensor, limits: Tensor, quotas: Tensor, k: int
 ) -> Tensor:
-    """(N,) bool, the k tokens that stay: one by one the one whose weight is high and that is unlike those before it.
+    """(N,) bool, the k tokens that stay: greedy MAP inference of a determinantal point process (DPP), within budgets.
 
-    With L_ij = sqrt(weight_i) * cos(i, j) * sqrt(weight_j), the next is argmax_j det(L of taken and j) / det(L of
-    taken). That is `weight_j` times the squared part of unit vector j that no taken one spans, and is found by a
-    Cholesky factor that grows by a row per token. Where that is 0 for all tokens, the highest of `rest` comes next.
+    One by one comes the token whose weight is high and that is unlike those before it: with the kernel
+    L_ij = sqrt(weight_i) * cos(i, j) * sqrt(weight_j), the next is argmax_j det(L of taken and j) / det(L of taken).
+    That is `weight_j` times the squared part of unit vector j that no taken one spans, and is found by a Cholesky
+    factor that grows by a row per token. Where that is 0 for all tokens, the highest of `rest` comes next.
 
     weight (N,) float64 >= 0, rest (N,), zone (N,) int64 in 0..H*Z-1, limits (H*Z,): how many tokens are taken of each
     zone at most, quotas (H,): and how many of each group of Z zones. Together they must leave room for k.
     """
-    left = likeness.of_each_with_itself()
+    left = similarity.of_each_with_itself()
     factor = torch.empty(k, len(left), dtype=torch.float64)
     taken = torch.zeros(len(left), dtype=torch.bool)
     group = zone // (len(limits) // len(quotas))  # (N,)
@@ -123,7 +124,7 @@ def best_diverse(
         if best > 0:
             # rounding noise must not decide between equal tokens
             token = int((gain >= best * (1 - 1e-9)).int().argmax())
-            row = likeness.of_token(token, gain) - factor[:step, token] @ factor[:step]
+            row = similarity.of_token(token, gain) - factor[:step, token] @ factor[:step]
             factor[step] = row / left[token].sqrt()
             left -= factor[step] ** 2
         else:  # from here on for good, since gains only fall: the factor is complete

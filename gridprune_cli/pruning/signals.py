@@ -41,10 +41,10 @@ class Signals:
     received_attention  (N,)    mean attention of all tokens of the tower to it, in the layer of the vision features
     middle_attention    (N,)    the same in a middle layer of the tower
     entropy             (N,)    of the picture's grey levels in the token's rectangle, in bits
-    importance          (N,)    how much a trained module says that it matters to the question, any number
+    importance          (N,)    score of CoViPAL's trained module, unbounded
     patch_lengths       (N,)    length of its patch in the common space of CLIP or SigLIP, before relevance makes it 1
     relevance_sign              what methods that leave the sign to the model multiply relevance with: -1 as published
-                                for CLIP's, 1 for that of the language model
+                                for CLIP's, 1 for SigLIP's, that of the language model, and "both"
     relevance_kind              what relevance comes from: "clip", "siglip", "attention", "both" or "words"
     """
 

@@ -1,4 +1,4 @@
-"""How alike tokens are, and greedy choices by it. All in float64, with sums that do not depend on their order."""
+"""Cosines of tokens, and greedy choices by them. All in float64, with sums that do not depend on their order."""
 
 from math import ceil, log2
 
@@ -66,7 +66,7 @@ class LazyCosines:
         """(N,) float64 on the CPU: 1, but 0 for a vector of zeros."""
         return _grained(self._length**2)
 
-    def least_alike(self) -> int:
+    def least_similar(self) -> int:
         """The token whose highest cosine with another token is the lowest, the first of equal ones.
 
         What a row says of one token bounds the highest cosine of all others, so that few rows are needed where tokens
@@ -77,10 +77,10 @@ class LazyCosines:
         complete = torch.zeros(count, dtype=torch.bool)
         tokens = torch.arange(0, count, -(-count // (2 * _ROWS)))  # from all over the image
         while len(tokens):
-            likeness = self.of_tokens(tokens)  # (n, N)
-            likeness[torch.arange(len(tokens)), tokens] = -torch.inf  # each is like itself
-            highest = torch.maximum(highest, likeness.amax(0))
-            highest[tokens] = likeness.amax(1)
+            similarity = self.of_tokens(tokens)  # (n, N)
+            similarity[torch.arange(len(tokens)), tokens] = -torch.inf  # each is similar to itself
+            highest = torch.maximum(highest, similarity.amax(0))
+            highest[tokens] = similarity.amax(1)
             complete[tokens] = True
             lowest = highest[complete].min()
             bound, tokens = highest.masked_fill(complete, torch.inf).topk(min(2 * _ROWS, count), largest=False)
@@ -116,18 +116,19 @@ def _gram(vectors: Tensor) -> Tensor:
     return product
 
 
-def cover(likeness: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
-    """Tokens that cover the rows of `likeness` (R, N) greedily: (k,) int64, in the order in which they are taken.
+def cover(similarity: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
+    """Tokens that cover the rows of `similarity` (R, N) greedily: (k,) int64, in the order in which they are taken.
 
-    Next comes, among tokens not yet taken, the j with the highest `weight_j * sum_r max(0, likeness_rj - best_r)`, ties
-    to the lower index. `best_r` is the highest likeness of a taken token to r, and 0 at first. weight (N,) >= 0.
+    Next comes, among tokens not yet taken, the j with the highest `weight_j * sum_r max(0, similarity_rj - best_r)`,
+    ties to the lower index: for equal weights, greedy facility location. `best_r` is the highest similarity of a taken
+    token to r, and 0 at first. weight (N,) >= 0.
 
-    After a choice only the rows that it covers better matter, since a gain is the sum of max(likeness_rj, best_r) less
-    that of best_r. The values must be such that float64 sums them exactly, as cosines and what `summable` gives, so
-    that the gains are the same as if they were summed anew each time.
+    After a choice only the rows that it covers better matter, since a gain is the sum of max(similarity_rj, best_r)
+    less that of best_r. The values must be such that float64 sums them exactly, as cosines and what `summable` gives,
+    so that the gains are the same as if they were summed anew each time.
     """
-    best = torch.zeros(len(likeness), dtype=torch.float64)
-    gain = torch.stack([strip.clamp(min=0).sum(0) for strip in likeness.split(_STRIP)]).sum(0)
+    best = torch.zeros(len(similarity), dtype=torch.float64)
+    gain = torch.stack([strip.clamp(min=0).sum(0) for strip in similarity.split(_STRIP)]).sum(0)
     weight = torch.ones_like(gain) if weight is None else weight
     taken = torch.zeros_like(gain)
     order = torch.empty(k, dtype=torch.long)
@@ -135,10 +136,10 @@ def cover(likeness: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
         token = (gain * weight + taken).argmax()
         taken[token] = -torch.inf
         order[step] = token
-        column = likeness[:, token]
+        column = similarity[:, token]
         better = (column > best).nonzero()[:, 0]
         old, new = best[better], column[better]
-        lost = likeness.index_select(0, better)  # what the other tokens no longer add
+        lost = similarity.index_select(0, better)  # what the other tokens no longer add
         torch.maximum(lost, old[:, None], out=lost)
         torch.minimum(lost, new[:, None], out=lost)
         gain -= lost.sum(0) - old.sum()

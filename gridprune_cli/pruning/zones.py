@@ -48,7 +48,7 @@ def zone_index(views: tuple[View, ...], size: int | tuple[int, int]) -> tuple[Te
     zones = Zones(tuple(views), grids)
     numbers, first = [], 0
     for view, (rows, cols) in zip(views, grids, strict=True):
-        row, col = _zone_along(view.rows, rows), _zone_along(view.cols, cols)
+        row, col = zone_along(view.rows, rows), zone_along(view.cols, cols)
         numbers.append((first + row[:, None] * cols + col).flatten())
         first += rows * cols
     return torch.cat(numbers), zones
@@ -59,6 +59,6 @@ def _borders(length: int, zones: int) -> list[tuple[int, int]]:
     return [(i * length // zones, (i + 1) * length // zones) for i in range(zones)]
 
 
-def _zone_along(length: int, zones: int) -> Tensor:
+def zone_along(length: int, zones: int) -> Tensor:
     """(length,) the zone of each position along one side: `_borders` solved for i."""
     return (torch.arange(1, length + 1) * zones - 1) // length

@@ -5,8 +5,8 @@
 A is the attention of head h and text token t to visual token i in the last of the `relevance_depth` first layers, t all
 tokens behind the last image, with the end of the chat prompt, which collects what the answer needs. c is the attention
 below which all but one in a hundred tokens are, so that the few *sinks* that large models attend to whatever is asked
-(arXiv 2503.03321) don't set the scale. GridPrune (arXiv 2511.10081) does not say what it does for towers without a text
-tower; this is ours. Chosen on tuning seeds of the synthetic scenes, see docs/method.md.
+(arXiv 2503.03321) don't set the scale. What GridPrune (arXiv 2511.10081) does for towers without a text tower is in
+nothing that was read of it; this is ours. Chosen on tuning seeds of the synthetic scenes, see docs/method.md.
 """
 
 from collections.abc import Callable, Sequence

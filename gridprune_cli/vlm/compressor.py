@@ -5,24 +5,19 @@ cross-attention, at all tokens on its own side of the region's border. The query
 features; one outside has a learnable query on top of that. CROP's layers and sizes were not read; these are ours.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gridprune_cli.errors import GridpruneError
+from gridprune_cli.vlm.trained import load_trained, save_trained
 
 FILE = "compressor/model.safetensors"  # in a folder of its own: engines read every file of weights beside a checkpoint
 HEAD = 32  # width of an attention head; with QUERIES ours, since CROP's were not read
 QUERIES = 16  # learnable ones
 
-M = TypeVar("M", bound=nn.Module)
-_RELEVANCE_SCALE = 10.0  # relevance is a cosine; times this it is about as large as normed features are
+_RELEVANCE_SCALE = 10.0  # it is trained on CLIP's cosines; times this they are about as large as normed features are
 
 
 class Compressor(nn.Module):
@@ -70,31 +65,9 @@ class Compressor(nn.Module):
 
 def save_compressor(compressor: Compressor, folder: Path) -> None:
     """Writes it beside a checkpoint, in bfloat16."""
-    save_beside(compressor, folder / FILE)
+    save_trained(compressor, folder / FILE)
 
 
 def load_compressor(folder: Path) -> Compressor:
     """The compressor beside a checkpoint, in float32 on the CPU. Raises GridpruneError where it can't be read."""
-    return load_beside(lambda weights: Compressor(weights["queries"].shape[1]), folder / FILE)
-
-
-def save_beside(module: nn.Module, path: Path) -> None:
-    """Writes a trained module of a checkpoint, in bfloat16, in a folder of its own."""
-    weights = {name: weight.detach().to("cpu", torch.bfloat16) for name, weight in module.state_dict().items()}
-    path.parent.mkdir(exist_ok=True)
-    save_file(weights, path, {"format": "pt"})
-
-
-def load_beside(build: Callable[[dict[str, Tensor]], M], path: Path) -> M:
-    """What `save_beside` wrote, in float32 on the CPU; `build` makes the module of the sizes of its weights.
-
-    Raises GridpruneError where it can't be read.
-    """
-    try:
-        weights = load_file(path)
-        module = build(weights)
-        module.load_state_dict(weights)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as fault:
-        first = (str(fault).splitlines() or [""])[0]
-        raise GridpruneError(f"can't be loaded ({first}); fetch it again", place=str(path)) from fault
-    return module.float().eval()
+    return load_trained(lambda weights: Compressor(weights["queries"].shape[1]), folder / FILE)

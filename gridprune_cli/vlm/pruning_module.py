@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gridprune_cli.vlm.compressor import load_beside, save_beside
+from gridprune_cli.vlm.trained import load_trained, save_trained
 
 FILE = "covipal/model.safetensors"  # in a folder of its own: engines read every file of weights beside a checkpoint
 WIDTH = 96  # W, of what visual tokens and questions meet in; ours
@@ -54,9 +54,9 @@ class PruningModule(nn.Module):
 
 def save_pruning_module(module: PruningModule, folder: Path) -> None:
     """Writes it beside a checkpoint, in bfloat16."""
-    save_beside(module, folder / FILE)
+    save_trained(module, folder / FILE)
 
 
 def load_pruning_module(folder: Path) -> PruningModule:
     """The module beside a checkpoint, in float32 on the CPU. Raises GridpruneError where it can't be read."""
-    return load_beside(lambda weights: PruningModule(weights["image.weight"].shape[1]), folder / FILE)
+    return load_trained(lambda weights: PruningModule(weights["image.weight"].shape[1]), folder / FILE)

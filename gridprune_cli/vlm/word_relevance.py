@@ -3,7 +3,7 @@
     r_i = mean_t cos( e_t, x_i )
 
 e_t are the language model's embeddings of the question's tokens, x_i the projected visual token. Only the embedding
-table is loaded. GridPrune (arXiv 2511.10081) does not say what it does for such models; this is ours.
+table is loaded. What GridPrune (arXiv 2511.10081) does for such models is in nothing that was read of it; this is ours.
 """
 
 import re

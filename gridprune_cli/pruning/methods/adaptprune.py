@@ -49,17 +49,17 @@ class Suppression(Rule):
             signals.tokens
         ]
         view, row, col, off_centre = coordinates.T
-        likeness = LazyCosines(signals.keys)
+        similarity = LazyCosines(signals.keys)
         score = _log(signals.attention.log() - off_centre / (2 * self.centre**2))
         taken = torch.zeros_like(score)
         for _ in range(k):
             token = int((score + taken).argmax())
             taken[token] = -torch.inf
-            unlike = 1 - likeness.of_token(token, score + taken)
+            dissimilarity = 1 - similarity.of_token(token, score + taken)
             square = (row - row[token]) ** 2 + (col - col[token]) ** 2
-            alike = square / self.sigma**2 + (unlike / self.likeness) ** 2
+            exponent = square / self.sigma**2 + (dissimilarity / self.likeness) ** 2
             near = (square <= self.radius**2) & (view == view[token])
-            score = (score + _log(torch.log1p(near * -torch.exp(-alike / 2)))).clamp(min=_LOG_ZERO)
+            score = (score + _log(torch.log1p(near * -torch.exp(-exponent / 2)))).clamp(min=_LOG_ZERO)
         return taken.isinf().nonzero()[:, 0]
 
 

@@ -154,6 +154,11 @@ def geometric_counts(count: int, k: int, stages: int) -> tuple[int, ...]:
     return (*before_last, k)
 
 
+def layers_at(depths: Sequence[float], layers: range) -> list[int]:
+    """The layer at each share of the model's depth, rounded, or the nearest of `layers`, at which tokens can leave."""
+    return [min(max(layers.start, floor(depth * layers.stop + 0.5)), layers.stop - 1) for depth in depths]
+
+
 def values(signals: Signals, name: str) -> Tensor:
     """A signal, (N,) float64 on the CPU: what is kept must not depend on the dtype's rounding or the device."""
     return signals.need(name).cpu().double()
@@ -178,7 +183,23 @@ def merge_matrix(
     return torch.sparse_coo_tensor(indices, weights, (len(kept), count), check_invariants=False).coalesce()
 
 
-def check_sign(sign: int) -> None:
-    """CLIP's patches can be *less* similar to what a question is about, so methods may turn relevance around."""
-    if sign not in (1, -1):
-        raise ValueError(f"relevance_sign must be 1 or -1, not {sign}")
+def min_max(numbers: Tensor) -> Tensor:
+    """Numbers (N,) brought linearly to 0..1; 0 where all are equal."""
+    low, high = numbers.aminmax()
+    return (numbers - low) / (high - low) if bool(high > low) else torch.zeros_like(numbers)
+
+
+def check_sign(sign: int, allowed: tuple[int, ...] = (1, -1)) -> None:
+    """CLIP's patches can be *less* similar to what a question is about, so methods may turn relevance around.
+
+    Raises ValueError where the sign is not one of those `allowed`.
+    """
+    if sign not in allowed:
+        *others, last = allowed
+        raise ValueError(f"relevance_sign must be {', '.join(map(str, others))} or {last}, not {sign}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError where the seed is none that torch takes."""
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be from -2^63 to 2^63 - 1, not {seed}")

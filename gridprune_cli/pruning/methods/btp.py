@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.methods.base import InnerMethod, geometric_counts
+from gridprune_cli.pruning.methods.base import InnerMethod, geometric_counts, layers_at
 from gridprune_cli.pruning.schedule import LayerSignals, Rule, Stage
 from gridprune_cli.pruning.select import top
 from gridprune_cli.pruning.signals import View
@@ -108,8 +108,7 @@ class BTP(InnerMethod):
     def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
         stage_layers = self._stage_layers()
         if not stage_layers:
-            places = (floor(stage / (STAGES + 1) * layers.stop + 0.5) for stage in range(1, STAGES + 1))
-            stage_layers = sorted({min(max(layers.start, place), layers.stop - 1) for place in places})
+            stage_layers = sorted(set(layers_at([stage / (STAGES + 1) for stage in range(1, STAGES + 1)], layers)))
         number = len(stage_layers)
         counts_after = [geometric_counts(n, k, number) for n, k in zip(counts, budgets, strict=True)]
         return tuple(

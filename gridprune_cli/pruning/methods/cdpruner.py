@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.methods.base import Method, signed_relevance
-from gridprune_cli.pruning.select import best_diverse
+from gridprune_cli.pruning.methods.base import Method, check_sign, signed_relevance
+from gridprune_cli.pruning.select import greedy_dpp
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.similarity import LazyCosines
 
@@ -34,14 +34,13 @@ class CDPruner(Method):
 
     def __post_init__(self) -> None:
         """Raises ValueError where the sign is not 1, -1 or 0."""
-        if self.relevance_sign not in (1, -1, 0):
-            raise ValueError(f"relevance_sign must be 1, -1 or 0, not {self.relevance_sign}")
+        check_sign(self.relevance_sign, allowed=(1, -1, 0))
 
     def select(self, signals: Signals, k: int) -> Tensor:
         relevance = signed_relevance(signals, self.relevance_sign)
         low, high = relevance.aminmax()
         quality = (relevance - low + 1e-6) / (high - low) if bool(high > low) else torch.ones_like(relevance)
-        likeness = LazyCosines(signals.need("image_embeds"))
+        similarity = LazyCosines(signals.need("image_embeds"))
         zone = torch.zeros(len(relevance), dtype=torch.long)
         one = torch.tensor([k])
-        return best_diverse(quality**2, likeness, relevance, zone, one, one, k).nonzero()[:, 0]
+        return greedy_dpp(quality**2, similarity, relevance, zone, one, one, k).nonzero()[:, 0]

@@ -43,9 +43,9 @@ class Duplication(Rule):
         stays[visual] = True
         pivots = torch.cat([signals.hidden_states[visual], signals.text_hidden_states[text]])
         quota, longer = divmod(k - len(visual), max(1, len(pivots)))
-        for number, likeness in enumerate(cosines(pivots, signals.hidden_states)):
-            least = likeness.masked_fill(stays, torch.inf).argsort(stable=True)
-            stays[least[: quota + (number < longer)]] = True
+        for number, similarity in enumerate(cosines(pivots, signals.hidden_states)):
+            least_similar = similarity.masked_fill(stays, torch.inf).argsort(stable=True)
+            stays[least_similar[: quota + (number < longer)]] = True
         return stays.nonzero()[:, 0]
 
 

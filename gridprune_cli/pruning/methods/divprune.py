@@ -27,12 +27,12 @@ class DivPrune(Method):
     requires: ClassVar[frozenset[str]] = frozenset({"image_embeds"})
 
     def select(self, signals: Signals, k: int) -> Tensor:
-        likeness = LazyCosines(signals.need("image_embeds"))
-        token = likeness.least_alike()
+        similarity = LazyCosines(signals.need("image_embeds"))
+        token = similarity.least_similar()
         kept = [token]
         nearest = torch.full((signals.count,), torch.inf, dtype=torch.float64)  # distance to the nearest taken token
         while len(kept) < k:
-            torch.minimum(nearest, 1 - likeness.of_token(token, nearest), out=nearest)
+            torch.minimum(nearest, 1 - similarity.of_token(token, nearest), out=nearest)
             nearest[kept] = -torch.inf
             token = int(nearest.argmax())
             kept.append(token)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gridprune_cli.pruning.budget import allocate, allocate_by_logits
 from gridprune_cli.pruning.methods.base import Method, check_sign, values
 from gridprune_cli.pruning.region import inside_each
-from gridprune_cli.pruning.select import best_by_zone, best_diverse, best_spaced
+from gridprune_cli.pruning.select import best_by_zone, greedy_dpp, soft_nms
 from gridprune_cli.pruning.signals import Signals, View
 from gridprune_cli.pruning.similarity import LazyCosines
 from gridprune_cli.pruning.zones import Zones, zone_index
@@ -20,7 +20,7 @@ SALIENCY_SCALES = ("minmax", "max", "rank", "none")
 FEW = ("auto", "unlike", "apart", "top")
 _SPACING = 2.0  # tokens, of "apart": how far around it a token lowers the others' scores; chosen on tuning scenes
 
-_COLDEST = 1e-300  # a temperature below which quotients overflow; at it, any difference of means decides already
+_MIN_TEMPERATURE = 1e-300  # below it quotients overflow; at it, any difference of means decides already
 
 LITERAL: dict[str, Any] = {"temperature": 1.0, "saliency_scale": "none", "few": "top"}
 """The options under which the published formulas are taken as they stand; signals then have no region."""
@@ -33,11 +33,12 @@ class GridPrune(Method):
     With fewer tokens to keep than there are zones, most of these budgets are 0 or 1, and tokens are taken one by one
     over all zones instead, with one above a zone's budget at most. `few` says how:
 
-    "unlike"  for relevance above the median, and vision features unlike those of the tokens taken before; budgets
-              follow the sums of what is above the median. So a token of each object stays, where the most relevant are
-              many of one, and all letters of a word, which are relevant and unlike each other. Neither temperature nor
-              saliency counts, and the region's share is the least that it gets
-    "apart"   by score, each token lowering the scores around it on the grid (`best_spaced`)
+    "unlike"  for relevance above the median, and vision features unlike those of the tokens taken before: greedy MAP
+              inference of a determinantal point process (DPP) within the budgets, which follow the sums of what is
+              above the median. So a token of each object stays, where the most relevant are many of one, and all
+              letters of a word, which are relevant and unlike each other. Neither temperature nor saliency counts, and
+              the region's share is the least that it gets
+    "apart"   by score, each token lowering the scores around it on the grid (`soft_nms`)
     "top"     the budgets decide alone
     "auto"    "unlike" with relevance from CLIP or SigLIP, "apart" with any other: attention is too uneven, and word
               embeddings are too noisy, to be trusted that much
@@ -45,12 +46,13 @@ class GridPrune(Method):
     zone            side of a zone in tokens
     alpha           weight of saliency in a token's score, 0..1; relevance, mapped to 0..1, has the rest
     temperature     of the softmax over zones, above 0: lower gives relevant zones more
-    saliency_scale  how saliency is brought to 0..1: "minmax", "max", "rank" or "none"
+    saliency_scale  how saliency is scaled: "minmax", "max", "rank" or "none"
     region_share    share of K for the contextual region, 0..1, where the signals have one
     few             how tokens are taken where they are fewer than the zones
     relevance_sign  1, or -1 where low relevance marks what the question is about
 
-    The paper publishes no values; the defaults were chosen by `python -m benchmarks.sweeps`, see docs/results.md.
+    The paper's values are in nothing that was read of it; the defaults were chosen by `python -m benchmarks.sweeps`,
+    see docs/results.md.
     """
 
     name: ClassVar[str] = "gridprune"
@@ -127,7 +129,7 @@ class GridPrune(Method):
         caps = zeros.long().scatter_add(1, zone, torch.ones_like(zone))
         means = (zeros.scatter_add(1, zone, relevance) / caps.clamp(min=1)).unflatten(1, (-1, zones.count))
         caps = caps.unflatten(1, (-1, zones.count))  # (B, H, Z)
-        logits = means / max(self.temperature, _COLDEST)
+        logits = means / max(self.temperature, _MIN_TEMPERATURE)
         budgets = allocate_by_logits(logits, caps, torch.tensor(quotas))  # (B, H, Z)
         # 4. the best of each zone
         stays = best_by_zone(score, zone, budgets.flatten(1))  # (B, N)
@@ -135,18 +137,19 @@ class GridPrune(Method):
         ways = [self._way(k, each.views, each.relevance_kind) for k, each in zip(ks, signals, strict=True)]
         for n in (n for n, way in enumerate(ways) if way == "unlike"):
             features = signals[n].need("vision_features")
-            stays[n] = best_unlike(relevance[n], features, zone[n], caps[n], quotas[n])
+            stays[n] = select_dpp(relevance[n], features, zone[n], caps[n], quotas[n])
         apart = torch.tensor([way == "apart" for way in ways])  # (B,)
         if apart.any():
             limits = torch.minimum(budgets + 1, caps).flatten(1)[apart]  # (A, H * Z) of A questions
             quotas_apart = torch.tensor(quotas)[apart]
-            stays[apart] = best_spaced(score[apart], zone[apart], limits, quotas_apart, first.views, _SPACING)
+            stays[apart] = soft_nms(score[apart], zone[apart], limits, quotas_apart, first.views, _SPACING)
         return list(stays.nonzero()[:, 1].split(list(ks)))
 
 
-def best_unlike(relevance: Tensor, features: Tensor, zone: Tensor, caps: Tensor, quotas: Sequence[int]) -> Tensor:
-    """(N,) bool, what stays of fewer tokens than zones: those far above the median relevance, unlike each other.
+def select_dpp(relevance: Tensor, features: Tensor, zone: Tensor, caps: Tensor, quotas: Sequence[int]) -> Tensor:
+    """(N,) bool, what stays of fewer tokens than zones: greedy DPP MAP inference within the zones' budgets.
 
+    The DPP's quality is the square of how far relevance is above its median, its similarity that of vision features.
     relevance (N,), features (N, C), zone (N,) in 0..H*Z-1, caps (H, Z) the sizes of zones, quotas: K inside and outside
     of the region, or K alone.
     """
@@ -154,7 +157,7 @@ def best_unlike(relevance: Tensor, features: Tensor, zone: Tensor, caps: Tensor,
     weights = torch.zeros(caps.numel(), dtype=excess.dtype).scatter_add(0, zone, excess**2).view_as(caps)  # (H, Z)
     budgets, most = least_share_budgets(weights, caps, quotas)
     limits = torch.minimum(budgets + 1, caps).flatten()
-    return best_diverse(excess**4, LazyCosines(features), relevance, zone, limits, most, sum(quotas))
+    return greedy_dpp(excess**4, LazyCosines(features), relevance, zone, limits, most, sum(quotas))
 
 
 def above_median(relevance: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from gridprune_cli.pruning.budget import allocate
 from gridprune_cli.pruning.methods.base import Method, values
 from gridprune_cli.pruning.select import top, top_by_zone
 from gridprune_cli.pruning.signals import Signals
-from gridprune_cli.pruning.zones import zone_index
+from gridprune_cli.pruning.zones import zone_along, zone_index
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class HIVTP(Method):
     important ones stay, and where they are fewer, windows give their next.
 
     global_share  0 to 1, the share of K of the global stage
-    regions       how many regions a view has along each side
+    regions       how many regions a view has along each side, or as many as there are tokens along it
     window        the side of a window, in tokens
 
     Guessed: all three, and what happens where windows and the rest of K do not fit each other. The layer is that of
@@ -50,9 +50,9 @@ class HIVTP(Method):
         # 1. global: evenly over the regions
         regions: list[Tensor] = []
         for view in signals.views:
-            sides = -(-view.rows // self.regions), -(-view.cols // self.regions)
-            index, _ = zone_index((view,), sides)
-            regions.append(index + (int(regions[-1].max()) + 1 if regions else 0))
+            down, across = min(self.regions, view.rows), min(self.regions, view.cols)
+            index = zone_along(view.rows, down)[:, None] * across + zone_along(view.cols, across)
+            regions.append(index.flatten() + (int(regions[-1].max()) + 1 if regions else 0))
         region = torch.cat(regions)  # (N,)
         caps = torch.bincount(region)
         kept = top_by_zone(

@@ -24,8 +24,8 @@ class HoloV(Method):
     The published score of a crop adds 0.09 times a variance of its tokens' cosines, scaled in each crop to the mean
     saliency of that crop. So it multiplies every score by 1.09, and has no effect: it is left out.
 
-    crops  "grid": 4 x 4 rectangles of each view. "runs": as the published code has it, 16 runs of tokens in the order
-           of the rows, which are no rectangles
+    crops  "grid": each view is cut into 16 rectangles, 4 rows of 4. "runs": as the published code has it, 16 runs of
+           tokens in the order of the rows, which are no rectangles
 
     Departures: what a crop can't take goes to the others by the same rule; the published code loses it, and fills up
     with rows of zeros. The crops of all views share one K; the published code gives each tile the same.

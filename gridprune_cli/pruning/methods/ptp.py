@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.budget import allocate
-from gridprune_cli.pruning.methods.base import InnerMethod
+from gridprune_cli.pruning.methods.base import InnerMethod, min_max
 from gridprune_cli.pruning.schedule import LayerSignals, Rule, Stage
 from gridprune_cli.pruning.select import top_by_zone
 
@@ -45,7 +45,7 @@ class Pyramid(Rule):
         if not len(signals.tokens):
             return torch.arange(0)
         saliency = signals.saliency.cpu().double()
-        score = (1 - self.alpha) * _scaled(saliency) + self.alpha * _scaled(signals.attention)
+        score = (1 - self.alpha) * min_max(saliency) + self.alpha * min_max(signals.attention)
         view_of = torch.repeat_interleave(
             torch.arange(len(signals.views)), torch.tensor([view.count for view in signals.views])
         )  # (N,)
@@ -53,12 +53,6 @@ class Pyramid(Rule):
         caps = torch.bincount(view)
         means = torch.stack([saliency[view == number].mean() for number in range(len(caps))])
         return top_by_zone(score, view, allocate(means, caps, k))
-
-
-def _scaled(numbers: Tensor) -> Tensor:
-    """Numbers (n,) brought to 0..1; 0 where all are equal."""
-    low, high = numbers.aminmax()
-    return (numbers - low) / (high - low) if bool(high > low) else torch.zeros_like(numbers)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor
 from typing import ClassVar
 
-from gridprune_cli.pruning.methods.base import InnerMethod, geometric_counts
-from gridprune_cli.pruning.schedule import OwnAttention, Rule, Stage
+from gridprune_cli.pruning.methods.base import InnerMethod, geometric_counts, layers_at
+from gridprune_cli.pruning.schedule import Rule, Stage, StageAttention
 
 DEPTHS = (0.25, 0.5, 0.75)  # of the layers, where a stage stands: the published layers 8, 16 and 24 of 32
 
@@ -21,13 +20,12 @@ class PyramidDrop(InnerMethod):
     """
 
     name: ClassVar[str] = "pyramiddrop"
-    rules: ClassVar[tuple[type[Rule], ...]] = (OwnAttention,)
+    rules: ClassVar[tuple[type[Rule], ...]] = (StageAttention,)
 
     def stages(self, counts: Sequence[int], budgets: Sequence[int], layers: range) -> tuple[Stage, ...]:
         counts_after = [geometric_counts(n, k, len(DEPTHS)) for n, k in zip(counts, budgets, strict=True)]
-        stage_layers = [min(max(layers.start, floor(share * layers.stop + 0.5)), layers.stop - 1) for share in DEPTHS]
         stage_budgets = zip(*counts_after, strict=True)  # of all images, per stage
         return tuple(
-            Stage(layer, OwnAttention(), stage, "compact")
-            for layer, stage in zip(stage_layers, stage_budgets, strict=True)
+            Stage(layer, StageAttention(), stage, "compact")
+            for layer, stage in zip(layers_at(DEPTHS, layers), stage_budgets, strict=True)
         )

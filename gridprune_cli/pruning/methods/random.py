@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.methods.base import Method
+from gridprune_cli.pruning.methods.base import Method, check_seed
 from gridprune_cli.pruning.signals import Signals
 
 
@@ -19,8 +19,7 @@ class Random(Method):
 
     def __post_init__(self) -> None:
         """Raises ValueError where the seed is none that torch takes."""
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must be from -2^63 to 2^63 - 1, not {self.seed}")
+        check_seed(self.seed)
 
     def select(self, signals: Signals, k: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)

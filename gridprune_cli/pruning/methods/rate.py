@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.methods.base import Method
+from gridprune_cli.pruning.methods.base import Method, check_seed
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.similarity import precise
 
@@ -37,9 +37,10 @@ class RATE(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError where oversampling is negative."""
+        """Raises ValueError where oversampling is negative, or the seed none that torch takes."""
         if self.oversampling < 0:
             raise ValueError(f"oversampling must be at least 0, not {self.oversampling}")
+        check_seed(self.seed)
 
     def select(self, signals: Signals, k: int) -> Tensor:
         projected = self._project(precise(signals.need("vision_features")).cpu(), k + self.oversampling)  # (N, S)

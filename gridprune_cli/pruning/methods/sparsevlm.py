@@ -41,8 +41,8 @@ class RatedAttention(Attention):
     rated: ClassVar[bool] = True
 
     def raters(self, visual: Tensor, text: Tensor) -> Tensor:
-        likeness = (precise(visual) @ precise(text).T).softmax(1).mean(0).cpu()
-        rates = likeness > likeness.mean() + 1e-9  # rounding noise must not decide between equal tokens
+        similarity = (precise(visual) @ precise(text).T).softmax(1).mean(0).cpu()
+        rates = similarity > similarity.mean() + 1e-9  # rounding noise must not decide between equal tokens
         return rates if bool(rates.any()) else torch.ones_like(rates)
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gridprune_cli.pruning.methods.base import Method, merge_matrix, signed_relevance, values
+from gridprune_cli.pruning.methods.base import Method, check_sign, merge_matrix, signed_relevance, values
 from gridprune_cli.pruning.select import top
 from gridprune_cli.pruning.signals import Signals
 
@@ -34,8 +34,7 @@ class Trim(Method):
 
     def __post_init__(self) -> None:
         """Raises ValueError where the sign is not 1, -1 or 0."""
-        if self.relevance_sign not in (1, -1, 0):
-            raise ValueError(f"relevance_sign must be 1, -1 or 0, not {self.relevance_sign}")
+        check_sign(self.relevance_sign, allowed=(1, -1, 0))
 
     @property
     def needs(self) -> frozenset[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gridprune_cli.pruning.budget import allocate
-from gridprune_cli.pruning.methods.base import Method, merge_matrix, values
+from gridprune_cli.pruning.methods.base import Method, merge_matrix, min_max, values
 from gridprune_cli.pruning.select import top, top_by_zone
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.zones import zone_index
@@ -50,7 +50,7 @@ class VFlowOpt(Method):
 
     def importance(self, signals: Signals) -> Tensor:
         """(N,) float64, in 0..1."""
-        attention, entropy = (_scaled(values(signals, name)) for name in ("received_attention", "entropy"))
+        attention, entropy = (min_max(values(signals, name)) for name in ("received_attention", "entropy"))
         return (1 - self.beta) * attention + self.beta * entropy
 
     def _split(self, signals: Signals, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -91,12 +91,6 @@ class VFlowOpt(Method):
         return merge_matrix(
             kept, kept_weight, rest, torch.searchsorted(kept, target), weight[rest] / total[target], signals.count
         )
-
-
-def _scaled(numbers: Tensor) -> Tensor:
-    """Numbers (N,) brought to 0..1; 0 where all are equal."""
-    low, high = numbers.aminmax()
-    return (numbers - low) / (high - low) if bool(high > low) else torch.zeros_like(numbers)
 
 
 def _rank_within(cell: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class VisionZip(Method):
     merge_by          "mean": of the contextual token and what joins it, all alike. "sum": as the published code has
                       it, the contextual token plus the mean of what joins it, which about doubles its length
 
-    Departures: likeness is the cosine of vision features, where the published one is that of the attention keys of
+    Departures: similarity is the cosine of vision features, where the published one is that of the attention keys of
     their layer, which are not stored. CLS is no visual token here; the published code counts it as one dominant token.
     Contextual tokens stay in their places, not behind all others. The tokens of all views compete for one K; the
     published code gives each tile the same.

@@ -10,7 +10,7 @@ from gridprune_cli.pruning.methods.base import Method, values
 from gridprune_cli.pruning.signals import Signals
 from gridprune_cli.pruning.similarity import cosines
 
-_OTHERS = 32  # likest others of a token that are tried first: one in two stands at an odd place at first
+_OTHERS = 32  # of a token's most similar ones that are tried first: one in two stands at an odd place at first
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class VisPruner(Method):
     def select(self, signals: Signals, k: int) -> Tensor:
         by_saliency = values(signals, "saliency").argsort(descending=True, stable=True)
         important = int(self.important_share * k)
-        likeness = cosines(signals.need("vision_features")).fill_diagonal_(-torch.inf)
-        likest, others = likeness.topk(min(_OTHERS, len(likeness)))  # (N, _OTHERS)
+        similarity = cosines(signals.need("vision_features")).fill_diagonal_(-torch.inf)
+        most_similar, others = similarity.topk(min(_OTHERS, len(similarity)))  # (N, _OTHERS)
         rest = by_saliency[important:]
         while (surplus := len(rest) - (k - important)) > 0 and len(rest) > 1:
             even, odd = rest[::2], rest[1::2]
             banned = torch.ones(signals.count, dtype=torch.bool)
             banned[odd] = False
-            # the likest of a token's likest others that stands at an odd place; where none does, all have to be tried
-            closest = likest[even].masked_fill_(banned[others[even]], -torch.inf).amax(1)
+            # the highest cosine with one of its most similar ones at an odd place; where none is there, try all
+            closest = most_similar[even].masked_fill_(banned[others[even]], -torch.inf).amax(1)
             unknown = closest.isinf().nonzero()[:, 0]
-            closest[unknown] = likeness[even[unknown]].masked_fill_(banned, -torch.inf).amax(1)
-            likest_first = closest.argsort(descending=True, stable=True)
-            rest = torch.cat([even[likest_first[min(self.step, surplus) :]], odd])
+            closest[unknown] = similarity[even[unknown]].masked_fill_(banned, -torch.inf).amax(1)
+            most_similar_first = closest.argsort(descending=True, stable=True)
+            rest = torch.cat([even[most_similar_first[min(self.step, surplus) :]], odd])
         return torch.cat([by_saliency[:important], rest[: k - important]]).sort().values

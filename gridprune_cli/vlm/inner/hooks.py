@@ -145,13 +145,13 @@ class _Run:
         kwargs = self._layer_arguments(arguments, hidden, number, layer)
         # 2. at a stage: measure what is still missing, and drop what leaves
         if stages := self._stages(number):
-            own_attention: dict[str, list[Tensor]] = {}  # by how the queries are combined
+            stage_attention: dict[str, list[Tensor]] = {}  # by how the queries are combined
             for queries in {stage.rule.queries for stage in stages if stage.rule.attention == 0}:
                 weights = self._query_weights(number, hidden)
-                with watch_queries(layer.self_attn, weights, queries=queries) as own_attention[queries]:
+                with watch_queries(layer.self_attn, weights, queries=queries) as stage_attention[queries]:
                     layer.self_attn(layer.input_layernorm(hidden), **kwargs | {"past_key_values": None})
             self.watching.close()
-            hidden = self._drop(number, layer, hidden, own_attention, kwargs["position_embeddings"])
+            hidden = self._drop(number, layer, hidden, stage_attention, kwargs["position_embeddings"])
             kwargs = self._layer_arguments(arguments, hidden, number, layer)
         if self.remaining is not None:
             self.remaining_at[number] = self.remaining
@@ -185,7 +185,7 @@ class _Run:
         number: int,
         layer: Any,
         hidden: Tensor,
-        own_attention: dict[str, list[Tensor]],
+        stage_attention: dict[str, list[Tensor]],
         embeddings: tuple[Tensor, ...],
     ) -> Tensor:
         """Applies the stages at a layer with these position embeddings: hidden states (B, n', D) of what stays."""
@@ -203,7 +203,7 @@ class _Run:
             entries = valid[item].nonzero()[:, 0]
             if stage := prompt.stages.get(number):
                 compact[item] = stage.positions == "compact"
-                attention = own_attention[stage.rule.queries] if stage.rule.attention == 0 else self.attention
+                attention = stage_attention[stage.rule.queries] if stage.rule.attention == 0 else self.attention
                 number_in_batch = item * repeats
                 measured = _measure(
                     stage.rule,
