@@ -358,6 +358,42 @@ def test_hostile_names_questions_answers_and_errors_stay_text(page, tmp_path):
 
 
 @in_browser
+def test_the_picture_that_came_last_stays(page):
+    """Also where the browser needs longer for the one before it."""
+    page.evaluate("""(() => {
+        const decode = window.createImageBitmap, released = new Promise((resolve) => { window.release = resolve; });
+        window.createImageBitmap = async (file) => {
+            if (file.name === "scene-1.png") await released;
+            return decode(file);
+        };
+    })()""")
+    page.choose(SAMPLES / "scene-1.png")
+    choose(page, SAMPLES / "scene-2.png")
+    page.evaluate("release(), new Promise((resolve) => setTimeout(resolve, 100))")
+    assert page.text("#name") == "scene-2.png"
+
+
+@in_browser
+def test_what_was_chosen_stays_where_the_key_is_asked_for_again(page):
+    choose(page, SAMPLES / "scene-1.png")
+    stub = Stub(page)
+    page.evaluate("document.querySelector('#keep').value = 30, document.querySelector('#method').value = 'uniform'")
+    ask(page)
+    ident, body = stub.next()
+    assert (body["gridprune"]["keep"], body["gridprune"]["method"]) == (0.3, "uniform")
+    stub.send(ident, {"error": {"message": "the key is wrong", "code": "invalid_api_key"}}, status=401)
+    page.wait("!document.querySelector('#key-form').hidden")
+    unlock(page, KEY)
+    page.wait("document.querySelector('#key-form').hidden")
+    assert page.evaluate("[document.querySelector('#keep').value, document.querySelector('#method').value]") == [
+        "30",
+        "uniform",
+    ]
+    page.of("Log.entryAdded")
+    page.events.clear()  # the browser logs the 401
+
+
+@in_browser
 def test_a_picture_that_the_server_lost_is_sent_again(page):
     choose(page, SAMPLES / "scene-3.png")
     stub = Stub(page)

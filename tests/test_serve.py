@@ -1,8 +1,11 @@
 """The server with the embedded model: its answers, and what comes of bad input, of clients that leave, and of load."""
 
+import base64
+import hashlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,12 +16,14 @@ import pytest
 from served import SAMPLES, ask, chat_body, data_url, send_raw, serving, wait_until
 
 from gridprune_cli.cache.store import open_store
+from gridprune_cli.client.protocol import COMMAND
 from gridprune_cli.errors import BadInput
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.questions import Exchange
 from gridprune_cli.runners.local import Runner
-from gridprune_cli.serve import answering, chat, uploads
+from gridprune_cli.serve import answering, app, chat, commands, uploads
 from gridprune_cli.serve.app import create_app
+from gridprune_cli.serve.commands import command_routes
 from gridprune_cli.serve.fetching import Hosts
 from gridprune_cli.serve.gate import Access
 from gridprune_cli.serve.metrics import Metrics
@@ -27,6 +32,7 @@ from gridprune_cli.serve.uploads import Budget
 from gridprune_cli.serve.wire import Refusal
 from gridprune_cli.serve.work import Worker
 from gridprune_cli.settings import Pruning
+from gridprune_cli.tokens import PrunedSet
 
 QUESTION = "Which object has the T?"
 ASKED = [json.loads(line) for line in (SAMPLES / "questions.jsonl").read_text().splitlines()][:10]
@@ -55,7 +61,8 @@ def served(pipeline) -> Iterator[Served]:
     metrics, budget = Metrics(), Budget(8 << 20, 2 << 20)
     worker = Worker(lambda: pipeline, metrics, defaults={"keep": 0.11})
     pictures = Pictures([SAMPLES], Hosts([]), 2 << 20)
-    with serving(create_app(worker, pictures, Access(), budget, metrics)) as port:
+    routes = command_routes(worker, budget, {}, pictures.sent)
+    with serving(create_app(worker, pictures, Access(), budget, metrics, routes)) as port:
         wait_until(lambda: worker.pipeline)
         yield Served(port, worker, budget, metrics, pictures)
 
@@ -399,11 +406,22 @@ def test_pages_of_other_sites_can_not_ask(served):
 
 def open_request(served: Served, **values: Any) -> socket.socket:
     """A connection on which a question was asked, and nothing was read."""
-    body = json.dumps(chat_body(QUESTION, "scene-1.png", **values)).encode()
+    return open_post(served, "/v1/chat/completions", chat_body(QUESTION, "scene-1.png", **values))
+
+
+def open_post(served: Served, path: str, values: Any) -> socket.socket:
+    body = json.dumps(values).encode()
     connection = socket.create_connection(("127.0.0.1", served.port))
     head = f"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + head.encode() + body)
+    connection.sendall(f"POST {path} HTTP/1.1\r\n{head}".encode() + body)
     return connection
+
+
+def command_body(name: str = "scene-1.png", **values: Any) -> dict[str, Any]:
+    """What `gridprune prune` sends."""
+    data = (SAMPLES / name).read_bytes()
+    image = {"name": name, "sha256": hashlib.sha256(data).hexdigest(), "data": base64.b64encode(data).decode()}
+    return {"images": [image], "question": QUESTION, "cache": True} | values
 
 
 def test_who_leaves_before_its_turn_is_not_answered(served, held_back):
@@ -415,11 +433,13 @@ def test_who_leaves_before_its_turn_is_not_answered(served, held_back):
         first = threads.submit(served.ask)
         held_back.wait_until_reached()
         connections = [open_request(served, stream=stream) for stream in (False, True)]
-        wait_until(lambda: served.worker.waiting == 2)
+        connections.append(open_post(served, COMMAND, command_body()))
+        wait_until(lambda: served.worker.waiting == 3)
         for connection in connections:
             connection.close()
         held_alone = len(json.dumps(chat_body(QUESTION, "scene-1.png")))
         wait_until(lambda: served.budget.held < 2 * held_alone)  # what they held was given back
+        wait_until(lambda: served.worker.waiting == 0)  # so that others have their places
         held_back.release()
         assert first.result().status_code == 200
     assert served.ask().status_code == 200
@@ -444,6 +464,39 @@ def test_who_leaves_amid_its_answer_ends_it(served, monkeypatch, stream):
     monkeypatch.undo()
     assert served.ask().status_code == 200
     assert lengths == [1]
+
+
+def test_fetching_holds_up_nobody_else_and_ends_with_its_client(served, monkeypatch):
+    ends, left, released = [], [], threading.Event()
+    read, wait_for_leave = Pictures.read, chat.wait_for_leave
+
+    def read_slowly(pictures: Pictures, picture: Any, end: float) -> bytes:
+        if not picture.url.startswith("http:"):
+            return read(pictures, picture, end)
+        ends.append(end)
+        released.wait(60)
+        return b""
+
+    async def wait_and_tell(receive: Any) -> None:
+        await wait_for_leave(receive)
+        left.append(receive)
+
+    monkeypatch.setattr(Pictures, "read", read_slowly)
+    monkeypatch.setattr(chat, "wait_for_leave", wait_and_tell)
+    remote = {"type": "image_url", "image_url": {"url": "http://example.org/a.png"}}
+    content = [remote, remote, {"type": "text", "text": QUESTION}]
+    count = 10  # above the threads that asyncio has on a few cores
+    connections = [open_request(served, messages=[{"role": "user", "content": content}]) for _ in range(count)]
+    wait_until(lambda: len(ends) == count)
+    assert served.ask().status_code == 200
+    for connection in connections[1:]:
+        connection.close()
+    wait_until(lambda: len(left) == count - 1)
+    released.set()
+    assert b" 400 Bad Request" in connections[0].recv(1 << 16)  # its pictures are no images
+    connections[0].close()
+    wait_until(lambda: served.budget.held == 0)
+    assert len(ends) == count + 1 and len(set(ends)) == count  # one end for both; the second only of who stayed
 
 
 def test_a_stream_says_that_it_is_alive(served, monkeypatch, held_back):
@@ -493,6 +546,57 @@ def test_metrics_and_the_cache(served):
     assert grown['gridprune_request_seconds_bucket{le="+Inf"}'] == 1 == grown["gridprune_request_seconds_count"]
     stats = served.get("/v1/cache/stats").json()
     assert stats["enabled"] and stats["entries"] >= 1 and stats["bytes"] > 0 and stats["hits"] > 0
+    command(served, command_body())
+    assert served.get("/v1/cache/stats").json()["hits"] == stats["hits"] + 1  # of what is pruned alone, too
+
+
+def test_those_who_ask_during_the_walk_over_the_cache_wait_for_it(served, pipeline, monkeypatch):
+    entries = pipeline.store.entries
+    faults = [OSError("no such folder")]
+
+    def walk_slowly() -> Any:
+        time.sleep(0.2)
+        if faults:
+            raise faults.pop()
+        return entries()
+
+    monkeypatch.setattr(pipeline.store, "entries", walk_slowly)
+    monkeypatch.setattr(app, "STATS_SECONDS", 0.0)
+    assert error(served.get("/v1/cache/stats")) == (500, "internal_error")
+    monkeypatch.setattr(app, "STATS_SECONDS", 5.0)  # for which no walk counts that failed
+    with ThreadPoolExecutor(4) as threads:
+        replies = list(threads.map(lambda _: served.get("/v1/cache/stats").json(), range(4)))
+    assert all(reply["entries"] >= 1 for reply in replies)
+
+
+def command(served: Served, body: Any) -> dict[str, Any]:
+    """The result of a command."""
+    reply = httpx2.post(f"http://127.0.0.1:{served.port}{COMMAND}", json=body, timeout=60)
+    return json.loads(reply.text.splitlines()[-1])["result"]
+
+
+def test_what_goes_back_to_a_command_is_counted_and_goes_in_pieces(served, monkeypatch):
+    monkeypatch.setattr(commands, "PIECE", 3 << 10)
+    counted, count = [], uploads.Share.count
+    monkeypatch.setattr(uploads.Share, "count", lambda share, size: (counted.append(size), count(share, size)))
+    result = command(served, command_body(file=True, figure="png"))
+    files = [base64.b64decode(result[name], validate=True) for name in ("file", "figure")]
+    assert PrunedSet.from_bytes(files[0], "-").images[0].key == result["record"]["key"]
+    assert files[1].startswith(b"\x89PNG")
+    assert counted == [sum(map(len, files))]
+    wait_until(lambda: served.budget.held == 0)
+
+
+def test_a_uuid_is_no_sha256(served):
+    """A client that calls a picture by the sha256 of another does not have commands ask about it."""
+    body = command_body()
+    fake = chat_body(QUESTION, "scene-2.png")
+    sha256 = body["images"][0]["sha256"]
+    fake["messages"][0]["content"][0]["uuid"] = sha256
+    record = command(served, body)["record"]
+    assert ask(served.port, fake).status_code == 200
+    del body["images"][0]["data"]
+    assert command(served, body)["record"]["key"] == record["key"]
 
 
 def test_while_it_loads_and_when_it_stops(pipeline):

@@ -2,7 +2,9 @@
 
 import json
 import resource
+import signal
 import socket
+import time
 
 import httpx2
 import pytest
@@ -22,7 +24,8 @@ def port():
                 await receive()
                 await send({"type": answer})
         else:
-            await Response("here" if scope["path"] == "/" else "x" * (1 << 24))(scope, receive, send)
+            size = int(scope["path"][1:] or 0)
+            await Response("x" * size if size else "here")(scope, receive, send)
 
     with serving(app) as number:
         yield number
@@ -49,21 +52,71 @@ def test_half_a_head_is_not_waited_for(port, monkeypatch):
     assert lives(port)
 
 
-def test_who_does_not_read_is_dropped(port, monkeypatch):
+def test_the_rest_of_a_body_is_not_waited_for_once_it_was_answered(port, monkeypatch):
+    monkeypatch.setattr(http, "HEAD_SECONDS", 0.5)
+    with socket.create_connection(("127.0.0.1", port), timeout=12) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 2\r\n\r\n")
+        received = connection.recv(1 << 16)
+        for byte in (b"a", b"b"):
+            connection.sendall(byte)
+        while piece := connection.recv(1 << 16):  # which would raise if the connection stayed
+            received += piece
+    assert received.endswith(b"here")
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """The system takes a few KiB of what is written for a client, and no more: the rest waits in the server."""
+
+    def listen(host: str, port: int) -> socket.socket:
+        listener = http_listen(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # as those have that it takes
+        return listener
+
+    http_listen = http.listen
+    monkeypatch.setattr(http, "listen", listen)
+
+
+def connect(port: int) -> socket.socket:
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(60)
+    connection.connect(("127.0.0.1", port))
+    return connection
+
+
+@pytest.mark.parametrize("size", [40_000, 1 << 24])  # 64 KiB are those from which asyncio calls a buffer full
+def test_who_does_not_read_is_dropped(small_buffers, port, monkeypatch, size):
     monkeypatch.setattr(http, "WRITE_SECONDS", 0.3)
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        connection.sendall(b"GET /large HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-        wait_until(lambda: is_closed(connection), 25)
+    lost, connection_lost = [], http.Protocol.connection_lost
+    monkeypatch.setattr(http.Protocol, "connection_lost", lambda *args: (lost.append(1), connection_lost(*args)))
+    with connect(port) as connection:
+        connection.sendall(f"GET /{size} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+        wait_until(lambda: lost, 15)
     assert lives(port)
 
 
-def is_closed(connection: socket.socket) -> bool:
-    """Whether the other end dropped a connection, of which nothing is read."""
+def test_who_reads_slowly_gets_everything(small_buffers, port, monkeypatch):
+    monkeypatch.setattr(http, "WRITE_SECONDS", 1.0)
+    received = 0
+    with connect(port) as connection:
+        connection.sendall(b"GET /150000 HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        while piece := connection.recv(4000):
+            received += len(piece)
+            time.sleep(0.05)
+    assert received > 150_000
+
+
+def test_an_interrupt_that_a_script_ignores_stays_ignored():
+    server = http._Server(http.configure(lambda *_: None), None)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        connection.send(b" ")
-    except ConnectionError:
-        return True
-    return False
+        with server.capture_signals():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == server.handle_exit
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_thousand_connections(port, monkeypatch):

@@ -4,6 +4,7 @@ import base64
 import socket
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,7 +31,7 @@ def part_of(url: str | None, uuid: str | None = None) -> PicturePart:
 
 
 def read(pictures: Pictures, url: str | None, uuid: str | None = None) -> bytes:
-    return pictures.read(part_of(url, uuid))
+    return pictures.read(part_of(url, uuid), time.monotonic() + fetching.SECONDS)
 
 
 def refusal(pictures: Pictures, url: str | None, uuid: str | None = None) -> tuple[int, str | None]:
@@ -69,6 +70,8 @@ def png(width: int, height: int) -> bytes:
         "picture.png",
         "-",
         "\ud800",
+        "file://[",
+        "file:///\ud800",
     ],
 )
 def test_what_is_no_picture(pictures, url):
@@ -189,7 +192,7 @@ def test_a_picture_from_an_allowed_host(host):
     assert read(pictures, f"http://{host}/to?http://{host}/to?/c.png") == SCENE
 
 
-@pytest.mark.parametrize("path", ["/missing", "/large", "/cut", "/to?/to?/to?/to?/to?/a.png", "/ä"])
+@pytest.mark.parametrize("path", ["/missing", "/large", "/cut", "/to?/to?/to?/to?/to?/a.png", "/to?//[", "/ä"])
 def test_what_a_host_may_not_answer(host, path):
     assert refusal(Pictures([], Hosts([host]), MOST), f"http://{host}{path}") == (400, "invalid_image")
 
@@ -197,6 +200,23 @@ def test_what_a_host_may_not_answer(host, path):
 def test_a_host_that_takes_too_long(host, monkeypatch):
     monkeypatch.setattr(fetching, "SECONDS", 0.3)
     assert refusal(Pictures([], Hosts([host]), MOST), f"http://{host}/slow") == (400, "invalid_image")
+
+
+def test_a_host_that_takes_too_long_to_connect_to(host, monkeypatch):
+    """Then there is no connection yet that could be hung up."""
+    connect, ends = socket.create_connection, []
+
+    def create_connection(address: tuple[str, int], timeout: float) -> socket.socket:
+        assert timeout <= fetching.SECONDS
+        time.sleep(max(0.0, ends[0] - time.monotonic()))
+        return connect(address, timeout)
+
+    monkeypatch.setattr(fetching, "SECONDS", 0.3)
+    monkeypatch.setattr(socket, "create_connection", create_connection)
+    ends.append(time.monotonic() + 0.4)
+    start = time.monotonic()
+    assert refusal(Pictures([], Hosts([host]), MOST), f"http://{host}/slow") == (400, "invalid_image")
+    assert time.monotonic() - start < 1.5  # the host takes 2 s
 
 
 def test_other_hosts_and_ports_are_not_asked(host):
@@ -222,7 +242,7 @@ def test_a_name_that_leads_inside_is_not_asked(monkeypatch, address):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: public + resolved)
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("connected"))
     with pytest.raises(Refusal, match="address inside"):
-        fetch("http://example.org/a.png", Hosts(["example.org"]), MOST)
+        fetch("http://example.org/a.png", Hosts(["example.org"]), MOST, time.monotonic() + 30)
     if "%" not in address:  # named by itself, it is allowed
         named = f"[{address}]" if ":" in address else address
         assert Hosts(["example.org", named]).resolve("example.org", 80) in (address, "93.184.215.14")
@@ -242,7 +262,8 @@ def test_the_address_that_was_looked_at_is_the_one_that_is_asked(host, monkeypat
 
     monkeypatch.setattr(socket, "create_connection", create_connection)
     name, port = "pictures.example.org", host.rpartition(":")[2]
-    assert fetch(f"http://{name}:{port}/a.png", Hosts([f"{name}:{port}", host]), MOST) == SCENE
+    hosts = Hosts([f"{name}:{port}", host])
+    assert fetch(f"http://{name}:{port}/a.png", hosts, MOST, time.monotonic() + 30) == SCENE
     assert asked == [("127.0.0.1", int(port))]
 
 

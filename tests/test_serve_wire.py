@@ -49,7 +49,7 @@ def test_all_that_a_request_may_say():
             stream=True,
             stream_options={"include_usage": True},
             user="ann",
-            gridprune={"keep": 0.5, "region": "none", "cache": False, "template": "{image}{question}"},
+            gridprune={"keep": 0.5, "method": None, "region": "none", "cache": False, "template": "{image}{question}"},
             # what asks for nothing, and what no answer depends on
             **{
                 "n": 1,

@@ -109,7 +109,7 @@ def serve(
         max_tokens=max_new_tokens,
         max_waiting=max_waiting,
     )
-    routes = command_routes(worker, budget, pipeline)
+    routes = command_routes(worker, budget, pipeline, pictures.sent)
     app = create_app(worker, pictures, Access(api_key, (host.lower(),)), budget, metrics, routes)
     with listen_at_socket() if socket else listen(host, port) as listener:
         run(app, worker, listener)

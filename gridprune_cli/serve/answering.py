@@ -87,7 +87,9 @@ class Answerer:
             job = requests[index][0]
             if isinstance(result, GridpruneError):
                 job.tell(result)
-            elif not job.cancelled:
+                continue
+            self._metrics.add_images(result.hits)
+            if not job.cancelled:
                 job.tell(Started())
                 pruned.append((job, result))
         waits = {job: start - job.arrived for job, _ in pruned}
@@ -118,7 +120,7 @@ class Answerer:
             ms = {"wait": waits[answer.job], "prune": prune_seconds}
             outcome = answer.outcome(generated, {name: 1e3 * seconds for name, seconds in ms.items()}, len(answering))
             if not answer.job.cancelled:
-                self._metrics.add_outcome(outcome, answer.pruned.hits)
+                self._metrics.add_outcome(outcome)
             answer.job.tell(outcome)
 
 

@@ -64,22 +64,22 @@ def create_app(
 
 
 class CacheStats:
-    """`/v1/cache/stats`: entries and bytes of the cache, and how many pictures were found there since the start."""
+    """`/v1/cache/stats`: entries and bytes of the cache, and how many pictures since the start were found there."""
 
     def __init__(self, worker: Worker, metrics: Metrics):
         self._worker, self._metrics = worker, metrics
         self._looked, self._entries, self._bytes = -STATS_SECONDS, 0, 0
+        self._walk = asyncio.Lock()  # so that only one goes on at a time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         store = self._worker.check_ready().store
         hits, misses = self._metrics.image_hits()
         record: dict[str, object] = {"enabled": store is not None, "hits": hits, "misses": misses}
         if store is not None:
-            now = time.monotonic()
-            if now - self._looked >= STATS_SECONDS:
-                self._looked = now  # before the walk, so that only one goes on at a time
-                sizes = await asyncio.to_thread(lambda: [entry.bytes for entry in store.entries()])
-                self._entries, self._bytes = len(sizes), sum(sizes)
+            async with self._walk:
+                if time.monotonic() - self._looked >= STATS_SECONDS:
+                    sizes = await asyncio.to_thread(lambda: [entry.bytes for entry in store.entries()])
+                    self._entries, self._bytes, self._looked = len(sizes), sum(sizes), time.monotonic()
             record |= {"entries": self._entries, "bytes": self._bytes, "limit": store.limit}
             record |= {"writable": store.writable}
         await Json(record)(scope, receive, send)

@@ -5,19 +5,22 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from gridprune_cli.serve.fetching import SECONDS
 from gridprune_cli.serve.gate import Json
 from gridprune_cli.serve.jobs import Event, Job, Left, Turn
-from gridprune_cli.serve.pictures import Pictures
+from gridprune_cli.serve.pictures import Pictures, is_remote
 from gridprune_cli.serve.replies import Chunks, Outcome, completion_json
 from gridprune_cli.serve.uploads import Budget, Share, read_body
-from gridprune_cli.serve.wire import ChatRequest, PicturePart, Refusal, parse_chat, refusal_of
+from gridprune_cli.serve.wire import PicturePart, Refusal, parse_chat, refusal_of
 from gridprune_cli.serve.work import Worker
 
 PING = 10.0  # seconds without an event after which a stream says that it is alive
+MAX_FETCHING = 16  # requests whose pictures are fetched at once; others wait for these
 _HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no"}
 
 
@@ -26,6 +29,7 @@ class Chat:
 
     def __init__(self, worker: Worker, pictures: Pictures, budget: Budget):
         self._worker, self._pictures, self._budget = worker, pictures, budget
+        self._fetchers = ThreadPoolExecutor(MAX_FETCHING, "gridprune-fetch")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises Refusal for what is not answered, as long as no response was begun."""
@@ -34,35 +38,50 @@ class Chat:
             model = self._worker.check_ready().model
             self._worker.check_room()
             body = await read_body(Request(scope, receive), share)
-            # 2. the request with its pictures, in a thread: JSON of many MiB, files and hosts that take their time
-            chat, files = await asyncio.to_thread(self._read, body, share, model)
+            # 2. the request, in a thread: it may be JSON of many MiB
+            chat = await asyncio.to_thread(parse_chat, body)
             del body
-            # 3. its turn
-            client = scope["client"][0] if scope.get("client") else ""
-            job = Job(chat, files, tuple(map(_name, chat.pictures)), client=(client, chat.user))
-            self._worker.submit(job)
+            if chat.model != model:
+                reason = f"the model {chat.model[:200]!r} is not here; there is {model!r}"
+                raise Refusal(404, reason, code="model_not_found", param="model")
             leaving = asyncio.create_task(wait_for_leave(receive))
-            leaving.add_done_callback(lambda _: job.events.put_nowait(Left()))
             try:
-                if chat.stream:
-                    await _stream(job, model, send)
-                elif (outcome := await _outcome(job)) is not None:
-                    await Json(completion_json(_ident(), int(time.time()), model, outcome))(scope, receive, send)
+                # 3. its pictures, in a thread; hosts take their time, and have threads that nothing else waits for
+                pool = self._fetchers if any(is_remote(picture.url or "") for picture in chat.pictures) else None
+                loop = asyncio.get_running_loop()
+                files = await loop.run_in_executor(pool, self._read, chat.pictures, share, leaving)
+                # 4. its turn
+                if not leaving.done():
+                    client = scope["client"][0] if scope.get("client") else ""
+                    job = Job(chat, files, tuple(map(_name, chat.pictures)), client=(client, chat.user))
+                    await self._answer(job, model, leaving, scope, receive, send)
             finally:
-                job.cancelled = True
                 leaving.cancel()
 
-    def _read(self, body: bytes, share: Share, model: str) -> tuple[ChatRequest, tuple[bytes, ...]]:
-        """The request of a body, and the bytes of its pictures. Raises Refusal."""
-        chat = parse_chat(body)
-        if chat.model != model:
-            reason = f"the model {chat.model[:200]!r} is not here; there is {model!r}"
-            raise Refusal(404, reason, code="model_not_found", param="model")
-        files = []
-        for picture in chat.pictures:
-            files.append(self._pictures.read(picture))
+    async def _answer(
+        self, job: Job, model: str, leaving: asyncio.Task[None], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        self._worker.submit(job)
+        leaving.add_done_callback(lambda _: job.events.put_nowait(Left()))
+        try:
+            if job.request.stream:
+                await _stream(job, model, send)
+            elif (outcome := await _outcome(job)) is not None:
+                await Json(completion_json(_ident(), int(time.time()), model, outcome))(scope, receive, send)
+        finally:
+            self._worker.withdraw(job)
+
+    def _read(self, pictures: Sequence[PicturePart], share: Share, leaving: asyncio.Task[None]) -> tuple[bytes, ...]:
+        """The bytes of pictures, or of some of them where nobody waits for them any more. Raises Refusal."""
+        end = time.monotonic() + SECONDS
+        files: list[bytes] = []
+        for picture in pictures:
+            self._worker.check_ready()  # else the server stops, and does not wait for the others
+            if leaving.done():
+                break
+            files.append(self._pictures.read(picture, end))
             share.take(len(files[-1]))
-        return chat, tuple(files)
+        return tuple(files)
 
 
 def _name(picture: PicturePart) -> str:

@@ -1,6 +1,5 @@
 """What commands ask of the server, done in the worker's thread by the same runners that the commands have."""
 
-import base64
 import io
 import logging
 import os
@@ -141,7 +140,7 @@ class CommandRunner:
             results = [(one, None) for one in done if one]
         for one, generated in results:
             try:
-                one.job.tell(Finished(self._result(one, generated, ms)))
+                one.job.tell(self._finish(one, generated, ms))
             except GridpruneError as fault:
                 one.job.tell(fault)
 
@@ -149,8 +148,8 @@ class CommandRunner:
         if (cache, scenes_only) not in self._runners:
             encoder = self._pipeline.encoder
             store = encoder.store if cache else None
-            own_encoder = Encoder(encoder.family, store, encoder.cache_dtype, scenes_only)
-            self._runners[cache, scenes_only] = Runner(own_encoder, self._pipeline.localizers, questions=MAX_BATCH)
+            of_cache = Encoder(encoder.family, store, encoder.cache_dtype, scenes_only)
+            self._runners[cache, scenes_only] = Runner(of_cache, self._pipeline.localizers, questions=MAX_BATCH)
         return self._runners[cache, scenes_only]
 
     def _load(self, job: CommandJob) -> _Done | None:
@@ -182,6 +181,7 @@ class CommandRunner:
         done: list[_Done | None] = []
         for index, result in runner.prune(requests, parts=parts, with_prefix=jobs[0].command.with_prefix):
             if isinstance(result, Pruned):
+                self._metrics.add_images(result.hits)
                 done.append(_Done(asking[index], result.pruned, result.hits, result.image_notes))
             else:
                 asking[index].tell(result)
@@ -208,7 +208,7 @@ class CommandRunner:
                 done[index].job.tell(generated)
         return results
 
-    def _result(self, done: _Done, generated: Generated | None, ms: Mapping[str, float]) -> dict[str, Any]:
+    def _finish(self, done: _Done, generated: Generated | None, ms: Mapping[str, float]) -> Finished:
         """What goes back to a command. Raises GridpruneError where a file or figure can't be made."""
         pruned, command = done.pruned, done.job.command
         ms = dict(ms)
@@ -219,7 +219,7 @@ class CommandRunner:
             counts = len(pruned.input_ids), pruned.placeholders, len(generated.ids)
             reason = "stop" if generated.ended else "length"
             outcome = Outcome(generated.text, *counts, reason, record | {"ms": ms})
-            self._metrics.add_outcome(outcome, done.hits)
+            self._metrics.add_outcome(outcome)
         answer = None if generated is None else generated.text
         result = {
             "record": record,
@@ -231,11 +231,12 @@ class CommandRunner:
             "answer": answer,
             "ms": {step: round(value, 2) for step, value in ms.items()},
         }
+        files = {}
         if command.file:
-            result["file"] = base64.b64encode(pruned.to_bytes()).decode()
+            files["file"] = pruned.to_bytes()
         if command.figure:
-            result["figure"] = base64.b64encode(_draw(command, pruned, answer)).decode()
-        return result
+            files["figure"] = _draw(command, pruned, answer)
+        return Finished(result, files)
 
 
 def _draw(command: Command, pruned: PrunedSet, answer: str | None) -> bytes:

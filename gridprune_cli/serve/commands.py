@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -23,17 +23,19 @@ from gridprune_cli.image_files import NamedImage
 from gridprune_cli.questions import MAX_IMAGES, Exchange
 from gridprune_cli.serve.chat import next_event, wait_for_leave
 from gridprune_cli.serve.jobs import Command, CommandJob, Finished, Left
-from gridprune_cli.serve.pictures import MAX_STORED, SentPictures
+from gridprune_cli.serve.pictures import SentPictures
 from gridprune_cli.serve.uploads import Budget, Share, read_body
 from gridprune_cli.serve.wire import Refusal, read_object
 from gridprune_cli.serve.work import Worker
 
+PIECE = 3 << 18  # bytes of a file that are sent at once, in base64 1 MiB; a multiple of 3, so that pieces can be joined
 
-def command_routes(worker: Worker, budget: Budget, settings: Mapping[str, Any]) -> list[Route]:
-    """The routes. `settings` are those that the server's pipeline was opened with, by name."""
+
+def command_routes(worker: Worker, budget: Budget, settings: Mapping[str, Any], sent: SentPictures) -> list[Route]:
+    """The routes. `settings` are those that the server's pipeline was opened with, by name; `sent` may be shared."""
     return [
         Route(SESSION, Session(worker, budget, settings), methods=["POST"]),
-        Route(COMMAND, Commands(worker, budget), methods=["POST"]),
+        Route(COMMAND, Commands(worker, budget, sent), methods=["POST"]),
     ]
 
 
@@ -70,9 +72,8 @@ class Session:
 class Commands:
     """The endpoint of everything else."""
 
-    def __init__(self, worker: Worker, budget: Budget):
-        self._worker, self._budget = worker, budget
-        self._sent = SentPictures(MAX_STORED)  # by their sha256
+    def __init__(self, worker: Worker, budget: Budget, sent: SentPictures):
+        self._worker, self._budget, self._sent = worker, budget, sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises Refusal for what is not begun."""
@@ -88,9 +89,9 @@ class Commands:
             leaving.add_done_callback(lambda _: job.events.put_nowait(Left()))
             try:
                 await _start(send)
-                await _report(job, send)
+                await _report(job, share, send)
             finally:
-                job.cancelled = True
+                self._worker.withdraw(job)
                 leaving.cancel()
 
     def _read(self, body: bytes, share: Share) -> Command:
@@ -127,11 +128,11 @@ class Commands:
         name, key = _text(image, "name"), _text(image, "sha256")
         if name is None or key is None:
             raise _unknown()
-        data = _bytes(image, share) if "data" in image else self._sent.get(key)
+        data = _bytes(image, share) if "data" in image else self._sent.get(f"sha256:{key}")
         if data is None:
             raise Refusal(400, "the image is not held any more; send it again", code=UNKNOWN_IMAGE)
         if "data" in image:
-            self._sent.put(hashlib.sha256(data).hexdigest(), data)
+            self._sent.put(f"sha256:{hashlib.sha256(data).hexdigest()}", data)
         else:
             share.take(len(data))
         return NamedImage(data, name)
@@ -175,7 +176,7 @@ def _bytes(values: Mapping[str, Any], share: Share) -> bytes:
     return data
 
 
-async def _report(job: CommandJob, send: Send) -> None:
+async def _report(job: CommandJob, share: Share, send: Send) -> None:
     """Sends what becomes of a job, up to its end."""
     while True:
         event = await next_event(job)
@@ -184,7 +185,9 @@ async def _report(job: CommandJob, send: Send) -> None:
         elif isinstance(event, str):
             await _write(send, {"text": event})
         elif isinstance(event, Finished):
-            await _write(send, {"result": event.result})
+            share.count(sum(map(len, event.files.values())))
+            for piece in _pieces(event):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
             break
         elif isinstance(event, Exception):
             await _write(send, {"error": _error(event)})
@@ -192,6 +195,20 @@ async def _report(job: CommandJob, send: Send) -> None:
         elif isinstance(event, Left):
             break
     await _end(send)
+
+
+def _pieces(finished: Finished) -> Iterator[bytes]:
+    """The line of JSON with a result, in pieces: its files may have hundreds of MB.
+
+    No piece stops the event loop for long, and none is made before the client has read most of those before it.
+    """
+    yield json.dumps({"result": finished.result}, allow_nan=False).encode("ascii").removesuffix(b"}}")
+    for name, data in finished.files.items():
+        yield f', "{name}": "'.encode("ascii")
+        for start in range(0, len(data), PIECE):
+            yield base64.b64encode(data[start : start + PIECE])
+        yield b'"'
+    yield b"}}\n"
 
 
 def _error(error: Exception) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from urllib.parse import urljoin, urlsplit
 from gridprune_cli.errors import BadInput
 from gridprune_cli.serve.wire import Refusal
 
-SECONDS = 30.0  # for a picture, redirects included
+SECONDS = 30.0  # for all pictures of a request, redirects included
 WAIT = 10.0  # seconds without a byte
 MAX_REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
@@ -47,14 +47,14 @@ class Hosts:
     def resolve(self, host: str, port: int) -> str:
         """An address of an allowed host. Raises Refusal where any of its addresses may not be asked."""
         try:
-            found_addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+            addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
         except (OSError, UnicodeError) as fault:
             raise BadInput(f"the host {host} is not known") from fault
-        for text in found_addresses:
+        for text in addresses:
             address = ipaddress.ip_address(text.partition("%")[0])
             if not (_is_public(address) or self.allow(text, port)):
                 raise Refusal(403, f"{host} has an address inside, which is not asked", code="host_not_allowed")
-        return min(found_addresses, key=lambda text: (":" in text, text))  # IPv4 first
+        return min(addresses, key=lambda text: (":" in text, text))  # IPv4 first
 
 
 def _is_public(address: Address) -> bool:
@@ -65,19 +65,23 @@ def _is_public(address: Address) -> bool:
     return address.is_global and not address.is_multicast
 
 
-def fetch(url: str, hosts: Hosts, most: int) -> bytes:
+def fetch(url: str, hosts: Hosts, most: int, end: float) -> bytes:
     """The body behind a URL, at most `most` bytes. Redirects are followed to allowed hosts alone.
+
+    end  of all pictures of a request, on the clock of `time.monotonic`
 
     Raises Refusal with 403 for a host that is not allowed, BadInput for what can't be had.
     """
-    end = time.monotonic() + SECONDS
     for _ in range(MAX_REDIRECTS + 1):
         status, location, data = _request(url, hosts, most, end)
         if location is None:
             if status != 200:
                 raise BadInput(f"the host answered with status {status}")
             return data
-        url = urljoin(url, location)
+        try:
+            url = urljoin(url, location)
+        except ValueError as fault:
+            raise BadInput(f"redirected to no URL ({fault})") from fault
     raise BadInput(f"more than {MAX_REDIRECTS} redirects")
 
 
@@ -102,9 +106,11 @@ def _request(url: str, hosts: Hosts, most: int, end: float) -> tuple[int, str | 
     alarm = Timer(max(0.0, end - time.monotonic()), _hang_up, [connection])
     try:
         alarm.start()
-        raw = socket.create_connection((address, port), timeout=WAIT)
-        context = ssl.create_default_context() if scheme == "https" else None
-        connection.sock = context.wrap_socket(raw, server_hostname=host) if context else raw
+        connection.sock = raw = socket.create_connection((address, port), timeout=_seconds_left(end))
+        if scheme == "https":
+            raw.settimeout(_seconds_left(end))  # which bounds the whole handshake
+            connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+        connection.sock.settimeout(_seconds_left(end))  # the alarm may have come before there was what it hangs up
         target = (parsed.path or "/") + (f"?{parsed.query}" if parsed.query else "")
         connection.request("GET", target, headers={"User-Agent": "gridprune", "Accept": "image/*"})
         response = connection.getresponse()
@@ -118,13 +124,25 @@ def _request(url: str, hosts: Hosts, most: int, end: float) -> tuple[int, str | 
                 raise BadInput(f"more than {most} bytes")
             pieces.append(piece)
         if time.monotonic() > end or response.length:  # the alarm, or the host, cut it off
-            raise BadInput(f"not all there after {SECONDS:g} s")
+            raise _too_late()
         return response.status, None, b"".join(pieces)
     except (OSError, http.client.HTTPException) as fault:
         raise BadInput(f"can't be fetched from {host}:{port} ({type(fault).__name__})") from fault
     finally:
         alarm.cancel()
         connection.close()
+
+
+def _seconds_left(end: float) -> float:
+    """For which a connection may say nothing. Raises BadInput where the time is over."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise _too_late()
+    return min(WAIT, left)
+
+
+def _too_late() -> BadInput:
+    return BadInput(f"not all there after {SECONDS:g} s")
 
 
 def _hang_up(connection: http.client.HTTPConnection) -> None:

@@ -21,10 +21,10 @@ from gridprune_cli.serve.wire import Refusal
 from gridprune_cli.serve.work import Worker
 
 MAX_CONNECTIONS = 256  # more are answered with 503; twice as many are not taken
-WRITE_SECONDS = 30.0  # for which a client may leave what was sent unread, once its buffer is full
+WRITE_SECONDS = 30.0  # for which a client may read nothing of what was written for it
+LOOKS = 10  # within these
 HEAD_SECONDS = 15.0  # within which the head of a request must be there
 _log = logging.getLogger(__name__)
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,7 +38,8 @@ class Protocol(H11Protocol):
     """HTTP/1.1 whose connections are bounded in number, and in the time that a client may take to ask and to read."""
 
     _timer: asyncio.TimerHandle | None = None  # until a head is there
-    _unread: asyncio.TimerHandle | None = None  # until what was written is read
+    _watch: asyncio.TimerHandle  # until the connection is lost
+    _unread = _stalls = 0  # bytes, and how many looks in a row have found no fewer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -47,16 +48,16 @@ class Protocol(H11Protocol):
         elif len(self.connections) > MAX_CONNECTIONS:
             self.app = _refuse
         self._timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
+        self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
-        if self._unread is not None:
-            self._unread.cancel()
+        self._watch.cancel()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
         super().handle_events()
-        if self.conn.their_state is not h11.IDLE:  # a head is there
+        if self.cycle is not None and not self.cycle.response_complete:  # a head is there, whose answer is not
             self._stop_timer()
 
     def on_response_complete(self) -> None:
@@ -64,14 +65,18 @@ class Protocol(H11Protocol):
         self._timer = self.loop.call_later(HEAD_SECONDS, self._give_up)  # for the next one
         super().on_response_complete()
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._unread = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+    def _look(self) -> None:
+        """Ends the connection where nothing was read for WRITE_SECONDS; else looks again in a while.
 
-    def resume_writing(self) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-        super().resume_writing()
+        It looks at the buffer itself: asyncio tells when it is full and when it is nearly empty, but neither of a slow
+        reader between these, nor of a little that is never read, for which a transport that is closed waits for ever.
+        """
+        unread = self.transport.get_write_buffer_size()
+        self._stalls = self._stalls + 1 if unread >= self._unread > 0 else 0
+        self._unread = unread
+        if self._stalls == LOOKS:
+            self.transport.abort()
+        self._watch = self.loop.call_later(WRITE_SECONDS / LOOKS, self._look)
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state is not h11.IDLE:  # a response is on its way
@@ -105,7 +110,9 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self.handle_exit)}
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a script ignores it for what it has in background
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, self.handle_exit)
         if hasattr(signal, "SIGPIPE"):  # which ends other commands: here a client has left, and no more
             before[signal.SIGPIPE] = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         try:

@@ -33,9 +33,13 @@ class Left:
 
 @dataclass(frozen=True)
 class Finished:
-    """A command of `gridprune` is done, and this is what goes back to it."""
+    """A command of `gridprune` is done, and this is what goes back to it.
+
+    files  that belong to the result, by their fields there, which hold them in base64
+    """
 
     result: dict[str, Any]
+    files: Mapping[str, bytes]
 
 
 Event = Started | str | Outcome | Finished | Exception | Left

@@ -13,7 +13,7 @@ _HELP = {
     "requests_total": ("counter", "Requests by path and status."),
     "request_seconds": ("histogram", "Seconds of a question from its arrival to the end of its answer."),
     "requests_waiting": ("gauge", "Questions that wait for their turn."),
-    "held_bytes": ("gauge", "Bytes of request bodies and pictures that are held."),
+    "held_bytes": ("gauge", "Bytes of request bodies, pictures and results that are held."),
     "batches_total": ("counter", "Batches that were answered."),
     "batch_seconds_total": ("counter", "Seconds of work on batches."),
     "questions_total": ("counter", "Questions that were answered."),
@@ -39,12 +39,17 @@ class Metrics:
         with self._lock:
             self._requests[path, status] += 1
 
-    def add_batch(self, questions: int, seconds: float) -> None:
+    def add_batch(self, seconds: float) -> None:
         with self._lock:
             self._counts["batches_total"] += 1
             self._counts["batch_seconds_total"] += seconds  # type: ignore[assignment]
 
-    def add_outcome(self, outcome: Outcome, hits: Sequence[bool]) -> None:
+    def add_images(self, hits: Sequence[bool]) -> None:
+        """Counts pictures of a request, each with whether it was found in the cache."""
+        with self._lock:
+            self._counts.update(image_hits_total=sum(hits), image_misses_total=len(hits) - sum(hits))
+
+    def add_outcome(self, outcome: Outcome) -> None:
         seconds = outcome.record["ms"]["total"] / 1e3
         with self._lock:
             self._counts.update(
@@ -53,8 +58,6 @@ class Metrics:
                 completion_tokens_total=outcome.completion_tokens,
                 visual_tokens_total=outcome.record["tokens"]["full"],
                 kept_tokens_total=outcome.record["tokens"]["kept"],
-                image_hits_total=sum(hits),
-                image_misses_total=len(hits) - sum(hits),
             )
             self._counts["seconds"] += seconds
             self._buckets = [count + (seconds <= most) for count, most in zip(self._buckets, SECONDS, strict=True)]

@@ -14,7 +14,7 @@ from gridprune_cli.images import measure, read_image
 from gridprune_cli.serve.fetching import Hosts, fetch
 from gridprune_cli.serve.wire import PicturePart, Refusal
 
-MAX_STORED = 256 << 20  # bytes of pictures that a uuid names; the longest unused go first
+MAX_STORED = 256 << 20  # bytes of pictures that a uuid or a sha256 names; the longest unused go first
 
 
 class Pictures:
@@ -23,6 +23,8 @@ class Pictures:
     folders  below which `file://` may name files; links are followed before that is looked at
     hosts    from which pictures are fetched
     most     bytes of one picture
+
+    sent  those that may be named instead of being sent again
     """
 
     def __init__(self, folders: Sequence[Path], hosts: Hosts, most: int):
@@ -33,13 +35,16 @@ class Pictures:
                 raise BadInput("no such folder", field="allow_folder", value=folder)
             self._folders.append(os.path.realpath(folder))
         self._hosts, self._most = hosts, most
-        self._sent = SentPictures(MAX_STORED)
+        self.sent = SentPictures(MAX_STORED)
 
-    def read(self, picture: PicturePart) -> bytes:
-        """The bytes of an image file, whose header was looked at. Raises Refusal, which names the place of the part."""
+    def read(self, picture: PicturePart, end: float) -> bytes:
+        """The bytes of an image file, whose header was looked at. `end` as of `fetch`.
+
+        Raises Refusal, which names the place of the part.
+        """
         if picture.url is None:
             assert picture.uuid is not None
-            data = self._sent.get(picture.uuid)
+            data = self.sent.get(f"uuid:{picture.uuid}")
             if data is None:
                 reason = "names no picture that is still held; send its image_url once more"
                 raise Refusal(
@@ -47,7 +52,7 @@ class Pictures:
                 )
             return data
         try:
-            data = self._load(picture.url)
+            data = self._load(picture.url, end)
             measure(data)  # what is no image, or too large to be decoded, is known by its header
         except BadInput as fault:
             param = f"{picture.place}.image_url"
@@ -56,26 +61,30 @@ class Pictures:
             param = f"{picture.place}.image_url"
             raise Refusal(refusal.status, f"{param}: {refusal.message}", code=refusal.code, param=param) from refusal
         if picture.uuid is not None:
-            self._sent.put(picture.uuid, data)
+            self.sent.put(f"uuid:{picture.uuid}", data)
         return data
 
-    def _load(self, url: str) -> bytes:
+    def _load(self, url: str, end: float) -> bytes:
         scheme = url.partition(":")[0].lower()
         if scheme == "data":
             return _decode(url)
         if scheme == "file":
             return self._open(url)
-        if scheme in ("http", "https"):
-            return fetch(url, self._hosts, self._most)
+        if is_remote(url):
+            return fetch(url, self._hosts, self._most, end)
         raise BadInput("must be a URL of scheme data, file, http or https")
 
     def _open(self, url: str) -> bytes:
         """A file below an allowed folder. Outside of these nothing tells whether a file is there."""
-        parsed = urlsplit(url)
-        path = unquote(parsed.path)
-        if parsed.netloc not in ("", "localhost") or not path.startswith("/") or "\0" in path:
-            raise BadInput("must be file:///PATH, an absolute path on the server")
-        resolved = os.path.realpath(path)
+        no_path = BadInput("must be file:///PATH, an absolute path on the server")
+        try:
+            parsed = urlsplit(url)
+            path = unquote(parsed.path)
+            resolved = os.path.realpath(path)
+        except ValueError as fault:  # brackets, NUL, and characters that no file name has
+            raise no_path from fault
+        if parsed.netloc not in ("", "localhost") or not path.startswith("/"):
+            raise no_path
         if not any(os.path.commonpath([resolved, folder]) == folder for folder in self._folders):
             raise Refusal(403, "outside of the folders that the server was allowed to read", code="path_not_allowed")
         if not os.path.isfile(resolved):
@@ -88,26 +97,34 @@ class Pictures:
         return data
 
 
+def is_remote(url: str) -> bool:
+    """Whether a URL names a picture on a host, which takes the time that the host takes."""
+    return url[:6].lower().startswith(("http:", "https:"))
+
+
 class SentPictures:
-    """Pictures by the uuids that clients gave them, at most `most` bytes. A uuid names what was sent with it last."""
+    """Pictures that were sent, at most `most` bytes, by `uuid:` and what a client called them, and by `sha256:`.
+
+    A uuid names what was sent with it last.
+    """
 
     def __init__(self, most: int):
         self._most, self._size = most, 0
         self._pictures: OrderedDict[str, bytes] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, uuid: str) -> bytes | None:
+    def get(self, name: str) -> bytes | None:
         with self._lock:
-            if uuid in self._pictures:
-                self._pictures.move_to_end(uuid)
-            return self._pictures.get(uuid)
+            if name in self._pictures:
+                self._pictures.move_to_end(name)
+            return self._pictures.get(name)
 
-    def put(self, uuid: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes) -> None:
         with self._lock:
-            self._size -= len(self._pictures.pop(uuid, b""))
+            self._size -= len(self._pictures.pop(name, b""))
             if len(data) > self._most:
                 return
-            self._pictures[uuid] = data
+            self._pictures[name] = data
             self._size += len(data)
             while self._size > self._most:
                 self._size -= len(self._pictures.popitem(last=False)[1])

@@ -16,7 +16,7 @@ RETRY_AFTER = 5  # seconds
 
 
 class Budget:
-    """Bytes of bodies and pictures that all requests together may hold.
+    """Bytes of bodies, pictures and results that all requests together may hold.
 
     most   of all requests
     upload of one body
@@ -35,10 +35,10 @@ class Budget:
         finally:
             self.change(-share.size)
 
-    def change(self, size: int) -> None:
-        """Takes bytes, or gives them back. Raises Refusal with 429 where they are not there."""
+    def change(self, size: int, bounded: bool = True) -> None:
+        """Takes bytes, or gives them back. Raises Refusal with 429 where they are not there, if `bounded`."""
         with self._lock:
-            if size > 0 and self.held + size > self.most:
+            if bounded and size > 0 and self.held + size > self.most:
                 raise Refusal(429, "too much is being worked on", code="memory", retry_after=RETRY_AFTER)
             self.held += size
 
@@ -52,6 +52,11 @@ class Share:
     def take(self, size: int) -> None:
         """Raises Refusal with 429 where that is too much."""
         self.budget.change(size)
+        self.size += size
+
+    def count(self, size: int) -> None:
+        """Counts what is held already: it is not refused, but what others want to hold beside it is."""
+        self.budget.change(size, bounded=False)
         self.size += size
 
 

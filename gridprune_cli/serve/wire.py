@@ -150,7 +150,11 @@ def parse_chat(body: bytes) -> ChatRequest:
     options = values.get("gridprune") or {}
     if not isinstance(options, dict):
         raise _bad("gridprune", 'must be an object of options, as in {"keep": 0.2}')
-    pruning = {name: value for name, value in options.items() if name not in ("cache", "template", "figure")}
+    pruning = {
+        name: value
+        for name, value in options.items()
+        if name not in ("cache", "template", "figure") and value is not None  # which is as if it were left out
+    }
     if pruning.get("localizer") not in (None, "relevance", "vlm"):
         raise _bad("gridprune.localizer", "must be relevance or vlm: no other model is loaded for a request")
     template = options.get("template")

@@ -76,6 +76,12 @@ class Worker:
             self._queue.put(job)
             self._changed.notify()
 
+    def withdraw(self, job: Turn) -> None:
+        """Takes a job that nobody waits for any more out of the queue, if it is there."""
+        job.cancelled = True
+        with self._changed:
+            self._queue.remove(lambda other: other is job)
+
     @property
     def waiting(self) -> int:
         """How many jobs are in the queue."""
@@ -114,7 +120,7 @@ class Worker:
                     answerer.answer(chats)
                 else:
                     self.commands.work_on(jobs)
-                self._metrics.add_batch(len(jobs), time.monotonic() - start)
+                self._metrics.add_batch(time.monotonic() - start)
             if pipeline.store is not None:
                 pipeline.store.finish()
         except Exception as fault:  # the server ends with it: without this thread nobody would be answered
@@ -126,13 +132,13 @@ class Worker:
     def _next(self) -> list[Turn]:
         """The next batch; nothing once the worker stops."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or len(self._queue))
-            if self._last_batch > 1 and not self._stopping:
-                end = time.monotonic() + GATHER
-                while len(self._queue) < self._last_batch and (left := end - time.monotonic()) > 0:
-                    self._changed.wait(left)
-            jobs = self._queue.take(MAX_BATCH)
-        self._last_batch = len(jobs)
-        if not jobs and not self._stopping:  # those that waited have left
-            return self._next()
-        return jobs
+            while True:
+                self._changed.wait_for(lambda: self._stopping or len(self._queue))
+                if self._last_batch > 1 and not self._stopping:
+                    end = time.monotonic() + GATHER
+                    while len(self._queue) < self._last_batch and (left := end - time.monotonic()) > 0:
+                        self._changed.wait(left)
+                jobs = self._queue.take(MAX_BATCH)
+                self._last_batch = len(jobs)
+                if jobs or self._stopping:  # else those that waited have left
+                    return jobs
