@@ -230,7 +230,7 @@ def test_positions_with_gaps_are_refused(llava, noise):
 def test_inner_pruning_is_refused(llava, noise, pruning):
     (image,) = llava.encoder.encode([noise((100, 80))])
     with pytest.raises(BadInput, match="inside the language model, which vLLM can't do"):
-        to_vllm(llava.family, llava.prune(image, QUESTION, replace(pruning, positions="compact")))
+        to_vllm(llava.family, llava.prune(image, QUESTION, pruning))
 
 
 def test_every_family_goes_or_is_refused_with_a_reason(llava, noise):
