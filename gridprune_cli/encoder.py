@@ -9,6 +9,7 @@ import torch
 
 from gridprune_cli.cache.quantize import STORAGES, pack
 from gridprune_cli.cache.store import Store, entry_key
+from gridprune_cli.contents import MAX_NUMBERS
 from gridprune_cli.errors import BadInput, GridpruneError, NoScene
 from gridprune_cli.images import Picture
 from gridprune_cli.prefixes import Prefixes
@@ -111,7 +112,13 @@ class Encoder:
 
     def put(self, encoded: EncodedImage) -> bool:
         """Stores an encoded image, where there is a cache. False where it can't be stored, of which `Store` warns."""
-        return self.store is None or self.store.put(encoded.encoder, encoded.key, encoded.to_bytes())
+        if self.store is None:
+            return True
+        if (count := encoded.vision_features.numel()) > MAX_NUMBERS:  # which nobody could read again
+            reason = f"{count} numbers are more than the {MAX_NUMBERS} of an entry"
+            self.store.warn(f"{encoded.name}: not cached, since {reason}")
+            return False
+        return self.store.put(encoded.encoder, encoded.key, encoded.to_bytes())
 
     def check(self, picture: Picture) -> None:
         """Raises BadInput where no model was chosen, and the picture is none that the embedded one knows."""

@@ -295,7 +295,7 @@ def test_the_process_that_calls_keeps_the_limit(pipeline, pictures):
     row, _ = through(pipeline, [pictures[:2], pictures[2:]])
     assert len(entries(pipeline.store.root)) == 5  # though the worker wrote more than the limit
     notices = []
-    pipeline.store._warn = notices.append
+    pipeline.store.warn = notices.append
     list(_received(iter([{"done": row}]), pipeline.runner()))
     with pipeline:
         assert len(entries(pipeline.store.root)) == 5  # what this run wrote stays

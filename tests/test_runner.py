@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import ImageFile
 
+from gridprune_cli import encoder as encoder_module
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.images import load_image
@@ -314,6 +315,14 @@ def test_a_cache_that_cannot_be_written_stops_encode_all_and_not_bulk(tiny_llava
     assert len(notices) == 1
     with pytest.raises(GridpruneError, match="can't be written"):
         list(pipeline.encode_all(pictures))
+
+
+def test_what_could_not_be_read_again_is_not_cached_and_said(pipeline, pictures, monkeypatch, caplog):
+    (image,) = pipeline.encoder.run_tower([load_image(pictures[0])])
+    assert pipeline.encoder.put(image)
+    monkeypatch.setattr(encoder_module, "MAX_NUMBERS", image.vision_features.numel() - 1)
+    assert not pipeline.encoder.put(image) and f"{image.name}: not cached" in caplog.text
+    caplog.clear()
 
 
 def test_threads_that_decode_leave_the_settings_of_the_process_alone(pictures, tmp_path):

@@ -52,7 +52,7 @@ class Store:
     def __init__(self, root: Path, limit: int | None, warn: Callable[[str], None] = _log.warning) -> None:
         self.root = root
         self.limit = limit
-        self._warn = warn
+        self.warn = warn
         self.writable = True  # until a write fails, or the user wants none
         self._over = False  # whether the warning of a limit that can't be kept was given
         self._marked = False  # whether the root was looked at for its marks
@@ -92,13 +92,13 @@ class Store:
         # 1. what can't be an entry, or is one already
         path = entry_path(self.root, encoder, key)
         if len(data) > files.MAX_BYTES:
-            self._warn(f"{path}: not cached, since {len(data)} bytes are more than the {files.MAX_BYTES} of an entry")
+            self.warn(f"{path}: not cached, since {len(data)} bytes are more than the {files.MAX_BYTES} of an entry")
             return False
         with suppress(OSError, FileFault):
             if files.read_bytes(path, len(data)) == data:
                 return True
         if layout.irregular(path) and not layout.remove(str(path)) and layout.irregular(path):
-            self._warn(f"{path}: not cached, since this is no file and can't be removed; remove it")
+            self.warn(f"{path}: not cached, since this is no file and can't be removed; remove it")
             return False
         # 2. folders and file, again where another process that clears the cache removes a folder in between
         for more in reversed(range(_TRIES)):
@@ -114,7 +114,7 @@ class Store:
             if self.writable:
                 self.writable = False
                 reason = getattr(cause, "strerror", None) or cause
-                self._warn(f"{self.root}: the cache can't be written ({reason}); going on without it")
+                self.warn(f"{self.root}: the cache can't be written ({reason}); going on without it")
             return False
         # 3. the limit
         self.adopt([Written(str(path), len(data), spared)])
@@ -171,7 +171,7 @@ class Store:
             left = sweep.trim(self.root, self.limit, None, spare=self._written).kept_bytes
             if left > self.limit and not self._over:
                 self._over = True
-                self._warn(
+                self.warn(
                     f"{self.root}: over its limit of {self.limit} bytes, since what is being written stays; "
                     "set a higher `cache_limit`, or it goes with the next command"
                 )
