@@ -187,7 +187,11 @@ def answers(pipeline: Pipeline, plan: Plan, rows: Rows) -> Iterator[list[dict[st
 
 
 def prune(runner: Runner, plan: Plan, cell: Cell, batch: list[Item], encoded: "Encoded") -> list[PrunedSet]:
-    """The pruned sets of a batch of questions under a cell. Raises the error of the first that fails."""
+    """The pruned sets of a batch of questions under a cell. Raises the error of the first that fails.
+
+    None goes on from a prefix that may be in the cache or not: answers are the same to their last bit wherever a run
+    stopped. A selection always does.
+    """
     requests = []
     for item in batch:
         images = tuple(encoded[use] for use in _uses(item))
@@ -196,7 +200,8 @@ def prune(runner: Runner, plan: Plan, cell: Cell, batch: list[Item], encoded: "E
         requests.append(
             Request(images, question, replace(pruning, query=pruning.query or item.question), **plan.prompt)
         )
-    return [result_or_raise(result).pruned for result in in_order(runner.prune(requests))]
+    with_prefix = None if cell.pruning.ilp == "selection" else False
+    return [result_or_raise(result).pruned for result in in_order(runner.prune(requests, with_prefix=with_prefix))]
 
 
 def batches(plan: Plan) -> list[list[Item]]:
