@@ -125,6 +125,22 @@ class Encoder:
         if self.scenes_only:  # else nothing is refused, and to look at the picture costs time
             self._refuse(picture.name, self._notes(picture))
 
+    def check_encoded(self, image: EncodedImage, several: bool) -> None:
+        """Raises BadInput for an encoded image that is of another model, or was not encoded as one of `several`.
+
+        Its dtype and storage, which change its numbers in their last places, may be others.
+        """
+        expected = self.identity(several)
+        names = (image.encoder.keys() | expected.keys()) - {"dtype", "storage"}
+        differing = [name for name in names if image.encoder.get(name) != expected.get(name)]
+        if differing == ["together"]:
+            reason = "not encoded as one of several images; encode it with `several=True`"
+            if not several:
+                reason = "encoded as one of several images, and is alone; encode it without `several=True`"
+            raise BadInput(reason, place=image.name)
+        if differing:
+            raise BadInput(f"encoded by another model, {image.model}; encode it with this one", place=image.name)
+
     def check_written(self) -> None:
         """Raises GridpruneError where the cache turned out not to be writable."""
         if self.store is not None and not self.store.writable:
