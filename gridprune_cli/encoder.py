@@ -31,8 +31,8 @@ class Encoder:
     family       the model
     store        the cache; None: there is none
     cache_dtype  how vision features are stored, and what prefixes hold: "full", as the model gives them, or in eight
-                 bits, "float8" or "int8". Answers come from what is stored, also where it was just encoded, or is not
-                 stored at all
+                 bits, "float8" or "int8". Answers always use the vectors as that storage gives them back, on a hit, on
+                 a miss, and without a cache
     scenes_only  whether a picture is refused that is no scene of the embedded model, since no model was chosen
 
     In some families a picture is encoded in another way where its prompt has several: `several` says so. `optional` are
@@ -61,15 +61,21 @@ class Encoder:
         return entry_key(image_sha256, self.identity(several), (*SIGNALS, *optional))
 
     def look_up(
-        self, image_sha256: str, name: str, several: bool = False, optional: Collection[str] = ()
+        self,
+        image_sha256: str,
+        name: str,
+        several: bool = False,
+        optional: Collection[str] = (),
+        *,
+        touch: bool = True,
     ) -> EncodedImage | None:
         """The encoded image from the cache, under the name that the user gave now; None where it is not there.
 
-        Raises BadInput as `check`.
+        `touch` is that of `Store.get`. Raises BadInput as `check`.
         """
         if self.store is None:
             return None
-        entry = self.store.get(self.identity(several), self.key(image_sha256, several, optional))
+        entry = self.store.get(self.identity(several), self.key(image_sha256, several, optional), touch=touch)
         if entry is None:
             return None
         try:
@@ -144,7 +150,8 @@ class Encoder:
     def check_written(self) -> None:
         """Raises GridpruneError where the cache turned out not to be writable."""
         if self.store is not None and not self.store.writable:
-            raise GridpruneError(f"{self.store.root}: the cache can't be written, so nothing was encoded into it")
+            reason = "the cache can't be written; what was stored before stays, and the same command goes on from there"
+            raise GridpruneError(f"{self.store.root}: {reason}")
 
     def _encoded(self, picture: Picture, encoding: Encoding, several: bool, optional: Collection[str]) -> EncodedImage:
         """The encoded image of what the tower gave for a picture."""

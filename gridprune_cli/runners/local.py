@@ -322,7 +322,7 @@ def add_prefixes(runner: Runner, encoded: Iterable[Encoded], refresh: bool) -> I
         outcome = result
         if isinstance(result, EncodedImage):
             try:
-                runner.encoder.prefixes.warm(result, refresh=refresh)
+                runner.encoder.prefixes.store_for_image(result, refresh=refresh)
             except Exception as error:
                 outcome = as_error(error).about(name)
         yield name, outcome, hit
