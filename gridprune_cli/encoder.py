@@ -21,7 +21,8 @@ from gridprune_cli.vlm.entropy import grey_entropy
 from gridprune_cli.vlm.family import Encoding, Family
 
 SIGNALS = ("saliency",)  # stored beside the vision features, with the optional ones that were asked for
-NO_SCENE = "no scene: the embedded model knows only its own scenes; name a real one, as in `model=FOLDER`"  # a note
+NO_SCENE = "no scene: the embedded model knows only its own scenes; name a real one, as in `model=FOLDER`"
+"""A note. Entries hold it, and tell by it that a picture is no scene: one of another wording is taken for a scene."""
 SMALL_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"  # to begin with: of family idefics3, half a GB
 
 
