@@ -384,7 +384,7 @@ def test_an_image_is_read_once_for_all_its_questions(pipeline, pictures, tiny_ll
     pipeline, got = Pipeline(str(tiny_llava), store=open_store(), dtype="float32"), []
     get = pipeline.store.get
     monkeypatch.setattr(
-        pipeline.store, "get", lambda encoder, key: got.append(encoder.get("kind")) or get(encoder, key)
+        pipeline.store, "get", lambda encoder, key, **more: got.append(encoder.get("kind")) or get(encoder, key, **more)
     )
     replies = list(pipeline.runner().answer(requests(pictures), max_new_tokens=2))
     assert got.count(None) == len(pictures)  # and prefixes, for questions that keep everything
