@@ -11,7 +11,7 @@ from gridprune_cli.cache.quantize import STORAGES, pack
 from gridprune_cli.cache.store import Store, entry_key
 from gridprune_cli.contents import MAX_NUMBERS
 from gridprune_cli.errors import BadInput, GridpruneError, NoScene
-from gridprune_cli.images import Picture
+from gridprune_cli.images import Picture, Source
 from gridprune_cli.prefixes import Prefixes
 from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, TOWER_SIGNALS
 from gridprune_cli.scenes.scene import looks_like_scene
@@ -132,21 +132,23 @@ class Encoder:
         if self.scenes_only:  # else nothing is refused, and to look at the picture costs time
             self._refuse(picture.name, self._notes(picture))
 
-    def check_encoded(self, image: EncodedImage, several: bool) -> None:
-        """Raises BadInput for an encoded image that is of another model, or was not encoded as one of `several`.
+    def check_encoded(self, images: Sequence[Source | EncodedImage]) -> None:
+        """Raises BadInput where one of a question's images was encoded by another model, or for another number of them.
 
-        Its dtype and storage, which change its numbers in their last places, may be others.
+        Its dtype and storage, which change its numbers in their last places, may be others. Image files pass.
         """
-        expected = self.identity(several)
-        names = (image.encoder.keys() | expected.keys()) - {"dtype", "storage"}
-        differing = [name for name in names if image.encoder.get(name) != expected.get(name)]
-        if differing == ["together"]:
-            reason = "not encoded as one of several images; encode it with `several=True`"
-            if not several:
-                reason = "encoded as one of several images, and is alone; encode it without `several=True`"
-            raise BadInput(reason, place=image.name)
-        if differing:
-            raise BadInput(f"encoded by another model, {image.model}; encode it with this one", place=image.name)
+        several = len(images) > 1
+        for image in [image for image in images if isinstance(image, EncodedImage)]:
+            expected = self.identity(several)
+            names = (image.encoder.keys() | expected.keys()) - {"dtype", "storage"}
+            differing = [name for name in names if image.encoder.get(name) != expected.get(name)]
+            if differing == ["together"]:
+                reason = "not encoded as one of several images; encode it with `several=True`"
+                if not several:
+                    reason = "encoded as one of several images, and is alone; encode it without `several=True`"
+                raise BadInput(reason, place=image.name)
+            if differing:
+                raise BadInput(f"encoded by another model, {image.model}; encode it with this one", place=image.name)
 
     def check_written(self) -> None:
         """Raises GridpruneError where the cache turned out not to be writable."""

@@ -157,9 +157,7 @@ class Runner:
         check_question(request.question, len(request.images))
         check_history(request.history, len(request.images))
         self.localizers.find(request.pruning, len(request.images))
-        for image in request.images:
-            if isinstance(image, EncodedImage):
-                self.encoder.check_encoded(image, several=len(request.images) > 1)
+        self.encoder.check_encoded(request.images)
         texts = [text for turn in request.history for text in (turn.question, turn.answer)]
         remedy = "begin a new conversation" if texts else "ask shorter"
         self.family.check_length(self.family.count_words("\n".join([*texts, request.question])), remedy)
