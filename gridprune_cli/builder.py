@@ -61,7 +61,8 @@ def build_pruned_sets(
 
     prefixes     the model's
     with_prefix  True: each set holds its prefix, and no image embeds. False: none holds a prefix. None: a set that can
-                 go on from a prefix also holds that, where it is there; of `ilp` "selection" it is computed
+                 go on from a prefix also holds that, where it is there and not in eight bits; of `ilp` "selection" it
+                 is computed
 
     Raises BadInput where a pruning does not fit its images or its set can't go on from a prefix, and a prompt can't be
     written, or has more positions than the model.
@@ -102,15 +103,22 @@ def _find_prefix(
 ) -> Prefix | None:
     """The prefix that a set can go on from, where it is held or in the cache. `prompt` (L,) is the unpruned one.
 
-    Of a selection it is computed where it is not there, so that the next question costs what pruning before does.
+    Of a selection it is computed where it is not there, so that the next question costs what pruning before does. One
+    in eight bits, from which answers are others, is for selections alone: what the cache holds must decide no answer.
     """
-    if prefixes is None or _prefix_obstacle(family, request, draft, prompt):
+    compute = request.pruning.ilp == "selection"
+    if prefixes is None or not (compute or prefixes.cache_dtype == "full"):
         return None
-    return prefixes.find(prompt, request.images, compute=request.pruning.ilp == "selection")
+    if _prefix_obstacle(family, request, draft, prompt):
+        return None
+    return prefixes.find(prompt, request.images, compute=compute)
 
 
 def _prefix_obstacle(family: Family, request: EncodedRequest, draft: _Draft, prompt: Tensor) -> str:
-    """Why a set does not begin with what the prefix of its unpruned prompt `(L,)` is; empty where it does."""
+    """Why the language model can't go on from the cached prefix for this set, as the beginning of an error message.
+
+    Empty where it can. `prompt` (L,) is the unpruned one.
+    """
     images, depth = request.images, family.relevance_depth
     stages = draft.rest["schedule"].stages if draft.rest["schedule"] else ()
     # 1. the text behind the visual tokens is there, and not to be seen by them

@@ -18,7 +18,7 @@ from gridprune_cli.pruning.region import GRID, inside
 from gridprune_cli.pruning.schedule import LayerSchedule, Region, Selection, plan
 from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, View
 
-MAX_NUMBERS = 1 << 27  # of vision_features or image_embeds: 16,384 visual tokens of 8,192 numbers
+MAX_NUMBERS = 1 << 28  # of vision_features or image_embeds: 16,384 visual tokens of 16,384 numbers, as of Qwen3-VL 8B
 MAX_POSITION = 1 << 24  # from there on float32, in which rotary angles are computed, can't tell neighbours apart
 MAX_LAYERS = 1 << 10  # of a language model; the deepest have about 130
 MAX_COORDINATE = 1e6  # of a view's box, in pictures: a tile that is padded leaves 0..1, but not by far

@@ -9,8 +9,9 @@ import torch
 
 from gridprune_cli.cache.quantize import STORAGES, pack
 from gridprune_cli.cache.store import Store, entry_key
+from gridprune_cli.contents import MAX_NUMBERS
 from gridprune_cli.errors import BadInput, GridpruneError, NoScene
-from gridprune_cli.images import Picture
+from gridprune_cli.images import Picture, Source
 from gridprune_cli.prefixes import Prefixes
 from gridprune_cli.pruning.signals import OPTIONAL_SIGNALS, TOWER_SIGNALS
 from gridprune_cli.scenes.scene import looks_like_scene
@@ -20,7 +21,8 @@ from gridprune_cli.vlm.entropy import grey_entropy
 from gridprune_cli.vlm.family import Encoding, Family
 
 SIGNALS = ("saliency",)  # stored beside the vision features, with the optional ones that were asked for
-NO_SCENE = "no scene: the embedded model knows only its own scenes; name a real one, as in `model=FOLDER`"  # a note
+NO_SCENE = "no scene: the embedded model knows only its own scenes; name a real one, as in `model=FOLDER`"
+"""A note. Entries hold it, and tell by it that a picture is no scene: one of another wording is taken for a scene."""
 SMALL_MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"  # to begin with: of family idefics3, half a GB
 
 
@@ -30,8 +32,8 @@ class Encoder:
     family       the model
     store        the cache; None: there is none
     cache_dtype  how vision features are stored, and what prefixes hold: "full", as the model gives them, or in eight
-                 bits, "float8" or "int8". Answers come from what is stored, also where it was just encoded, or is not
-                 stored at all
+                 bits, "float8" or "int8". Answers always use the vectors as that storage gives them back, on a hit, on
+                 a miss, and without a cache
     scenes_only  whether a picture is refused that is no scene of the embedded model, since no model was chosen
 
     In some families a picture is encoded in another way where its prompt has several: `several` says so. `optional` are
@@ -60,15 +62,21 @@ class Encoder:
         return entry_key(image_sha256, self.identity(several), (*SIGNALS, *optional))
 
     def look_up(
-        self, image_sha256: str, name: str, several: bool = False, optional: Collection[str] = ()
+        self,
+        image_sha256: str,
+        name: str,
+        several: bool = False,
+        optional: Collection[str] = (),
+        *,
+        touch: bool = True,
     ) -> EncodedImage | None:
         """The encoded image from the cache, under the name that the user gave now; None where it is not there.
 
-        Raises BadInput as `check`.
+        `touch` is that of `Store.get`. Raises BadInput as `check`.
         """
         if self.store is None:
             return None
-        entry = self.store.get(self.identity(several), self.key(image_sha256, several, optional))
+        entry = self.store.get(self.identity(several), self.key(image_sha256, several, optional), touch=touch)
         if entry is None:
             return None
         try:
@@ -111,17 +119,42 @@ class Encoder:
 
     def put(self, encoded: EncodedImage) -> bool:
         """Stores an encoded image, where there is a cache. False where it can't be stored, of which `Store` warns."""
-        return self.store is None or self.store.put(encoded.encoder, encoded.key, encoded.to_bytes())
+        if self.store is None:
+            return True
+        if (count := encoded.vision_features.numel()) > MAX_NUMBERS:  # which nobody could read again
+            reason = f"{count} numbers are more than the {MAX_NUMBERS} of an entry"
+            self.store.warn(f"{encoded.name}: not cached, since {reason}")
+            return False
+        return self.store.put(encoded.encoder, encoded.key, encoded.to_bytes())
 
     def check(self, picture: Picture) -> None:
         """Raises BadInput where no model was chosen, and the picture is none that the embedded one knows."""
         if self.scenes_only:  # else nothing is refused, and to look at the picture costs time
             self._refuse(picture.name, self._notes(picture))
 
+    def check_encoded(self, images: Sequence[Source | EncodedImage]) -> None:
+        """Raises BadInput where one of a question's images was encoded by another model, or for another number of them.
+
+        Its dtype and storage, which change its numbers in their last places, may be others. Image files pass.
+        """
+        several = len(images) > 1
+        for image in [image for image in images if isinstance(image, EncodedImage)]:
+            expected = self.identity(several)
+            names = (image.encoder.keys() | expected.keys()) - {"dtype", "storage"}
+            differing = [name for name in names if image.encoder.get(name) != expected.get(name)]
+            if differing == ["together"]:
+                reason = "not encoded as one of several images; encode it with `several=True`"
+                if not several:
+                    reason = "encoded as one of several images, and is alone; encode it without `several=True`"
+                raise BadInput(reason, place=image.name)
+            if differing:
+                raise BadInput(f"encoded by another model, {image.model}; encode it with this one", place=image.name)
+
     def check_written(self) -> None:
         """Raises GridpruneError where the cache turned out not to be writable."""
         if self.store is not None and not self.store.writable:
-            raise GridpruneError(f"{self.store.root}: the cache can't be written, so nothing was encoded into it")
+            reason = "the cache can't be written; what was stored before stays, and the same command goes on from there"
+            raise GridpruneError(f"{self.store.root}: {reason}")
 
     def _encoded(self, picture: Picture, encoding: Encoding, several: bool, optional: Collection[str]) -> EncodedImage:
         """The encoded image of what the tower gave for a picture."""

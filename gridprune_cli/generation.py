@@ -232,7 +232,7 @@ def generate(
     for places in groups.values():
         group = [batch[n] for n in places]
         of_group = watchers and [watchers[n] for n in places]
-        held = conversations if len(batch) == 1 and can_continue(batch[0], model, options) else None
+        held = conversations if len(batch) == 1 and can_continue(family, batch[0], model, options) else None
         of_places = _generate(family, group, max_new_tokens, stream, of_group, held, options)
         answers |= zip(places, of_places, strict=True)
     return [answers[n] for n in range(len(batch))]

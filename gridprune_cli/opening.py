@@ -54,7 +54,7 @@ def take_settings(family: Family, key: str, clip_named: bool = False) -> None:
     """
     settings = model_settings(key)
     weights = settings.pop("fingerprint", None)
-    if weights not in (None, family.fingerprint):
+    if weights is not None and weights != family.fingerprint:  # which reads of all weights
         _log.warning(
             "%s: what it holds for %s was chosen for other weights, and is not taken; run `gridprune calibrate` again, "
             "or `gridprune models forget %s`",

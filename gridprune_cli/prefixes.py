@@ -59,8 +59,8 @@ class Prefixes:
             del self._held[next(iter(self._held))]
         return prefix
 
-    def warm(self, image: EncodedImage, *, refresh: bool = False) -> None:
-        """Sees that what a question about this image alone looks for is in the cache, with no template of its own.
+    def store_for_image(self, image: EncodedImage, *, refresh: bool = False) -> None:
+        """Puts the prefix of a question about this one image, in the model's own chat template, into the cache.
 
         `refresh`: computed again where it is there. Raises BadInput as `Family.write_prompt`, else as `compute_prefix`.
         """
@@ -71,7 +71,7 @@ class Prefixes:
             self.find(prompt, [image])
 
     def bytes_of(self, image: EncodedImage) -> int | None:
-        """Bytes of the entry that `warm` sees to, or None where there is none. It is not read."""
+        """Bytes of the entry that `store_for_image` stores, or None where there is none. It is not read."""
         prompt = self.family.write_prompt("?", [image])
         key = self.key(prompt[: prefix_length(self.family, prompt)], [image])
         return None if self.store is None else self.store.bytes_of(self.identity, key)
@@ -80,7 +80,7 @@ class Prefixes:
         """The prefix as the cache gives it back, stored under its key."""
         tensors = self._pack(compute_prefix(self.family, prompt, images, self.family.relevance_depth))
         if self.store is not None:
-            self.store.put(self.identity, key, self._to_bytes(key, tensors, images), spared=False)
+            self.store.put(self.identity, key, self._to_bytes(key, tensors, images), kept_for_run=False)
         return self._unpack(tensors)
 
     @property

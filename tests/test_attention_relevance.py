@@ -237,6 +237,16 @@ def test_both_is_half_of_clip_and_half_of_attention(shared, tiny_llava, tmp_path
     assert source_of_both == {"source": "both", "model": source["model"], "depth": 1}
 
 
+@pytest.mark.parametrize("source", ["attention", "both"])
+def test_an_answer_reads_the_language_model_once(source, tiny_llava, tmp_path, noise, monkeypatch):
+    noise((100, 80)).image.save(tmp_path / "a.png")
+    pipeline, reads = Pipeline(str(tiny_llava), dtype="float32", relevance=source), []
+    read = pipeline.family._read
+    monkeypatch.setattr(pipeline.family, "_read", lambda *rest, **more: reads.append(1) or read(*rest, **more))
+    pipeline.ask(tmp_path / "a.png", QUESTION, TOP, max_new_tokens=1)
+    assert len(reads) == 1
+
+
 def test_both_needs_a_clip(checkpoint):
     with pytest.raises(BadInput, match=r"^relevance=both: the tower of .* is no CLIP or SigLIP; use `relevance=att"):
         Pipeline(str(checkpoint("qwen2_vl")), relevance="both")

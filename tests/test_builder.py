@@ -28,7 +28,7 @@ def pipeline(request, checkpoint):
 
 
 def images_of(pipeline, noise, count):
-    return [pipeline.encoder.encode([noise((100, 80), n)])[0] for n in range(count)]
+    return [pipeline.encoder.encode([noise((100, 80), n)], several=count > 1)[0] for n in range(count)]
 
 
 def ids_of(pipeline, pruned):

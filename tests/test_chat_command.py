@@ -15,6 +15,7 @@ from forked import Command
 from served import SAMPLES
 
 from gridprune_cli.pipeline import Pipeline
+from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.questions import Exchange
 from gridprune_cli.settings import Pruning
 from gridprune_cli.tokens import load_pruned
@@ -68,6 +69,13 @@ def test_each_turn_is_pruned_for_its_question_or_as_the_first(chat, pipeline, pi
     assert (kept[0] == kept[1] == kept[2]) is pin
     if not pin:
         assert kept[1] == pipeline.prune([SCENE, OTHER], QUESTIONS[1]).kept.tolist()
+
+
+def test_images_are_encoded_with_the_signals_that_the_method_needs(chat, pipeline):
+    pruning = Pruning(method=make_method("hiprune"))
+    (answer,) = converse(pipeline, QUESTIONS[0], pruning=pruning)
+    code, out, _ = chat(QUESTIONS[0], options=["--method", "hiprune"])
+    assert (code, out) == (0, f"{answer.text}\n")
 
 
 def test_a_named_query_goes_before_the_pinned_one(chat, pipeline):

@@ -104,6 +104,19 @@ def test_only_what_is_the_same_is_gone_on_from(checkpoint, noise):
         assert len(latest_only._turns) == 1 and torch.equal(latest_only._turns[0].embeds, pruned.image_embeds)
 
 
+def test_an_image_that_sees_the_question_is_run_anew_for_another(checkpoint, noise):
+    pipeline, conversations = open_pipeline(checkpoint("paligemma")), Conversations()
+    image = pipeline.encoder.encode([noise((100, 80))])[0]
+    for question in QUESTIONS:
+        pruned = pipeline.prune(image, question, Pruning(keep=1.0))
+        anew, further = (
+            pipeline.runner().generate_one(pruned, max_new_tokens=4, conversations=held)
+            for held in (None, conversations)
+        )
+        assert further.ids == anew.ids
+    assert not conversations._turns
+
+
 def test_beams_and_schedules_are_run_as_a_whole(checkpoint, noise):
     pipeline, conversations = open_pipeline(checkpoint("llava")), Conversations()
     image = pipeline.encoder.encode([noise((100, 80))])[0]

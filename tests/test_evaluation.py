@@ -21,8 +21,8 @@ from gridprune_cli.encoder import Encoder
 from gridprune_cli.errors import BadInput
 from gridprune_cli.evaluation import report
 from gridprune_cli.evaluation.data import Data, Item, open_data, read_jsonl, scenes
-from gridprune_cli.evaluation.results import clustered_error, markdown, relevance_line, summarise
-from gridprune_cli.evaluation.run import FULL, Cell, Plan, Row, answers, place
+from gridprune_cli.evaluation.results import clustered_error, image_clusters, markdown, relevance_line, summarise
+from gridprune_cli.evaluation.run import FULL, Cell, Plan, Row, answers, batches, encode, place, prune
 from gridprune_cli.images import load_image
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
@@ -31,6 +31,7 @@ from gridprune_cli.runners.local import Runner
 from gridprune_cli.scenes.scene import HELDOUT, SIZE, draw, make_scene
 from gridprune_cli.settings import Pruning
 from gridprune_cli.vlm import find
+from gridprune_cli.vlm.relevance import Calibration
 
 needs_report = pytest.mark.skipif(bool(report.lacking()), reason=report.lacking())
 
@@ -270,6 +271,16 @@ def test_each_image_is_encoded_once_and_every_answer_can_be_made_again(tiny, que
     assert len(set(seeds.values())) == 3  # one draw for all images would be luck
 
 
+def test_no_answer_goes_on_from_a_prefix_that_may_be_there_or_not(tiny_llava, questions):
+    pipeline = Pipeline(str(tiny_llava), relevance="attention", dtype="float32")
+    inside = Cell("inside", Pruning(keep=0.5, ilp="selection"))
+    plan, runner = Plan(read_jsonl(questions), (inside,)), pipeline.runner()
+    encoded = encode(runner, plan.data, batches(plan)[0], {})
+    for cell, holds in ((inside, True), (FULL, False)):
+        sets = prune(runner, plan, cell, batches(plan)[0], encoded)
+        assert {pruned.prefix is not None for pruned in sets} == {holds}
+
+
 def test_questions_about_an_image_that_is_split_over_batches_share_its_encoding(tiny, questions):
     one, by_one = (lines_of(tiny, Plan(read_jsonl(questions), (), max_new_tokens=3, batch=n)) for n in (6, 1))
     assert [line["answer"] for line in one] == [line["answer"] for line in by_one]
@@ -348,6 +359,34 @@ def test_other_settings_are_refused_in_one_line(run, finished, questions):
     questions.write_text(questions.read_text().replace("Question 3?", "Question three?"))
     assert "(data_digest)" in run(*call, "-o", whole)[2]
     assert before == {path.name: path.read_bytes() for path in whole.iterdir()}
+
+
+def test_what_decides_some_cells_alone_must_be_the_same_too(tiny_llava, tmp_path):
+    model = shutil.copytree(tiny_llava, tmp_path / "model")
+    other = shutil.copytree(tiny_llava, tmp_path / "other")
+    data = Data("made up", (Item("1", ("a.png",), "Which?", ("no",)),), lambda image: b"")
+
+    def settings(*prunings, depth=None):
+        pipeline = Pipeline(str(model))
+        pipeline.family.calibrate(Calibration(relevance_depth=depth))
+        return Plan(data, tuple(Cell(f"{n}", pruning) for n, pruning in enumerate(prunings))).settings(pipeline)
+
+    plain = Pruning(keep=0.5)
+    for name, pruning, path in (
+        ("compressor_digest", replace(plain, plc="trained"), model / "compressor" / "model.safetensors"),
+        ("covipal_digest", Pruning(keep=0.5, method=make_method("covipal")), model / "covipal" / "model.safetensors"),
+        ("localizer_digests", replace(plain, localizer=str(other)), other / "notes.txt"),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        written = []
+        for text in ("one", "two"):
+            path.write_text(text)
+            written.append(settings(plain, pruning))
+            assert settings(plain).keys() == written[-1].keys() - {name}
+        assert [key for key in written[0] if written[0][key] != written[1][key]] == [name]
+    inside = replace(plain, ilp="selection")
+    one, two = settings(inside, depth=1), settings(inside, depth=2)
+    assert [key for key in one if one[key] != two[key]] == ["relevance_depth"]
 
 
 def test_a_report_says_what_relevance_came_from():
@@ -480,6 +519,29 @@ def test_clustered_errors():
     assert clustered_error(right, cluster) == pytest.approx(expected)
     alone = np.arange(6)  # no cluster: the plain standard error
     assert clustered_error(right, alone) == pytest.approx(right.std() / math.sqrt(6))
+
+
+def test_questions_that_share_an_image_by_way_of_others_are_one_cluster():
+    images_of = [["b"], ["a"], ["c", "d"], ["d", "a"], ["e"], ["f", "e"], ["b"], ["g", "h"]]
+    assert image_clusters(images_of).tolist() == ["b", "a", "a", "a", "e", "e", "b", "g"]
+    chain = image_clusters([[f"{n:05}", f"{n + 1:05}"] for n in range(5000, 0, -1)])
+    assert set(chain.tolist()) == {"00001"}
+
+
+def test_errors_know_questions_about_several_images():
+    """A picture alone, as one of two in another encoding, and beside another one: one cluster."""
+    plan, samples = made_up()
+    before = summarise(plan, samples)["cells"][1]["error"]
+    items = list(plan.data.items)
+    items[1] = replace(items[1], images=("0.png", "1.png"))
+    items[4] = replace(items[4], images=("2.png", "1.png"))
+    plan = replace(plan, data=replace(plan.data, items=tuple(items)))
+    rows = {n: {0: "key-0-of-two key-1-of-two", 1: "key-2-of-two key-1-of-two"}[n // 4] for n in (1, 4)}
+    for (name, keep, id), row in list(samples.items()):
+        samples[name, keep, id] = replace(row, key=rows.get(int(id), row.key))
+    results = summarise(plan, samples)
+    # all hang together by 1.png: the sum of all residuals is 0
+    assert results["cells"][1]["error"] == 0 < before and results["images"] == 3
 
 
 def test_nothing_right_has_no_share_of_full():

@@ -129,7 +129,8 @@ def test_answers_depend_on_picture_place_and_question(family, noise):
     folder, _, _ = family
     half = Pruning(keep=0.5, method=make_method("fastervlm"))  # which keeps the same for every question
     pictures = [noise(SIZES["wide"], seed) for seed in range(2)]
-    pipeline, (image, other), both = pruned_set(folder, pictures, half)
+    pipeline, images, both = pruned_set(folder, pictures, half)
+    image, other = (pipeline.encoder.encode([picture])[0] for picture in pictures)
     pruned = pipeline.prune(image, QUESTION, half)
     assert len(pruned.image_embeds) > 3
     placeholder_map = torch.nonzero(pruned.input_ids == pipeline.family.image_token)[:, 0]
@@ -142,7 +143,7 @@ def test_answers_depend_on_picture_place_and_question(family, noise):
         "positions in another order": replace(pruned, position_ids=moved),
         "another question": pipeline.prune(image, QUESTION.replace("left", "right"), half),
         "two pictures": both,
-        "two pictures the other way round": pipeline.prune([other, image], QUESTION, half),
+        "two pictures the other way round": pipeline.prune(images[::-1], QUESTION, half),
     }
     if pruned.position_ids.dim() == 2:
         sets["rows as columns"] = replace(pruned, position_ids=pruned.position_ids[[0, 2, 1]])
@@ -198,7 +199,8 @@ def test_batched_answers_equal_single_ones(family, noise):
     images = [pipeline.encoder.encode([noise(size, seed)])[0] for seed, size in enumerate(SIZES.values())]
     keeps = (0.2, 1.0, 0.5, 0.3)
     sets = [pipeline.prune(image, QUESTION, Pruning(keep=keep)) for image, keep in zip(images, keeps, strict=True)]
-    sets.append(pipeline.prune(images[:2], QUESTION, Pruning(keep=0.4)))
+    pair = [pipeline.encoder.encode([noise(size)], several=True)[0] for size in list(SIZES.values())[:2]]
+    sets.append(pipeline.prune(pair, QUESTION, Pruning(keep=0.4)))
     together = generate(pipeline.family, sets, 8)
     assert [generated.ids for generated in together] == [generate(pipeline.family, [one], 8)[0].ids for one in sets]
 

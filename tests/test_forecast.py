@@ -93,7 +93,10 @@ def test_the_bytes_of_prefixes_are_counted_where_they_lack(scenes, storage):
     assert (lacks.hits, lacks.encode) == (1, 3) and lacks.total == pytest.approx(first.total, rel=0.01)
     assert first.bytes - lacks.bytes == pytest.approx(bare.bytes / 4, rel=0.01)
     list(pipeline.encode_all(images, with_prefix=True))
+    for entry in pipeline.store.entries():
+        os.utime(entry.path, (1, 1))
     done = forecast(pipeline.encoder, pipeline.store, images, with_prefix=True)
+    assert {entry.used for entry in pipeline.store.entries()} == {1}  # none counts as used
     assert (done.hits, done.bytes, done.growth) == (4, 0, 0)
     written = sum(entry.bytes for entry in pipeline.store.entries())
     assert done.total == written and first.total == pytest.approx(written, rel=0.15)  # the prompt's text is a guess

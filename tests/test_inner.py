@@ -155,7 +155,7 @@ def check(pipeline, pruned, staying):
 
 def prune(pipeline, pictures, pruning):
     """The pruned set of the pictures, whose whole prompt goes through all layers."""
-    images = [pipeline.encoder.encode([picture])[0] for picture in pictures]
+    images = [pipeline.encoder.encode([picture], several=len(pictures) > 1)[0] for picture in pictures]
     return replace(pipeline.prune(images, QUESTION, pruning), prefix=None)
 
 

@@ -30,7 +30,7 @@ def pipeline(request, checkpoint):
 
 def prefix_of(pipeline, pictures, depth):
     """The prefix of all prompts about these pictures."""
-    images = [pipeline.encoder.encode([picture])[0] for picture in pictures]
+    images = [pipeline.encoder.encode([picture], several=len(pictures) > 1)[0] for picture in pictures]
     prompt = pipeline.family.write_prompt("?", images)
     return compute_prefix(pipeline.family, prompt, images, depth)
 
@@ -121,7 +121,7 @@ def test_a_batch_from_prefixes_answers_as_one_at_a_time(pipeline, noise):
         prefix = prefix_of(pipeline, pictures[:count], depth)
         for question in questions:
             for pruning in list(prunings(depth, family.depth - 1).values())[:2]:
-                images = [pipeline.encoder.encode([picture])[0] for picture in pictures[:count]]
+                images = [pipeline.encoder.encode([picture], several=count > 1)[0] for picture in pictures[:count]]
                 sets.append(replace(pipeline.prune(images, question, pruning), prefix=prefix))
     without = [replace(pruned, prefix=None) for pruned in sets]
     alone = [generate(family, [pruned], NEW)[0].ids for pruned in without]

@@ -1,6 +1,9 @@
 """A model with its cache, from options by name."""
 
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gridprune_cli.config import config_path, remember_settings
 from gridprune_cli.errors import BadInput
@@ -43,6 +46,17 @@ def test_what_can_not_be_names_its_option(options, line):
 
 def opened(folder, **options):
     return open_pipeline({"model": str(folder), "dtype": "float32"} | options)
+
+
+def test_a_tower_without_a_language_model_encodes(tiny_llava, tmp_path, noise):
+    """Where nothing is remembered for the model, nobody asks what weights it has."""
+    folder = tmp_path / "tower"
+    shutil.copytree(tiny_llava, folder)
+    (path,) = folder.glob("*.safetensors")
+    save_file({name: tensor for name, tensor in load_file(path).items() if "vision" in name}, path, {"format": "pt"})
+    noise((50, 50)).image.save(tmp_path / "a.png")
+    image, hit = opened(folder).encode(tmp_path / "a.png")
+    assert image.count and not hit
 
 
 def test_settings_by_hand_are_in_force_whatever_calls_the_folder(tiny_llava, tmp_path, monkeypatch):

@@ -48,9 +48,8 @@ def slow_states(image, kept, region):
 @pytest.mark.parametrize("count", [1, 2])
 def test_rows_of_a_set_are_means_of_their_cells(pipeline, noise, count, region):
     """And nothing else changes: K, what is kept, prompt, positions and separators are those of a set without."""
-    images = [pipeline.encoder.encode([noise(size, seed)])[0] for seed, size in enumerate([(100, 80), (210, 70)])][
-        :count
-    ]
+    pictures = [noise((100, 80)), noise((210, 70), seed=1)][:count]
+    images = [pipeline.encoder.encode([picture], several=count > 1)[0] for picture in pictures]
     plain = pipeline.prune(images, QUESTION, Pruning(keep=0.3, region=region))
     pooled = pipeline.prune(images, QUESTION, Pruning(keep=0.3, region=region, plc="pool"))
     for name in ("kept", "input_ids", "position_ids"):

@@ -219,6 +219,11 @@ def test_a_prefix_in_eight_bits_gives_the_same_answer_new_old_and_uncached(
     old = open_cached(tiny_llava, tmp_path, **options).prune(picture_files, QUESTION, TOP)
     uncached = open_cached(tiny_llava, tmp_path, **options, store=None).prune(picture_files, QUESTION, TOP)
     assert new.to_bytes() == old.to_bytes() == uncached.to_bytes()
+    # whether it is there changes no answer but those that always go on from it
+    whole = open_cached(tiny_llava, tmp_path, **options).prune(picture_files, QUESTION, Pruning(keep=1.0))
+    assert whole.prefix is None and new.prefix is None
+    inside = Pruning(keep=0.3, method=TOP.method, ilp="selection")
+    assert open_cached(tiny_llava, tmp_path, **options).prune(picture_files, QUESTION, inside).prefix is not None
     header, tensors = files.read_path(entry.path)
     assert header["encoder"]["storage"] == storage
     kind = {"float8": "F8_E4M3", "int8": "I8"}[storage]

@@ -15,13 +15,15 @@ from test_docs import table_under
 from test_families import logits
 from transformers import AutoModelForImageTextToText, ProcessorMixin
 
+from gridprune_cli.cache.files import MAX_BYTES, MAX_HEADER
+from gridprune_cli.contents import MAX_NUMBERS
 from gridprune_cli.errors import BadInput
 from gridprune_cli.generation import generate
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
 from gridprune_cli.questions import Exchange
 from gridprune_cli.settings import Pruning
-from gridprune_cli.vlm import FAMILIES
+from gridprune_cli.vlm import FAMILIES, Checkpoint, family_class
 
 QUESTION = "what colour is the left object?"
 LENGTH = 6  # tokens of an answer
@@ -74,6 +76,16 @@ def test_weights_are_stored_as_published(repository):
     assert set(held.values()) == {torch.float16 if data["weights"]["dtype"] == "float16" else torch.bfloat16}
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index) == set(held)
+
+
+@pytest.mark.parametrize("name", REPOSITORIES)
+def test_its_largest_pictures_fit_into_an_entry(name, tmp_path):
+    """At published widths, in 16 bit: what the cache would refuse to read again would be encoded at each command."""
+    folder = published.write_settings(REPOSITORIES[name], tmp_path / "checkpoint")
+    family = family_class(REPOSITORIES[name]["family"])(Checkpoint(name, folder), torch.bfloat16, "cpu")
+    sizes = [(8660, 8660), (12_000, 6000), (6000, 12_000), (15_000, 5000), (5000, 15_000)]  # the most that is decoded
+    count = max(family.count_placeholders(size) for size in sizes)
+    assert count * family.width <= MAX_NUMBERS and count * (family.width + 1 + 2) * 2 + MAX_HEADER <= MAX_BYTES
 
 
 def test_keep_everything_is_generate(repository, noise):

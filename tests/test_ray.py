@@ -295,7 +295,7 @@ def test_the_process_that_calls_keeps_the_limit(pipeline, pictures):
     row, _ = through(pipeline, [pictures[:2], pictures[2:]])
     assert len(entries(pipeline.store.root)) == 5  # though the worker wrote more than the limit
     notices = []
-    pipeline.store._warn = notices.append
+    pipeline.store.warn = notices.append
     list(_received(iter([{"done": row}]), pipeline.runner()))
     with pipeline:
         assert len(entries(pipeline.store.root)) == 5  # what this run wrote stays
@@ -307,7 +307,7 @@ def test_a_cache_that_cannot_be_written_is_a_fault_of_all(tiny_llava, pictures, 
     pipeline = Pipeline(str(tiny_llava), store=open_store(tmp_path / "file" / "below"), dtype="float32")
     row, _ = through(pipeline, [pictures])
     caplog.clear()  # of the worker, which is in this process here
-    with pytest.raises(GridpruneError, match="can't be written, so nothing was encoded"):
+    with pytest.raises(GridpruneError, match="can't be written; what was stored before stays"):
         list(_received(iter([{"done": row}]), pipeline.runner()))
     assert len(caplog.messages) == 1 and "can't be written" in caplog.text
 

@@ -1,5 +1,6 @@
 """Many images and questions at once: the same as one by one, whatever memory does and whatever fails."""
 
+import shutil
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import ImageFile
 
+from gridprune_cli import encoder as encoder_module
 from gridprune_cli.cache.store import open_store
 from gridprune_cli.errors import BadInput, GridpruneError
 from gridprune_cli.images import load_image
@@ -316,6 +318,14 @@ def test_a_cache_that_cannot_be_written_stops_encode_all_and_not_bulk(tiny_llava
         list(pipeline.encode_all(pictures))
 
 
+def test_what_could_not_be_read_again_is_not_cached_and_said(pipeline, pictures, monkeypatch, caplog):
+    (image,) = pipeline.encoder.run_tower([load_image(pictures[0])])
+    assert pipeline.encoder.put(image)
+    monkeypatch.setattr(encoder_module, "MAX_NUMBERS", image.vision_features.numel() - 1)
+    assert not pipeline.encoder.put(image) and f"{image.name}: not cached" in caplog.text
+    caplog.clear()
+
+
 def test_threads_that_decode_leave_the_settings_of_the_process_alone(pictures, tmp_path):
     data = pictures[6].read_bytes()
     cut = data[: len(data) // 2]
@@ -374,12 +384,30 @@ def test_an_image_is_read_once_for_all_its_questions(pipeline, pictures, tiny_ll
     pipeline, got = Pipeline(str(tiny_llava), store=open_store(), dtype="float32"), []
     get = pipeline.store.get
     monkeypatch.setattr(
-        pipeline.store, "get", lambda encoder, key: got.append(encoder.get("kind")) or get(encoder, key)
+        pipeline.store, "get", lambda encoder, key, **more: got.append(encoder.get("kind")) or get(encoder, key, **more)
     )
     replies = list(pipeline.runner().answer(requests(pictures), max_new_tokens=2))
     assert got.count(None) == len(pictures)  # and prefixes, for questions that keep everything
     assert all(reply.hit for reply in replies)
     assert "tower" not in pipeline.family._loaded
+
+
+def test_an_encoded_image_of_another_model_or_for_another_prompt_is_refused(checkpoint, pictures, tmp_path):
+    """Both are as wide as they should be, and an answer from them would read like any other."""
+    folder = checkpoint("llava_onevision")
+    pipeline = Pipeline(str(folder), dtype="float32")
+    alone, several = ([pipeline.encode(path, several=way)[0] for path in pictures[:2]] for way in (False, True))
+    with pytest.raises(BadInput, match=r"0\.png: not encoded as one of several images; encode it with `several=True`"):
+        pipeline.prune(alone, QUESTIONS[0])
+    with pytest.raises(BadInput, match=r"0\.png: encoded as one of several images, and is alone"):
+        pipeline.prune(several[0], QUESTIONS[0])
+    assert pipeline.prune(several, QUESTIONS[0]).count == sum(image.count for image in several)
+    shutil.copytree(folder, tmp_path / "tuned")
+    (tmp_path / "tuned" / "notes.txt").write_text("another fine-tune")
+    with pytest.raises(BadInput, match=r"0\.png: encoded by another model, .*; encode it with this one"):
+        Pipeline(str(tmp_path / "tuned"), dtype="float32").prune(alone[0], QUESTIONS[0])
+    other_storage = Pipeline(str(folder), dtype="bfloat16", cache_dtype="int8")  # the same tower
+    assert other_storage.prune(alone[0], QUESTIONS[0]).count == alone[0].count
 
 
 def test_what_fails_fails_alone(pipeline, pictures, tmp_path):

@@ -499,6 +499,20 @@ def test_gc_removes_the_least_recently_used_down_to_nine_tenths(store: Store) ->
     assert keys_in(store) == {keys[0], *keys[12:]}
 
 
+def test_what_another_process_removed_first_is_neither_kept_nor_stuck(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = path_of(store, fill(store, 10)[0]).stat().st_size
+    monkeypatch.setattr(sweep.layout, "remove", lambda path: Path(path).unlink(missing_ok=True))  # not this one
+    warnings: list[str] = []
+    with Store(store.root, 4 * size, warnings.append) as limited:
+        limited.put(ENCODER, *made_entry(100, size=1000))
+    removed = store.gc(max_bytes=2 * size)
+    left = [entry.bytes for entry in store.entries()]
+    assert not warnings and removed == sweep.Removed(0, 0, len(left), sum(left))
+    assert sweep.clear(store.root).stuck == 0
+
+
 def test_gc_at_the_limit_removes_nothing(store: Store) -> None:
     keys = fill(store, 5)
     size = path_of(store, keys[0]).stat().st_size
@@ -526,6 +540,37 @@ def test_what_a_command_wrote_outlives_its_own_clean_up(store: Store) -> None:
     assert keys_in(store) < {made_entry(200)[0], *(key for key, _ in new)}
     assert made_entry(200)[0] in keys_in(store)
     assert sum(entry.bytes for entry in store.entries()) <= 4 * size
+
+
+def test_what_a_command_wrote_again_outlives_its_clean_up_too(store: Store) -> None:
+    old = fill(store, 10)
+    size = path_of(store, old[0]).stat().st_size
+    with Store(store.root, 4 * size) as limited:
+        limited.put(ENCODER, *made_entry(0, size=1000))  # the one that was used longest ago, with equal bytes
+        limited.put(ENCODER, *made_entry(100, size=1000))
+    assert {old[0], made_entry(100)[0]} < keys_in(store)
+    assert time.time() - path_of(store, old[0]).stat().st_mtime < DAY
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_nothing_is_written_behind_a_link_where_no_walk_would_find_it(store: Store, tmp_path: Path, depth: int) -> None:
+    fill(store, 1)
+    place = path_of(store, made_entry(0)[0]).parents[3 - depth]
+    place.rename(tmp_path / "larger disk")
+    place.symlink_to(tmp_path / "larger disk")
+    warnings: list[str] = []
+    linked = Store(store.root, None, warnings.append)
+    assert not linked.put(ENCODER, *made_entry(1)) and not linked.put(ENCODER, *made_entry(2)) and not linked.writable
+    assert len(warnings) == 1 and "is a link; link the cache's folder itself, or use GRIDPRUNE" in warnings[0]
+    assert len(list((tmp_path / "larger disk").rglob("*.safetensors"))) == 1
+
+
+def test_a_look_without_touching_changes_nothing(store: Store) -> None:
+    whole, broken = fill(store, 2)
+    path_of(store, broken).write_bytes(b"x")
+    before = tree(store.root)
+    assert store.get(ENCODER, whole, touch=False) is not None and store.get(ENCODER, broken, touch=False) is None
+    assert tree(store.root) == before
 
 
 def test_what_was_released_goes_for_the_limit_like_all_else(store: Store) -> None:

@@ -28,7 +28,7 @@ ITEM_BYTES = {
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
 MAX_HEADER = 1 << 20  # bytes; a header has some KiB, with the placeholders of 16,384 visual tokens 0.3 MiB
-MAX_BYTES = 640 << 20  # of a file: 16,384 visual tokens of 8,192 numbers in 32 bits are 512 MiB
+MAX_BYTES = 640 << 20  # of a file: 16,384 visual tokens of 16,384 numbers in 16 bits are 512 MiB
 MAX_TENSORS = 16  # in a file; there are at most seven
 MAX_AXES = 8  # of a tensor; there are at most four
 MAX_DEPTH = 64  # of lists and objects in each other in a header; there are seven, and Python's limit varies by caller

@@ -4,7 +4,7 @@
     <root>/visual-v1/<16 hex of the encoder's digest>/encoder.json                            what its entries share
     <root>/remembered.json, CACHEDIR.TAG, .gitignore                                          see `cache.root`
 
-Every function takes paths and holds nothing. Links are never followed below the root.
+Every function takes paths and holds nothing. Below the root no walk follows a link, and nothing is written behind one.
 """
 
 import os
@@ -104,8 +104,8 @@ def walk(bucket: Path, fan: str = "") -> Iterator[tuple[os.DirEntry[str], str]]:
                 for item in items:
                     name = item.name
                     entry = _ENTRY.fullmatch(name) is not None
-                    ours = entry or name == "encoder.json" or TEMPORARY.fullmatch(name)
-                    if ours and (item.is_file(follow_symlinks=False) or (entry and not item.is_symlink())):
+                    belongs = entry or name == "encoder.json" or TEMPORARY.fullmatch(name)
+                    if belongs and (item.is_file(follow_symlinks=False) or (entry and not item.is_symlink())):
                         yield item, encoder.name
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from gridprune_cli.cache import files, layout, sweep
 from gridprune_cli.cache import root as roots
 from gridprune_cli.cache.files import FileFault, RawTensor
-from gridprune_cli.cache.layout import Entry, entry_path
+from gridprune_cli.cache.layout import BUCKET, Entry, entry_path
 from gridprune_cli.cache.sweep import Removed
 from gridprune_cli.errors import BadInput, GridpruneError
 
@@ -34,11 +34,11 @@ def entry_key(image_sha256: str, encoder: Mapping[str, Any], signals: Sequence[s
 
 
 class Written(NamedTuple):
-    """An entry that was written: its path, and whether it stays for this run whatever the limit."""
+    """An entry that was written: its path, its bytes, and whether the limit leaves it alone until this run ends."""
 
     path: str
     bytes: int
-    spared: bool = True
+    kept_for_run: bool = True
 
 
 class Store:
@@ -52,7 +52,7 @@ class Store:
     def __init__(self, root: Path, limit: int | None, warn: Callable[[str], None] = _log.warning) -> None:
         self.root = root
         self.limit = limit
-        self._warn = warn
+        self.warn = warn
         self.writable = True  # until a write fails, or the user wants none
         self._over = False  # whether the warning of a limit that can't be kept was given
         self._marked = False  # whether the root was looked at for its marks
@@ -67,24 +67,32 @@ class Store:
 
     # ---- entries, one at a time --------------------------------------------------------------------------------------
 
-    def get(self, encoder: Mapping[str, Any], key: str) -> tuple[dict[str, Any], dict[str, RawTensor]] | None:
-        """Header and tensors of an entry, or None. A broken entry is removed, and is None."""
+    def get(
+        self, encoder: Mapping[str, Any], key: str, *, touch: bool = True
+    ) -> tuple[dict[str, Any], dict[str, RawTensor]] | None:
+        """Header and tensors of an entry, or None. A broken entry is removed, and is None.
+
+        Without `touch` nothing on the disk changes: a broken entry stays, and a whole one does not count as used.
+        """
         path = entry_path(self.root, encoder, key)
         try:
             entry = layout.load(path)
         except FileFault:
-            layout.remove(str(path))
+            if touch:
+                layout.remove(str(path))
             return None
         except OSError:
             return None
-        with suppress(OSError):  # at every hit: beside reading and checking it costs nothing, and the order is exact
-            os.utime(path)
+        if touch:
+            with suppress(OSError):  # every hit: beside reading and checking it costs nothing, and the order is exact
+                os.utime(path)
         return entry
 
-    def put(self, encoder: Mapping[str, Any], key: str, data: bytes, *, spared: bool = True) -> bool:
-        """Stores an encoded file whose header has at least schema, key and encoder. An equal file stays untouched.
+    def put(self, encoder: Mapping[str, Any], key: str, data: bytes, *, kept_for_run: bool = True) -> bool:
+        """Stores an encoded file whose header has at least schema, key and encoder. Of an equal file, only the time of
+        its last use changes.
 
-        One that is not `spared` may be removed for the limit like those that were there before.
+        One that is not `kept_for_run` may be removed for the limit like those that were there before.
 
         False where it can't be written, with one warning per Store: work goes on without the cache. False too, with a
         warning for each, for an entry that is too large to be read again, or whose place something else holds.
@@ -92,13 +100,17 @@ class Store:
         # 1. what can't be an entry, or is one already
         path = entry_path(self.root, encoder, key)
         if len(data) > files.MAX_BYTES:
-            self._warn(f"{path}: not cached, since {len(data)} bytes are more than the {files.MAX_BYTES} of an entry")
+            self.warn(f"{path}: not cached, since {len(data)} bytes are more than the {files.MAX_BYTES} of an entry")
             return False
         with suppress(OSError, FileFault):
             if files.read_bytes(path, len(data)) == data:
+                if kept_for_run:
+                    self._written.add(str(path))
+                with suppress(OSError):
+                    os.utime(path)
                 return True
         if layout.irregular(path) and not layout.remove(str(path)) and layout.irregular(path):
-            self._warn(f"{path}: not cached, since this is no file and can't be removed; remove it")
+            self.warn(f"{path}: not cached, since this is no file and can't be removed; remove it")
             return False
         # 2. folders and file, again where another process that clears the cache removes a folder in between
         for more in reversed(range(_TRIES)):
@@ -114,15 +126,15 @@ class Store:
             if self.writable:
                 self.writable = False
                 reason = getattr(cause, "strerror", None) or cause
-                self._warn(f"{self.root}: the cache can't be written ({reason}); going on without it")
+                self.warn(f"{self.root}: the cache can't be written ({reason}); going on without it")
             return False
         # 3. the limit
-        self.adopt([Written(str(path), len(data), spared)])
+        self.adopt([Written(str(path), len(data), kept_for_run)])
         return True
 
     def adopt(self, written: Sequence[Written]) -> None:
         """Takes entries as written through this object, also those that another process of the run wrote."""
-        self._written.update(entry.path for entry in written if entry.spared)
+        self._written.update(entry.path for entry in written if entry.kept_for_run)
         self._unchecked += sum(entry.bytes for entry in written)
         if self.limit is not None and self._unchecked > self.limit // 10:
             self.finish()
@@ -140,7 +152,14 @@ class Store:
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def _prepare(self, folder: Path, encoder: Mapping[str, Any]) -> None:
-        """Makes an encoder's folder and, beside its entries, encoder.json, which says for a reader whose they are."""
+        """Makes an encoder's folder and, beside its entries, encoder.json, which says for a reader whose they are.
+
+        Raises GridpruneError where the folder, or the bucket around it, is a link: no walk would find what lies behind.
+        """
+        for place in (self.root / BUCKET, folder):
+            if place.is_symlink():
+                name = place.relative_to(self.root)
+                raise GridpruneError(f"{name} is a link; link the cache's folder itself, or use GRIDPRUNE_CACHE_DIR")
         if not self._marked:
             roots.mark(self.root)
             self._marked = True
@@ -171,7 +190,7 @@ class Store:
             left = sweep.trim(self.root, self.limit, None, spare=self._written).kept_bytes
             if left > self.limit and not self._over:
                 self._over = True
-                self._warn(
+                self.warn(
                     f"{self.root}: over its limit of {self.limit} bytes, since what is being written stays; "
                     "set a higher `cache_limit`, or it goes with the next command"
                 )

@@ -73,7 +73,7 @@ def clear(root: Path) -> Removed:
             entry, gone = as_entry(item, encoder), layout.remove(item.path)
             if entry and gone:
                 count, size = count + 1, size + entry.bytes
-            elif entry:
+            elif entry and os.path.lexists(item.path):  # else another process removed it first
                 left, left_size = left + 1, left_size + entry.bytes
         layout.remove_empty(bucket)
     layout.remove(os.path.join(root, REMEMBERED))
@@ -103,14 +103,17 @@ def trim(
                 stale.append(entry)
                 kept -= entry[1]
     # 3. remove them; what another process removed first counts as neither gone nor stuck
-    gone, stuck = [], 0
+    gone, gone_before, stuck = [], [], 0  # bytes of entries, and how many are stuck
     for _, size, path in stale:
         if dry_run or layout.remove(path):
             gone.append(size)
+        elif os.path.lexists(path):
+            stuck += 1
         else:
-            stuck += os.path.lexists(path)
-    total = sum(size for _, size, _ in every)
-    return Removed(len(gone), sum(gone), len(every) - len(gone), total - sum(gone), stuck)
+            gone_before.append(size)
+    left = len(every) - len(gone) - len(gone_before)
+    left_bytes = sum(size for _, size, _ in every) - sum(gone) - sum(gone_before)
+    return Removed(len(gone), sum(gone), left, left_bytes, stuck)
 
 
 def remove_leftovers(root: Path) -> None:

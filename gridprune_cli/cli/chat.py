@@ -157,7 +157,7 @@ class _Conversation:
 
             check_pin(pruning)
             self._continued = {"conversations": Conversations(0)}
-        encoded = [pipeline.encode(file, several=len(files) > 1) for file in files]
+        encoded = [pipeline.encode(file, several=len(files) > 1, optional=pruning.optional) for file in files]
         self._images, self._hits = (tuple(values) for values in zip(*encoded, strict=True))
 
     def ask(self, question: str, shown: "_Shown | None") -> "Answer | RemoteAnswer":

@@ -15,7 +15,7 @@ import numpy as np
 
 from gridprune_cli.errors import BadInput
 from gridprune_cli.evaluation.data import Data, Item
-from gridprune_cli.evaluation.results import clustered_error
+from gridprune_cli.evaluation.results import clustered_error, image_clusters
 from gridprune_cli.evaluation.run import FULL, Cell, Encoded, Plan, batches, encode, prune
 from gridprune_cli.pipeline import Pipeline
 from gridprune_cli.pruning.methods import make_method
@@ -27,7 +27,7 @@ from gridprune_cli.vlm.relevance import PUBLISHED_SIGN, Calibration
 
 MIN_QUESTIONS = 10  # with fewer, a choice would need nearly all answers on its side to be told from chance
 SIGNED = ("cdpruner", "trim")  # methods that turn CLIP's relevance round as published
-_LEVEL = 0.05  # chance that of choices that are all alike one is taken for better
+_LEVEL = 0.05  # chance that of a group's choices, were they alike, one would seem better or worse
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ def compare(
     choices = [choice for group in groups for choice in group]
     runners = [_under(pipeline, choice.calibration).runner(questions=plan.batch) for choice in choices]
     scores: list[list[np.ndarray]] = [[] for _ in choices]  # of each choice, batch by batch (2, B)
-    images: list[str] = []  # of each question, its first image's key
+    images: list[list[str]] = []  # of each question, the sha256 of its images
     encoded: Encoded = {}
     for batch in batches(plan):
         # 1. the answers from all tokens
         encoded = encode(runner, plan.data, batch, encoded)
-        images += [encoded[item.images[0], len(item.images) > 1].key for item in batch]
+        images += [[encoded[image, len(item.images) > 1].image for image in item.images] for item in batch]
         full = answers_of(runner, plan, FULL, batch, encoded)
         step(len(batch))
         # 2. those under each choice, compared with them
@@ -141,7 +141,7 @@ def compare(
             of_choice.append(np.mean(of_cells, axis=0))
     # 3. figures, choice against the one in force
     joined = iter([np.concatenate(of_choice, axis=1) for of_choice in scores])  # (2, Q) each
-    return [_figures(group, [next(joined) for _ in group], np.array(images)) for group in groups]
+    return [_figures(group, [next(joined) for _ in group], image_clusters(images)) for group in groups]
 
 
 def choose(measured: Sequence[Measured]) -> Measured:
@@ -194,19 +194,19 @@ def _likeness(full: Answer, pruned: Answer) -> tuple[float, float]:
     return float(full[0] == pruned[0]), alike / max(len(full[1]), len(pruned[1]), 1)
 
 
-def _figures(group: Sequence[Choice], scores: Sequence[np.ndarray], images: np.ndarray) -> list[Measured]:
+def _figures(group: Sequence[Choice], scores: Sequence[np.ndarray], clusters: np.ndarray) -> list[Measured]:
     """The figures of a group of choices from the scores (2, Q) of each: agreement and tokens."""
-    # so that all other choices together are no more than `_LEVEL` likely to bring one that only seems better
+    # Bonferroni within the group: two-sided, of which the half counts in which a choice seems better
     quantile = NormalDist().inv_cdf(1 - _LEVEL / 2 / max(1, len(group) - 1))
     measured = []
     for choice, (agreement, tokens) in zip(group, scores, strict=True):
         difference = agreement - scores[0][0]
-        error = _error(difference, images)
+        error = _error(difference, clusters)
         measured.append(
             Measured(
                 choice.calibration,
                 float(agreement.mean()),
-                _error(agreement, images),
+                _error(agreement, clusters),
                 float(tokens.mean()),
                 float(difference.mean()),
                 error,
@@ -216,9 +216,9 @@ def _figures(group: Sequence[Choice], scores: Sequence[np.ndarray], images: np.n
     return measured
 
 
-def _error(values: np.ndarray, images: np.ndarray) -> float:
+def _error(values: np.ndarray, clusters: np.ndarray) -> float:
     """Standard error of a mean (Q,): with questions about one image as one, or each for itself, whatever is larger.
 
     Of few images the first is too small, of a single one 0.
     """
-    return max(clustered_error(values, images), clustered_error(values, np.arange(len(values))))
+    return max(clustered_error(values, clusters), clustered_error(values, np.arange(len(values))))

@@ -1,5 +1,6 @@
 """From answers to figures: scores with clustered errors, and every cell against all tokens, question by question."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,25 @@ def clustered_error(values: np.ndarray, cluster: np.ndarray) -> float:
     return float(np.sqrt((sums**2).sum()) / len(values))
 
 
+def image_clusters(images_of: Sequence[Sequence[str]]) -> np.ndarray:
+    """Of each question, (Q,), the name of its cluster: those that share an image, be it by way of others, have one.
+
+    images_of  of each question, what tells its images apart
+    """
+    above: dict[str, str] = {}  # of each image another one of its cluster that sorts before it, or itself
+
+    def first(image: str) -> str:
+        while above.setdefault(image, image) != image:
+            above[image] = above[above[image]]
+            image = above[image]
+        return image
+
+    for images in images_of:
+        joined = sorted({first(image) for image in images})
+        above.update(dict.fromkeys(joined, joined[0]))
+    return np.array([first(images[0]) for images in images_of])
+
+
 def summarise(plan: Plan, samples: Rows) -> dict[str, Any]:
     """Every cell's figures; scores, shares and differences are 0 to 1, rounded to 6 digits.
 
@@ -37,12 +57,21 @@ def summarise(plan: Plan, samples: Rows) -> dict[str, Any]:
     """
     items = plan.data.items
     full = _column(samples, FULL, items)
-    images = len({key for row in full for key in row.key.split()})
+    images = len({key for keys in _image_keys(full, items) for key in keys})
     return {
         "images": images,
         "caption": _caption(len(items), images, plan.metric),
         "cells": [_figures(plan, cell, samples) for cell in plan.cells],
     }
+
+
+def _image_keys(rows: list[Row], items: tuple[Item, ...]) -> list[list[str]]:
+    """Of each question a key for each of its images: where a family encodes one in two ways, the first one's."""
+    key_of: dict[str, str] = {}  # by the image's name
+    for row, item in zip(rows, items, strict=True):
+        for image, key in zip(item.images, row.key.split(), strict=True):
+            key_of.setdefault(image, key)
+    return [[key_of[image] for image in item.images] for item in items]
 
 
 def _column(samples: Rows, cell: Cell, items: tuple[Item, ...]) -> list[Row]:
@@ -55,7 +84,7 @@ def _figures(plan: Plan, cell: Cell, samples: Rows) -> dict[str, Any]:
     items = plan.data.items
     pruned, full = (_column(samples, column, items) for column in (cell, FULL))
     score, base = (np.array([row.score for row in column]) for column in (pruned, full))
-    cluster = np.array([row.key for row in full])
+    cluster = image_clusters(_image_keys(full, items))
     category = np.array([item.category for item in items])
     first = _first(plan, cell)
     scores_of_first = first and np.array([row.score for row in _column(samples, first, items)])

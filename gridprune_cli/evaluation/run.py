@@ -1,5 +1,6 @@
 """Asks every question under every cell, and keeps each answer on disk as it comes, so that a stopped run goes on."""
 
+import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,6 +19,8 @@ from gridprune_cli.runners.local import Runner
 from gridprune_cli.settings import Pruning, Request
 from gridprune_cli.text import to_json
 from gridprune_cli.tokens import EncodedImage, PrunedSet
+from gridprune_cli.vlm.compressor import FILE as COMPRESSOR
+from gridprune_cli.vlm.pruning_module import FILE as PRUNING_MODULE
 
 SETTINGS, SAMPLES = "settings.json", "samples.jsonl"
 
@@ -114,7 +117,23 @@ class Plan:
                 for cell in self.cells
             ],
             "versions": {name: version(name) for name in ("gridprune", "torch", "transformers")},
-        }
+        } | self._settings_of_some(pipeline)
+
+    def _settings_of_some(self, pipeline: Pipeline) -> dict[str, Any]:
+        """What else decides answers, each where some cell uses it: trained modules, localisers, a selection's layer."""
+        family, prunings = pipeline.family, [cell.pruning for cell in self.cells]
+        counts = {len(item.images) for item in self.data.items}
+        localizers = [pipeline.localizers.find(pruning, count) for pruning in prunings for count in counts]
+        settings: dict[str, Any] = {}
+        if any(pruning.plc == "trained" for pruning in prunings):
+            settings["compressor_digest"] = _file_digest(family.checkpoint.folder / COMPRESSOR)
+        if any("importance" in pruning.method.needs for pruning in prunings):
+            settings["covipal_digest"] = _file_digest(family.checkpoint.folder / PRUNING_MODULE)
+        if digests := sorted({localizer.family.checkpoint.identity for localizer in localizers if localizer}):
+            settings["localizer_digests"] = digests
+        if any(pruning.ilp == "selection" for pruning in prunings):
+            settings["relevance_depth"] = family.relevance_depth
+        return settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,23 +199,28 @@ def answers(pipeline: Pipeline, plan: Plan, rows: Rows) -> Iterator[list[dict[st
             for item, pruned, answer in zip(batch, sets, generated, strict=True):
                 text = result_or_raise(answer).text
                 if place(cell, item) not in rows:
-                    seeded = cell.for_image(encoded[_uses(item)[0]].image)
+                    seeded = cell.for_image(encoded[_image_variants(item)[0]].image)
                     lines.append(_line(plan, item, seeded, pruned, text))
                     rows[place(cell, item)] = _row(lines[-1])
             yield lines
 
 
 def prune(runner: Runner, plan: Plan, cell: Cell, batch: list[Item], encoded: "Encoded") -> list[PrunedSet]:
-    """The pruned sets of a batch of questions under a cell. Raises the error of the first that fails."""
+    """The pruned sets of a batch of questions under a cell. Raises the error of the first that fails.
+
+    None goes on from a prefix that may be in the cache or not: answers are the same to their last bit wherever a run
+    stopped. A selection always does.
+    """
     requests = []
     for item in batch:
-        images = tuple(encoded[use] for use in _uses(item))
+        images = tuple(encoded[variant] for variant in _image_variants(item))
         pruning = cell.for_image(images[0].image).pruning
         question = f"{item.question}\n{plan.suffix}" if plan.suffix else item.question
         requests.append(
             Request(images, question, replace(pruning, query=pruning.query or item.question), **plan.prompt)
         )
-    return [result_or_raise(result).pruned for result in in_order(runner.prune(requests))]
+    with_prefix = None if cell.pruning.ilp == "selection" else False
+    return [result_or_raise(result).pruned for result in in_order(runner.prune(requests, with_prefix=with_prefix))]
 
 
 def batches(plan: Plan) -> list[list[Item]]:
@@ -211,7 +235,7 @@ def batches(plan: Plan) -> list[list[Item]]:
 Encoded = dict[tuple[str, bool], EncodedImage]  # by image, and whether it is one of several in its question
 
 
-def _uses(item: Item) -> list[tuple[str, bool]]:
+def _image_variants(item: Item) -> list[tuple[str, bool]]:
     """Each image of a question, and whether it is one of several: some families encode it in another way then."""
     return [(image, len(item.images) > 1) for image in item.images]
 
@@ -223,13 +247,13 @@ def encode(runner: Runner, data: Data, batch: list[Item], before: Encoded, optio
 
     Raises BadInput for an image that can't be read.
     """
-    uses = dict.fromkeys(use for item in batch for use in _uses(item))
-    encoded = {use: before[use] for use in uses if use in before}
+    variants = dict.fromkeys(variant for item in batch for variant in _image_variants(item))
+    encoded = {variant: before[variant] for variant in variants if variant in before}
     for several in (False, True):
-        new = [use for use in uses if use not in before and use[1] == several]
+        new = [variant for variant in variants if variant not in before and variant[1] == several]
         results = runner.encode([data.find(image) for image, _ in new], several=several, optional=optional)
-        for use, (_, result, _) in zip(new, results, strict=True):
-            encoded[use] = replace(result_or_raise(result), name=use[0])
+        for variant, (_, result, _) in zip(new, results, strict=True):
+            encoded[variant] = replace(result_or_raise(result), name=variant[0])
     return encoded
 
 
@@ -268,6 +292,14 @@ def _row(line: dict[str, Any]) -> Row:
     return Row(line["answer"], line["score"], line["kept"], line["key"], region)
 
 
+def _file_digest(path: Path) -> str | None:
+    """sha256 of a file; None where there is none, which pruning will tell."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _plain(value: Any) -> Any:
     """A value as JSON has it; of a dataclass, its fields."""
     if hasattr(value, "__dataclass_fields__"):
@@ -290,7 +322,7 @@ def _agree(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         if (folder / SAMPLES).exists():
             raise BadInput(f"-o {folder}: answers without {SETTINGS}; name another folder")
-        write_atomic(path, json.dumps(settings, indent=1, ensure_ascii=False).encode(*_UTF8) + b"\n", sync=False)
+        write_atomic(path, json.dumps(settings, indent=1, ensure_ascii=False).encode(*_UTF8) + b"\n", sync=True)
         return
     try:
         before = json.loads(path.read_text("utf-8"))

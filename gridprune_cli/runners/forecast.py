@@ -82,7 +82,7 @@ def forecast(
                 size = entry_bytes(encoder, measure(data, name))
                 encode, written, total, growth = encode + 1, written + size, total + size, growth + size - (there or 0)
             if with_prefix and key not in seen:
-                encoded = encoder.look_up(sha256, name) if there is not None else None
+                encoded = encoder.look_up(sha256, name, touch=False) if there is not None else None
                 there = encoder.prefixes.bytes_of(encoded) if encoded is not None else None
                 size = prefix_bytes(encoder, measure(data, name))
                 if there is None or refresh:

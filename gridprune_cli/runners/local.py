@@ -157,6 +157,7 @@ class Runner:
         check_question(request.question, len(request.images))
         check_history(request.history, len(request.images))
         self.localizers.find(request.pruning, len(request.images))
+        self.encoder.check_encoded(request.images)
         texts = [text for turn in request.history for text in (turn.question, turn.answer)]
         remedy = "begin a new conversation" if texts else "ask shorter"
         self.family.check_length(self.family.count_words("\n".join([*texts, request.question])), remedy)
@@ -270,7 +271,6 @@ class Runner:
 
 def _load_signals(family: Family, requests: Sequence[Request], parts: Sequence[str]) -> None:
     """Loads what pruning needs beside `parts`: a text tower, embeddings or layers, trained modules."""
-    in_parts = family.relevance_kind == "attention" and "language" in parts  # the whole model holds the first layers
     for request in requests:
         if request.pruning.plc == "trained":
             _ = family.compressor
@@ -279,8 +279,8 @@ def _load_signals(family: Family, requests: Sequence[Request], parts: Sequence[s
             _ = family.pruning_module
         if needs & {"question_embeds", "importance"}:
             family.vocabulary.load()
-        if request.pruning.needs_relevance and not in_parts:
-            family.load_relevance()
+        if request.pruning.needs_relevance:
+            family.load_relevance(layers="language" not in parts)
 
 
 def _reply(pruned: Pruned, generated: Generated | GridpruneError) -> Reply | GridpruneError:
@@ -320,7 +320,7 @@ def add_prefixes(runner: Runner, encoded: Iterable[Encoded], refresh: bool) -> I
         outcome = result
         if isinstance(result, EncodedImage):
             try:
-                runner.encoder.prefixes.warm(result, refresh=refresh)
+                runner.encoder.prefixes.store_for_image(result, refresh=refresh)
             except Exception as error:
                 outcome = as_error(error).about(name)
         yield name, outcome, hit

@@ -259,10 +259,11 @@ def _check_clip(clip: Checkpoint, checkpoint: Checkpoint, subject: dict[str, str
         if stated not in (None, config.projection_dim, config.vision_config.projection_dim):
             pairs["projection_dim"] = config.projection_dim, stated
     # 2. the first that is not
-    for size, (its, needed) in pairs.items():
-        if its != needed:
+    for size, (clip_value, tower_value) in pairs.items():
+        if clip_value != tower_value:
             raise BadInput(
-                f"can't be the {name} of this tower: its {size} is {its}, that of {checkpoint.name} {needed}; "
-                f"name the {name} that the tower was taken from as `clip`, or take `relevance=attention`",
+                f"can't be the {name} of this tower: its {size} is {clip_value}, that of {checkpoint.name} "
+                f"{tower_value}; name the {name} that the tower was taken from as `clip`, or take "
+                "`relevance=attention`",
                 **subject,
             )

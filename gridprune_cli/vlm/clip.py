@@ -35,9 +35,10 @@ def weights_differ(model: Path, clip: Path) -> bool:
     """
     of_clip, of_model = _towers_weights(clip), _towers_weights(model)
     for name in of_clip.keys() & of_model.keys():
-        ours, theirs = of_model[name], of_clip[name]
-        if ours.dtype in _PLAIN and theirs.dtype in _PLAIN and ours.shape == theirs.shape:
-            gap = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        model_weight, clip_weight = of_model[name], of_clip[name]
+        plain = model_weight.dtype in _PLAIN and clip_weight.dtype in _PLAIN
+        if plain and model_weight.shape == clip_weight.shape:
+            gap = (model_weight.float() - clip_weight.float()).norm() / clip_weight.float().norm()
             if gap > 2**-8:  # bfloat16 rounds by 2**-9 of a value at most, and each of the two may have been
                 return True
     return False

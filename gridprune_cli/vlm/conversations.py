@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gridprune_cli.tokens import PrunedSet
+from gridprune_cli.vlm.family import Family
 
 MAX_BYTES = 1 << 30  # of keys and values that are held beside those of the latest turn
 _OPTIONS = {  # of `generate` that choose tokens, and no cache
@@ -95,12 +96,14 @@ class Conversations:
             del self._turns[0]
 
 
-def can_continue(pruned: PrunedSet, model: Any, options: Mapping[str, Any]) -> bool:
+def can_continue(family: Family, pruned: PrunedSet, model: Any, options: Mapping[str, Any]) -> bool:
     """Whether the keys and values of a set's prompt are in one plain cache, of all its tokens in all layers.
 
     They are not where tokens leave inside the language model, or `options` of `generate` or the checkpoint's own ask
-    for beams or another cache.
+    for beams or another cache. Where the image sees the question, they are those of that question alone.
     """
+    if family.sees_question:
+        return False
     settings = model.generation_config
     plain = settings.num_beams in (None, 1) and settings.cache_implementation is None
     return plain and pruned.schedule is None and pruned.prefix is None and options.keys() <= _OPTIONS

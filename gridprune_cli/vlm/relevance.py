@@ -201,9 +201,12 @@ class RelevanceSource(ModelParts, ABC):
             raise TypeError(f"relevance from {self.relevance_kind} compares no patches with texts")
         return self.relevance.patch_lengths(vision_features)
 
-    def load_relevance(self) -> None:
-        """Loads what relevance comes from, now. Raises as `clip`."""
-        if self.needs_layers:
+    def load_relevance(self, *, layers: bool = True) -> None:
+        """Loads what relevance comes from, now. Raises as `clip`.
+
+        Without `layers` not the language model's first ones: who loads all of it has them then.
+        """
+        if self.needs_layers and layers:
             self.first_layers(self.relevance_depth)
         if self.relevance_kind != "attention":
             self.relevance.load()

@@ -40,17 +40,23 @@ def load() -> dict[str, dict[str, Any]]:
 
 def write(data: dict[str, Any], folder: Path) -> Path:
     """The small checkpoint of a repository, in shards, in a folder."""
+    write_settings(data, folder, shrink=True)
+    _write_weights(data["weights"], folder)
+    return folder
+
+
+def write_settings(data: dict[str, Any], folder: Path, *, shrink: bool = False) -> Path:
+    """The settings of a repository in a folder, its config as published or shrunk; without weights."""
     folder.mkdir(parents=True)
     ids = _write_tokenizer(data, folder)
     for file in FILES:
         if file in data:
             settings = _renumber(data[file], data["tokens"], ids)
-            settings = _shrink(settings) if file == "config.json" else settings
+            settings = _shrink(settings) if shrink and file == "config.json" else settings
             (folder / file).write_text(json.dumps(settings))
     for file in ("chat_template.json", "chat_template.jinja"):
         if file in data:
             (folder / file).write_text(json.dumps(data[file]) if file.endswith("json") else data[file])
-    _write_weights(data["weights"], folder)
     return folder
 
 
