@@ -34,6 +34,7 @@ def test_the_line_of_an_error(error, line):
         ("name it as `clip`, or `positions=compact`", "name it as --clip, or --positions compact"),
         ("`relevance_sign=1` takes it as it is", "--method-option relevance_sign=1 takes it as it is"),
         ("`cache_dtype=float8`; `prompt_template`", "--cache-dtype float8; --prompt-template"),
+        ("only `to=vllm`; leave out `with_prefix`", "only --to vllm; leave out --with-prefix"),
         ("`region=0,1,2,3` or `localizer=some/model@v2`", "--region 0,1,2,3 or --localizer some/model@v2"),
         ("`id`, `gridprune models`, `colour=red`, `Keep`", "`id`, `gridprune models`, `colour=red`, `Keep`"),
     ],
