@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from gridprune_cli.vlm.family import Family
 
 
+_MAX_NEW_TOKENS, _BATCH_SIZE = 128, 32  # unless an option says otherwise
+
+
 @examples(
     'gridprune prune photo.jpg "What is it?" --tokens 64 --positions compact -o it.safetensors',
     "gridprune export it.safetensors --to vllm -o requests/",
@@ -60,10 +63,10 @@ def export(
             show_default="the one that made the set",
         ),
     ] = None,
-    max_new_tokens: options.MaxNewTokens = 128,
+    max_new_tokens: options.MaxNewTokens = _MAX_NEW_TOKENS,
     batch_size: Annotated[
         int, options.option("With --serve: sets that are under way at once.", options.WORK, min=1)
-    ] = 32,
+    ] = _BATCH_SIZE,
     api_key: Annotated[
         str | None, options.option("With --serve: what the engine asks for.", options.SERVER, metavar="KEY")
     ] = None,
@@ -89,9 +92,9 @@ def export(
     else:
         assert output is not None
         sent_only = {
-            "max_new_tokens": max_new_tokens != 128
+            "max_new_tokens": max_new_tokens != _MAX_NEW_TOKENS
             and str(max_new_tokens) != os.environ.get("GRIDPRUNE_MAX_NEW_TOKENS"),
-            "batch_size": batch_size != 32,
+            "batch_size": batch_size != _BATCH_SIZE,
             "api_key": api_key is not None,
         }
         if setting := next((name for name, changed in sent_only.items() if changed), None):
